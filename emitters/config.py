@@ -1,0 +1,201 @@
+"""What is chosen: everything that changes a kernel's speed and none of its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from emitters.problem import (
+    ACCUMULATIONS,
+    OUTPUTS,
+    Accumulation,
+    DType,
+    GemmProblem,
+    Name,
+)
+
+ARCHS = ("sm_90a",)
+K_TILE_BYTES = 128  # one swizzle atom of K; the tile of K in bytes, whatever the element
+MAX_EXPERTS = 1024  # 32 lanes x 32 experts: the expert search is two ballots
+SLICE_BYTES = 128  # the epilogue stores a tile in slices of so many bytes of each row
+SLICE_PITCH = SLICE_BYTES + 16  # staging rows: 16-byte aligned, 8 rows hit 8 different bank groups
+WARPGROUP = 128
+_SMEM_PER_SM = 233_472  # 228 KiB, of which each CTA loses 1 KiB to the system
+_SMEM_RESERVED = 1024
+_MAX_SMEM_PER_CTA = 232_448
+_REGISTERS_PER_SM = 65_536
+
+
+class Schedule(Name):
+    """Who computes which tile."""
+
+    STATIC = "static"  # CTA b takes tiles b, b + grid, b + 2 grid, ...
+
+
+class Raster(Name):
+    """Which tiles of one expert follow each other."""
+
+    ALONG_N = "along_n"  # neighbours share rows of x
+    ALONG_M = "along_m"  # neighbours share weights
+
+
+@dataclass(frozen=True)
+class GemmSm90Config:
+    """The persistent, warp-specialised SM90 grouped GEMM: one producer and tile_m / 64 consumer warpgroups."""
+
+    tile_m: int = 128
+    tile_n: int = 256
+    cluster_m: int = 1
+    cluster_n: int = 1
+    schedule: Schedule = Schedule.STATIC
+    raster: Raster = Raster.ALONG_N
+    stages: int | None = None  # None: as many as shared memory holds, at most MAX_STAGES
+    ctas_per_sm: int = 1
+    template: ClassVar[str] = "gemm_sm90"
+
+    MAX_STAGES: ClassVar[int] = 8
+
+    def to_json(self) -> dict[str, Any]:
+        return {"template": self.template, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> GemmSm90Config:
+        """Inverse of `to_json`. Raises ValueError on an unknown template, field or value."""
+        rest = dict(plain)
+        if rest.pop("template", None) != cls.template:
+            raise ValueError(f"expected a config of {cls.template!r}, got {plain.get('template')!r}")
+        try:
+            return cls(
+                schedule=Schedule(rest.pop("schedule")), raster=Raster(rest.pop("raster")), **rest
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a {cls.template} config: {error}") from error
+
+    # What follows from a config and its problem, written once.
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that run WGMMA, 64 rows of the tile each."""
+        return self.tile_m // 64
+
+    @property
+    def threads(self) -> int:
+        return WARPGROUP * (1 + self.consumers)
+
+    @property
+    def launch_registers(self) -> int:
+        """Registers a thread at launch: what the CTAs of an SM may have, in steps of 8."""
+        return min(_REGISTERS_PER_SM // (self.threads * self.ctas_per_sm) // 8 * 8, 248)
+
+    @property
+    def producer_registers(self) -> int:
+        return 56
+
+    @property
+    def consumer_registers(self) -> int:
+        """What the producer gives back at `setmaxnreg`, shared out among the consumers."""
+        pool = self.launch_registers * (1 + self.consumers) - self.producer_registers
+        return min(pool // self.consumers // 8 * 8, 240)
+
+    def k_tile(self, problem: GemmProblem) -> int:
+        """Elements of K a stage holds."""
+        return K_TILE_BYTES // problem.operand.bytes
+
+    def k_tiles(self, problem: GemmProblem) -> int:
+        return -(-problem.k // self.k_tile(problem))
+
+    def n_tiles(self, problem: GemmProblem) -> int:
+        return -(-problem.n // self.tile_n)
+
+    @property
+    def stage_bytes(self) -> int:
+        return (self.tile_m + self.tile_n) * K_TILE_BYTES
+
+    def table_entries(self, problem: GemmProblem) -> int:
+        """Entries of the expert table in shared memory: num_experts rounded up to the warp's 32 lanes."""
+        return -(-problem.num_experts // 32) * 32
+
+    def fixed_smem_bytes(self, problem: GemmProblem) -> int:
+        """Shared memory besides the stages: staging rows, expert table (3 int32 each), barriers, alignment."""
+        staging = self.tile_m * SLICE_PITCH
+        return staging + 12 * self.table_entries(problem) + 16 * self.MAX_STAGES + _SMEM_RESERVED
+
+    def pipeline_stages(self, problem: GemmProblem) -> int:
+        if self.stages is not None:
+            return self.stages
+        limit = min(_MAX_SMEM_PER_CTA, _SMEM_PER_SM // self.ctas_per_sm - _SMEM_RESERVED)
+        fit = (limit - self.fixed_smem_bytes(problem)) // self.stage_bytes
+        return max(0, min(fit, self.MAX_STAGES))
+
+    def smem_bytes(self, problem: GemmProblem) -> int:
+        return self.fixed_smem_bytes(problem) + self.pipeline_stages(problem) * self.stage_bytes
+
+    def accumulator_registers(self, problem: GemmProblem) -> int:
+        """Per consumer thread; two-level accumulation keeps a second accumulator."""
+        levels = 2 if problem.accumulation is Accumulation.TWO_LEVEL else 1
+        return levels * 64 * self.tile_n // WARPGROUP
+
+
+Config = GemmSm90Config
+
+
+def config_from_json(plain: dict[str, Any]) -> Config:
+    return GemmSm90Config.from_json(plain)
+
+
+def why_illegal(problem: GemmProblem, config: Config | None = None, arch: str = "sm_90a") -> str | None:
+    """None where a kernel can be built, else the reason in words.
+
+    Without a config: whether any config could be legal. Heuristics, emitter, ops and tests all ask here.
+    """
+    if arch not in ARCHS:
+        return f"no template for {arch}: supported are {', '.join(ARCHS)}"
+    return _problem_reason(problem) or (_config_reason(problem, config) if config else None)
+
+
+def _problem_reason(p: GemmProblem) -> str | None:
+    if p.operand not in ACCUMULATIONS:
+        return f"operands of {p.operand}: supported are {', '.join(ACCUMULATIONS)}"
+    if p.accumulation not in ACCUMULATIONS[p.operand]:
+        allowed = " or ".join(ACCUMULATIONS[p.operand])
+        return f"accumulation {p.accumulation} of {p.operand} operands: it must be {allowed}"
+    if p.out not in OUTPUTS:
+        return f"output of {p.out}: supported are {', '.join(OUTPUTS)}"
+    if min(p.n, p.k, p.num_experts) < 1:
+        return f"N {p.n}, K {p.k} and {p.num_experts} experts must be positive"
+    if p.num_experts > MAX_EXPERTS:
+        return f"{p.num_experts} experts: at most {MAX_EXPERTS}"
+    if p.k * p.operand.bytes % 16:
+        return f"K {p.k} of {p.operand}: rows of x and weight must be multiples of 16 bytes"
+    if p.n * p.out.bytes % 16:
+        return f"N {p.n} of {p.out}: rows of the output must be multiples of 16 bytes"
+    kinds = [node.kind for node in p.epilogue]
+    if len(set(kinds)) < len(kinds):
+        return f"epilogue {', '.join(kinds)}: each node at most once"
+    return None
+
+
+def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
+    if c.tile_m not in (64, 128, 192):
+        return f"tile_m {c.tile_m}: 64 rows a consumer warpgroup, one to three of them"
+    step = SLICE_BYTES // DType.BF16.bytes
+    if c.tile_n % step or not step <= c.tile_n <= 256:
+        return f"tile_n {c.tile_n}: a multiple of {step} up to 256 (WGMMA's N, whole store slices)"
+    if (c.cluster_m, c.cluster_n) != (1, 1):
+        return f"cluster {c.cluster_m}x{c.cluster_n}: this template runs single CTAs"
+    if c.ctas_per_sm not in (1, 2):
+        return f"ctas_per_sm {c.ctas_per_sm}: 1 or 2"
+    stages = c.pipeline_stages(p)
+    if not 2 <= stages <= c.MAX_STAGES:
+        return f"{stages} stages of {c.stage_bytes} bytes: between 2 and {c.MAX_STAGES} are needed"
+    smem = c.smem_bytes(p)
+    limit = min(_MAX_SMEM_PER_CTA, _SMEM_PER_SM // c.ctas_per_sm - _SMEM_RESERVED)
+    if smem > limit:
+        return f"{smem} bytes of shared memory: {c.ctas_per_sm} CTAs an SM have {limit} each"
+    needed = c.accumulator_registers(p) + 80  # addresses, scales, one store slice
+    if needed > c.consumer_registers:
+        return (
+            f"about {needed} registers a consumer thread ({c.accumulator_registers(p)} of them "
+            f"accumulators) where {c.consumer_registers} are to be had"
+        )
+    return None
