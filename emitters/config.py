@@ -112,13 +112,17 @@ class GemmSm90Config:
         return (self.tile_m + self.tile_n) * K_TILE_BYTES
 
     def table_entries(self, problem: GemmProblem) -> int:
-        """Entries of the expert table in shared memory: num_experts rounded up to the warp's 32 lanes."""
+        """Experts in the scheduler's table: num_experts rounded up to the warp's 32 lanes."""
         return -(-problem.num_experts // 32) * 32
 
+    def table_words(self, problem: GemmProblem) -> int:
+        """The scheduler's table in shared memory: three int32 an expert, and the number of tiles."""
+        return 3 * self.table_entries(problem) + 4
+
     def fixed_smem_bytes(self, problem: GemmProblem) -> int:
-        """Shared memory besides the stages: staging rows, expert table (3 int32 each), barriers, alignment."""
+        """Shared memory besides the stages: staging rows, scheduler table, barriers, alignment."""
         staging = self.tile_m * SLICE_PITCH
-        return staging + 12 * self.table_entries(problem) + 16 * self.MAX_STAGES + _SMEM_RESERVED
+        return staging + 4 * self.table_words(problem) + 16 * self.MAX_STAGES + _SMEM_RESERVED
 
     def pipeline_stages(self, problem: GemmProblem) -> int:
         if self.stages is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from emitters.config import Config
@@ -96,3 +98,29 @@ def image_key(problem: GemmProblem, config: Config, arch: str) -> str:
     }
     text = json.dumps(asked, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def build_identity() -> str | None:
+    """DSL version, toolchain flavour and a hash of the emitters' source; None where no DSL is installed.
+
+    Two equal identities write equal images. Of several flavours installed the DSL takes the newest.
+    """
+    try:
+        version = metadata.version("nvidia-cutlass-dsl")
+    except metadata.PackageNotFoundError:
+        return None
+    flavour = next(
+        (cuda for cuda in ("cu13", "cu12") if _installed(f"nvidia-cutlass-dsl-libs-{cuda}")), "?"
+    )
+    source = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        source.update(path.name.encode() + b"\0" + path.read_bytes())
+    return f"nvidia-cutlass-dsl {version} {flavour} emitters {source.hexdigest()[:16]}"
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,119 @@
+"""The only place that compiles: (problem, config, arch) -> kernel image.
+
+Needs the CUTLASS DSL, but neither a GPU nor a CUDA toolkit. One compile at a time in a process: two threads
+in the DSL's compiler abort the interpreter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+
+from emitters.config import K_TILE_BYTES, Config, why_illegal
+from emitters.cubin import CubinFacts, read_cubin
+from emitters.image import (
+    IMAGE_ABI,
+    Image,
+    LaunchRecord,
+    Param,
+    ParamKind,
+    TensorMapBox,
+    build_identity,
+)
+from emitters.problem import GemmProblem, WeightStorage
+
+_SIZES = {ParamKind.TENSOR_MAP: 128, ParamKind.POINTER: 8, ParamKind.INT32: 4}
+
+
+def emit(problem: GemmProblem, config: Config, arch: str = "sm_90a") -> Image:
+    """Compiles one kernel. Raises ValueError, with the reason, where problem and config are illegal."""
+    reason = why_illegal(problem, config, arch)
+    if reason:
+        raise ValueError(reason)
+    cubin = _compile(problem, config, arch)
+    facts = read_cubin(cubin)
+    stacked = problem.weights is WeightStorage.STACKED
+    box = TensorMapBox("weight", config.k_tile(problem), config.tile_n, K_TILE_BYTES, 128)
+    record = LaunchRecord(
+        symbol=facts.symbol,
+        params=_params(problem, facts),
+        tensor_maps=(box,),
+        smem_bytes=config.smem_bytes(problem),
+        threads=config.threads,
+        cluster=(config.cluster_m * config.cluster_n, 1, 1),
+        arch=arch,
+        abi=IMAGE_ABI,
+        registers=facts.registers,
+        spill_bytes=facts.local_bytes,
+        build=build_identity() or "",
+        problem=problem.to_json(),
+        config=config.to_json(),
+        cubin_sha256=hashlib.sha256(cubin).hexdigest(),
+    )
+    assert stacked == (record.params[0].kind is ParamKind.TENSOR_MAP)
+    return Image(cubin, record)
+
+
+def param_kinds(problem: GemmProblem) -> list[tuple[str, ParamKind]]:
+    """The parameters of a grouped GEMM in the kernel's order."""
+    table = problem.weights is WeightStorage.TABLE
+    pointers = ["x", *(["index"] if problem.gather else []), "starts", "ends", "out"]
+    return [
+        ("weight", ParamKind.POINTER if table else ParamKind.TENSOR_MAP),
+        *((name, ParamKind.POINTER) for name in pointers),
+        ("num_tokens", ParamKind.INT32),
+        ("num_rows", ParamKind.INT32),
+        *((node.kind, ParamKind.POINTER) for node in problem.epilogue),
+    ]
+
+
+def _params(problem: GemmProblem, facts: CubinFacts) -> tuple[Param, ...]:
+    named = param_kinds(problem)
+    sizes = [_SIZES[kind] for _, kind in named]
+    if sizes != [size for _, size in facts.params]:
+        raise AssertionError(f"parameters of sizes {sizes} expected, the cubin has {facts.params}")
+    return tuple(
+        Param(name, kind, offset, size)
+        for (name, kind), (offset, size) in zip(named, facts.params, strict=True)
+    )
+
+
+def _compile(problem: GemmProblem, config: Config, arch: str) -> bytes:
+    os.environ["CUTE_DSL_ARCH"] = arch  # read when cutlass is imported
+    import cutlass.cute as cute
+    from cutlass import Int32, Uint8
+    from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_ptr
+
+    from emitters.epilogue import ELEMENT, node_element
+    from emitters.gemm_sm90 import GemmSm90
+
+    def pointer(element: type, align: int) -> cute.Pointer:
+        return make_ptr(element, align, cute.AddressSpace.gmem, assumed_align=align)
+
+    shape = (problem.n, problem.k, problem.num_experts)
+    stacked = problem.weights is WeightStorage.STACKED
+    template = GemmSm90(problem, config)
+    GemmSm90.kernel.set_name_prefix(f"cutlass_moe_{config.template}", keep_mangled_name=False)
+    # dump file names do not tell one compile from another
+    with tempfile.TemporaryDirectory() as dump:
+        compiled = cute.compile(
+            template,
+            make_fake_compact_tensor(
+                ELEMENT[problem.operand], shape, stride_order=(1, 0, 2), assumed_align=16
+            )
+            if stacked
+            else pointer(Uint8, 64),
+            pointer(Uint8, 16),
+            pointer(Int32, 4) if problem.gather else None,
+            pointer(Int32, 4),
+            pointer(Int32, 4),
+            pointer(ELEMENT[problem.out], 16),
+            Int32(1),
+            Int32(1),
+            tuple(pointer(node_element(node), 4) for node in problem.epilogue) or None,
+            Int32(1),
+            make_fake_stream(),
+            options=f"--keep-cubin --keep-ptx --dump-dir {dump}",
+        )
+        return bytes(compiled.artifacts.CUBIN)

@@ -1,0 +1,283 @@
+"""The epilogue visitor: what happens to an accumulator tile between the last WGMMA and global memory.
+
+A node knows its tensor, its load and its formula, and is called at two points of a tile, in the order of
+`problem.epilogue`:
+
+  load     before the last k-step is waited for, so that the last WGMMA hides the latency
+  apply    slice by slice, on the float32 values of a thread's rows and columns; returns the new values
+
+A new node is a dataclass in `problem`, a class here and its entry in `NODES`; the templates know none.
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
+from cutlass.experimental import primitives as prims
+
+from emitters.config import SLICE_BYTES, SLICE_PITCH, GemmSm90Config
+from emitters.problem import (
+    Bias,
+    ChannelScale,
+    DType,
+    ExpertScale,
+    GemmProblem,
+    PerTokenScale,
+)
+from emitters.tiles import VECTOR
+
+ELEMENT = {
+    DType.E4M3: cutlass.Float8E4M3FN,
+    DType.E5M2: cutlass.Float8E5M2,
+    DType.INT8: cutlass.Int8,
+    DType.BF16: cutlass.BFloat16,
+    DType.FP16: cutlass.Float16,
+    DType.FP32: cutlass.Float32,
+}
+_CHUNK = 16  # bytes of one global store
+_GMEM, _SMEM = cute.AddressSpace.gmem, cute.AddressSpace.smem
+
+
+def _vector(pointer: cute.Pointer, element: type, count: int, space: cute.AddressSpace) -> cute.Tensor:
+    """count elements at an address that is aligned to all of them."""
+    aligned = cute.make_ptr(element, pointer.toint(), space, assumed_align=count * element.width // 8)
+    return cute.make_tensor(aligned, cute.make_layout(count))
+
+
+class Fragment:
+    """Which part of a tile a consumer thread's accumulator holds.
+
+    WGMMA gives a thread two rows, 8 apart, and of every 8 columns two neighbours: register
+    4 * block + 2 * half + c is row `row` + 8 * half, column 8 * block + `column` + c.
+    """
+
+    def __init__(self, problem: GemmProblem, config: GemmSm90Config, warp: Int32, lane: Int32):
+        self.warp_row = warp * 16  # first of the warp's 16 rows of the tile
+        self.row = self.warp_row + lane // 4
+        self.column = lane % 4 * 2
+        self.blocks = config.tile_n // 8
+        self.slice_blocks = SLICE_BYTES // problem.out.bytes // 8
+        self.n = problem.n
+        self.has_n_tail = problem.n % config.tile_n != 0
+
+
+class PerTokenScaleNode:
+    def __init__(self, node: PerTokenScale, fragment: Fragment, scale: cute.Pointer):
+        self.scale = cute.make_tensor(scale, cute.make_layout(VECTOR))
+        self.values = cute.make_rmem_tensor((2,), Float32)
+
+    @cute.jit
+    def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
+        for half in range_constexpr(2):
+            value = Float32(0.0)
+            if tokens[half] >= 0:
+                value = self.scale[tokens[half]]
+            self.values[half] = value
+
+    def apply(self, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
+        for i in range(cute.size(values)):
+            values[i] = values[i] * self.values[i // 2 % 2]
+        return values
+
+
+class _PerChannel:
+    """Loads [E, N] values of the thread's columns, two neighbours at a time."""
+
+    def __init__(self, fragment: Fragment, pointer: cute.Pointer):
+        self.fragment, self.pointer = fragment, pointer
+
+    @cute.jit
+    def read(self, values: cute.Tensor, first_block: cutlass.Constexpr, expert: Int32, first_column: Int32):
+        """values: registers of consecutive blocks, two each. Columns past N are not read."""
+        f = self.fragment
+        for block in range_constexpr(cute.size(values) // 2):
+            column = first_column + (first_block + block) * 8 + f.column
+            pair = cute.make_rmem_tensor((2,), self.pointer.dtype)
+            pair.fill(0)
+            source = self.pointer + (expert * f.n + column)
+            if const_expr(f.has_n_tail):
+                if column < f.n:
+                    cute.autovec_copy(_vector(source, self.pointer.dtype, 2, _GMEM), pair)
+            else:
+                cute.autovec_copy(_vector(source, self.pointer.dtype, 2, _GMEM), pair)
+            values[2 * block] = pair[0]
+            values[2 * block + 1] = pair[1]
+
+
+class ChannelScaleNode(_PerChannel):
+    def __init__(self, node: ChannelScale, fragment: Fragment, scale: cute.Pointer):
+        super().__init__(fragment, scale)
+        self.values = cute.make_rmem_tensor((2 * fragment.blocks,), Float32)
+
+    def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
+        self.read(self.values, 0, expert, first_column)
+
+    def apply(self, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
+        first = part * 2 * self.fragment.slice_blocks
+        for i in range(cute.size(values)):
+            values[i] = values[i] * self.values[first + i // 4 * 2 + i % 2]
+        return values
+
+
+class ExpertScaleNode:
+    def __init__(self, node: ExpertScale, fragment: Fragment, scale: cute.Pointer):
+        self.scale = cute.make_tensor(scale, cute.make_layout(VECTOR))
+        self.value = cute.make_rmem_tensor((1,), Float32)
+
+    def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
+        self.value[0] = self.scale[expert]
+
+    def apply(self, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
+        for i in range(cute.size(values)):
+            values[i] = values[i] * self.value[0]
+        return values
+
+
+class BiasNode(_PerChannel):
+    """Read slice by slice: held for a whole tile beside the scales it would not fit the registers."""
+
+    def __init__(self, node: Bias, fragment: Fragment, bias: cute.Pointer):
+        super().__init__(fragment, bias)
+        self.values = cute.make_rmem_tensor((2 * fragment.slice_blocks,), bias.dtype)
+
+    def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
+        pass
+
+    def apply(self, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
+        self.read(self.values, part * self.fragment.slice_blocks, expert, first_column)
+        for i in range(cute.size(values)):
+            values[i] = values[i] + self.values[i // 4 * 2 + i % 2].to(Float32)
+        return values
+
+
+NODES = {
+    PerTokenScale: PerTokenScaleNode,
+    ChannelScale: ChannelScaleNode,
+    ExpertScale: ExpertScaleNode,
+    Bias: BiasNode,
+}
+
+
+def node_element(node) -> type:
+    """Element type of the tensor a node reads."""
+    return ELEMENT[node.dtype] if isinstance(node, Bias) else Float32
+
+
+class Epilogue:
+    """Runs the nodes over a consumer warp's part of a tile and stores it.
+
+    Slices of 128 bytes a row go through 16 staging rows of the warp's own (stmatrix, then 16 bytes a lane,
+    eight lanes a row), so stores are whole 128-byte lines and no other warp is waited for. Rows past the
+    expert's end and columns past N are not stored; a row whose index lies outside [0, T) is stored as zeros.
+    """
+
+    def __init__(self, problem: GemmProblem, config: GemmSm90Config):
+        self.problem, self.config = problem, config
+        self.element = ELEMENT[problem.out]
+        self.slice_columns = SLICE_BYTES // problem.out.bytes
+        self.slices = config.tile_n // self.slice_columns
+
+    def attach(self, node_tensors, out, index, num_tokens, staging, warp, lane):
+        """staging: SLICE_PITCH * 16 bytes of shared memory for each consumer warp. warp: 0 .. 4 consumers - 1."""
+        self.fragment = Fragment(self.problem, self.config, warp, lane)
+        self.nodes = [
+            NODES[type(node)](node, self.fragment, tensor)
+            for node, tensor in zip(self.problem.epilogue, node_tensors or (), strict=True)
+        ]
+        self.out, self.index, self.num_tokens, self.lane = out, index, num_tokens, lane
+        self.staging = staging + warp * (16 * SLICE_PITCH)
+        self.tokens = cute.make_rmem_tensor((2,), Int32)
+
+    @cute.jit
+    def begin(self, first_row: Int32, rows: Int32):
+        """As a tile's main loop starts: asks for the tokens of the thread's two rows."""
+        for half in range_constexpr(2):
+            row = self.fragment.row + 8 * half
+            token = Int32(-1)
+            if row < rows:
+                token = first_row + row
+                if const_expr(self.problem.gather):
+                    token = cute.make_tensor(self.index, cute.make_layout(VECTOR))[first_row + row]
+            self.tokens[half] = token
+
+    @cute.jit
+    def load(self, expert: Int32, first_column: Int32):
+        tokens = self.tokens
+        for half in range_constexpr(2):
+            if tokens[half] >= self.num_tokens:
+                tokens[half] = Int32(-1)
+        for node in self.nodes:
+            node.load(self.tokens, expert, first_column)
+
+    @cute.jit
+    def store(self, acc: cute.Tensor, expert: Int32, first_row: Int32, rows: Int32, first_column: Int32):
+        for part in range_constexpr(self.slices):
+            cute.arch.sync_warp()  # the slice before has left the staging rows
+            values = cute.make_rmem_tensor((4 * self.fragment.slice_blocks,), Float32)
+            for i in range_constexpr(cute.size(values)):
+                values[i] = acc[part * 4 * self.fragment.slice_blocks + i].to(Float32)
+            for node in self.nodes:
+                values = node.apply(part, values, expert, first_column)
+            if const_expr(self.problem.out is DType.FP32):
+                self.stage_words(values)
+            else:
+                self.stage_matrices(values)
+            cute.arch.sync_warp()
+            self.copy_out(first_row, rows, first_column + part * self.slice_columns)
+
+    @cute.jit
+    def stage_matrices(self, values: cute.Tensor):
+        """16-bit outputs: two blocks of 8 columns and both row halves in one stmatrix."""
+        column = self.lane // 16 * 16
+        target = self.staging + (self.lane % 16 * SLICE_PITCH + column)
+        for pair in range_constexpr(self.fragment.slice_blocks // 2):
+            part = cute.make_rmem_tensor((8,), Float32)
+            packed = cute.make_rmem_tensor((8,), self.element)
+            for i in range_constexpr(8):
+                part[i] = values[8 * pair + i]
+            packed.store(part.load().to(self.element))
+            words = cute.recast_tensor(packed, Int32)
+            if const_expr(self.problem.gather):
+                for i in range_constexpr(4):
+                    if self.tokens[i % 2] < 0:
+                        words[i] = Int32(0)
+            prims.stmatrix(
+                (target + pair * 32).to_llvm_ptr(),
+                [words[0], words[1], words[2], words[3]],
+                prims.MMALayout.ROW,
+            )
+
+    @cute.jit
+    def stage_words(self, values: cute.Tensor):
+        """float32 outputs: a thread's two neighbours at once."""
+        f = self.fragment
+        for block in range_constexpr(f.slice_blocks):
+            for half in range_constexpr(2):
+                pair = cute.make_rmem_tensor((2,), Float32)
+                for c in range_constexpr(2):
+                    pair[c] = values[4 * block + 2 * half + c]
+                    if const_expr(self.problem.gather):
+                        if self.tokens[half] < 0:
+                            pair[c] = Float32(0.0)
+                row = f.row - f.warp_row + 8 * half
+                target = self.staging + (row * SLICE_PITCH + (8 * block + f.column) * 4)
+                cute.autovec_copy(pair, _vector(target, Float32, 2, _SMEM))
+
+    @cute.jit
+    def copy_out(self, first_row: Int32, rows: Int32, first_column: Int32):
+        chunk = self.lane % (SLICE_BYTES // _CHUNK)
+        column = first_column + chunk * (_CHUNK // self.problem.out.bytes)
+        for i in range_constexpr(4):
+            staged = self.lane // 8 + 4 * i
+            row = self.fragment.warp_row + staged
+            store = row < rows
+            if const_expr(self.fragment.has_n_tail):
+                store = store and column < self.problem.n
+            if store:
+                source = self.staging + (staged * SLICE_PITCH + chunk * _CHUNK)
+                words = cute.make_rmem_tensor((4,), Int32)
+                cute.autovec_copy(_vector(source, Int32, 4, _SMEM), words)
+                target = self.out + (Int64(first_row + row) * self.problem.n + column)
+                cute.autovec_copy(words, _vector(target, Int32, 4, _GMEM))
+

@@ -1,0 +1,278 @@
+"""The SM90 grouped GEMM template: persistent, warp-specialised, gathering."""
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+import cutlass.utils as utils
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Boolean, Float32, Int32, Int64, Uint8, const_expr, range_constexpr
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import cute_nvgpu
+from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cutlass_dsl import dsl_user_op
+from cutlass.experimental import primitives as prims
+from cutlass.pipeline import PipelineUserType
+
+from emitters.config import K_TILE_BYTES, SLICE_PITCH, WARPGROUP, GemmSm90Config
+from emitters.epilogue import ELEMENT, Epilogue
+from emitters.gather import GatherIterator
+from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
+from emitters.tiles import TileScheduler
+
+TENSOR_MAP_BYTES = 128
+
+
+@dsl_user_op
+def _tensor_map_address(atom, *, loc=None, ip=None):
+    """Address of the tensor map that a TMA atom carries as a kernel parameter."""
+    executable = cute_nvgpu.atom_make_exec_tma(atom._trait.value, loc=loc, ip=ip)
+    kind = ir.Type.parse("!cute.ptr<!cute_nvgpu.tma_descriptor_tiled, generic, align<128>>")
+    return cute_nvgpu.get_tma_desc_addr(kind, executable, loc=loc, ip=ip)
+
+
+class GemmSm90:
+    """out[r, :] = epilogue(x[index[r], :] @ weight[e(r)].T) for the rows r of all experts e.
+
+    A CTA takes output tiles of tile_m x tile_n, one after the other. Roles and the pipeline between them:
+
+      warps                       role              waits for          arrives at
+      producer, warp 0, one lane  weights by TMA    empty[s]           full[s]: 1, with the box's bytes
+      producer, 128 threads       x by cp.async     empty[s]           full[s]: 128, as their copies land
+      consumers, 64 rows each     WGMMA, epilogue   full[s]            empty[s]: 1 a warp, 4 a consumer
+
+    A stage holds 128 bytes of K: tile_m rows of x, then tile_n rows of weight, both in the 128-byte swizzle.
+    K's and N's tails are zeros: TMA fills what lies outside the tensor map, the gather fills its own.
+    """
+
+    def __init__(self, problem: GemmProblem, config: GemmSm90Config):
+        self.problem, self.config = problem, config
+        self.operand = ELEMENT[problem.operand]
+        self.sum_type = Int32 if problem.operand is DType.INT8 else Float32
+        self.tile = (config.tile_m, config.tile_n, config.k_tile(problem))
+        self.k_tiles = config.k_tiles(problem)
+        self.stages = config.pipeline_stages(problem)
+        self.x_bytes = config.tile_m * K_TILE_BYTES
+        self.weight_bytes = config.tile_n * K_TILE_BYTES
+        self.scheduler = TileScheduler(problem, config)
+        self.gather = GatherIterator(problem, config)
+        self.epilogue = Epilogue(problem, config)
+
+    @cute.jit
+    def __call__(self, weight, x, index, starts, ends, out, num_tokens, num_rows, node_tensors, grid, stream):
+        """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps. index is None where rows are
+        taken in order. starts may be null, see TileScheduler.build."""
+        if const_expr(self.problem.weights is WeightStorage.STACKED):
+            # the atom only reserves the 128-byte parameter: the host encodes it, `load_weight` issues the copy
+            _, layout = self.stage_layouts()
+            one_stage = cute.slice_(layout, (None, None, 0))
+            copy = cpasync.CopyBulkTensorTileG2SOp()
+            weight, _ = cpasync.make_tiled_tma_atom(copy, weight, one_stage, self.tile[1:])
+        self.kernel(
+            weight, x, index, starts, ends, out, num_tokens, num_rows, node_tensors
+        ).launch(
+            grid=[grid, 1, 1],
+            block=[self.config.threads, 1, 1],
+            min_blocks_per_mp=self.config.ctas_per_sm,
+            preferred_smem_carveout=100,  # given, so that the compiler need not ask a driver
+            stream=stream,
+        )
+
+    def stage_layouts(self):
+        """Of the stages of x and of weight: swizzled, K-major."""
+        major = utils.LayoutEnum.ROW_MAJOR
+        return (
+            sm90.make_smem_layout_a(major, self.tile, self.operand, self.stages),
+            sm90.make_smem_layout_b(major, self.tile, self.operand, self.stages),
+        )
+
+    def storage(self):
+        tile_m, tile_n, tile_k = self.tile
+        per_stage_row = tile_k * self.stages
+        words = self.config.table_words(self.problem)
+
+        @cute.struct
+        class Storage:
+            full: cute.struct.MemRange[Int64, self.stages]
+            empty: cute.struct.MemRange[Int64, self.stages]
+            table: cute.struct.MemRange[Int32, words]
+            staging: cute.struct.Align[cute.struct.MemRange[Uint8, tile_m * SLICE_PITCH], 16]
+            x: cute.struct.Align[cute.struct.MemRange[self.operand, tile_m * per_stage_row], 1024]
+            weight: cute.struct.Align[cute.struct.MemRange[self.operand, tile_n * per_stage_row], 1024]
+
+        return Storage
+
+    @cute.kernel
+    def kernel(
+        self,
+        weight: cute.CopyAtom | cute.Pointer,
+        x: cute.Pointer,
+        index: cute.Pointer | None,
+        starts: cute.Pointer,
+        ends: cute.Pointer,
+        out: cute.Pointer,
+        num_tokens: Int32,
+        num_rows: Int32,
+        node_tensors: tuple | None,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        group = cute.arch.make_warp_uniform(thread // WARPGROUP)
+        storage = utils.SmemAllocator().allocate(self.storage())
+        full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
+        self.scheduler.attach(storage.table.data_ptr())
+
+        if warp == 0:
+            with cute.arch.elect_one():
+                for stage in range_constexpr(self.stages):
+                    cute.arch.mbarrier_init(full + stage, 1 + WARPGROUP)
+                    cute.arch.mbarrier_init(empty + stage, 4 * self.config.consumers)
+            cute.arch.mbarrier_init_fence()
+        if warp == 1:
+            self.scheduler.build(starts, ends, num_rows)
+        cute.arch.sync_threads()
+
+        if group == 0:
+            cute.arch.setmaxregister_decrease(self.config.producer_registers)
+            self.gather.attach(x, index, num_tokens, thread)
+            self.load(weight, storage, full, empty, warp)
+        else:
+            cute.arch.setmaxregister_increase(self.config.consumer_registers)
+            staging = storage.staging.data_ptr()
+            self.epilogue.attach(node_tensors, out, index, num_tokens, staging, warp - 4, thread % 32)
+            self.mma(storage, full, empty, group - 1, thread - WARPGROUP)
+
+    @cute.jit
+    def load(self, weight, storage, full, empty, warp):
+        """The producer warpgroup."""
+        x_stages = cute.recast_ptr(storage.x.data_ptr(), dtype=Uint8)
+        weight_stages = cute.recast_ptr(storage.weight.data_ptr(), dtype=Uint8)
+        tile, _, _ = cute.arch.block_idx()
+        step, _, _ = cute.arch.grid_dim()
+        total = self.scheduler.total[0]
+        state = pipeline.make_pipeline_state(PipelineUserType.Producer, self.stages)
+        expert, row, rows, column = self.scheduler.locate(tile)
+        self.gather.fetch(row, rows)
+        while tile < total:
+            self.gather.advance()
+            tile += step
+            next_expert, row, rows, next_column = self.scheduler.locate(tile)
+            self.gather.fetch(row, rows)
+            weight_map = self.weight_map(weight, expert)
+            for k_tile in cutlass.range(self.k_tiles, unroll=1):
+                cute.arch.mbarrier_wait(empty + state.index, state.phase)
+                if warp == 0:
+                    with cute.arch.elect_one():
+                        cute.arch.mbarrier_arrive_and_expect_tx(full + state.index, self.weight_bytes)
+                        self.load_weight(
+                            weight_stages + state.index * self.weight_bytes,
+                            weight_map, k_tile, column, expert, full + state.index,
+                        )
+                self.gather.copy(x_stages + state.index * self.x_bytes, k_tile)
+                cute.arch.cp_async_mbarrier_arrive_noinc(full + state.index)
+                state.advance()
+            expert, column = next_expert, next_column
+
+    @cute.jit
+    def weight_map(self, weight, expert: Int32):
+        if const_expr(self.problem.weights is WeightStorage.STACKED):
+            return _tensor_map_address(weight)
+        entry = cute.make_ptr(
+            Uint8, weight.toint() + expert * TENSOR_MAP_BYTES, cute.AddressSpace.generic, assumed_align=64
+        )
+        # the table was written through the generic proxy
+        prims.fence_proxy_acquire(prims.MemScope.SYS, entry.to_llvm_ptr(), TENSOR_MAP_BYTES)
+        return entry
+
+    def load_weight(self, stage, weight_map, k_tile, column, expert, barrier):
+        """One box of tile_n rows by 128 bytes, by the calling thread."""
+        if self.problem.weights is WeightStorage.TABLE:
+            expert = Int32(0)
+        prims.cp_async_bulk_tensor_shared_cluster_global(
+            stage.to_llvm_ptr(),
+            weight_map.to_llvm_ptr(),
+            [k_tile * self.tile[2], column, expert],
+            barrier.to_llvm_ptr(),
+            [],
+        )
+
+    @cute.jit
+    def mma(self, storage, full, empty, consumer, thread):
+        """A consumer warpgroup. consumer: which one; thread: within all of them."""
+        k_major = cute.nvgpu.OperandMajorMode.K
+        mma = sm90.make_trivial_tiled_mma(
+            self.operand, self.operand, k_major, k_major, self.sum_type,
+            (self.config.consumers, 1, 1), tiler_mn=(64, self.config.tile_n),
+        )  # fmt: skip
+        x_layout, weight_layout = self.stage_layouts()
+        sA = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
+        sB = storage.weight.get_tensor(weight_layout.outer, swizzle=weight_layout.inner)
+        group = mma.get_slice(cute.make_layout(self.config.consumers, stride=WARPGROUP)(consumer))
+        tCrA = mma.make_fragment_A(group.partition_A(sA))
+        tCrB = mma.make_fragment_B(group.partition_B(sB))
+        shape = mma.get_slice(thread).partition_C(cute.make_identity_tensor(self.tile[:2])).shape
+        acc = cute.make_rmem_tensor(shape, self.sum_type)
+        k_blocks = cute.size(tCrA, mode=[2])
+        two_level = self.problem.accumulation is Accumulation.TWO_LEVEL
+        sums = acc
+        if const_expr(two_level):
+            sums = cute.make_rmem_tensor(shape, self.sum_type)
+
+        tile, _, _ = cute.arch.block_idx()
+        step, _, _ = cute.arch.grid_dim()
+        total = self.scheduler.total[0]
+        state = pipeline.make_pipeline_state(PipelineUserType.Consumer, self.stages)
+        behind = pipeline.make_pipeline_state(PipelineUserType.Consumer, self.stages)
+        while tile < total:
+            expert, row, rows, column = self.scheduler.locate(tile)
+            self.epilogue.begin(row, rows)
+            if const_expr(two_level):
+                sums.fill(0)
+            mma.set(warpgroup.Field.ACCUMULATE, False)
+            for k_tile in cutlass.range(self.k_tiles - 1, unroll=1):
+                cute.arch.mbarrier_wait(full + state.index, state.phase)
+                self.issue(mma, acc, tCrA, tCrB, state.index, k_blocks)
+                if const_expr(two_level):
+                    warpgroup.wait_group(0)
+                    self.promote(acc, sums)
+                    mma.set(warpgroup.Field.ACCUMULATE, False)
+                    self.release(empty + state.index)
+                else:
+                    warpgroup.wait_group(1)
+                    if k_tile > 0:
+                        self.release(empty + behind.index)
+                        behind.advance()
+                state.advance()
+            self.epilogue.load(expert, column)
+            cute.arch.mbarrier_wait(full + state.index, state.phase)
+            self.issue(mma, acc, tCrA, tCrB, state.index, k_blocks)
+            if const_expr(not two_level):
+                if const_expr(self.k_tiles > 1):
+                    warpgroup.wait_group(1)
+                    self.release(empty + behind.index)
+                    behind.advance()
+                behind.advance()
+            warpgroup.wait_group(0)
+            if const_expr(two_level):
+                self.promote(acc, sums)
+            self.release(empty + state.index)
+            state.advance()
+            self.epilogue.store(sums, expert, row, rows, column)
+            tile += step
+
+    def issue(self, mma, acc, tCrA, tCrB, stage, k_blocks):
+        """Starts the WGMMAs of one stage."""
+        cute.arch.fence_view_async_shared()  # x was written through the generic proxy
+        warpgroup.fence()
+        for k_block in range(k_blocks):
+            cute.gemm(mma, acc, tCrA[None, None, k_block, stage], tCrB[None, None, k_block, stage], acc)
+            mma.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
+
+    def promote(self, acc, sums):
+        for i in range(cute.size(acc)):
+            sums[i] = sums[i] + acc[i]
+
+    @cute.jit
+    def release(self, barrier):
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(barrier)

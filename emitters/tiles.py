@@ -1,0 +1,101 @@
+"""From a tile's number to its place, on the device: no host ever learns how many rows an expert has."""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, const_expr, range_constexpr
+
+from emitters.config import GemmSm90Config, Raster
+from emitters.problem import GemmProblem
+
+VECTOR = 1 << 30  # extent given to arrays whose length only the host knows
+
+
+class TileScheduler:
+    """Numbers the output tiles of all experts and finds tile t again without a search loop.
+
+    `build` (one warp, once) turns starts and ends into a table in shared memory: for every expert its first
+    tile row, first row and end. `locate` (any warp, any tile, no state) finds a tile's expert by two ballots
+    over that table, so it serves static and dynamic schedules alike. Experts without rows own no tile number.
+    """
+
+    def __init__(self, problem: GemmProblem, config: GemmSm90Config):
+        self.experts = problem.num_experts
+        self.entries = config.table_entries(problem)
+        self.per_lane = self.entries // 32
+        self.tile_m, self.tile_n = config.tile_m, config.tile_n
+        self.n_tiles = config.n_tiles(problem)
+        self.along_m = config.raster is Raster.ALONG_M
+
+    def attach(self, table: cute.Pointer):
+        """table: shared memory, `table_words` int32."""
+        layout = cute.make_layout(self.entries)
+        self.first = cute.make_tensor(table, layout)  # tile rows of all experts before this one
+        self.start = cute.make_tensor(table + self.entries, layout)
+        self.end = cute.make_tensor(table + 2 * self.entries, layout)
+        self.total = cute.make_tensor(table + 3 * self.entries, cute.make_layout(1))
+
+    @cute.jit
+    def build(self, starts: cute.Pointer, ends: cute.Pointer, num_rows: Int32):
+        """Run by one warp. starts is null where every expert starts at the previous one's end.
+
+        Values that contradict num_rows (rows of the output) are clamped: nothing outside is ever touched.
+        """
+        lane = cute.arch.lane_idx()
+        given_starts = cute.make_tensor(starts, cute.make_layout(VECTOR))
+        given_ends = cute.make_tensor(ends, cute.make_layout(VECTOR))
+        before = cute.make_rmem_tensor((self.per_lane,), Int32)
+        total = Int32(0)
+        for i in range_constexpr(self.per_lane):
+            expert = lane * self.per_lane + i
+            start = Int32(0)
+            end = Int32(0)
+            if expert < self.experts:
+                end = given_ends[expert]
+                if starts.toint() != 0:
+                    start = given_starts[expert]
+                elif expert > 0:
+                    start = given_ends[expert - 1]
+            start = cutlass.min(cutlass.max(start, Int32(0)), num_rows)
+            end = cutlass.min(cutlass.max(end, start), num_rows)
+            self.start[expert] = start
+            self.end[expert] = end
+            before[i] = total
+            total += (end - start + (self.tile_m - 1)) // self.tile_m
+        scan = total
+        for step in range_constexpr(5):
+            below = cute.arch.shuffle_sync_up(scan, 1 << step)
+            if lane >= (1 << step):
+                scan += below
+        for i in range_constexpr(self.per_lane):
+            self.first[lane * self.per_lane + i] = scan - total + before[i]
+        tiles = self.total
+        if lane == 31:
+            tiles[0] = scan * self.n_tiles
+
+    @cute.jit
+    def locate(self, tile: Int32):
+        """-> expert, first row, rows from there to the expert's end, first column.
+
+        Called by whole warps. Past the last tile the number of rows is not positive.
+        """
+        lane = cute.arch.lane_idx()
+        tile_row = tile // self.n_tiles
+        expert = cute.arch.popc(cute.arch.vote_ballot_sync(self.first[lane * self.per_lane] <= tile_row)) - 1
+        if const_expr(self.per_lane > 1):
+            expert = expert * self.per_lane
+            inside = self.first[expert + cutlass.min(lane, self.per_lane - 1)] <= tile_row
+            found = cute.arch.popc(cute.arch.vote_ballot_sync(inside and lane < self.per_lane))
+            expert = expert + found - 1
+        start = self.start[expert]
+        rows = self.end[expert] - start
+        tile_in_expert = tile - self.first[expert] * self.n_tiles
+        if const_expr(self.along_m):
+            m_tiles = cutlass.max((rows + (self.tile_m - 1)) // self.tile_m, Int32(1))
+            n = tile_in_expert // m_tiles
+            m = tile_in_expert - n * m_tiles
+        else:
+            m = tile_in_expert // self.n_tiles
+            n = tile_in_expert - m * self.n_tiles
+        return expert, start + m * self.tile_m, rows - m * self.tile_m, n * self.tile_n
