@@ -1,0 +1,241 @@
+"""Compiles kernel images in worker processes: the DSL never enters this one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import queue
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import emitters
+from emitters.config import Config
+from emitters.image import Image, LaunchRecord
+from emitters.problem import GemmProblem
+
+DSL = "nvidia-cutlass-dsl"
+TIMEOUT = 300.0  # seconds an image may take: a hundred times what the slowest does
+STDERR_TAIL = 4000  # characters of a worker's stderr that an error shows
+
+
+class CompileError(RuntimeError):
+    """An image could not be compiled."""
+
+
+class CompilerNotInstalled(CompileError):
+    """The DSL is not installed here."""
+
+
+@dataclass(frozen=True)
+class Request:
+    problem: GemmProblem
+    config: Config
+    arch: str = "sm_90a"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a request: an image, or an error in words. seconds: of the worker, image
+    only."""
+
+    request: Request
+    image: Image | None
+    seconds: float
+    error: str | None = None
+
+
+def compile_image(
+    problem: GemmProblem, config: Config, arch: str = "sm_90a", timeout: float = TIMEOUT
+) -> Image:
+    """Compiles one image in a worker of its own, within `timeout` seconds.
+
+    Raises CompilerNotInstalled without nvidia-cutlass-dsl, CompileError with the worker's last
+    words else.
+    """
+    _require_dsl()
+    with _Worker(arch) as worker:
+        image, _ = worker.compile(Request(problem, config, arch), timeout)
+    return image
+
+
+def compile_images(
+    requests: Iterable[Request], jobs: int | None = None, timeout: float = TIMEOUT
+) -> Iterator[Result]:
+    """Compiles many images in `jobs` long-lived workers (default: one a core), in order of
+    completion.
+
+    A request that fails, or whose worker dies or takes longer than `timeout` seconds, gives a
+    Result with an error; the others go on. Raises CompilerNotInstalled without nvidia-cutlass-dsl.
+    """
+    _require_dsl()
+    workers = _Workers()
+    pool = ThreadPoolExecutor(jobs or os.cpu_count())
+    try:
+        for future in as_completed(
+            [pool.submit(workers.compile, request, timeout) for request in requests]
+        ):
+            yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        workers.close()  # ends what is being compiled when the caller has lost interest
+        pool.shutdown()
+        workers.close()
+
+
+def build_command(problem: GemmProblem, config: Config, arch: str = "sm_90a") -> str:
+    """The shell command that builds exactly this image into the writable root of the cache."""
+    compact = [json.dumps(part.to_json(), separators=(",", ":")) for part in (problem, config)]
+    return shlex.join(
+        ["cutlass-moe", "build", "--problem", compact[0], "--config", compact[1], "--arch", arch]
+    )
+
+
+def _require_dsl() -> None:
+    try:
+        importlib.metadata.version(DSL)
+    except importlib.metadata.PackageNotFoundError:
+        raise CompilerNotInstalled(
+            f"{DSL} is not installed: `pip install 'cutlass-moe[jit]'`, or name a directory of "
+            "images built elsewhere in CUTLASS_MOE_CACHE_DIR"
+        ) from None
+
+
+class _Worker:
+    """A running `python -m emitters` with an empty directory, no GPU and an environment of its
+    own."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+        self._home = tempfile.TemporaryDirectory(prefix="cutlass_moe_")
+        work = Path(self._home.name, "work")
+        work.mkdir()
+        self._stderr = Path(self._home.name, "stderr")
+        self._heard = 0
+        with self._stderr.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "emitters"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                cwd=work,
+                env=_environment(arch),
+                text=True,
+                start_new_session=True,  # Ctrl-C is for the parent, which ends its workers itself
+            )
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def compile(self, request: Request, timeout: float) -> tuple[Image, float]:
+        """The image and the seconds it took. Raises CompileError; a worker that hangs is killed."""
+        self._heard = self._stderr.stat().st_size
+        with tempfile.TemporaryDirectory(dir=self._home.name) as output:
+            answer = self._ask(
+                {
+                    "problem": request.problem.to_json(),
+                    "config": request.config.to_json(),
+                    "arch": request.arch,
+                    "output": output,
+                },
+                timeout,
+            )
+            if not answer["ok"]:
+                raise CompileError(f"{answer['error']}\n{self._last_words()}")
+            cubin = Path(output, "kernel.cubin").read_bytes()
+            record = LaunchRecord.from_json(Path(output, "launch.json").read_text())
+        return Image(cubin, record), answer["seconds"]
+
+    def close(self) -> None:
+        # Killed, not asked: an image is complete before its answer, and the DSL exits slowly.
+        self._process.kill()
+        with suppress(BrokenPipeError), self._process:
+            pass
+        self._home.cleanup()
+
+    def _ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
+        assert self._process.stdin and self._process.stdout
+        start = time.monotonic()
+        timer = threading.Timer(timeout, self._process.kill)
+        timer.start()
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except OSError:  # a broken pipe: it died before it read the request
+            line = ""
+        finally:
+            timer.cancel()
+        if not line:
+            code = self._process.wait()
+            late = time.monotonic() - start >= timeout
+            end = f"was killed after {timeout} s" if late else f"ended with exit code {code}"
+            raise CompileError(f"the compile worker {end}\n{self._last_words()}")
+        return json.loads(line)
+
+    def _last_words(self) -> str:
+        """The end of what this request, not an earlier one, left on stderr."""
+        text = self._stderr.read_bytes()[self._heard :].decode(errors="replace")
+        return text[-STDERR_TAIL:]
+
+
+class _Workers:
+    """Idle workers for several threads; one that died is replaced at the next request."""
+
+    def __init__(self) -> None:
+        self._all: list[_Worker] = []
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+
+    def compile(self, request: Request, timeout: float) -> Result:
+        try:
+            worker = self._take(request.arch)
+        except OSError as error:
+            return Result(request, None, 0.0, f"no worker could be started: {error}")
+        try:
+            image, seconds = worker.compile(request, timeout)
+            return Result(request, image, seconds)
+        except (CompileError, OSError, ValueError) as error:
+            return Result(request, None, 0.0, str(error))
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        for worker in self._all:
+            worker.close()
+
+    def _take(self, arch: str) -> _Worker:
+        try:
+            worker = self._idle.get_nowait()
+        except queue.Empty:
+            worker = None
+        if worker is None or not worker.alive or worker.arch != arch:
+            if worker is not None:
+                worker.close()
+            worker = _Worker(arch)
+            self._all.append(worker)
+        return worker
+
+
+def _environment(arch: str) -> dict[str, str]:
+    """The parent's environment, less what would change the code that is generated."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("CUTE_DSL_")}
+    parent = str(Path(emitters.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [parent, os.environ.get("PYTHONPATH")]))
+    return {**kept, "PYTHONPATH": path, "CUTE_DSL_ARCH": arch, "CUDA_VISIBLE_DEVICES": ""}

@@ -1,0 +1,88 @@
+"""Named shapes of mixture-of-experts layers that people run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from emitters.problem import (
+    ACCUMULATIONS,
+    ChannelScale,
+    DType,
+    EpilogueNode,
+    GemmProblem,
+    PerTokenScale,
+)
+
+DTYPES = {"fp8": DType.E4M3, "int8": DType.INT8, "bf16": DType.BF16}  # as users call them
+
+
+class Gemm(NamedTuple):
+    """One expert's matrix product: N columns of output, K of input."""
+
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """hidden: width of the layer's input and output; inter: width between the projections, of one
+    expert."""
+
+    name: str
+    num_experts: int
+    top_k: int
+    hidden: int
+    inter: int
+
+    @property
+    def gemms(self) -> dict[str, Gemm]:
+        """up makes gate and up halves from a token, down makes a token from their product."""
+        return {"up": Gemm(2 * self.inter, self.hidden), "down": Gemm(self.hidden, self.inter)}
+
+
+MODELS: dict[str, MoeShape] = {
+    shape.name: shape
+    for shape in (
+        MoeShape("qwen3-30b", 128, 8, 2048, 768),
+        MoeShape("qwen3-235b", 128, 8, 4096, 1536),
+        MoeShape("qwen3-next", 512, 10, 2048, 512),
+        MoeShape("mixtral", 8, 2, 4096, 14336),
+        MoeShape("dsv3", 256, 8, 7168, 2048),
+        MoeShape(
+            "dsv3-ep8", 32, 1, 7168, 2048
+        ),  # one of 8 ranks: a token visits about one local expert
+        MoeShape("dsv2-lite", 64, 6, 2048, 1408),
+        MoeShape("kimi-k2", 384, 8, 7168, 2048),
+        MoeShape("glm-4.5-air", 128, 8, 4096, 1408),
+        MoeShape("llama4-maverick", 128, 1, 5120, 8192),
+        MoeShape("gpt-oss-120b", 128, 4, 2880, 2880),
+    )
+}
+
+
+def problems(shape: MoeShape, dtype: str) -> dict[str, GemmProblem]:
+    """The layer's problems, "up" (rows gathered) and "down" (rows in order), with bf16 output.
+
+    dtype: "fp8" (e4m3), "int8" or "bf16"; the 8-bit ones have a per-token and a per-channel scale.
+    Raises ValueError for another dtype.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}")
+    operand = DTYPES[dtype]
+    epilogue: tuple[EpilogueNode, ...] = (
+        (PerTokenScale(), ChannelScale()) if operand.quantized else ()
+    )
+    return {
+        name: GemmProblem(
+            operand=operand,
+            accumulation=ACCUMULATIONS[operand][0],
+            out=DType.BF16,
+            n=gemm.n,
+            k=gemm.k,
+            num_experts=shape.num_experts,
+            gather=name == "up",
+            epilogue=epilogue,
+        )
+        for name, gemm in shape.gemms.items()
+    }
