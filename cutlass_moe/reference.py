@@ -100,7 +100,7 @@ def grouped_matmul_backward(
     bias: Tensor | None,
     needs: tuple[bool, ...],
 ) -> Tensors:
-    """Gradients of (x, weight, per_token_scale, scale, bias); None where not in `needs` or no input.
+    """Gradients of (x, weight, per_token_scale, scale, bias); None where not asked for or absent.
 
     grad [rows, N] is the product's gradient, the rest the product's inputs, none of them 8-bit.
     Sums run in float32, in float64 for float64 operands; a gradient has its input's shape and

@@ -1,0 +1,133 @@
+"""What outputs are compared with, how errors are measured, and how large they may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutlass_moe.reference import grouped_matmul_reference
+from emitters.problem import Accumulation, DType, GemmProblem
+from tests.cases import Case
+
+
+def naive(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    index: Tensor | None = None,
+    offsets: Tensor,
+    per_token_scale: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The definition, float64 [rows, N], row by row with a copy of its weights; differentiable.
+
+    Zeros in rows past offsets[-1] and of an index outside [0, T).
+    """
+    rows = len(x) if index is None else len(index)
+    out = []
+    for row in range(rows):
+        expert = int((offsets <= row).sum())
+        token = row if index is None else int(index[row])
+        if expert == len(offsets) or not 0 <= token < len(x):
+            out.append(torch.zeros(weight.shape[1], dtype=torch.float64))
+            continue
+        result = weight[expert].double() @ x[token].double()
+        if per_token_scale is not None:
+            result = result * per_token_scale[token].double()
+        if scale is not None:
+            result = result * scale[expert].double().reshape(-1)
+        if bias is not None:
+            result = result + bias[expert].double()
+        out.append(result)
+    return torch.stack(out) if out else torch.zeros(0, weight.shape[1], dtype=torch.float64)
+
+
+# NaNs of a payload that no arithmetic produces: what has them was not written.
+_POISON = {2: (torch.int16, 0x7FA5), 4: (torch.int32, 0x7FA5A5A5)}
+
+
+def poisoned(rows: int, n: int, dtype: torch.dtype, device: str) -> Tensor:
+    """[rows, n] of NaNs, with room for 8 rows behind it that `untouched` looks at too."""
+    whole = torch.empty((rows + 8, n), dtype=dtype, device=device)
+    bits, pattern = _POISON[dtype.itemsize]
+    whole.view(bits).fill_(pattern)
+    return whole[:rows]
+
+
+def untouched(out: Tensor, first: int) -> bool:
+    """Whether rows from `first` on of a `poisoned` tensor, and the room behind, are unwritten."""
+    n = out.shape[1]
+    rest = out.as_strided((len(out) + 8 - first, n), (n, 1), first * n)
+    bits, pattern = _POISON[out.element_size()]
+    return bool((rest.view(bits) == pattern).all())
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors: Frobenius norm of all, of the worst row, and of the worst element.
+
+    A row's error is taken relative to its norm but at least half a typical row's; an element's
+    relative to itself plus a typical element. (Sums that cancel keep the error of their terms.)
+    """
+
+    whole: float
+    worst_row: float
+    worst_element: float
+
+
+def errors(got: Tensor, want: Tensor) -> Errors:
+    """Of got [rows, N] against want float64 [rows, N]; NaN in `got` gives NaN."""
+    if not want.numel():
+        return Errors(0.0, 0.0, 0.0)
+    row_norms = torch.linalg.vector_norm(want, dim=1)
+    written = row_norms > 0  # not the rows of indices outside [0, T)
+    typical = row_norms.square().sum().div(written.sum().clamp(min=1)).sqrt().clamp(min=1e-30)
+    row_errors = torch.empty_like(row_norms)
+    worst = want.new_zeros(())
+    step = max(1, 2**26 // want.shape[1])
+    for start in range(0, len(want), step):
+        block = slice(start, start + step)
+        error = (got[block].double() - want[block]).abs_()
+        row_errors[block] = torch.linalg.vector_norm(error, dim=1)
+        error /= want[block].abs() + typical / want.shape[1] ** 0.5
+        worst = torch.maximum(worst, error.max())
+    whole = torch.linalg.vector_norm(row_errors) / torch.linalg.vector_norm(want).clamp(min=1e-30)
+    row = (row_errors / row_norms.clamp(min=typical / 2)).max()
+    return Errors(whole.item(), row.item(), worst.item())
+
+
+# Of all and of the worst row. bf16 rounds by at most 2^-9 = 1.95e-3, fp16 by 2^-11 = 4.9e-4.
+_EXACT_LIMITS = {DType.BF16: 2e-3, DType.FP16: 5e-4, DType.FP32: 1e-5}
+_TWO_LEVEL_LIMITS = {DType.BF16: 2e-3, DType.FP16: 1e-3, DType.FP32: 1e-3}
+_FAST_LIMIT = 4e-3  # measured with bf16 output: 1.9e-3 at K 2048, 2.5e-3 at K 7168
+_ELEMENT_FACTOR = 6  # errors of sums are normally distributed; of 10^8 the worst is 5.7 sigma
+
+
+def limit(problem: GemmProblem) -> float:
+    if problem.accumulation is Accumulation.FAST:
+        return _FAST_LIMIT
+    two_level = problem.accumulation is Accumulation.TWO_LEVEL
+    return (_TWO_LEVEL_LIMITS if two_level else _EXACT_LIMITS)[problem.out]
+
+
+def check(out: Tensor, case: Case, inputs: dict[str, Any], exact: bool = False) -> None:
+    """Asserts that `out`, from `poisoned`, is what grouped_matmul_out must make of `inputs`."""
+    end = sum(case.counts)
+    assert untouched(out, end), "rows past offsets[-1] were written"
+    if exact:
+        torch.testing.assert_close(
+            out[:end], grouped_matmul_reference(**inputs)[:end], rtol=0, atol=0
+        )
+        return
+    want = grouped_matmul_reference(**{**inputs, "out_dtype": torch.float64})[:end]
+    if case.reads == "outside":
+        outside = (inputs["index"][:end] < 0) | (inputs["index"][:end] >= case.tokens)
+        assert not out[:end][outside].any(), "rows of an index outside [0, T) must be zeros"
+    found, bound = errors(out[:end], want), limit(case.problem)
+    assert found.whole <= bound, found
+    assert found.worst_row <= bound, found
+    assert found.worst_element <= _ELEMENT_FACTOR * bound, found
