@@ -151,7 +151,10 @@ CASES: dict[str, Case] = {
     "k_72_bf16": replace(FLOAT, k=72, counts=RAGGED),
     "k_16_int8": replace(INTEGER, k=16),
     "n_72_k_80_two_level": replace(TWO_LEVEL, n=72, k=80),
-    # Long sums, where fast fp8 errs most.
+    # Long rows, and long sums, where fast fp8 errs most.
+    "n_2048": replace(BASE, n=2048, k=2048, tokens=1000, counts=skewed(8, 2000)),
+    "n_2048_two_level": replace(TWO_LEVEL, n=2048, k=2048, tokens=1000, counts=skewed(8, 2000)),
+    "n_2048_bf16": replace(FLOAT, n=2048, k=2048, tokens=1000, counts=skewed(8, 2000)),
     "k_7168": replace(BASE, n=264, k=7168),
     "k_7168_two_level": replace(TWO_LEVEL, n=264, k=7168),
     "k_7168_fp32": replace(BASE, n=264, k=7168, out=FP32),

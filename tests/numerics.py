@@ -100,18 +100,25 @@ def errors(got: Tensor, want: Tensor) -> Errors:
     return Errors(whole.item(), row.item(), worst.item())
 
 
-# Of all and of the worst row. bf16 rounds by at most 2^-9 = 1.95e-3, fp16 by 2^-11 = 4.9e-4.
-_EXACT_LIMITS = {DType.BF16: 2e-3, DType.FP16: 5e-4, DType.FP32: 1e-5}
+# Of the whole. Rounding alone makes 1.66e-3 in bf16, 2.07e-4 in fp16.
+_EXACT_LIMITS = {DType.BF16: 2e-3, DType.FP16: 3e-4, DType.FP32: 1e-5}
 _TWO_LEVEL_LIMITS = {DType.BF16: 2e-3, DType.FP16: 1e-3, DType.FP32: 1e-3}
 _FAST_LIMIT = 4e-3  # measured with bf16 output: 1.9e-3 at K 2048, 2.5e-3 at K 7168
 _ELEMENT_FACTOR = 6  # errors of sums are normally distributed; of 10^8 the worst is 5.7 sigma
 
 
-def limit(problem: GemmProblem) -> float:
+def limits(problem: GemmProblem) -> Errors:
+    """The largest errors a right kernel may show, by accumulation and output dtype."""
     if problem.accumulation is Accumulation.FAST:
-        return _FAST_LIMIT
-    two_level = problem.accumulation is Accumulation.TWO_LEVEL
-    return (_TWO_LEVEL_LIMITS if two_level else _EXACT_LIMITS)[problem.out]
+        whole = _FAST_LIMIT
+    elif problem.accumulation is Accumulation.TWO_LEVEL:
+        whole = _TWO_LEVEL_LIMITS[problem.out]
+    else:
+        whole = _EXACT_LIMITS[problem.out]
+    # The mean of a row's N roundings scatters: of 10^5 rows the worst was 1 + 5.5 / sqrt(N) times
+    # the typical one, for every N from 4 to 2048. From N 1024 on the limits above have room for it.
+    scatter = 1 + 6 / problem.n**0.5 if problem.n < 1024 else 1
+    return Errors(whole, whole * scatter, whole * _ELEMENT_FACTOR)
 
 
 def check(out: Tensor, case: Case, inputs: dict[str, Any], exact: bool = False) -> None:
@@ -127,7 +134,7 @@ def check(out: Tensor, case: Case, inputs: dict[str, Any], exact: bool = False) 
     if case.reads == "outside":
         outside = (inputs["index"][:end] < 0) | (inputs["index"][:end] >= case.tokens)
         assert not out[:end][outside].any(), "rows of an index outside [0, T) must be zeros"
-    found, bound = errors(out[:end], want), limit(case.problem)
-    assert found.whole <= bound, found
-    assert found.worst_row <= bound, found
-    assert found.worst_element <= _ELEMENT_FACTOR * bound, found
+    found, allowed = errors(out[:end], want), limits(case.problem)
+    assert found.whole <= allowed.whole, (found, allowed)
+    assert found.worst_row <= allowed.worst_row, (found, allowed)
+    assert found.worst_element <= allowed.worst_element, (found, allowed)
