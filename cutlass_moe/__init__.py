@@ -1,1 +1,19 @@
 """Mixture-of-experts grouped GEMM for PyTorch: no token is copied, kernels come from a cache."""
+
+from cutlass_moe.kernels import warmup
+from cutlass_moe.ops import grouped_matmul, grouped_matmul_out, grouped_matmul_problem
+from cutlass_moe.quantize import quantize_per_channel, quantize_per_token
+from cutlass_moe.reference import grouped_matmul_reference
+from cutlass_moe.routing import RoutingTable, route
+
+__all__ = [
+    "RoutingTable",
+    "grouped_matmul",
+    "grouped_matmul_out",
+    "grouped_matmul_problem",
+    "grouped_matmul_reference",
+    "quantize_per_channel",
+    "quantize_per_token",
+    "route",
+    "warmup",
+]

@@ -63,7 +63,9 @@ class GemmSm90Config:
         """Inverse of `to_json`. Raises ValueError on an unknown template, field or value."""
         rest = dict(plain)
         if rest.pop("template", None) != cls.template:
-            raise ValueError(f"expected a config of {cls.template!r}, got {plain.get('template')!r}")
+            raise ValueError(
+                f"expected a config of {cls.template!r}, got {plain.get('template')!r}"
+            )
         try:
             return cls(
                 schedule=Schedule(rest.pop("schedule")), raster=Raster(rest.pop("raster")), **rest
@@ -147,7 +149,9 @@ def config_from_json(plain: dict[str, Any]) -> Config:
     return GemmSm90Config.from_json(plain)
 
 
-def why_illegal(problem: GemmProblem, config: Config | None = None, arch: str = "sm_90a") -> str | None:
+def why_illegal(
+    problem: GemmProblem, config: Config | None = None, arch: str = "sm_90a"
+) -> str | None:
     """None where a kernel can be built, else the reason in words.
 
     Without a config: whether any config could be legal. Heuristics, emitter, ops and tests all ask here.

@@ -6,7 +6,11 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-_PARAM_INFO, _FRAME_SIZE, _REGISTERS = 0x17, 0x11, 0x2F  # EIATTR_KPARAM_INFO, _FRAME_SIZE, _REGCOUNT
+_PARAM_INFO, _FRAME_SIZE, _REGISTERS = (
+    0x17,
+    0x11,
+    0x2F,
+)  # EIATTR_KPARAM_INFO, _FRAME_SIZE, _REGCOUNT
 _SIZED = 4  # EIFMT_SVAL: the entry's size follows, then its payload
 
 

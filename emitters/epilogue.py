@@ -39,9 +39,13 @@ _CHUNK = 16  # bytes of one global store
 _GMEM, _SMEM = cute.AddressSpace.gmem, cute.AddressSpace.smem
 
 
-def _vector(pointer: cute.Pointer, element: type, count: int, space: cute.AddressSpace) -> cute.Tensor:
+def _vector(
+    pointer: cute.Pointer, element: type, count: int, space: cute.AddressSpace
+) -> cute.Tensor:
     """count elements at an address that is aligned to all of them."""
-    aligned = cute.make_ptr(element, pointer.toint(), space, assumed_align=count * element.width // 8)
+    aligned = cute.make_ptr(
+        element, pointer.toint(), space, assumed_align=count * element.width // 8
+    )
     return cute.make_tensor(aligned, cute.make_layout(count))
 
 
@@ -88,7 +92,13 @@ class _PerChannel:
         self.fragment, self.pointer = fragment, pointer
 
     @cute.jit
-    def read(self, values: cute.Tensor, first_block: cutlass.Constexpr, expert: Int32, first_column: Int32):
+    def read(
+        self,
+        values: cute.Tensor,
+        first_block: cutlass.Constexpr,
+        expert: Int32,
+        first_column: Int32,
+    ):
         """values: registers of consecutive blocks, two each. Columns past N are not read."""
         f = self.fragment
         for block in range_constexpr(cute.size(values) // 2):
@@ -211,7 +221,9 @@ class Epilogue:
             node.load(self.tokens, expert, first_column)
 
     @cute.jit
-    def store(self, acc: cute.Tensor, expert: Int32, first_row: Int32, rows: Int32, first_column: Int32):
+    def store(
+        self, acc: cute.Tensor, expert: Int32, first_row: Int32, rows: Int32, first_column: Int32
+    ):
         for part in range_constexpr(self.slices):
             cute.arch.sync_warp()  # the slice before has left the staging rows
             values = cute.make_rmem_tensor((4 * self.fragment.slice_blocks,), Float32)
@@ -280,4 +292,3 @@ class Epilogue:
                 cute.autovec_copy(_vector(source, Int32, 4, _SMEM), words)
                 target = self.out + (Int64(first_row + row) * self.problem.n + column)
                 cute.autovec_copy(words, _vector(target, Int32, 4, _GMEM))
-

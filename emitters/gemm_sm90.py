@@ -58,7 +58,9 @@ class GemmSm90:
         self.epilogue = Epilogue(problem, config)
 
     @cute.jit
-    def __call__(self, weight, x, index, starts, ends, out, num_tokens, num_rows, node_tensors, grid, stream):
+    def __call__(
+        self, weight, x, index, starts, ends, out, num_tokens, num_rows, node_tensors, grid, stream
+    ):
         """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps. index is None where rows are
         taken in order. starts may be null, see TileScheduler.build."""
         if const_expr(self.problem.weights is WeightStorage.STACKED):
@@ -67,9 +69,7 @@ class GemmSm90:
             one_stage = cute.slice_(layout, (None, None, 0))
             copy = cpasync.CopyBulkTensorTileG2SOp()
             weight, _ = cpasync.make_tiled_tma_atom(copy, weight, one_stage, self.tile[1:])
-        self.kernel(
-            weight, x, index, starts, ends, out, num_tokens, num_rows, node_tensors
-        ).launch(
+        self.kernel(weight, x, index, starts, ends, out, num_tokens, num_rows, node_tensors).launch(
             grid=[grid, 1, 1],
             block=[self.config.threads, 1, 1],
             min_blocks_per_mp=self.config.ctas_per_sm,
@@ -97,7 +97,9 @@ class GemmSm90:
             table: cute.struct.MemRange[Int32, words]
             staging: cute.struct.Align[cute.struct.MemRange[Uint8, tile_m * SLICE_PITCH], 16]
             x: cute.struct.Align[cute.struct.MemRange[self.operand, tile_m * per_stage_row], 1024]
-            weight: cute.struct.Align[cute.struct.MemRange[self.operand, tile_n * per_stage_row], 1024]
+            weight: cute.struct.Align[
+                cute.struct.MemRange[self.operand, tile_n * per_stage_row], 1024
+            ]
 
         return Storage
 
@@ -138,7 +140,9 @@ class GemmSm90:
         else:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
             staging = storage.staging.data_ptr()
-            self.epilogue.attach(node_tensors, out, index, num_tokens, staging, warp - 4, thread % 32)
+            self.epilogue.attach(
+                node_tensors, out, index, num_tokens, staging, warp - 4, thread % 32
+            )
             self.mma(storage, full, empty, group - 1, thread - WARPGROUP)
 
     @cute.jit
@@ -162,10 +166,16 @@ class GemmSm90:
                 cute.arch.mbarrier_wait(empty + state.index, state.phase)
                 if warp == 0:
                     with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(full + state.index, self.weight_bytes)
+                        cute.arch.mbarrier_arrive_and_expect_tx(
+                            full + state.index, self.weight_bytes
+                        )
                         self.load_weight(
                             weight_stages + state.index * self.weight_bytes,
-                            weight_map, k_tile, column, expert, full + state.index,
+                            weight_map,
+                            k_tile,
+                            column,
+                            expert,
+                            full + state.index,
                         )
                 self.gather.copy(x_stages + state.index * self.x_bytes, k_tile)
                 cute.arch.cp_async_mbarrier_arrive_noinc(full + state.index)
@@ -177,7 +187,10 @@ class GemmSm90:
         if const_expr(self.problem.weights is WeightStorage.STACKED):
             return _tensor_map_address(weight)
         entry = cute.make_ptr(
-            Uint8, weight.toint() + expert * TENSOR_MAP_BYTES, cute.AddressSpace.generic, assumed_align=64
+            Uint8,
+            weight.toint() + expert * TENSOR_MAP_BYTES,
+            cute.AddressSpace.generic,
+            assumed_align=64,
         )
         # the table was written through the generic proxy
         prims.fence_proxy_acquire(prims.MemScope.SYS, entry.to_llvm_ptr(), TENSOR_MAP_BYTES)
@@ -264,7 +277,9 @@ class GemmSm90:
         cute.arch.fence_view_async_shared()  # x was written through the generic proxy
         warpgroup.fence()
         for k_block in range(k_blocks):
-            cute.gemm(mma, acc, tCrA[None, None, k_block, stage], tCrB[None, None, k_block, stage], acc)
+            cute.gemm(
+                mma, acc, tCrA[None, None, k_block, stage], tCrB[None, None, k_block, stage], acc
+            )
             mma.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
 

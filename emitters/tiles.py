@@ -82,7 +82,10 @@ class TileScheduler:
         """
         lane = cute.arch.lane_idx()
         tile_row = tile // self.n_tiles
-        expert = cute.arch.popc(cute.arch.vote_ballot_sync(self.first[lane * self.per_lane] <= tile_row)) - 1
+        expert = (
+            cute.arch.popc(cute.arch.vote_ballot_sync(self.first[lane * self.per_lane] <= tile_row))
+            - 1
+        )
         if const_expr(self.per_lane > 1):
             expert = expert * self.per_lane
             inside = self.first[expert + cutlass.min(lane, self.per_lane - 1)] <= tile_row

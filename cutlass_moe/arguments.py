@@ -1,0 +1,187 @@
+"""What a call of grouped_matmul may look like, and which problem it poses."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from emitters.problem import (
+    ACCUMULATIONS,
+    Accumulation,
+    Bias,
+    ChannelScale,
+    DType,
+    EpilogueNode,
+    ExpertScale,
+    GemmProblem,
+    PerTokenScale,
+)
+
+DTYPES = {
+    torch.float8_e4m3fn: DType.E4M3,
+    torch.float8_e5m2: DType.E5M2,
+    torch.int8: DType.INT8,
+    torch.bfloat16: DType.BF16,
+    torch.float16: DType.FP16,
+    torch.float32: DType.FP32,
+}
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Operands(NamedTuple):
+    """The tensors a grouped GEMM reads; shapes and dtypes as in `grouped_matmul`."""
+
+    x: Tensor
+    weight: Tensor
+    index: Tensor | None
+    offsets: Tensor
+    per_token_scale: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the product."""
+        return self.x.shape[0] if self.index is None else self.index.shape[0]
+
+    @property
+    def epilogue(self) -> list[Tensor]:
+        """The tensors of the epilogue's nodes, in their order."""
+        return [t for t in (self.per_token_scale, self.scale, self.bias) if t is not None]
+
+
+def check(
+    operands: Operands, out_dtype: torch.dtype | None, accumulation: str | None, num_sms: int | None
+) -> torch.dtype:
+    """The dtype of the product. Extents may be symbolic.
+
+    Raises ValueError or TypeError, with what was expected and what came, for malformed arguments.
+    """
+    x, weight, index, offsets, per_token_scale, scale, bias = operands
+    operand = DTYPES.get(x.dtype)
+    if operand not in ACCUMULATIONS:
+        raise TypeError(
+            f"x: expected float8_e4m3fn, float8_e5m2, int8, bfloat16 or float16, got {x.dtype}"
+        )
+    if x.dim() != 2 or weight.dim() != 3:
+        got = f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"expected x [T, K] and weight [E, N, K], got {got}")
+    tokens, k = x.shape
+    experts, n, _ = weight.shape
+    _expect("x", x, x, (x.dtype,), ((tokens, k),))
+    _check_weight(weight, x)
+    _expect("offsets", offsets, x, (torch.int32,), ((experts,),))
+    if index is not None:
+        _expect("index", index, x, (torch.int32,), ((index.numel(),),))
+    if per_token_scale is not None:
+        _expect("per_token_scale", per_token_scale, x, (torch.float32,), ((tokens,), (tokens, 1)))
+    if scale is not None:
+        shapes = ((experts, n), (experts, n, 1), (experts,))
+        _expect("scale", scale, x, (torch.float32,), shapes)
+    if bias is not None:
+        _expect("bias", bias, x, _FLOATS, ((experts, n),))
+    if x.dtype.itemsize == 1 and (per_token_scale is None or scale is None):
+        missing = "per_token_scale" if per_token_scale is None else "scale"
+        raise ValueError(f"{missing}: {x.dtype} operands need per_token_scale and scale, got None")
+    if num_sms is not None and num_sms < 1:
+        raise ValueError(f"num_sms: expected a positive number, got {num_sms}")
+    allowed = ACCUMULATIONS[operand]
+    if accumulation is not None and accumulation not in allowed:
+        raise ValueError(
+            f"accumulation: expected {' or '.join(allowed)} for {x.dtype}, got {accumulation!r}"
+        )
+    if out_dtype is None:
+        return torch.bfloat16 if operand.quantized else x.dtype
+    if out_dtype not in _FLOATS:
+        raise TypeError(f"out_dtype: expected bfloat16, float16 or float32, got {out_dtype}")
+    return out_dtype
+
+
+def pose(operands: Operands, out_dtype: torch.dtype, accumulation: str | None) -> GemmProblem:
+    """The problem of checked arguments."""
+    scale, bias = operands.scale, operands.bias
+    experts, n, k = operands.weight.shape
+    return _problem(
+        operands.x.dtype, out_dtype, accumulation, n, k, experts, operands.index is not None,
+        operands.per_token_scale is not None, 0 if scale is None else scale.dim(),
+        None if bias is None else bias.dtype,
+    )  # fmt: skip
+
+
+def check_out(out: Tensor, operands: Operands, out_dtype: torch.dtype | None) -> None:
+    """Raises as `check` does where `out` cannot take the product of checked operands."""
+    dtypes = _FLOATS if out_dtype is None else (out_dtype,)
+    _expect("out", out, operands.x, dtypes, ((operands.rows, operands.weight.shape[1]),))
+
+
+def _check_weight(weight: Tensor, x: Tensor) -> None:
+    experts, _, k = weight.shape
+    if weight.dtype is not x.dtype:
+        raise TypeError(f"weight: expected {x.dtype} (x's dtype), got {weight.dtype}")
+    if k != x.shape[1] or experts == 0:
+        raise ValueError(f"weight: expected [E > 0, N, {x.shape[1]}], got {tuple(weight.shape)}")
+    if weight.device != x.device:
+        raise ValueError(f"weight: expected a tensor on {x.device}, got one on {weight.device}")
+    to_16 = 16 // weight.dtype.itemsize
+    expert_stride, row_stride, k_stride = weight.stride()
+    if k_stride != 1 or row_stride < k or row_stride % to_16 or expert_stride % to_16:
+        # a layout that no tensor map describes; K's own alignment is the problem's affair
+        if k % to_16 == 0:
+            raise ValueError(
+                f"weight: expected K dense and strides of E and N in multiples of {to_16} elements, "
+                f"got strides {weight.stride()}"
+            )
+
+
+def _expect(
+    name: str,
+    tensor: Tensor,
+    x: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shapes: tuple[tuple[int, ...], ...],
+) -> None:
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.shape not in shapes:
+        wanted = " or ".join(map(str, shapes))
+        raise ValueError(f"{name}: expected shape {wanted}, got {tuple(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected a tensor on {x.device}, got one on {tensor.device}")
+
+
+@lru_cache(maxsize=4096)
+def _problem(
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    accumulation: str | None,
+    n: int,
+    k: int,
+    experts: int,
+    gather: bool,
+    has_per_token_scale: bool,
+    scale_dims: int,
+    bias_dtype: torch.dtype | None,
+) -> GemmProblem:
+    operand = DTYPES[dtype]
+    epilogue: list[EpilogueNode] = []
+    if has_per_token_scale:
+        epilogue.append(PerTokenScale())
+    if scale_dims:
+        epilogue.append(ExpertScale() if scale_dims == 1 else ChannelScale())
+    if bias_dtype is not None:
+        epilogue.append(Bias(DTYPES[bias_dtype]))
+    return GemmProblem(
+        operand=operand,
+        accumulation=Accumulation(accumulation or ACCUMULATIONS[operand][0]),
+        out=DTYPES[out_dtype],
+        n=n,
+        k=k,
+        num_experts=experts,
+        gather=gather,
+        epilogue=tuple(epilogue),
+    )

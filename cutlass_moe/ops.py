@@ -1,0 +1,314 @@
+"""grouped_matmul: the public ops, their registration with torch, and the way from one to a launch."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutlass_moe import kernels
+from cutlass_moe.arguments import Operands, check, check_out, pose
+from cutlass_moe.reference import grouped_matmul_backward, grouped_matmul_reference_out
+from emitters.config import why_illegal
+from emitters.problem import GemmProblem
+
+_lib = torch.library.Library("cutlass_moe", "DEF")
+_TENSORS = (
+    "Tensor x, Tensor weight, Tensor? index, Tensor offsets, Tensor? per_token_scale, "
+    "Tensor? scale, Tensor? bias"
+)
+_INPUTS = (
+    f"{_TENSORS}, ScalarType? out_dtype, str? accumulation, SymInt? expected_rows, int? num_sms"
+)
+for _schema in (
+    f"grouped_matmul({_INPUTS}) -> Tensor",
+    f"grouped_matmul_out(Tensor(a!) out, {_INPUTS}) -> ()",
+    f"grouped_matmul_backward(Tensor grad, {_TENSORS}, bool[] needs) -> Tensor[]",
+):
+    _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+_functional = torch.ops.cutlass_moe.grouped_matmul.default
+_out_variant = torch.ops.cutlass_moe.grouped_matmul_out.default
+_backward = torch.ops.cutlass_moe.grouped_matmul_backward.default
+
+
+def grouped_matmul(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    index: Tensor | None = None,
+    offsets: Tensor,
+    per_token_scale: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    accumulation: str | None = None,
+    expected_rows: int | None = None,
+    num_sms: int | None = None,
+) -> Tensor:
+    """out[r] = per_token_scale[index[r]] * scale[e] * (x[index[r]] @ weight[e].T) + bias[e] for the rows r
+    of expert e, which are offsets[e - 1] <= r < offsets[e].
+
+    x [T, K], contiguous: float8_e4m3fn, float8_e5m2, int8, bfloat16 or float16.
+    weight [E, N, K]: of the same dtype, K dense.
+    index int32 [rows]: the row of x that each row of the product reads, rows sorted by expert; without it
+      row r reads x[r]. An index outside [0, T) gives a row of zeros, without bias.
+    offsets int32 [E]: cumulative ends of the experts' rows, on x's device; never read by the host.
+    per_token_scale float32 [T] or [T, 1]; scale float32 [E, N], [E, N, 1] or [E]: both are needed for
+      8-bit operands. bias [E, N]: bfloat16, float16 or float32.
+    out_dtype: bfloat16, float16 or float32; default bfloat16 for 8-bit operands, x's dtype for others.
+    accumulation: for float8 "fast" (the default: in the tensor core, about 14 bits) or "two_level"
+      (promoted to float32 every 128 elements); others have one only.
+    expected_rows: rows an expert is expected to have, where rows / E misleads; changes speed alone.
+    num_sms: SMs to use (default all), the rest stay free for communication.
+
+    Returns [rows, N]; rows past offsets[-1] are undefined. Raises ValueError or TypeError, with what was
+    expected and what came, for malformed arguments. bfloat16 and float16 are differentiable.
+    """
+    return _functional(
+        x, weight, index, offsets, per_token_scale, scale, bias,
+        out_dtype, accumulation, expected_rows, num_sms,
+    )  # fmt: skip
+
+
+def grouped_matmul_out(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    index: Tensor | None = None,
+    offsets: Tensor,
+    per_token_scale: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    accumulation: str | None = None,
+    expected_rows: int | None = None,
+    num_sms: int | None = None,
+) -> None:
+    """`grouped_matmul` into out [rows, N], contiguous; rows past offsets[-1] are left untouched.
+
+    out_dtype, if given, must be out's. Not differentiable: raises RuntimeError where a gradient would be lost.
+    """
+    if torch.is_grad_enabled():
+        for tensor in (out, x, weight, per_token_scale, scale, bias):
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    "grouped_matmul_out has no gradient and an argument requires one: "
+                    "use grouped_matmul, or torch.no_grad()"
+                )
+    _out_variant(
+        out, x, weight, index, offsets, per_token_scale, scale, bias,
+        out_dtype, accumulation, expected_rows, num_sms,
+    )  # fmt: skip
+
+
+def grouped_matmul_problem(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    index: Tensor | None = None,
+    offsets: Tensor,
+    per_token_scale: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    accumulation: str | None = None,
+    expected_rows: int | None = None,
+    num_sms: int | None = None,
+) -> GemmProblem:
+    """The problem that `grouped_matmul` with these arguments poses: what `warmup` takes. Raises as the op does."""
+    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias)
+    return pose(operands, check(operands, out_dtype, accumulation, num_sms), accumulation)
+
+
+# Implementations: CPU tensors take the reference, CUDA tensors a kernel.
+
+
+def _functional_impl(*arguments: Any) -> Tensor:
+    operands, (out_dtype, accumulation, expected_rows, num_sms) = _split(arguments)
+    dtype = check(operands, out_dtype, accumulation, num_sms)
+    allocate = torch.empty if operands.x.is_cuda else torch.zeros
+    shape = (operands.rows, operands.weight.shape[1])
+    out = allocate(shape, dtype=dtype, device=operands.x.device)
+    _run(out, operands, accumulation, expected_rows, num_sms)
+    return out
+
+
+def _out_impl(out: Tensor, *arguments: Any) -> None:
+    operands, (out_dtype, accumulation, expected_rows, num_sms) = _split(arguments)
+    check(operands, out_dtype, accumulation, num_sms)
+    check_out(out, operands, out_dtype)
+    _run(out, operands, accumulation, expected_rows, num_sms)
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[Operands, tuple[Any, ...]]:
+    return Operands(*arguments[:7]), arguments[7:]
+
+
+def _reference(out: Tensor, operands: Operands) -> None:
+    grouped_matmul_reference_out(out, **operands._asdict())
+
+
+def _run(
+    out: Tensor,
+    operands: Operands,
+    accumulation: str | None,
+    expected_rows: int | None,
+    num_sms: int | None,
+) -> None:
+    if not out.is_cuda:
+        _reference(out, operands)
+        return
+    problem = pose(operands, out.dtype, accumulation)
+    reason = _why_unsupported(problem, out.device.index)
+    if reason is None:
+        weight = operands.weight
+        strides = (
+            weight.stride()[:2] if weight.shape[0] > 1 else (weight.stride(1), weight.stride(1))
+        )
+        box = (weight.data_ptr(), tuple(weight.shape), strides, weight.element_size())
+        launch(problem, out, operands, box, expected_rows=expected_rows, num_sms=num_sms)
+    else:
+        _announce_fallback(reason)
+        _reference(out, operands)
+
+
+def launch(
+    problem: GemmProblem,
+    out: Tensor,
+    operands: Operands,
+    weight: tuple[Any, ...] | int,
+    *,
+    starts: Tensor | None = None,
+    expected_rows: int | None = None,
+    num_sms: int | None = None,
+    stream: int | None = None,
+) -> None:
+    """Launches the kernel of checked arguments; returns at once.
+
+    weight: pointer, shape, strides and element size of stacked weights, or the address of a table of
+    tensor maps (`operands.weight` is not read). starts int32 [E]: first rows of the experts, where they
+    are not the ends before. stream: default torch's current one.
+    """
+    rows = out.shape[0]
+    if rows == 0:
+        return
+    device = out.device.index
+    x, index = operands.x, operands.index
+    experts = problem.num_experts
+    config = kernels.choose(problem, x.shape[0], expected_rows or rows / experts)
+    if torch.cuda.current_device() != device:
+        with torch.cuda.device(device):
+            launch(
+                problem, out, operands, weight, starts=starts, expected_rows=expected_rows,
+                num_sms=num_sms, stream=stream,
+            )  # fmt: skip
+        return
+    kernel = kernels.load(problem, config, device)
+    sms = kernels.device_sms(device)
+    tiles = (rows // config.tile_m + min(experts, rows)) * config.n_tiles(problem)
+    ctas = min(num_sms or sms, sms) * config.ctas_per_sm
+    table = isinstance(weight, int)
+    values = [
+        weight if table else 0,
+        x.data_ptr(),
+        0 if starts is None else starts.data_ptr(),
+        operands.offsets.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        rows,
+        *(tensor.data_ptr() for tensor in operands.epilogue),
+    ]
+    if index is not None:
+        values.insert(2, index.data_ptr())
+    if (values[1] | out.data_ptr()) % 16 or (not table and weight[0] % 16):
+        raise ValueError("x, weight and out: expected addresses that are multiples of 16 bytes")
+    if stream is None:
+        stream = torch._C._cuda_getCurrentRawStream(device)
+    kernel.launch(tuple(values), None if table else weight, min(ctas, tiles), stream)
+
+
+@lru_cache(maxsize=4096)
+def _why_unsupported(problem: GemmProblem, device: int) -> str | None:
+    return why_illegal(problem, arch=kernels.device_arch(device))
+
+
+def _announce_fallback(reason: str) -> None:
+    """Once a reason: a warning. Under capture, or with CUTLASS_MOE_STRICT=1: an error."""
+    if os.environ.get("CUTLASS_MOE_STRICT") == "1":
+        raise RuntimeError(f"no kernel for this problem (CUTLASS_MOE_STRICT=1): {reason}")
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"no kernel for this problem, and the torch path cannot be captured: {reason}"
+        )
+    _warn_once(reason)
+
+
+@lru_cache(maxsize=None)
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"no kernel for this problem, slow torch path taken: {reason}", stacklevel=2)
+
+
+# Fakes and gradients.
+
+
+def _functional_fake(*arguments: Any) -> Tensor:
+    operands, (out_dtype, accumulation, _, num_sms) = _split(arguments)
+    dtype = check(operands, out_dtype, accumulation, num_sms)
+    return operands.x.new_empty((operands.rows, operands.weight.shape[1]), dtype=dtype)
+
+
+def _out_fake(out: Tensor, *arguments: Any) -> None:
+    operands, (out_dtype, accumulation, _, num_sms) = _split(arguments)
+    check(operands, out_dtype, accumulation, num_sms)
+    check_out(out, operands, out_dtype)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    operands, _ = _split(inputs)
+    if operands.x.dtype.itemsize == 1:
+        raise RuntimeError(
+            f"no gradient through {operands.x.dtype} operands, and an argument requires one: "
+            "detach it, or use bfloat16 or float16"
+        )
+    ctx.save_for_backward(*operands)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    operands = Operands(*ctx.saved_tensors)
+    x, weight, index, offsets, per_token_scale, scale, bias = ctx.needs_input_grad[:7]
+    needs = [x, weight, per_token_scale, scale, bias]
+    found = iter(_backward(grad.contiguous(), *operands, needs))
+    gradients = [next(found) if need else None for need in needs]
+    return (*gradients[:2], None, None, *gradients[2:], None, None, None, None)
+
+
+def _backward_impl(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    """Gradients of those of x, weight, per_token_scale, scale, bias that `needs` names."""
+    operands, (needs,) = _split(arguments)
+    found = grouped_matmul_backward(grad, **operands._asdict(), needs=tuple(needs))
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    operands, (needs,) = _split(arguments)
+    x, weight, _, _, per_token_scale, scale, bias = operands
+    inputs = zip((x, weight, per_token_scale, scale, bias), needs, strict=True)
+    return [torch.empty_like(tensor) for tensor, need in inputs if need and tensor is not None]
+
+
+for _name, _implementation, _fake in (
+    ("grouped_matmul", _functional_impl, _functional_fake),
+    ("grouped_matmul_out", _out_impl, _out_fake),
+    ("grouped_matmul_backward", _backward_impl, _backward_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        _lib.impl(_name, _implementation, _key)
+    torch.library.register_fake(f"cutlass_moe::{_name}", _fake, lib=_lib)
+torch.library.register_autograd(
+    "cutlass_moe::grouped_matmul", _gradients, setup_context=_save_for_backward, lib=_lib
+)
