@@ -102,11 +102,16 @@ class Cache:
                 if got != (arch, build_identity):
                     raise ValueError(f"expected an image of {(arch, build_identity)}, got {got}")
                 try:
-                    self._store(arch, key, image)
+                    self._write(arch, key, image)
                 except OSError as error:
                     warnings.warn(f"image {key} stays in memory: {error}", stacklevel=2)
                 self._memory[arch, key, build_identity] = image
         return image
+
+    def store(self, arch: str, key: str, image: Image) -> None:
+        """Writes an image into the writable root, in place of what is there. Raises OSError."""
+        with self._locked(arch, key):
+            self._write(arch, key, image)
 
     def entries(self) -> Iterator[Entry]:
         """Every sound image of every root."""
@@ -140,14 +145,14 @@ class Cache:
                 return image
         return None
 
-    def _store(self, arch: str, key: str, image: Image) -> None:
+    def _write(self, arch: str, key: str, image: Image) -> None:
         entry = self.root / arch / key
         fresh = self._work_path("new", entry)
         fresh.mkdir(parents=True)
         record = json.loads(image.record.to_json())
         sealed = {**record, "seal": _seal(arch, key, record)}
-        _write(fresh / CUBIN, image.cubin)
-        _write(fresh / RECORD, (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode())
+        _write_file(fresh / CUBIN, image.cubin)
+        _write_file(fresh / RECORD, (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode())
         _sync_directory(fresh)
         entry.parent.mkdir(parents=True, exist_ok=True)
         if entry.exists():
@@ -255,7 +260,7 @@ def _seal(arch: str, key: str, record: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write_file(path: Path, content: bytes) -> None:
     with open(path, "wb") as file:
         file.write(content)
         file.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import queue
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import emitters
+from cutlass_moe.cache import Cache
 from emitters.config import Config
-from emitters.image import Image, LaunchRecord
+from emitters.image import Image, LaunchRecord, build_identity, image_key
 from emitters.problem import GemmProblem
 
-DSL = "nvidia-cutlass-dsl"
 TIMEOUT = 300.0  # seconds an image may take: a hundred times what the slowest does
 STDERR_TAIL = 4000  # characters of a worker's stderr that an error shows
 
@@ -39,19 +38,27 @@ class CompilerNotInstalled(CompileError):
 
 @dataclass(frozen=True)
 class Request:
+    """An image to compile."""
+
     problem: GemmProblem
     config: Config
     arch: str = "sm_90a"
 
+    @property
+    def key(self) -> str:
+        return image_key(self.problem, self.config, self.arch)
+
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a request: an image, or an error in words. seconds: of the worker, image
-    only."""
+    """What became of a request: an image, or an error in words.
+
+    seconds: of compiling, None where nothing was compiled.
+    """
 
     request: Request
     image: Image | None
-    seconds: float
+    seconds: float | None
     error: str | None = None
 
 
@@ -93,6 +100,35 @@ def compile_images(
         workers.close()
 
 
+def build_images(
+    cache: Cache, requests: Iterable[Request], jobs: int | None = None
+) -> Iterator[Result]:
+    """Brings an image for each request into a cache: results of those it has, then of the others.
+
+    A failure is a Result with an error. Raises CompilerNotInstalled where something is missing and
+    nvidia-cutlass-dsl is not installed.
+    """
+    build = build_identity()
+    missing = []
+    for request in dict.fromkeys(requests):
+        image = cache.load(request.arch, request.key, build)
+        if image is None:
+            missing.append(request)
+        else:
+            yield Result(request, image, None)
+    for result in compile_images(missing, jobs) if missing else ():
+        yield _stored(cache, result)
+
+
+def _stored(cache: Cache, result: Result) -> Result:
+    if result.image is not None:
+        try:
+            cache.store(result.request.arch, result.request.key, result.image)
+        except OSError as error:
+            return Result(result.request, None, None, f"could not be written: {error}")
+    return result
+
+
 def build_command(problem: GemmProblem, config: Config, arch: str = "sm_90a") -> str:
     """The shell command that builds exactly this image into the writable root of the cache."""
     compact = [json.dumps(part.to_json(), separators=(",", ":")) for part in (problem, config)]
@@ -102,13 +138,11 @@ def build_command(problem: GemmProblem, config: Config, arch: str = "sm_90a") ->
 
 
 def _require_dsl() -> None:
-    try:
-        importlib.metadata.version(DSL)
-    except importlib.metadata.PackageNotFoundError:
+    if build_identity() is None:
         raise CompilerNotInstalled(
-            f"{DSL} is not installed: `pip install 'cutlass-moe[jit]'`, or name a directory of "
-            "images built elsewhere in CUTLASS_MOE_CACHE_DIR"
-        ) from None
+            "nvidia-cutlass-dsl is not installed: `pip install 'cutlass-moe[jit]'`, or name a "
+            "directory of images built elsewhere in CUTLASS_MOE_CACHE_DIR"
+        )
 
 
 class _Worker:
@@ -207,12 +241,12 @@ class _Workers:
         try:
             worker = self._take(request.arch)
         except OSError as error:
-            return Result(request, None, 0.0, f"no worker could be started: {error}")
+            return Result(request, None, None, f"no worker could be started: {error}")
         try:
             image, seconds = worker.compile(request, timeout)
             return Result(request, image, seconds)
         except (CompileError, OSError, ValueError) as error:
-            return Result(request, None, 0.0, str(error))
+            return Result(request, None, None, str(error))
         finally:
             self._idle.put(worker)
 
