@@ -36,7 +36,7 @@ class Operands(NamedTuple):
 
     x: Tensor
     weight: Tensor
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
     offsets: Tensor
     per_token_scale: Tensor | None
     scale: Tensor | None
@@ -123,17 +123,17 @@ def _check_weight(weight: Tensor, x: Tensor) -> None:
         raise TypeError(f"weight: expected {x.dtype} (x's dtype), got {weight.dtype}")
     if k != x.shape[1] or experts == 0:
         raise ValueError(f"weight: expected [E > 0, N, {x.shape[1]}], got {tuple(weight.shape)}")
-    if weight.device != x.device:
-        raise ValueError(f"weight: expected a tensor on {x.device}, got one on {weight.device}")
+    _expect_device("weight", weight, x)
     to_16 = 16 // weight.dtype.itemsize
     expert_stride, row_stride, k_stride = weight.stride()
-    if k_stride != 1 or row_stride < k or row_stride % to_16 or expert_stride % to_16:
-        # a layout that no tensor map describes; K's own alignment is the problem's affair
-        if k % to_16 == 0:
-            raise ValueError(
-                f"weight: expected K dense and strides of E and N in multiples of {to_16} elements, "
-                f"got strides {weight.stride()}"
-            )
+    ragged = row_stride % to_16 or expert_stride % to_16
+    if (
+        k_stride != 1 or row_stride < k or (ragged and k % to_16 == 0)
+    ):  # else the problem is illegal
+        raise ValueError(
+            f"weight: expected K dense, strides of E and N in multiples of {to_16} elements, "
+            f"got strides {weight.stride()}"
+        )
 
 
 def _expect(
@@ -150,7 +150,12 @@ def _expect(
         raise ValueError(f"{name}: expected shape {wanted}, got {tuple(tensor.shape)}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
-    if tensor.device != x.device:
+    _expect_device(name, tensor, x)
+
+
+def _expect_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    # an index, -1 on the CPU, costs the host a fifth of comparing torch.devices
+    if tensor.get_device() != x.get_device():
         raise ValueError(f"{name}: expected a tensor on {x.device}, got one on {tensor.device}")
 
 

@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import lru_cache
 
 from emitters.config import Config, GemmSm90Config, Raster, why_illegal
 from emitters.problem import GemmProblem
 
-_WIDE_WEIGHT = (
-    24 << 20
-)  # bytes of one expert's weights beyond which its tiles run along M: see NOTES.md
-_FEW_ROWS = 64  # rows an expert up to which one 64-row tile holds them
+# Rows an expert up to which ... (measured on an H200, perf/NOTES.md)
+_FEW_ROWS = 32  # 64-row tiles, two CTAs an SM: the weights' bytes are the cost
+_SOME_ROWS = 128  # one 128-row tile holds most experts: more CTAs than wide tiles would give
+_REUSED_ROWS = (
+    1024  # an expert's x stays in L2 while tiles run along M, so wide weights are read once
+)
+_WIDE_WEIGHT = 24 << 20  # bytes of one expert's weights that do not stay in L2
 
 
 @lru_cache(maxsize=1024)
+def _by_rows(problem: GemmProblem) -> tuple[tuple[float, Config], ...]:
+    """(rows an expert up to which it serves, config) in ascending order; empty if none is legal."""
+    wide = problem.n * problem.k * problem.operand.bytes > _WIDE_WEIGHT
+    large = [GemmSm90Config(tile_m=128, tile_n=n) for n in (256, 128, 64)]
+    families: tuple[tuple[float, list[GemmSm90Config]], ...] = (
+        (_FEW_ROWS, [GemmSm90Config(tile_m=64, tile_n=n, ctas_per_sm=2) for n in (128, 64)]),
+        (_SOME_ROWS, large[1:]),
+        (_REUSED_ROWS if wide else 0, [replace(c, raster=Raster.ALONG_M) for c in large]),
+        (math.inf, large),
+    )
+    legal = (
+        (up_to, next((c for c in family if why_illegal(problem, c) is None), None))
+        for up_to, family in families
+        if up_to
+    )
+    return tuple((up_to, config) for up_to, config in legal if config is not None)
+
+
 def candidates(problem: GemmProblem) -> tuple[Config, ...]:
     """Every config that `choose` may return for this problem: what a build compiles."""
-    few = (GemmSm90Config(tile_m=64, tile_n=n, ctas_per_sm=2) for n in (128, 64))
-    raster = Raster.ALONG_N
-    if problem.n * problem.k * problem.operand.bytes > _WIDE_WEIGHT:
-        raster = Raster.ALONG_M
-    many = (GemmSm90Config(tile_m=128, tile_n=n, raster=raster) for n in (256, 128, 64))
-    chosen = []
-    for family in (few, many):
-        legal = (config for config in family if why_illegal(problem, config) is None)
-        chosen.extend([config] if (config := next(legal, None)) else [])
-    return tuple(chosen)
+    return tuple(dict.fromkeys(config for _, config in _by_rows(problem)))
 
 
 def choose(problem: GemmProblem, num_tokens: int, rows_per_expert: float) -> Config:
     """The config for a call. num_tokens: rows of x. rows_per_expert: mean, or the caller's hint.
 
-    Raises ValueError where the problem has no legal config.
+    Raises ValueError, with the reason, where the problem has no legal config.
     """
-    configs = candidates(problem)
-    if not configs:
-        raise ValueError(why_illegal(problem) or f"no legal config for {problem}")
-    return configs[0] if rows_per_expert <= _FEW_ROWS else configs[-1]
+    for up_to, config in _by_rows(problem):
+        if rows_per_expert <= up_to:
+            return config
+    raise ValueError(why_illegal(problem) or f"no config of the SM90 template fits {problem}")

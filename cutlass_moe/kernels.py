@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -23,23 +23,18 @@ _lock = threading.Lock()
 _forced: Config | None = None
 
 
-@lru_cache(maxsize=None)
+@cache
 def device_arch(device: int) -> str:
-    """The compilation target of a device: "sm_90a" for compute capability 9.0, else "sm_" and the capability."""
+    """A device's compilation target: "sm_90a" for capability 9.0, else "sm_" and its digits."""
     major, minor = torch.cuda.get_device_capability(device)
     return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
-
-
-@lru_cache(maxsize=None)
-def device_sms(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def find_image(problem: GemmProblem, config: Config, arch: str) -> Image:
     """The image from the cache, compiled on a miss.
 
-    Raises MissingImage, naming the command that builds it, where CUTLASS_MOE_JIT=0 forbids compiling;
-    CompileError where compiling fails.
+    Raises MissingImage, naming the command that builds it, where CUTLASS_MOE_JIT=0 forbids
+    compiling; CompileError where compiling fails.
     """
     key = image_key(problem, config, arch)
     cache = default_cache()
@@ -53,7 +48,7 @@ def find_image(problem: GemmProblem, config: Config, arch: str) -> Image:
     if image is None:
         roots = os.pathsep.join(str(root) for root in cache.roots)
         raise MissingImage(
-            f"no image for {problem} with {config} in {roots}, and nothing may or can compile it here "
+            f"no image for {problem} with {config} in {roots}, and it can't be compiled here "
             f"(CUTLASS_MOE_JIT=0, or nvidia-cutlass-dsl is not installed); build it with:\n"
             f"{build_command(problem, config, arch)}"
         )
@@ -86,18 +81,11 @@ def warmup(
 ) -> None:
     """Loads every kernel that calls of these problems may choose, so that none waits later.
 
-    `cutlass_moe.grouped_matmul_problem` and `cutlass_moe.shapes.problems` say which problem a call or
-    a model poses. device: default the current one.
+    `cutlass_moe.grouped_matmul_problem` and `cutlass_moe.shapes.problems` say which problem a call
+    or a model poses. device: default the current one.
     """
     problems = [problems] if isinstance(problems, GemmProblem) else list(problems)
-    index = torch.cuda.current_device()
-    if device is not None:
-        given = torch.device(device) if not isinstance(device, int) else None
-        index = (
-            device
-            if isinstance(device, int)
-            else (given.index if given.index is not None else index)
-        )
+    index = torch.cuda._utils._get_device_index(device, optional=True)
     for problem in problems:
         for config in heuristics.candidates(problem):
             load(problem, config, index)
@@ -114,6 +102,32 @@ def forced_config(config: Config) -> Iterator[None]:
         _forced = before
 
 
-def choose(problem: GemmProblem, num_tokens: int, rows_per_expert: float) -> Config:
-    """`heuristics.choose`, unless a config is forced."""
-    return _forced or heuristics.choose(problem, num_tokens, rows_per_expert)
+def plan(
+    problem: GemmProblem,
+    device: int,
+    num_tokens: int,
+    num_rows: int,
+    expected_rows: int | None,
+    num_sms: int | None,
+) -> tuple[Kernel, int]:
+    """The kernel of a call and the CTAs to launch. Raises what `load` raises."""
+    return _plan(problem, device, num_tokens, num_rows, expected_rows, num_sms, _forced)
+
+
+@lru_cache(maxsize=8192)
+def _plan(
+    problem: GemmProblem,
+    device: int,
+    num_tokens: int,
+    num_rows: int,
+    expected_rows: int | None,
+    num_sms: int | None,
+    forced: Config | None,
+) -> tuple[Kernel, int]:
+    experts = problem.num_experts
+    per_expert = expected_rows or num_rows / experts
+    config = forced or heuristics.choose(problem, num_tokens, per_expert)
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    ctas = min(num_sms or sms, sms) * config.ctas_per_sm
+    most_tiles = (num_rows // config.tile_m + min(experts, num_rows)) * config.n_tiles(problem)
+    return load(problem, config, device), min(ctas, most_tiles)

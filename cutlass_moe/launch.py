@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from emitters.image import Image, Param, ParamKind, TensorMapBox
+from emitters.image import Image, LaunchRecord, Param, ParamKind
+from emitters.problem import GemmProblem, WeightStorage
 
 _SLOT = 8  # bytes kept for a parameter on the host; the driver copies as many as the kernel's own
 _MAX_TENSOR_MAPS = 1024  # a kernel's cache of them; a model has one weight a layer
@@ -34,24 +35,25 @@ def _checked(call: str, result: tuple[Any, ...]) -> Any:
 
 
 def encode_tensor_map(
-    pointer: int,
-    shape: tuple[int, int, int],
-    strides: tuple[int, int],
-    size: int,
-    box: TensorMapBox,
+    record: LaunchRecord, pointer: int, expert_stride: int, row_stride: int
 ) -> driver.CUtensorMap:
-    """The tensor map of weights [E, N, K] at `pointer`.
+    """The tensor map through which a kernel reads weights [E, N, K] at `pointer`.
 
-    strides: of E and N, in elements of `size` bytes; K is dense. Pointer and strides must be multiples
-    of 16 bytes. Raises DriverError otherwise.
+    strides in elements; K is dense. For a table, E is 1. Raises DriverError where pointer or
+    strides are not multiples of 16 bytes.
     """
-    experts, n, k = shape
-    map_ = driver.cuTensorMapEncodeTiled(
+    problem = GemmProblem.from_json(record.problem)
+    stacked = problem.weights is WeightStorage.STACKED
+    experts = problem.num_experts if stacked else 1
+    if experts == 1:
+        expert_stride = row_stride  # never used, but checked
+    size, box = problem.operand.bytes, record.tensor_maps[0]
+    result = driver.cuTensorMapEncodeTiled(
         _MAP_DTYPES[size],
         3,
         pointer,
-        [driver.cuuint64_t(extent) for extent in (k, n, experts)],
-        [driver.cuuint64_t(strides[1] * size), driver.cuuint64_t(strides[0] * size)],
+        [driver.cuuint64_t(extent) for extent in (problem.k, problem.n, experts)],
+        [driver.cuuint64_t(stride * size) for stride in (row_stride, expert_stride)],
         [driver.cuuint32_t(extent) for extent in (box.k, box.n, 1)],
         [driver.cuuint32_t(1)] * 3,
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -59,14 +61,14 @@ def encode_tensor_map(
         _PROMOTIONS[box.l2_promotion],
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    return _checked("cuTensorMapEncodeTiled", map_)
+    return _checked("cuTensorMapEncodeTiled", result)
 
 
 class Kernel:
     """An image on one device, ready to launch. Thread-safe.
 
-    Its parameters live in one buffer that a launch overwrites under a lock: the driver has copied them
-    when the launch returns, into the graph where one is captured.
+    Its parameters live in one buffer that a launch overwrites under a lock: the driver has copied
+    them when the launch returns, into the graph where one is captured.
     """
 
     def __init__(self, image: Image, device: int) -> None:
@@ -91,15 +93,17 @@ class Kernel:
         self._pointers = (ctypes.c_void_p * count)(*(first + i * _SLOT for i in range(count)))
         self._arguments = ctypes.addressof(self._pointers)
         self._map_at = next(
-            (i for i, p in enumerate(self.record.params) if p.kind is ParamKind.TENSOR_MAP), None
+            (i for i, p in enumerate(self.record.params) if p.kind is ParamKind.TENSOR_MAP), -1
         )
-        self._maps: dict[tuple[Any, ...], tuple[driver.CUtensorMap, int]] = {}
+        self._maps: dict[tuple[int, int, int], tuple[driver.CUtensorMap, int]] = {}
+        self._launched = (0, 0)
         self._lock = threading.Lock()
         self._config = driver.CUlaunchConfig()
         self._config.gridDimY = self._config.gridDimZ = 1
         self._config.blockDimX = self.record.threads
         self._config.blockDimY = self._config.blockDimZ = 1
         self._config.sharedMemBytes = self.record.smem_bytes
+        self._config.gridDimX = 0
 
     def _check_params(self, params: tuple[Param, ...]) -> None:
         for i, param in enumerate(params):
@@ -110,29 +114,29 @@ class Kernel:
                 )
 
     def launch(
-        self, values: tuple[int, ...], weight: tuple[Any, ...] | None, grid: int, stream: int
+        self, values: list[int], weight: tuple[int, int, int] | None, grid: int, stream: int
     ) -> None:
         """Enqueues the kernel on a stream of the current device, which must be this kernel's.
 
-        values: addresses and integers in the order of record.params; what stands for a tensor map is
-        ignored. weight: arguments of `encode_tensor_map` up to the box, where the kernel takes a map.
+        values: addresses and integers in the order of record.params; what stands for a tensor map
+        is ignored. weight: pointer and strides of E and N of the weights such a map describes.
         """
         with self._lock:
             self._slots.pack_into(self._values, 0, *values)
-            if self._map_at is not None:
+            if weight is not None:
                 self._pointers[self._map_at] = self._tensor_map(weight)
-            self._config.gridDimX = grid
-            self._config.hStream = stream
-            (status,) = driver.cuLaunchKernelEx(self._config, self._function, self._arguments, 0)
-        if status != driver.CUresult.CUDA_SUCCESS:
+            config = self._config
+            if self._launched != (grid, stream):
+                config.gridDimX, config.hStream = self._launched = grid, stream
+            status = driver.cuLaunchKernelEx(config, self._function, self._arguments, 0)[0]
+        if status != 0:
             raise DriverError(f"cuLaunchKernelEx failed: {driver.CUresult(status).name}")
 
-    def _tensor_map(self, weight: tuple[Any, ...] | None) -> int:
-        assert weight is not None
+    def _tensor_map(self, weight: tuple[int, int, int]) -> int:
         cached = self._maps.get(weight)
         if cached is None:
             if len(self._maps) >= _MAX_TENSOR_MAPS:
                 self._maps.pop(next(iter(self._maps)))
-            map_ = encode_tensor_map(*weight, self.record.tensor_maps[0])
+            map_ = encode_tensor_map(self.record, *weight)
             cached = self._maps[weight] = (map_, int(map_.getPtr()))
         return cached[1]

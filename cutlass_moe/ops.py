@@ -1,10 +1,10 @@
-"""grouped_matmul: the public ops, their registration with torch, and the way from one to a launch."""
+"""grouped_matmul: the public ops, their registration with torch, and the way to a launch."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -49,29 +49,36 @@ def grouped_matmul(
     expected_rows: int | None = None,
     num_sms: int | None = None,
 ) -> Tensor:
-    """out[r] = per_token_scale[index[r]] * scale[e] * (x[index[r]] @ weight[e].T) + bias[e] for the rows r
-    of expert e, which are offsets[e - 1] <= r < offsets[e].
+    """out[r] = per_token_scale[index[r]] * scale[e] * (x[index[r]] @ weight[e].T) + bias[e] for
+    the rows r of expert e, which are offsets[e - 1] <= r < offsets[e].
 
-    x [T, K], contiguous: float8_e4m3fn, float8_e5m2, int8, bfloat16 or float16.
-    weight [E, N, K]: of the same dtype, K dense.
-    index int32 [rows]: the row of x that each row of the product reads, rows sorted by expert; without it
+    x [T, K], contiguous: float8_e4m3fn, float8_e5m2, int8, bfloat16 or float16. weight [E, N, K]:
+    of the same dtype, K dense. index int32 [rows]: the row of x that each row of the product
+    reads, rows sorted by expert; without it
       row r reads x[r]. An index outside [0, T) gives a row of zeros, without bias.
     offsets int32 [E]: cumulative ends of the experts' rows, on x's device; never read by the host.
-    per_token_scale float32 [T] or [T, 1]; scale float32 [E, N], [E, N, 1] or [E]: both are needed for
+    per_token_scale float32 [T] or [T, 1]; scale float32 [E, N], [E, N, 1] or [E]: both are needed
+    for
       8-bit operands. bias [E, N]: bfloat16, float16 or float32.
-    out_dtype: bfloat16, float16 or float32; default bfloat16 for 8-bit operands, x's dtype for others.
-    accumulation: for float8 "fast" (the default: in the tensor core, about 14 bits) or "two_level"
+    out_dtype: bfloat16, float16 or float32; default bfloat16 for 8-bit operands, x's dtype for
+    others. accumulation: for float8 "fast" (the default: in the tensor core, about 14 bits) or
+    "two_level"
       (promoted to float32 every 128 elements); others have one only.
     expected_rows: rows an expert is expected to have, where rows / E misleads; changes speed alone.
     num_sms: SMs to use (default all), the rest stay free for communication.
 
-    Returns [rows, N]; rows past offsets[-1] are undefined. Raises ValueError or TypeError, with what was
-    expected and what came, for malformed arguments. bfloat16 and float16 are differentiable.
+    Returns [rows, N]; rows past offsets[-1] are undefined. Raises ValueError or TypeError, with
+    what was expected and what came, for malformed arguments. bfloat16 and float16 are
+    differentiable.
     """
-    return _functional(
+    arguments = (
         x, weight, index, offsets, per_token_scale, scale, bias,
         out_dtype, accumulation, expected_rows, num_sms,
     )  # fmt: skip
+    if torch.compiler.is_compiling() or _wants_gradient(arguments):
+        return _functional(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():  # saves a third of the host's time
+        return _functional(*arguments)
 
 
 def grouped_matmul_out(
@@ -91,19 +98,25 @@ def grouped_matmul_out(
 ) -> None:
     """`grouped_matmul` into out [rows, N], contiguous; rows past offsets[-1] are left untouched.
 
-    out_dtype, if given, must be out's. Not differentiable: raises RuntimeError where a gradient would be lost.
+    out_dtype, if given, must be out's. Not differentiable: raises RuntimeError where a gradient
+    would be lost.
     """
-    if torch.is_grad_enabled():
-        for tensor in (out, x, weight, per_token_scale, scale, bias):
-            if tensor is not None and tensor.requires_grad:
-                raise RuntimeError(
-                    "grouped_matmul_out has no gradient and an argument requires one: "
-                    "use grouped_matmul, or torch.no_grad()"
-                )
-    _out_variant(
+    arguments = (
         out, x, weight, index, offsets, per_token_scale, scale, bias,
         out_dtype, accumulation, expected_rows, num_sms,
     )  # fmt: skip
+    if _wants_gradient(arguments):
+        raise RuntimeError(
+            "grouped_matmul_out has no gradient and an argument requires one: "
+            "use grouped_matmul, or torch.no_grad()"
+        )
+    _out_variant(*arguments)
+
+
+def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
+    )
 
 
 def grouped_matmul_problem(
@@ -120,7 +133,10 @@ def grouped_matmul_problem(
     expected_rows: int | None = None,
     num_sms: int | None = None,
 ) -> GemmProblem:
-    """The problem that `grouped_matmul` with these arguments poses: what `warmup` takes. Raises as the op does."""
+    """The problem that `grouped_matmul` with these arguments poses: what `warmup` takes.
+
+    Raises as the op does.
+    """
     operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias)
     return pose(operands, check(operands, out_dtype, accumulation, num_sms), accumulation)
 
@@ -164,14 +180,11 @@ def _run(
         _reference(out, operands)
         return
     problem = pose(operands, out.dtype, accumulation)
-    reason = _why_unsupported(problem, out.device.index)
+    reason = _why_unsupported(problem, out.get_device())
     if reason is None:
         weight = operands.weight
-        strides = (
-            weight.stride()[:2] if weight.shape[0] > 1 else (weight.stride(1), weight.stride(1))
-        )
-        box = (weight.data_ptr(), tuple(weight.shape), strides, weight.element_size())
-        launch(problem, out, operands, box, expected_rows=expected_rows, num_sms=num_sms)
+        stacked = (weight.data_ptr(), weight.stride(0), weight.stride(1))
+        launch(problem, out, operands, stacked, expected_rows=expected_rows, num_sms=num_sms)
     else:
         _announce_fallback(reason)
         _reference(out, operands)
@@ -181,8 +194,9 @@ def launch(
     problem: GemmProblem,
     out: Tensor,
     operands: Operands,
-    weight: tuple[Any, ...] | int,
+    weight: tuple[int, int, int] | None,
     *,
+    table: int = 0,
     starts: Tensor | None = None,
     expected_rows: int | None = None,
     num_sms: int | None = None,
@@ -190,46 +204,43 @@ def launch(
 ) -> None:
     """Launches the kernel of checked arguments; returns at once.
 
-    weight: pointer, shape, strides and element size of stacked weights, or the address of a table of
-    tensor maps (`operands.weight` is not read). starts int32 [E]: first rows of the experts, where they
-    are not the ends before. stream: default torch's current one.
+    weight: pointer and strides of E and N of stacked weights, or None and table: the address of E
+    tensor maps on the device (`operands.weight` is read in neither case). starts int32 [E]: first
+    rows of the experts, where they are not the ends before. stream: default torch's current one.
     """
     rows = out.shape[0]
     if rows == 0:
         return
-    device = out.device.index
     x, index = operands.x, operands.index
-    experts = problem.num_experts
-    config = kernels.choose(problem, x.shape[0], expected_rows or rows / experts)
-    if torch.cuda.current_device() != device:
+    device, tokens = out.get_device(), x.shape[0]
+    if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
             launch(
-                problem, out, operands, weight, starts=starts, expected_rows=expected_rows,
-                num_sms=num_sms, stream=stream,
+                problem, out, operands, weight, table=table, starts=starts,
+                expected_rows=expected_rows, num_sms=num_sms, stream=stream,
             )  # fmt: skip
         return
-    kernel = kernels.load(problem, config, device)
-    sms = kernels.device_sms(device)
-    tiles = (rows // config.tile_m + min(experts, rows)) * config.n_tiles(problem)
-    ctas = min(num_sms or sms, sms) * config.ctas_per_sm
-    table = isinstance(weight, int)
+    kernel, grid = kernels.plan(problem, device, tokens, rows, expected_rows, num_sms)
     values = [
-        weight if table else 0,
+        table,
         x.data_ptr(),
         0 if starts is None else starts.data_ptr(),
         operands.offsets.data_ptr(),
         out.data_ptr(),
-        x.shape[0],
+        tokens,
         rows,
-        *(tensor.data_ptr() for tensor in operands.epilogue),
     ]
+    if (values[1] | values[4] | (weight[0] if weight else table)) % 16:
+        raise ValueError("x, weight and out: expected addresses that are multiples of 16 bytes")
     if index is not None:
         values.insert(2, index.data_ptr())
-    if (values[1] | out.data_ptr()) % 16 or (not table and weight[0] % 16):
-        raise ValueError("x, weight and out: expected addresses that are multiples of 16 bytes")
+    for tensor in operands.epilogue:
+        values.append(tensor.data_ptr())
+        if values[-1] % 8 and tensor is not operands.per_token_scale:
+            raise ValueError("scale and bias: expected addresses that are multiples of 8 bytes")
     if stream is None:
         stream = torch._C._cuda_getCurrentRawStream(device)
-    kernel.launch(tuple(values), None if table else weight, min(ctas, tiles), stream)
+    kernel.launch(values, weight, grid, stream)
 
 
 @lru_cache(maxsize=4096)
@@ -248,7 +259,7 @@ def _announce_fallback(reason: str) -> None:
     _warn_once(reason)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(reason: str) -> None:
     warnings.warn(f"no kernel for this problem, slow torch path taken: {reason}", stacklevel=2)
 

@@ -41,7 +41,7 @@ class Raster(Name):
 
 @dataclass(frozen=True)
 class GemmSm90Config:
-    """The persistent, warp-specialised SM90 grouped GEMM: one producer and tile_m / 64 consumer warpgroups."""
+    """The persistent SM90 grouped GEMM: one producer and tile_m / 64 consumer warpgroups."""
 
     tile_m: int = 128
     tile_n: int = 256
@@ -118,7 +118,7 @@ class GemmSm90Config:
         return -(-problem.num_experts // 32) * 32
 
     def table_words(self, problem: GemmProblem) -> int:
-        """The scheduler's table in shared memory: three int32 an expert, and the number of tiles."""
+        """The scheduler's table: three int32 an expert, and the number of tiles."""
         return 3 * self.table_entries(problem) + 4
 
     def fixed_smem_bytes(self, problem: GemmProblem) -> int:
@@ -154,7 +154,8 @@ def why_illegal(
 ) -> str | None:
     """None where a kernel can be built, else the reason in words.
 
-    Without a config: whether any config could be legal. Heuristics, emitter, ops and tests all ask here.
+    Without a config: whether any config could be legal. Heuristics, emitter, ops and tests all ask
+    here.
     """
     if arch not in ARCHS:
         return f"no template for {arch}: supported are {', '.join(ARCHS)}"

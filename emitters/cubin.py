@@ -1,4 +1,4 @@
-"""What a cubin says of its kernel: read from the ELF sections `.nv.info` and `.nv.info.<symbol>`."""
+"""What a cubin says of its kernel, in its ELF sections `.nv.info` and `.nv.info.<symbol>`."""
 
 from __future__ import annotations
 

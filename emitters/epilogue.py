@@ -1,12 +1,14 @@
-"""The epilogue visitor: what happens to an accumulator tile between the last WGMMA and global memory.
+"""The epilogue visitor: what happens to an accumulator tile between the last WGMMA and global
+memory.
 
-A node knows its tensor, its load and its formula, and is called at two points of a tile, in the order of
-`problem.epilogue`:
+A node knows its tensor, its load and its formula, and is called at two points of a tile, in the
+order of `problem.epilogue`:
 
-  load     before the last k-step is waited for, so that the last WGMMA hides the latency
-  apply    slice by slice, on the float32 values of a thread's rows and columns; returns the new values
+  load     before the last k-step is waited for, so that the last WGMMA hides the latency apply
+  slice by slice, on the float32 values of a thread's rows and columns; returns the new values
 
-A new node is a dataclass in `problem`, a class here and its entry in `NODES`; the templates know none.
+A new node is a dataclass in `problem`, a class here and its entry in `NODES`; the templates know
+none.
 """
 
 from __future__ import annotations
@@ -145,7 +147,7 @@ class ExpertScaleNode:
 
 
 class BiasNode(_PerChannel):
-    """Read slice by slice: held for a whole tile beside the scales it would not fit the registers."""
+    """Read slice by slice: registers do not hold a tile's bias beside its scales."""
 
     def __init__(self, node: Bias, fragment: Fragment, bias: cute.Pointer):
         super().__init__(fragment, bias)
@@ -177,9 +179,10 @@ def node_element(node) -> type:
 class Epilogue:
     """Runs the nodes over a consumer warp's part of a tile and stores it.
 
-    Slices of 128 bytes a row go through 16 staging rows of the warp's own (stmatrix, then 16 bytes a lane,
-    eight lanes a row), so stores are whole 128-byte lines and no other warp is waited for. Rows past the
-    expert's end and columns past N are not stored; a row whose index lies outside [0, T) is stored as zeros.
+    Slices of 128 bytes a row go through 16 staging rows of the warp's own (stmatrix, then 16 bytes
+    a lane, eight lanes a row), so stores are whole 128-byte lines and no other warp is waited for.
+    Rows past the expert's end and columns past N are not stored; a row whose index lies outside
+    [0, T) is stored as zeros.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSm90Config):
@@ -189,7 +192,8 @@ class Epilogue:
         self.slices = config.tile_n // self.slice_columns
 
     def attach(self, node_tensors, out, index, num_tokens, staging, warp, lane):
-        """staging: SLICE_PITCH * 16 bytes of shared memory for each consumer warp. warp: 0 .. 4 consumers - 1."""
+        """staging: 16 * SLICE_PITCH bytes of shared memory for each consumer warp. warp: its number
+        among them."""
         self.fragment = Fragment(self.problem, self.config, warp, lane)
         self.nodes = [
             NODES[type(node)](node, self.fragment, tensor)
@@ -231,12 +235,21 @@ class Epilogue:
                 values[i] = acc[part * 4 * self.fragment.slice_blocks + i].to(Float32)
             for node in self.nodes:
                 values = node.apply(part, values, expert, first_column)
+            if const_expr(self.problem.gather):
+                self.clear_missing(values)
             if const_expr(self.problem.out is DType.FP32):
                 self.stage_words(values)
             else:
                 self.stage_matrices(values)
             cute.arch.sync_warp()
             self.copy_out(first_row, rows, first_column + part * self.slice_columns)
+
+    @cute.jit
+    def clear_missing(self, values: cute.Tensor):
+        """Rows of an index outside [0, T): not even the weights' NaNs are left."""
+        for i in range_constexpr(cute.size(values)):
+            if self.tokens[i // 2 % 2] < 0:
+                values[i] = Float32(0.0)
 
     @cute.jit
     def stage_matrices(self, values: cute.Tensor):
@@ -250,10 +263,6 @@ class Epilogue:
                 part[i] = values[8 * pair + i]
             packed.store(part.load().to(self.element))
             words = cute.recast_tensor(packed, Int32)
-            if const_expr(self.problem.gather):
-                for i in range_constexpr(4):
-                    if self.tokens[i % 2] < 0:
-                        words[i] = Int32(0)
             prims.stmatrix(
                 (target + pair * 32).to_llvm_ptr(),
                 [words[0], words[1], words[2], words[3]],
@@ -269,9 +278,6 @@ class Epilogue:
                 pair = cute.make_rmem_tensor((2,), Float32)
                 for c in range_constexpr(2):
                     pair[c] = values[4 * block + 2 * half + c]
-                    if const_expr(self.problem.gather):
-                        if self.tokens[half] < 0:
-                            pair[c] = Float32(0.0)
                 row = f.row - f.warp_row + 8 * half
                 target = self.staging + (row * SLICE_PITCH + (8 * block + f.column) * 4)
                 cute.autovec_copy(pair, _vector(target, Float32, 2, _SMEM))

@@ -19,9 +19,10 @@ _ROWS_PER_PASS = WARPGROUP // _CHUNKS
 class GatherIterator:
     """Copies 128 bytes of K of tile_m gathered rows a stage: 16-byte cp.async, eight lanes a row.
 
-    A thread serves the same rows (every 16th) and the same 16 bytes of K throughout a tile, so it reads the
-    index once a tile. Rows past the expert's end, indices outside [0, T) and bytes past K are filled with
-    zeros; nothing is read for them. Destinations follow the 128-byte swizzle that WGMMA reads.
+    A thread serves the same rows (every 16th) and the same 16 bytes of K throughout a tile, so it
+    reads the index once a tile. Rows past the expert's end, indices outside [0, T) and bytes past
+    K are filled with zeros; nothing is read for them. Destinations follow the 128-byte swizzle
+    that WGMMA reads.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSm90Config):
@@ -66,12 +67,12 @@ class GatherIterator:
         column = k_tile * K_TILE_BYTES + self.column
         for i in range_constexpr(self.passes):
             token = self.tokens[i]
-            size = Int32(_CHUNK)
+            end = Int32(self.row_bytes)
             if token < 0:
+                end = Int32(0)
+            size = Int32(_CHUNK)
+            if column >= end:
                 size = Int32(0)
-            if const_expr(self.row_bytes % K_TILE_BYTES != 0):
-                if column >= self.row_bytes:
-                    size = Int32(0)
             source = self.x + (Int64(cutlass.max(token, Int32(0))) * self.row_bytes + column)
             prims.cp_async_shared_global(
                 (stage + (self.target + i * (_ROWS_PER_PASS * K_TILE_BYTES))).to_llvm_ptr(),

@@ -5,7 +5,7 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 import cutlass.utils as utils
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Boolean, Float32, Int32, Int64, Uint8, const_expr, range_constexpr
+from cutlass import Float32, Int32, Int64, Uint8, const_expr, range_constexpr
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import cute_nvgpu
 from cutlass.cute.nvgpu import cpasync, warpgroup
@@ -33,15 +33,17 @@ def _tensor_map_address(atom, *, loc=None, ip=None):
 class GemmSm90:
     """out[r, :] = epilogue(x[index[r], :] @ weight[e(r)].T) for the rows r of all experts e.
 
-    A CTA takes output tiles of tile_m x tile_n, one after the other. Roles and the pipeline between them:
+    A CTA takes output tiles of tile_m x tile_n, one after the other. Roles and the pipeline
+    between them:
 
-      warps                       role              waits for          arrives at
-      producer, warp 0, one lane  weights by TMA    empty[s]           full[s]: 1, with the box's bytes
-      producer, 128 threads       x by cp.async     empty[s]           full[s]: 128, as their copies land
-      consumers, 64 rows each     WGMMA, epilogue   full[s]            empty[s]: 1 a warp, 4 a consumer
+      warps                       role             waits for   arrives at
+      producer, warp 0, one lane  weights by TMA   empty[s]    full[s]: 1, with the box's bytes
+      producer, 128 threads       x by cp.async    empty[s]    full[s]: 128, as the copies land
+      consumers, 64 rows each     WGMMA, epilogue  full[s]     empty[s]: 1 a warp, 4 a consumer
 
-    A stage holds 128 bytes of K: tile_m rows of x, then tile_n rows of weight, both in the 128-byte swizzle.
-    K's and N's tails are zeros: TMA fills what lies outside the tensor map, the gather fills its own.
+    A stage holds 128 bytes of K: tile_m rows of x, then tile_n rows of weight, both in the
+    128-byte swizzle. K's and N's tails are zeros: TMA fills what lies outside the tensor map, the
+    gather fills its own.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSm90Config):
@@ -61,10 +63,11 @@ class GemmSm90:
     def __call__(
         self, weight, x, index, starts, ends, out, num_tokens, num_rows, node_tensors, grid, stream
     ):
-        """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps. index is None where rows are
-        taken in order. starts may be null, see TileScheduler.build."""
+        """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps. index is None
+        where rows are taken in order. starts may be null, see TileScheduler.build."""
         if const_expr(self.problem.weights is WeightStorage.STACKED):
-            # the atom only reserves the 128-byte parameter: the host encodes it, `load_weight` issues the copy
+            # the atom reserves a parameter of 128 bytes: the host encodes the tensor map in it,
+            # `load_weight` issues the copy
             _, layout = self.stage_layouts()
             one_stage = cute.slice_(layout, (None, None, 0))
             copy = cpasync.CopyBulkTensorTileG2SOp()
@@ -246,9 +249,9 @@ class GemmSm90:
                 self.issue(mma, acc, tCrA, tCrB, state.index, k_blocks)
                 if const_expr(two_level):
                     warpgroup.wait_group(0)
+                    self.release(empty + state.index)
                     self.promote(acc, sums)
                     mma.set(warpgroup.Field.ACCUMULATE, False)
-                    self.release(empty + state.index)
                 else:
                     warpgroup.wait_group(1)
                     if k_tile > 0:

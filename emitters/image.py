@@ -67,7 +67,7 @@ class LaunchRecord:
 
     @classmethod
     def from_json(cls, text: str) -> LaunchRecord:
-        """Inverse of `to_json`. Raises ValueError where the text is not a launch record of this ABI."""
+        """Inverse of `to_json`. Raises ValueError for any other text, or another ABI."""
         try:
             plain = json.loads(text)
             if plain["abi"] != IMAGE_ABI:
@@ -101,7 +101,7 @@ def image_key(problem: GemmProblem, config: Config, arch: str) -> str:
 
 
 def build_identity() -> str | None:
-    """DSL version, toolchain flavour and a hash of the emitters' source; None where no DSL is installed.
+    """DSL version, toolchain flavour, hash of the emitters' source; None where no DSL is installed.
 
     Two equal identities write equal images. Of several flavours installed the DSL takes the newest.
     """

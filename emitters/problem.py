@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Union
+from typing import Any, ClassVar
 
 
 class Name(str, enum.Enum):
@@ -99,7 +99,7 @@ class Bias:
     kind: ClassVar[str] = "bias"
 
 
-EpilogueNode = Union[PerTokenScale, ChannelScale, ExpertScale, Bias]
+EpilogueNode = PerTokenScale | ChannelScale | ExpertScale | Bias
 _NODES: dict[str, type] = {c.kind: c for c in (PerTokenScale, ChannelScale, ExpertScale, Bias)}
 
 
@@ -107,9 +107,10 @@ _NODES: dict[str, type] = {c.kind: c for c in (PerTokenScale, ChannelScale, Expe
 class GemmProblem:
     """out[r, n] = epilogue(sum_k x[index[r], k] * weight[e(r), n, k]), rows r sorted by expert e.
 
-    x [T, K] and weight [E, N, K] hold `operand`, out [rows, N] holds `out`. Without `gather`, row r of the
-    product reads row r of x. The epilogue's nodes are applied in order, in float32, before the conversion
-    to `out`. T, the number of rows and the routing are not part of a problem.
+    x [T, K] and weight [E, N, K] hold `operand`, out [rows, N] holds `out`. Without `gather`, row
+    r of the product reads row r of x. The epilogue's nodes are applied in order, in float32,
+    before the conversion to `out`. T, the number of rows and the routing are not part of a
+    problem.
     """
 
     operand: DType
@@ -122,6 +123,13 @@ class GemmProblem:
     epilogue: tuple[EpilogueNode, ...] = ()
     weights: WeightStorage = WeightStorage.STACKED
     op: ClassVar[str] = "grouped_gemm"
+
+    def __post_init__(self) -> None:
+        # hashed at every call of the op: computed once
+        object.__setattr__(self, "_hash", hash(tuple(getattr(self, f.name) for f in fields(self))))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
 
     def to_json(self) -> dict[str, Any]:
         plain = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -1,4 +1,4 @@
-"""From a tile's number to its place, on the device: no host ever learns how many rows an expert has."""
+"""From a tile's number to its place, on the device: the host never learns an expert's rows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ VECTOR = 1 << 30  # extent given to arrays whose length only the host knows
 class TileScheduler:
     """Numbers the output tiles of all experts and finds tile t again without a search loop.
 
-    `build` (one warp, once) turns starts and ends into a table in shared memory: for every expert its first
-    tile row, first row and end. `locate` (any warp, any tile, no state) finds a tile's expert by two ballots
-    over that table, so it serves static and dynamic schedules alike. Experts without rows own no tile number.
+    `build` (one warp, once) turns starts and ends into a table in shared memory: for every expert
+    its first tile row, first row and end. `locate` (any warp, any tile, no state) finds a tile's
+    expert by two ballots over that table, so it serves static and dynamic schedules alike. Experts
+    without rows own no tile number.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSm90Config):
@@ -40,7 +41,8 @@ class TileScheduler:
     def build(self, starts: cute.Pointer, ends: cute.Pointer, num_rows: Int32):
         """Run by one warp. starts is null where every expert starts at the previous one's end.
 
-        Values that contradict num_rows (rows of the output) are clamped: nothing outside is ever touched.
+        Values that contradict num_rows (rows of the output) are clamped: nothing outside is ever
+        touched.
         """
         lane = cute.arch.lane_idx()
         given_starts = cute.make_tensor(starts, cute.make_layout(VECTOR))
