@@ -104,7 +104,9 @@ class Cache:
                 try:
                     self._write(arch, key, image)
                 except OSError as error:
-                    warnings.warn(f"image {key} stays in memory: {error}", stacklevel=2)
+                    warnings.warn(
+                        f"image {key} stays in memory: {error}", RuntimeWarning, stacklevel=2
+                    )
                 self._memory[arch, key, build_identity] = image
         return image
 
@@ -193,7 +195,7 @@ class Cache:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
             except (OSError, NotImplementedError) as error:
-                warnings.warn(f"no lock for image {key}: {error}", stacklevel=4)
+                warnings.warn(f"no lock for image {key}: {error}", RuntimeWarning, stacklevel=4)
         try:
             yield
         finally:
@@ -222,7 +224,7 @@ def _read_or_warn(root: Path, arch: str, key: str) -> Image | None:
     try:
         return _read(root / arch / key)
     except DamagedImage as error:
-        warnings.warn(f"damaged image skipped: {error}", stacklevel=4)
+        warnings.warn(f"damaged image skipped: {error}", RuntimeWarning, stacklevel=4)
         return None
 
 
@@ -242,12 +244,12 @@ def _read(entry: Path) -> Image | None:
             plain = json.loads(file.read())
         with open(CUBIN, "rb", opener=opener) as file:
             cubin = file.read()
-        if plain.pop("seal", None) != _seal(arch, key, plain):
+        if not isinstance(plain, dict) or plain.pop("seal", None) != _seal(arch, key, plain):
             raise ValueError(f"{RECORD} is not what was written")
         record = LaunchRecord.from_json(json.dumps(plain))
         if hashlib.sha256(cubin).hexdigest() != record.cubin_sha256:
             raise ValueError(f"{CUBIN} of {len(cubin)} bytes is not what was written")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise DamagedImage(f"{entry}: {error}") from error
     finally:
         os.close(directory)

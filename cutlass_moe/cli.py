@@ -20,7 +20,7 @@ from cutlass_moe.cache import Cache, default_cache
 from cutlass_moe.compiler import CompilerNotInstalled, Request, Result, build_images
 from cutlass_moe.heuristics import candidates, choose
 from cutlass_moe.shapes import DTYPES, MODELS, problems
-from emitters.config import ARCHS, Config, config_from_json
+from emitters.config import ARCHS, Config, config_from_json, why_illegal
 from emitters.image import LaunchRecord, image_key
 from emitters.problem import GemmProblem
 
@@ -121,7 +121,7 @@ def list_images(roots: tuple[str, ...]) -> None:
         table = Table("key", *_IMAGE_COLUMNS, "build", title=str(root))
         for entry in Cache([root]).entries():
             record = entry.record
-            table.add_row(entry.key[:12], *_image_cells(record), record.build)
+            table.add_row(entry.key[:12], *_image_cells(record), record.build.removeprefix("nvidia-cutlass-dsl "))
         _console.print(table if table.row_count else f"{root}: no images")
 
 
@@ -186,8 +186,14 @@ def _config_words(config: dict[str, Any]) -> str:
 def _requests(
     asked: Iterable[GemmProblem], configs: Sequence[Config] | None = None, arch: str = ARCHS[0]
 ) -> list[Request]:
-    every = [Request(p, c, arch) for p in asked for c in configs or candidates(p)]
-    return list(dict.fromkeys(every))
+    requests: dict[Request, None] = {}
+    for problem in asked:
+        chosen = configs or candidates(problem)
+        reason = why_illegal(problem, next(iter(chosen), None), arch)
+        if reason:
+            raise click.ClickException(reason)
+        requests.update(dict.fromkeys(Request(problem, config, arch) for config in chosen))
+    return list(requests)
 
 
 def _parse(parse: Callable[[dict[str, Any]], Parsed], option: str, text: str) -> Parsed:
