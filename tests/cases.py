@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emitters.config import Config
+from cutlass_moe.heuristics import candidates, choose
+from emitters.config import Config, GemmSm90Config, Raster, why_illegal
 from emitters.problem import (
     ACCUMULATIONS,
     Accumulation,
@@ -101,8 +103,6 @@ class Case:
     @property
     def config(self) -> Config:
         """What the op chooses for this call."""
-        from cutlass_moe.heuristics import choose
-
         tokens = self.tokens if self.gather else self.rows
         return choose(self.problem, tokens, self.rows / len(self.counts))
 
@@ -141,6 +141,7 @@ CASES: dict[str, Case] = {
     "n_8": replace(INTEGER, n=8, counts=RAGGED),
     "n_72": replace(BASE, n=72, counts=RAGGED),
     "n_264": replace(BASE, n=264, counts=RAGGED),
+    "n_264_two_level": replace(TWO_LEVEL, n=264, counts=RAGGED),
     "n_4_fp32": replace(FLOAT, n=4, out=FP32),
     "n_520_fp32": replace(BASE, n=520, out=FP32),
     "k_16": replace(BASE, k=16),
@@ -197,7 +198,7 @@ assert BIG_CASES["big_x"].tokens * BIG_CASES["big_x"].k > 2**31
 assert len(BIG_CASES["big_weight"].counts) * 2048 * 2064 > 2**31
 
 # Run with every config the heuristics know for their problem, not only with the one they choose.
-EVERY_CONFIG = (
+EVERY_CANDIDATE = (
     "ragged",
     "outside",
     "tokens_16384",
@@ -207,17 +208,34 @@ EVERY_CONFIG = (
     "bias_fp32",
     "e4m3_two_level_bf16",
 )
+# Run with every legal config.
+EVERY_LEGAL = ("n_264", "n_264_two_level")
+
+
+def legal_configs(problem: GemmProblem) -> list[Config]:
+    every = itertools.product((64, 128, 192), (64, 128, 192, 256), (1, 2), Raster)
+    configs = [
+        GemmSm90Config(tile_m=m, tile_n=n, ctas_per_sm=ctas, raster=raster)
+        for m, n, ctas, raster in every
+    ]
+    return [config for config in configs if why_illegal(problem, config) is None]
+
+
+def config_cases() -> list[tuple[str, Config]]:
+    """Names of cases with the configs to run them with."""
+    pairs = [
+        (name, config) for name in EVERY_CANDIDATE for config in candidates(CASES[name].problem)
+    ]
+    pairs += [
+        (name, config) for name in EVERY_LEGAL for config in legal_configs(CASES[name].problem)
+    ]
+    return pairs
 
 
 def images() -> set[tuple[GemmProblem, Config]]:
     """Every (problem, config) that the GPU tests run: what to build before them."""
-    from cutlass_moe.heuristics import candidates
-
-    pairs = {(case.problem, case.config) for case in (CASES | BIG_CASES).values()}
-    for name in EVERY_CONFIG:
-        problem = CASES[name].problem
-        pairs |= {(problem, config) for config in candidates(problem)}
-    return pairs
+    chosen = {(case.problem, case.config) for case in (CASES | BIG_CASES).values()}
+    return chosen | {(CASES[name].problem, config) for name, config in config_cases()}
 
 
 _SPREAD = {E4M3: 112.0, E5M2: 14336.0, INT8: 32.0}  # standard deviation: a quarter of the largest

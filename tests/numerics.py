@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cutlass_moe.reference import grouped_matmul_reference
 from emitters.problem import Accumulation, DType, GemmProblem
-from tests.cases import Case
+from tests.cases import Case, make_inputs
 
 
 def naive(
@@ -64,6 +64,10 @@ def untouched(out: Tensor, first: int) -> bool:
     rest = out.as_strided((len(out) + 8 - first, n), (n, 1), first * n)
     bits, pattern = _POISON[out.element_size()]
     return bool((rest.view(bits) == pattern).all())
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 @dataclass(frozen=True)
@@ -138,3 +142,71 @@ def check(out: Tensor, case: Case, inputs: dict[str, Any], exact: bool = False) 
     assert found.whole <= allowed.whole, (found, allowed)
     assert found.worst_row <= allowed.worst_row, (found, allowed)
     assert found.worst_element <= allowed.worst_element, (found, allowed)
+
+
+SCHEMA_ORDER = (
+    "x", "weight", "index", "offsets", "per_token_scale", "scale", "bias",
+    "out_dtype", "accumulation", "expected_rows", "num_sms",
+)  # fmt: skip
+_CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def opcheck(case: Case, device: str) -> None:
+    """torch.library.opcheck of both forms; of the functional one also with gradients.
+
+    The case must have no spare rows: opcheck compares whole outputs.
+    """
+    inputs = make_inputs(case, device)
+    # torch.allclose, by which opcheck sees whether inputs were written, does not take float8.
+    float8 = case.operand in (DType.E4M3, DType.E5M2)
+    checks = _CHECKS if float8 else ("test_schema", *_CHECKS)
+    ops = torch.ops.cutlass_moe
+    out = poisoned(case.rows, case.n, inputs["out_dtype"], device)
+    arguments = tuple(inputs.get(name) for name in SCHEMA_ORDER)
+    torch.library.opcheck(ops.grouped_matmul_out.default, (out, *arguments), test_utils=checks)
+    torch.library.opcheck(ops.grouped_matmul.default, arguments, test_utils=checks)
+    if not case.operand.quantized:
+        for name in ("x", "weight", "per_token_scale", "scale", "bias"):
+            if inputs.get(name) is not None:
+                inputs[name].requires_grad_()
+        torch.library.opcheck(ops.grouped_matmul.default, arguments, test_utils=checks)
+
+
+DIFFERENTIABLE = ("x", "weight", "per_token_scale", "scale", "bias")
+GRADIENTS: dict[str, dict[str, Any]] = {  # routings of 5 tokens to 3 experts
+    "no_rows": {"index": [], "offsets": [0, 0, 0]},
+    "no_index": {"index": None, "offsets": [2, 2, 5]},
+    "spare_rows": {"index": [4, 0, 1, 3, 2], "offsets": [1, 1, 3]},
+    "duplicates": {"index": [1, 1, 4, 1, 4, 4, 1], "offsets": [3, 3, 7]},
+    "outside": {"index": [1, -1, 5, 2, 2**31 - 1, 0], "offsets": [2, 4, 6]},
+}
+
+
+def gradient_inputs(
+    index: list[int] | None, offsets: list[int], dtype: torch.dtype, shapes: str = "flat"
+) -> dict[str, Any]:
+    """T 5, E 3, N 4, K 8; `shapes` of scales: flat, column ([T, 1], [E, N, 1]) or expert ([E])."""
+    generator = torch.Generator().manual_seed(4)
+
+    def rand(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    scale_shape = {"flat": (3, 4), "column": (3, 4, 1), "expert": (3,)}[shapes]
+    return {
+        "x": rand(5, 8),
+        "weight": rand(3, 4, 8),
+        "index": None if index is None else torch.tensor(index, dtype=torch.int32),
+        "offsets": torch.tensor(offsets, dtype=torch.int32),
+        "per_token_scale": rand(*((5, 1) if shapes == "column" else (5,)), dtype=scale_dtype),
+        "scale": rand(*scale_shape, dtype=scale_dtype),
+        "bias": rand(3, 4),
+    }
+
+
+def naive_gradients(grad: Tensor, inputs: dict[str, Any]) -> list[Tensor]:
+    """Autograd of `naive`: float64 gradients of the DIFFERENTIABLE inputs there are."""
+    wide = {k: inputs[k].double().requires_grad_() for k in DIFFERENTIABLE if k in inputs}
+    out = naive(**{**inputs, **wide})
+    anchor = sum(tensor.sum() for tensor in wide.values()) * 0  # where no row reads an input
+    return list(torch.autograd.grad((out * grad.double()).sum() + anchor, list(wide.values())))

@@ -16,7 +16,16 @@ from cutlass_moe.reference import (
 )
 from emitters.problem import Bias, ExpertScale, PerTokenScale
 from tests.cases import BF16, CASES, FP32, INT8, SCALES, Case, make_inputs
-from tests.numerics import check, errors, naive, poisoned
+from tests.numerics import (
+    DIFFERENTIABLE,
+    GRADIENTS,
+    check,
+    errors,
+    gradient_inputs,
+    naive,
+    naive_gradients,
+    poisoned,
+)
 
 SMALL = {
     "no_tokens": Case(tokens=0, counts=(0, 0), spare=0),
@@ -172,48 +181,6 @@ def test_default_out_dtype(operand: torch.dtype, default: torch.dtype) -> None:
     assert grouped_matmul_reference(x, weight, offsets=offsets).dtype == default
 
 
-GRADIENTS = {
-    "no_rows": {"index": [], "offsets": [0, 0, 0]},
-    "no_index": {"index": None, "offsets": [2, 2, 5]},
-    "spare_rows": {"index": [4, 0, 1, 3, 2], "offsets": [1, 1, 3]},
-    "duplicates": {"index": [1, 1, 4, 1, 4, 4, 1], "offsets": [3, 3, 7]},
-    "outside": {"index": [1, -1, 5, 2, 2**31 - 1, 0], "offsets": [2, 4, 6]},
-}
-
-
-def gradient_inputs(
-    index: list[int] | None, offsets: list[int], dtype: torch.dtype, shapes: str = "flat"
-) -> dict[str, Any]:
-    """T 5, E 3, N 4, K 8; `shapes` of scales: flat, column ([T, 1], [E, N, 1]) or expert ([E])."""
-    generator = torch.Generator().manual_seed(4)
-
-    def rand(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    scale_shape = {"flat": (3, 4), "column": (3, 4, 1), "expert": (3,)}[shapes]
-    return {
-        "x": rand(5, 8),
-        "weight": rand(3, 4, 8),
-        "index": None if index is None else torch.tensor(index, dtype=torch.int32),
-        "offsets": torch.tensor(offsets, dtype=torch.int32),
-        "per_token_scale": rand(*((5, 1) if shapes == "column" else (5,)), dtype=scale_dtype),
-        "scale": rand(*scale_shape, dtype=scale_dtype),
-        "bias": rand(3, 4),
-    }
-
-
-DIFFERENTIABLE = ("x", "weight", "per_token_scale", "scale", "bias")
-
-
-def autograd(grad: Tensor, inputs: dict[str, Any]) -> list[Tensor]:
-    """Gradients of the definition, in float64."""
-    wide = {k: inputs[k].double().requires_grad_() for k in DIFFERENTIABLE if k in inputs}
-    out = naive(**{**inputs, **wide})
-    anchor = sum(tensor.sum() for tensor in wide.values()) * 0  # where no row reads an input
-    return list(torch.autograd.grad((out * grad.double()).sum() + anchor, list(wide.values())))
-
-
 @pytest.mark.parametrize("shapes", ["flat", "column", "expert"])
 @pytest.mark.parametrize("routing", GRADIENTS.values(), ids=GRADIENTS.keys())
 def test_backward_is_autograd_of_the_definition(routing: dict[str, Any], shapes: str) -> None:
@@ -221,7 +188,7 @@ def test_backward_is_autograd_of_the_definition(routing: dict[str, Any], shapes:
     rows = 5 if inputs["index"] is None else len(inputs["index"])
     grad = torch.randn(rows, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     got = grouped_matmul_backward(grad, **inputs, needs=(True,) * 5)
-    for name, found, want in zip(DIFFERENTIABLE, got, autograd(grad, inputs), strict=True):
+    for name, found, want in zip(DIFFERENTIABLE, got, naive_gradients(grad, inputs), strict=True):
         torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12, msg=name)
 
 
@@ -242,7 +209,7 @@ def test_backward_sums_in_float32(dtype: torch.dtype) -> None:
     got = grouped_matmul_backward(grad, **inputs, **absent, needs=(True,) * 5)
     assert got[2:] == (None, None, None)
     rtol = max(torch.finfo(dtype).eps, 2e-6)
-    for found, want in zip(got, autograd(grad, inputs), strict=False):
+    for found, want in zip(got, naive_gradients(grad, inputs), strict=False):
         assert found is not None and found.dtype == dtype
         torch.testing.assert_close(found.double(), want, rtol=rtol, atol=1e-6)
 
