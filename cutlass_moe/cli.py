@@ -121,7 +121,11 @@ def list_images(roots: tuple[str, ...]) -> None:
         table = Table("key", *_IMAGE_COLUMNS, "build", title=str(root))
         for entry in Cache([root]).entries():
             record = entry.record
-            table.add_row(entry.key[:12], *_image_cells(record), record.build.removeprefix("nvidia-cutlass-dsl "))
+            table.add_row(
+                entry.key[:12],
+                *_image_cells(record),
+                record.build.removeprefix("nvidia-cutlass-dsl "),
+            )
         _console.print(table if table.row_count else f"{root}: no images")
 
 

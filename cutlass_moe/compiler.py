@@ -156,17 +156,20 @@ class _Worker:
         work.mkdir()
         self._stderr = Path(self._home.name, "stderr")
         self._heard = 0
-        with self._stderr.open("wb") as stderr:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "emitters"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                cwd=work,
-                env=_environment(arch),
-                text=True,
-                start_new_session=True,  # Ctrl-C is for the parent, which ends its workers itself
-            )
+        try:
+            with self._stderr.open("wb") as stderr:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "emitters"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    cwd=work,
+                    env=_environment(arch),
+                    text=True,
+                    start_new_session=True,  # Ctrl-C is the parent's, which ends its workers
+                )
+        except OSError as error:
+            raise CompileError(f"no compile worker could be started: {error}") from error
 
     def __enter__(self) -> _Worker:
         return self
@@ -240,8 +243,8 @@ class _Workers:
     def compile(self, request: Request, timeout: float) -> Result:
         try:
             worker = self._take(request.arch)
-        except OSError as error:
-            return Result(request, None, None, f"no worker could be started: {error}")
+        except CompileError as error:
+            return Result(request, None, None, str(error))
         try:
             image, seconds = worker.compile(request, timeout)
             return Result(request, image, seconds)

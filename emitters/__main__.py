@@ -34,7 +34,8 @@ def _answer(line: str) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         request = json.loads(line)
-        _write(Path(request["output"]), _emit(request))
+        image = _emit(request)
+        _write(Path(request["output"]), image)
     except Exception as error:  # whatever the compiler raised, the next request may be fine
         traceback.print_exc()
         return {"ok": False, "error": f"{type(error).__name__}: {error}"}

@@ -1,0 +1,238 @@
+"""The command line: what it accepts, prints and returns."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from cutlass_moe import cli, compiler
+from cutlass_moe.cache import Cache
+from cutlass_moe.compiler import build_command
+from cutlass_moe.heuristics import candidates
+from cutlass_moe.shapes import MODELS, MoeShape, problems
+from emitters.config import GemmSm90Config
+from emitters.image import build_identity, image_key
+
+needs_dsl = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
+TINY = MoeShape("tiny", 8, 2, 256, 128)
+REQUESTS = [(p, c) for p in problems(TINY, "fp8").values() for c in candidates(p)]
+
+
+def call(*words: str | Path) -> Result:
+    return CliRunner().invoke(cli.main, [str(word) for word in words])
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """An empty cache; qwen3-30b is a small model."""
+    monkeypatch.setenv("CUTLASS_MOE_CACHE_DIR", str(tmp_path / "root"))
+    monkeypatch.setitem(MODELS, "qwen3-30b", TINY)
+    return tmp_path / "root"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A root that `build --model` filled, and what it printed."""
+    root = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "qwen3-30b", TINY)
+        return root, call("build", "--model", "qwen3-30b", "--output", root)
+
+
+@pytest.fixture
+def filled(built, root):
+    shutil.copytree(built[0], root)
+    return root
+
+
+@needs_dsl
+def test_build_of_a_model(built):
+    root, result = built
+    assert result.exit_code == 0, result.output
+    keys = {entry.key for entry in Cache([root]).entries()}
+    assert keys == {image_key(problem, config, "sm_90a") for problem, config in REQUESTS}
+    assert "e4m3 > bf16 E 8 N 256 K 256" in result.output
+    assert "cached" not in result.output
+
+
+@needs_dsl
+def test_build_skips_what_exists(filled, monkeypatch):
+    monkeypatch.setattr(compiler, "compile_images", None)
+    result = call("build", "--model", "qwen3-30b")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("cached") == len(REQUESTS)
+
+
+@needs_dsl
+def test_build_command_of_an_error_message_is_accepted(root):
+    problem, config = REQUESTS[0]
+    result = call(*shlex.split(build_command(problem, config))[1:])
+    assert result.exit_code == 0, result.output
+    assert [entry.key for entry in Cache([root]).entries()] == [
+        image_key(problem, config, "sm_90a")
+    ]
+
+
+@needs_dsl
+def test_one_failure_of_many_shows_in_the_exit_code(root, monkeypatch):
+    problem, config = REQUESTS[0]
+    monkeypatch.setattr(cli, "why_illegal", lambda *_: None)
+    monkeypatch.setattr(cli, "candidates", lambda _: (config, GemmSm90Config(tile_n=100)))
+    monkeypatch.setattr(cli, "problems", lambda *_: {"up": problem})
+    result = call("build", "--model", "qwen3-30b")
+    assert result.exit_code == 1
+    assert "Failed:" in result.output
+    assert "tile_n 100" in result.output
+    assert len(list(Cache([root]).entries())) == 1
+
+
+PROBLEM = '{"op":"grouped_gemm","operand":"e4m3","accumulation":"fast","out":"bf16","n":%d,"k":256,'
+PROBLEM += '"num_experts":8,"gather":true,"epilogue":[],"weights":"stacked"}'
+REFUSED = [
+    ("nothing_to_build", ("build",), 2, "either --model"),
+    ("both", ("build", "--model", "mixtral", "--problem", PROBLEM % 256), 2, "either --model"),
+    ("config_of_a_model", ("build", "--model", "mixtral", "--config", "{}"), 2, "either --model"),
+    ("unknown_model", ("build", "--model", "bert"), 2, "qwen3-30b"),
+    ("unknown_dtype", ("build", "--model", "mixtral", "--dtype", "fp4"), 2, "fp8"),
+    ("unknown_arch", ("build", "--model", "mixtral", "--arch", "sm_80"), 2, "sm_90a"),
+    ("no_json", ("build", "--problem", "nonsense"), 2, "--problem"),
+    ("json_of_a_list", ("build", "--problem", "[1]"), 2, "--problem"),
+    ("other_op", ("build", "--problem", '{"op": "sort"}'), 2, "grouped_gemm"),
+    ("other_config", ("build", "--problem", PROBLEM % 256, "--config", "{}"), 2, "gemm_sm90"),
+    ("illegal", ("build", "--problem", PROBLEM % 3), 1, "multiples of 16 bytes"),
+    ("no_such_root", ("list", "/no/such/root"), 2, "does not exist"),
+    ("no_tokens", ("show-config", "mixtral", "--tokens", "0"), 2, "0"),
+    ("no_routing", ("demo", "--topk-ids", "/no/such/file"), 2, "does not exist"),
+    ("two_routings", ("demo", "--topk-ids", __file__, "--tokens", "4"), 2, "either --tokens"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED]
+)
+def test_refused(root, words, code, message):
+    result = call(*words)
+    assert result.exit_code == code
+    assert message in result.output
+    assert not root.exists()
+
+
+def test_build_without_permission(monkeypatch):
+    monkeypatch.setattr(Cache, "writable", False)
+    result = call("build", "--model", "qwen3-30b")
+    assert result.exit_code == 1
+    assert "no permission to write" in result.output
+
+
+def test_build_without_the_dsl(monkeypatch):
+    monkeypatch.setattr(compiler, "build_identity", lambda: None)
+    result = call("build", "--model", "qwen3-30b")
+    assert result.exit_code == 1
+    assert "pip install 'cutlass-moe[jit]'" in result.output
+
+
+@needs_dsl
+def test_list(filled, built):
+    for result in (call("list"), call("list", built[0])):
+        assert result.exit_code == 0
+        for problem, config in REQUESTS:
+            assert image_key(problem, config, "sm_90a")[:12] in result.output
+
+
+def test_list_of_an_empty_cache(root):
+    result = call("list")
+    assert result.exit_code == 0
+    assert "no images" in result.output
+    assert not root.exists()
+
+
+@needs_dsl
+def test_clear_cache(filled):
+    assert f"{len(REQUESTS)} images removed" in call("clear-cache").output
+    assert list(Cache([filled]).entries()) == []
+    assert "0 images removed" in call("clear-cache").output
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_show_config(model):
+    result = call("show-config", model, "--tokens", "1", "--tokens", "4096", "--dtype", "int8")
+    assert result.exit_code == 0, result.output
+    assert f"{model} up: int8 > bf16" in result.output
+    assert result.output.count(" 4096 ") >= 2
+
+
+@needs_dsl
+def test_demo_without_a_gpu(filled, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = call("demo", "--tokens", "5")
+    assert result.exit_code == 0, result.output
+    assert "No SM90 GPU" in result.output
+    assert result.output.count("cached") == len(REQUESTS)
+    assert result.output.count(" 10 ") >= 2, result.output  # rows: tokens x top_k
+
+
+@needs_dsl
+def test_demo_of_a_saved_routing(filled, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    ids = np.array([[0, 7], [0, -1], [8, 0]], dtype=np.int32)  # -1 and 8 take no rows
+    np.save(tmp_path / "ids.npy", ids)
+    result = call("demo", "--topk-ids", tmp_path / "ids.npy")
+    assert result.exit_code == 0, result.output
+    assert result.output.count(" 4 ") >= 2, result.output
+
+
+BAD_ROUTINGS = [
+    ("one_dimension", np.zeros(3, np.int32), "[tokens, top_k]"),
+    ("floats", np.zeros((3, 2)), "int32 or int64"),
+    ("no_tokens", np.zeros((0, 2), np.int32), "[0, 2]"),
+    ("no_expert", np.full((3, 2), 8), "[0, 8)"),
+]
+
+
+@needs_dsl
+@pytest.mark.parametrize(
+    ("ids", "message"), [r[1:] for r in BAD_ROUTINGS], ids=[r[0] for r in BAD_ROUTINGS]
+)
+def test_demo_of_a_bad_routing(filled, tmp_path, monkeypatch, ids, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    np.save(tmp_path / "ids.npy", ids)
+    result = call("demo", "--topk-ids", tmp_path / "ids.npy")
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+@needs_dsl
+def test_demo_whose_results_are_wrong_fails(filled, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("cutlass_moe.demo.ERROR_LIMIT", 1e-9)
+    assert call("demo").exit_code == 1
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8", "bf16"])
+def test_demo_without_the_dsl_runs_the_reference(monkeypatch, dtype):
+    monkeypatch.setattr(compiler, "build_identity", lambda: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = call("demo", "--dtype", dtype)
+    assert result.exit_code == 0, result.output
+    assert "Nothing compiled" in result.output
+
+
+def test_as_a_program():
+    program = "from cutlass_moe.cli import main; main()"
+    command = [sys.executable, "-c", program, "show-config", "mixtral"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "mixtral down" in ended.stdout
+
+
+def test_without_click_it_names_the_extra():
+    program = "import sys; sys.modules['click'] = None; import cutlass_moe.cli"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "pip install 'cutlass-moe[cli]'" in ended.stderr

@@ -1,0 +1,44 @@
+"""Named shapes and the problems they pose."""
+
+from __future__ import annotations
+
+import pytest
+
+from cutlass_moe.heuristics import candidates
+from cutlass_moe.shapes import DTYPES, MODELS, MoeShape, problems
+from emitters.config import why_illegal
+from emitters.problem import Accumulation, DType
+
+every_model = pytest.mark.parametrize("shape", MODELS.values(), ids=list(MODELS))
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def test_names_and_gemms():
+    assert all(name == shape.name for name, shape in MODELS.items())
+    assert MODELS["qwen3-30b"].gemms == {"up": (1536, 2048), "down": (2048, 768)}
+    assert MODELS["dsv3-ep8"] == MoeShape("dsv3-ep8", 32, 1, 7168, 2048)
+
+
+@every_model
+@every_dtype
+def test_every_model_has_kernels(shape, dtype):
+    for problem in problems(shape, dtype).values():
+        assert why_illegal(problem) is None
+        assert candidates(problem)
+
+
+@every_dtype
+def test_problems(dtype):
+    up, down = problems(MODELS["mixtral"], dtype).values()
+    assert (up.gather, down.gather) == (True, False)
+    assert (up.n, up.k, down.n, down.k) == (28672, 4096, 4096, 14336)
+    nodes = [] if dtype == "bf16" else ["per_token_scale", "channel_scale"]
+    assert [node.kind for node in up.epilogue] == [node.kind for node in down.epilogue] == nodes
+    assert up.out is DType.BF16
+    expected = {"fp8": Accumulation.FAST, "int8": Accumulation.INT32, "bf16": Accumulation.FP32}
+    assert up.accumulation is expected[dtype]
+
+
+def test_unknown_dtype():
+    with pytest.raises(ValueError, match="fp8, int8, bf16, got 'fp4'"):
+        problems(MODELS["mixtral"], "fp4")
