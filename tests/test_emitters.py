@@ -1,0 +1,218 @@
+"""What the emitters write: legality, every kernel without a spill, parameters, identical builds."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+
+from cutlass_moe import heuristics, shapes
+from cutlass_moe.compiler import Request, Result, compile_image, compile_images
+from emitters.config import GemmSm90Config, config_from_json, why_illegal
+from emitters.cubin import read_cubin
+from emitters.emit import param_kinds
+from emitters.image import Image, LaunchRecord, build_identity, image_key
+from emitters.problem import (
+    ACCUMULATIONS,
+    OUTPUTS,
+    Accumulation,
+    Bias,
+    ChannelScale,
+    DType,
+    ExpertScale,
+    GemmProblem,
+    PerTokenScale,
+    WeightStorage,
+)
+
+PROBLEM = GemmProblem(
+    operand=DType.E4M3,
+    accumulation=Accumulation.FAST,
+    out=DType.BF16,
+    n=1536,
+    k=2048,
+    num_experts=128,
+    gather=True,
+    epilogue=(PerTokenScale(), ChannelScale()),
+)
+ODD = dataclasses.replace(PROBLEM, n=200, k=1040, num_experts=33)  # tails of N and K
+EPILOGUES = (
+    (),
+    (PerTokenScale(), ChannelScale()),
+    (PerTokenScale(), ExpertScale(), Bias(DType.FP32)),
+    (PerTokenScale(), ChannelScale(), Bias(DType.BF16)),
+)
+
+
+def every_problem() -> list[GemmProblem]:
+    """Every operand x accumulation x output x epilogue, and the ways to find rows and weights."""
+    problems = [
+        dataclasses.replace(
+            base, operand=operand, accumulation=accumulation, out=out, epilogue=epilogue
+        )
+        for operand, accumulations in ACCUMULATIONS.items()
+        for accumulation in accumulations
+        for (out, epilogue), base in zip(
+            itertools.product(OUTPUTS, EPILOGUES), itertools.cycle((PROBLEM, ODD))
+        )
+    ]
+    for base in (PROBLEM, ODD):
+        problems.append(dataclasses.replace(base, gather=False))
+        problems.append(dataclasses.replace(base, weights=WeightStorage.TABLE))
+        problems.append(dataclasses.replace(base, num_experts=1024))
+        problems.append(dataclasses.replace(base, num_experts=1, k=16))
+    return problems
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[Result]:
+    """Every problem with one of its configs, in turn, and the whole set of a model."""
+    requests = []
+    for i, problem in enumerate(every_problem()):
+        configs = heuristics.candidates(problem)
+        requests.append(Request(problem, configs[i % len(configs)]))
+    for dtype in shapes.DTYPES:
+        for problem in shapes.problems(shapes.MODELS["qwen3-30b"], dtype).values():
+            requests += [Request(problem, config) for config in heuristics.candidates(problem)]
+    return list(compile_images(dict.fromkeys(requests)))
+
+
+def test_every_shipped_kernel_compiles_without_spills(compiled: list[Result]) -> None:
+    assert len(compiled) > 100
+    assert [(r.request, r.error) for r in compiled if r.image is None] == []
+    images = {r.request: r.image for r in compiled if r.image is not None}
+    assert {q: i.record.spill_bytes for q, i in images.items() if i.record.spill_bytes} == {}
+
+
+def test_parameters_are_the_cubins_own(compiled: list[Result]) -> None:
+    for result in compiled:
+        assert result.image is not None
+        record, facts = result.image.record, read_cubin(result.image.cubin)
+        assert facts.symbol == record.symbol
+        assert tuple((p.offset, p.size) for p in record.params) == facts.params
+        assert [(p.name, p.kind) for p in record.params] == param_kinds(result.request.problem)
+
+
+def test_records_say_what_was_asked(compiled: list[Result]) -> None:
+    for result in compiled:
+        assert result.image is not None
+        problem, config = result.request.problem, result.request.config
+        record = LaunchRecord.from_json(result.image.record.to_json())
+        assert record == result.image.record
+        assert GemmProblem.from_json(record.problem) == problem
+        assert config_from_json(record.config) == config
+        assert record.smem_bytes == config.smem_bytes(problem) <= 232_448 // config.ctas_per_sm
+        assert record.threads * config.ctas_per_sm * record.registers <= 65_536
+
+
+def test_two_builds_are_identical() -> None:
+    config = GemmSm90Config(tile_n=128)
+    first, second = (compile_image(PROBLEM, config) for _ in range(2))
+    assert first == second
+    assert first.record.build == build_identity()
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_parameters_follow_the_problem(gather: bool) -> None:
+    names = [name for name, _ in param_kinds(dataclasses.replace(PROBLEM, gather=gather))]
+    assert ("index" in names) == gather
+    assert names[-2:] == ["per_token_scale", "channel_scale"]
+
+
+PROBLEM_REASONS = [
+    ("fp32 operands", {"operand": DType.FP32}, "operands of fp32"),
+    ("int8 accumulated fast", {"operand": DType.INT8}, "must be int32"),
+    ("bf16 in two levels", {"operand": DType.BF16, "accumulation": Accumulation.TWO_LEVEL}, "fp32"),
+    ("int8 output", {"out": DType.INT8}, "output of int8"),
+    ("ragged K", {"k": 2056}, "multiples of 16 bytes"),
+    ("ragged N", {"n": 1532}, "multiples of 16 bytes"),
+    ("N of nothing", {"n": 0}, "must be positive"),
+    ("no expert", {"num_experts": 0}, "must be positive"),
+    ("too many experts", {"num_experts": 1025}, "at most 1024"),
+    ("a node twice", {"epilogue": (ChannelScale(), ChannelScale())}, "at most once"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [r[1:] for r in PROBLEM_REASONS], ids=[r[0] for r in PROBLEM_REASONS]
+)
+def test_illegal_problems_have_a_reason(changes: dict, reason: str) -> None:
+    problem = dataclasses.replace(PROBLEM, **changes)
+    assert reason in (why_illegal(problem) or "")
+    assert heuristics.candidates(problem) == ()
+    with pytest.raises(ValueError, match=reason):
+        heuristics.choose(problem, 1, 1.0)
+
+
+CONFIG_REASONS = [
+    ("32 rows", {"tile_m": 32}, "64 rows a consumer"),
+    ("N between slices", {"tile_n": 96}, "multiple of 64"),
+    ("N beyond WGMMA", {"tile_n": 320}, "up to 256"),
+    ("cluster", {"cluster_m": 2}, "single CTAs"),
+    ("three CTAs", {"ctas_per_sm": 3}, "1 or 2"),
+    ("one stage", {"stages": 1}, "between 2 and"),
+    ("more stages than fit", {"stages": 5}, "bytes of shared memory"),
+    ("registers", {"tile_m": 192}, "registers a consumer thread"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [r[1:] for r in CONFIG_REASONS], ids=[r[0] for r in CONFIG_REASONS]
+)
+def test_illegal_configs_have_a_reason(changes: dict, reason: str) -> None:
+    assert why_illegal(PROBLEM, GemmSm90Config()) is None
+    assert reason in (why_illegal(PROBLEM, GemmSm90Config(**changes)) or "")
+
+
+def test_other_architectures_have_a_reason() -> None:
+    assert "sm_80" in (why_illegal(PROBLEM, arch="sm_80") or "")
+
+
+def test_two_level_accumulation_does_not_fit_wide_tiles() -> None:
+    problem = dataclasses.replace(PROBLEM, accumulation=Accumulation.TWO_LEVEL)
+    assert "accumulators" in (why_illegal(problem, GemmSm90Config()) or "")
+    assert len(heuristics.candidates(problem)) >= 2
+
+
+@pytest.mark.parametrize("rows", [0.0, 0.1, 8.0, 64.0, 500.0, 1e6])
+def test_choices_are_candidates(rows: float) -> None:
+    for problem in every_problem():
+        assert heuristics.choose(problem, 1, rows) in heuristics.candidates(problem)
+
+
+def test_keys_tell_problems_configs_and_archs_apart() -> None:
+    keys = {
+        image_key(problem, config, arch)
+        for problem in (PROBLEM, ODD, dataclasses.replace(PROBLEM, epilogue=()))
+        for config in (GemmSm90Config(), GemmSm90Config(stages=3))
+        for arch in ("sm_90a", "sm_100a")
+    }
+    assert len(keys) == 12
+    assert image_key(PROBLEM, GemmSm90Config(), "sm_90a") in keys
+
+
+def test_json_round_trips() -> None:
+    for problem in every_problem():
+        assert GemmProblem.from_json(json.loads(json.dumps(problem.to_json()))) == problem
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[]", '{"abi": 0}', '{"abi": 1}'],
+)
+def test_other_launch_records_are_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        LaunchRecord.from_json(text)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x7fELF", b"not a cubin" * 20])
+def test_other_cubins_are_refused(data: bytes) -> None:
+    with pytest.raises(ValueError):
+        read_cubin(data)
+
+
+def test_images_compare_by_content() -> None:
+    image = compile_image(dataclasses.replace(ODD, k=16), GemmSm90Config(tile_n=64))
+    assert Image(bytes(image.cubin), LaunchRecord.from_json(image.record.to_json())) == image
