@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from cutlass_moe import grouped_matmul_problem
+from cutlass_moe.demo import TORCH_DTYPES
 from cutlass_moe.heuristics import candidates
 from cutlass_moe.shapes import DTYPES, MODELS, MoeShape, problems
 from emitters.config import why_illegal
@@ -37,6 +40,24 @@ def test_problems(dtype):
     assert up.out is DType.BF16
     expected = {"fp8": Accumulation.FAST, "int8": Accumulation.INT32, "bf16": Accumulation.FP32}
     assert up.accumulation is expected[dtype]
+
+
+@every_dtype
+def test_problems_are_those_that_calls_pose(dtype):
+    """Else a build would compile images that no call asks for."""
+    shape = MoeShape("small", 4, 2, 64, 32)
+    for problem in problems(shape, dtype).values():
+        operand = TORCH_DTYPES[dtype]
+        scaled = operand != torch.bfloat16
+        posed = grouped_matmul_problem(
+            torch.empty(3, problem.k, dtype=operand),
+            torch.empty(4, problem.n, problem.k, dtype=operand),
+            index=torch.zeros(6, dtype=torch.int32) if problem.gather else None,
+            offsets=torch.zeros(4, dtype=torch.int32),
+            per_token_scale=torch.ones(3) if scaled else None,
+            scale=torch.ones(4, problem.n) if scaled else None,
+        )
+        assert posed == problem
 
 
 def test_unknown_dtype():
