@@ -207,6 +207,7 @@ EVERY_CANDIDATE = (
     "k_72_bf16",
     "bias_fp32",
     "e4m3_two_level_bf16",
+    "bf16_fp32_bf16",
 )
 # Run with every legal config.
 EVERY_LEGAL = ("n_264", "n_264_two_level")

@@ -280,7 +280,8 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     counts = draw(st.lists(st.integers(0, 4), min_size=1, max_size=5))
     operand = draw(st.sampled_from(list(ACCUMULATIONS)))
     token_scale = operand.quantized or draw(st.booleans())
-    scales = [ChannelScale(), ExpertScale()] + ([] if operand.quantized else [None])
+    scales: list[EpilogueNode | None] = [ChannelScale(), ExpertScale()]
+    scales += [] if operand.quantized else [None]
     nodes: list[EpilogueNode | None] = [
         PerTokenScale() if token_scale else None,
         draw(st.sampled_from(scales)),
