@@ -1,0 +1,1 @@
+"""Benchmarks: one timing method, named shapes, peers in the same run. See NOTES.md."""

@@ -1,0 +1,205 @@
+"""`python -m perf`: run, host, build, report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from perf import cases as case_tables
+from perf.cases import GEMM_MODELS, GEMM_TOKENS, POWERS_OF_TWO, SUITES, Case
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def case_options(command: Any) -> Any:
+    """The options that select cases."""
+    for option in reversed(
+        (
+            click.option("--suite", default="all", help=f"all, or of {', '.join(SUITES)}"),
+            click.option("--model", default=",".join(GEMM_MODELS), help="models of the gemm suite"),
+            click.option(
+                "--dtype", default="", help="of fp8, int8, bf16; default: each suite's own"
+            ),
+            click.option(
+                "--tokens", default=",".join(map(str, GEMM_TOKENS)), help="counts, or all"
+            ),
+            click.option("--routing", default="balanced", help="of balanced, zipf, hot"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def selected(suite: str, model: str, dtype: str, tokens: str, routing: str) -> list[Case]:
+    """The cases of the options, each a list separated by commas."""
+    try:
+        counts = POWERS_OF_TWO if tokens == "all" else tuple(map(int, split(tokens)))
+        return case_tables.select(
+            SUITES if suite == "all" else split(suite),
+            split(model),
+            split(dtype),
+            counts,
+            split(routing),
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def split(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
+def need_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise click.ClickException("no CUDA device: run and host measure on one")
+    os.environ["CUTLASS_MOE_STRICT"] = "1"  # a torch fallback must not pass for a kernel
+
+
+@click.group()
+def main() -> None:
+    """Benchmarks of cutlass_moe. Options that take several values separate them with commas."""
+
+
+@main.command()
+@case_options
+@click.option("--system", default="all", help="all, or some: cutlass_moe, triton, torch ...")
+@click.option("--budget", default=480.0, help="seconds after which no further case is begun")
+@click.option("--out", type=click.Path(path_type=Path), help="results file")
+def run(system: str, budget: float, out: Path | None, **choice: str) -> None:
+    """Measure cases and their peers, and merge the results into perf/results/<gpu>.json."""
+    need_gpu()
+    from perf.machine import ceilings
+    from perf.measure import measure_all
+    from perf.peers import SYSTEMS
+    from perf.store import Store, default_path
+
+    cases = selected(**choice)
+    systems = tuple(SYSTEMS) if system == "all" else split(system)
+    if unknown := set(systems) - set(SYSTEMS):
+        raise click.UsageError(f"unknown system {unknown}, expected of {', '.join(SYSTEMS)}")
+    limits = ceilings()
+    this = {
+        **about(command_line("run", {**choice, "system": system, "budget": str(budget)})),
+        "ceilings": asdict(limits),
+    }
+    store = Store(out or default_path(this["versions"]["gpu"]), this)
+    done = []
+    for case, record in measure_all(cases, systems, limits, budget):
+        store.add_case(case.id, record)
+        done.append(case.id)
+        click.echo(f"{len(done)}/{len(cases)} {case.id}", err=True)
+    summarise(store.contents, done, len(cases))
+
+
+def about(command: str) -> dict[str, Any]:
+    from perf.machine import commit, versions
+
+    return {"commit": commit(), "command": command, "versions": versions()}
+
+
+def command_line(name: str, options: dict[str, str]) -> str:
+    given = (f"--{option} {value}" for option, value in options.items() if value)
+    return " ".join(["python -m perf", name, *given])
+
+
+def summarise(contents: dict[str, Any], done: Sequence[str], asked: int) -> None:
+    """The table of what was measured, and loudly what was not."""
+    from perf.report import LEGEND, describe, published_cases, rows_of, text_table
+
+    records = {case_id: contents["cases"][case_id] for case_id in done}
+    click.echo(text_table(rows_of({**contents, "cases": records}, published_cases())))
+    click.echo(LEGEND)
+    for line in reasons(records):
+        click.echo(line)
+    for name in {record["run"] for record in records.values()}:
+        click.echo(describe(contents["runs"][name]))
+    if len(done) < asked:
+        click.echo(f"STOPPED by the budget after {len(done)} of {asked} cases")
+
+
+def reasons(records: dict[str, Any]) -> list[str]:
+    """Why systems are missing, each reason once with the number of its cases: failures first."""
+    found: dict[str, list[str]] = {}
+    for case_id, record in records.items():
+        for name, reason in record["absent"].items():
+            found.setdefault(f"{name}: {reason}", []).append(case_id)
+    lines = [f"{text} ({len(ids)} cases, first {ids[0]})" for text, ids in found.items()]
+    return sorted(lines, key=lambda line: "FAILED" not in line and "WRONG" not in line)
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), help="results file")
+@click.option("--jit", is_flag=True, help="only the seconds of a cache miss; needs no GPU")
+def host(out: Path | None, jit: bool) -> None:
+    """Measure a warm call's host time and a kernel's cold start."""
+    if not jit:
+        need_gpu()
+    from perf import host as parts
+    from perf.report import describe_host
+    from perf.store import Store, default_path
+
+    this = about("python -m perf host" + " --jit" * jit)
+    store = Store(out or default_path(this["versions"]["gpu"]), this)
+    if jit:
+        store.add_host("jit", parts.jit_seconds(selected("seed", "", "", "1", "balanced")))
+    else:
+        store.add_host("load", parts.load_ms())
+        store.add_host("call", parts.call_parts())
+    click.echo("\n".join(describe_host(store.contents["host"])))
+
+
+@main.command()
+@case_options
+@click.option("--jobs", type=int, help="compile workers; default: one a core")
+def build(jobs: int | None, **choice: str) -> None:
+    """Compile every image that a run of these cases may launch. Needs the DSL, no GPU."""
+    from cutlass_moe.cache import default_cache
+    from cutlass_moe.compiler import Request, build_images
+    from cutlass_moe.heuristics import candidates
+
+    problems = dict.fromkeys(case.problem for case in selected(**choice))
+    requests = [Request(p, config) for p in problems for config in candidates(p)]
+    failed = 0
+    for number, result in enumerate(build_images(default_cache(), requests, jobs), 1):
+        failed += result.error is not None
+        told = f"{number}/{len(requests)} {result.request.problem}: {result.error or 'built'}"
+        click.echo(told if result.error else told[:100])
+    if failed:
+        raise click.ClickException(f"{failed} of {len(requests)} images were not built")
+
+
+@main.command()
+@click.option("--results", type=click.Path(path_type=Path, exists=True), help="results file")
+@click.option("--readme", type=click.Path(path_type=Path, exists=True), default=README)
+def report(results: Path | None, readme: Path) -> None:
+    """Write plots, the full table and the README's table from a results file."""
+    from perf import store
+    from perf.plots import write_plots
+    from perf.report import full_report, insert, published_cases, readme_table, rows_of
+
+    found = [results] if results else sorted(store.RESULTS.glob("*.json"))
+    if len(found) != 1:
+        raise click.ClickException(f"expected one results file, found {len(found)}: name --results")
+    path = found[0]
+    contents = store.load(path)
+    rows = rows_of(contents, published_cases())
+    try:
+        text = insert(readme.read_text(), readme_table(contents, rows))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    readme.write_text(text)
+    table = path.with_suffix(".md")
+    table.write_text(full_report(contents, rows))
+    for written in (readme, table, *write_plots(rows, path.parent)):
+        click.echo(f"wrote {written}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The systems that are compared: one function each, that prepares a case or says why it can't.
+
+A system gets the operands in its own preferred form: whatever it needs done beforehand, and would
+be done once per layer or per model in serving (offsets, block tables, weights' layout), is done
+before the clock starts. What is charged to whom is said in each function.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+import cutlass_moe
+from cutlass_moe import heuristics
+from perf.cases import Case
+from perf.operands import Operands
+
+
+class Absent(Exception):
+    """A system can't be measured here, for the reason given."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """launch(weight) computes the product once; rows(numbers) reads those rows of it afterwards.
+
+    Row numbers count rows sorted by expert. note: what the system chose, for the record.
+    """
+
+    launch: Callable[[torch.Tensor], object]
+    rows: Callable[[torch.Tensor], torch.Tensor]
+    note: str = ""
+
+
+def ours(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
+    """This library, gather and scales in the kernel, as a user calls it."""
+    out = poisoned(case.rows, operands)
+
+    def launch(weight: torch.Tensor) -> None:
+        cutlass_moe.grouped_matmul_out(out, operands.x, weight, **operands.options)
+
+    config = heuristics.choose(case.problem, case.x_rows, case.rows / case.num_experts)
+    note = " ".join(f"{name}={value}" for name, value in config.to_json().items())
+    return Prepared(launch, lambda numbers: out[numbers], note)
+
+
+def triton_gather(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
+    """Our Triton kernel, gather and scales inside. Padding the routing is not charged."""
+    require("triton")
+    from perf import triton_moe
+
+    out = poisoned(case.rows, operands)  # in the order of the pairs
+    launch, tiling = triton_moe.fastest(case, operands, out, flush)
+    return Prepared(launch, lambda numbers: out[operands.order[numbers]], str(tiling))
+
+
+def torch_grouped(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
+    """torch's grouped product and, before it, x[index]: what it takes from the same inputs."""
+    return _torch(case, operands, lambda: gathered(operands))
+
+
+def torch_pregathered(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
+    """torch's grouped product alone: the gather is not charged."""
+    rows = gathered(operands)
+    return _torch(case, operands, lambda: rows)
+
+
+def deepgemm(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
+    """DeepGEMM's contiguous layout. Permuting, padding and laying out the scales are not charged.
+
+    Its scales are per 1x128 of x and 128x128 of the weights: per-token scales fit the former, the
+    latter are ones, and the check multiplies by the channels' scales afterwards.
+    """
+    if case.dtype != "fp8":
+        raise Absent("measured with fp8 only")
+    deep_gemm = require("deep_gemm")
+    alignment = deep_gemm.get_mk_alignment_for_contiguous_layout()
+    place, experts, padded = aligned_rows(operands.offsets, alignment)
+    x = operands.x.new_zeros((padded, case.k))
+    rows_of_x, row_scale = gathered(operands)
+    scale = operands.scale
+    assert row_scale is not None and scale is not None
+    x.view(torch.uint8)[place] = rows_of_x.view(torch.uint8)
+    x_scale = torch.zeros((padded, -(-case.k // 128)), device="cuda")
+    x_scale[place] = row_scale[:, None]
+    x_scale = deep_gemm.get_mn_major_tma_aligned_tensor(x_scale)
+    blocks = (case.num_experts, -(-case.n // 128), -(-case.k // 128))
+    w_scale = torch.ones(blocks, device="cuda")
+    layout = torch.full((padded,), -1, dtype=torch.int32, device="cuda")
+    layout[place] = experts
+    out = poisoned(padded, operands)
+
+    def launch(weight: torch.Tensor) -> None:
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous((x, x_scale), (weight, w_scale), out, layout)
+
+    def rows(numbers: torch.Tensor) -> torch.Tensor:
+        return out[place[numbers]].float() * scale[experts[numbers].long()]
+
+    return Prepared(launch, rows, f"{padded} rows with padding")
+
+
+def quack(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
+    """QuACK, gather in the kernel, autotuned at its first launch."""
+    if case.dtype != "bf16":
+        raise Absent("scales of 8-bit operands are not among its epilogues")
+    gemm = require("quack.gemm_interface").gemm
+    out = poisoned(case.rows, operands)
+    ends = torch.nn.functional.pad(operands.offsets, (1, 0))
+
+    def launch(weight: torch.Tensor) -> None:
+        gemm(operands.x, weight.mT, out=out, cu_seqlens_m=ends, A_idx=operands.index)
+
+    return Prepared(launch, lambda numbers: out[numbers])
+
+
+OURS = "cutlass_moe"
+SYSTEMS: dict[str, Callable[[Case, Operands, torch.Tensor], Prepared]] = {
+    OURS: ours,
+    "triton": triton_gather,
+    "torch": torch_grouped,
+    "torch_gemm": torch_pregathered,
+    "deepgemm": deepgemm,
+    "quack": quack,
+}
+
+
+def require(module: str) -> ModuleType:
+    """The module. Raises Absent where it, or anything it needs, can't be imported."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError, AssertionError) as error:  # DeepGEMM asserts that nvcc is there
+        raise Absent(f"not importable: {error}") from error
+
+
+def poisoned(rows: int, operands: Operands) -> torch.Tensor:
+    """An output bf16 [rows, N] in which whatever a kernel leaves unwritten is NaN."""
+    shape = (rows, operands.weight.shape[1])
+    return torch.full(shape, torch.nan, dtype=torch.bfloat16, device=operands.x.device)
+
+
+def gathered(operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x[index] and its scales: two copies. torch can't index fp8, but its bytes."""
+    x, scale, index = operands.x, operands.per_token_scale, operands.tokens
+    rows = (x.view(torch.uint8) if x.element_size() == 1 else x)[index].view(x.dtype)
+    return rows, None if scale is None else scale[index]
+
+
+def _torch(
+    case: Case,
+    operands: Operands,
+    gather: Callable[[], tuple[torch.Tensor, torch.Tensor | None]],
+) -> Prepared:
+    if case.dtype == "int8":
+        raise Absent("torch has no grouped product of int8")
+    result: list[torch.Tensor] = []
+
+    def launch(weight: torch.Tensor) -> None:
+        rows, scale = gather()
+        if scale is None or operands.scale is None:
+            out = torch._grouped_mm(rows, weight.mT, offs=operands.offsets)
+        else:
+            out = torch._scaled_grouped_mm(
+                rows,
+                weight.mT,
+                scale,
+                operands.scale,
+                offs=operands.offsets,
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+        result[:] = [out]
+
+    return Prepared(launch, lambda numbers: result[0][numbers])
+
+
+def aligned_rows(offsets: torch.Tensor, alignment: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Where rows go when each expert's are padded to a multiple of `alignment`.
+
+    offsets int32 [E]. Returns place int64 [rows], the expert of each row int32 [rows], and the
+    number of rows with padding. Reads counts on the host.
+    """
+    counts = torch.diff(offsets.long(), prepend=offsets.new_zeros(1).long())
+    padded = (counts + alignment - 1) // alignment * alignment
+    shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
+    names = torch.arange(len(offsets), device=offsets.device)
+    experts = torch.repeat_interleave(names, counts)
+    place = torch.arange(len(experts), device=offsets.device) + shift[experts]
+    return place, experts.int(), int(padded.sum())
