@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,9 @@ def case_options(command: Any) -> Any:
     ):
         command = option(command)
     return command
+
+
+commit_option = click.option("--commit", default="", help="name it where this is no git checkout")
 
 
 def selected(suite: str, model: str, dtype: str, tokens: str, routing: str) -> list[Case]:
@@ -71,13 +73,15 @@ def main() -> None:
 @case_options
 @click.option("--system", default="all", help="all, or some: cutlass_moe, triton, torch ...")
 @click.option("--budget", default=480.0, help="seconds after which no further case is begun")
+@commit_option
 @click.option("--out", type=click.Path(path_type=Path), help="results file")
-def run(system: str, budget: float, out: Path | None, **choice: str) -> None:
+def run(system: str, budget: float, commit: str, out: Path | None, **choice: str) -> None:
     """Measure cases and their peers, and merge the results into perf/results/<gpu>.json."""
     need_gpu()
     from perf.machine import ceilings
     from perf.measure import measure_all
     from perf.peers import SYSTEMS
+    from perf.report import summary
     from perf.store import Store, default_path
 
     cases = selected(**choice)
@@ -85,23 +89,21 @@ def run(system: str, budget: float, out: Path | None, **choice: str) -> None:
     if unknown := set(systems) - set(SYSTEMS):
         raise click.UsageError(f"unknown system {unknown}, expected of {', '.join(SYSTEMS)}")
     limits = ceilings()
-    this = {
-        **about(command_line("run", {**choice, "system": system, "budget": str(budget)})),
-        "ceilings": asdict(limits),
-    }
+    command = command_line("run", {**choice, "system": system, "budget": str(budget)})
+    this = {**about(command, commit), "ceilings": asdict(limits)}
     store = Store(out or default_path(this["versions"]["gpu"]), this)
     done = []
     for case, record in measure_all(cases, systems, limits, budget):
         store.add_case(case.id, record)
         done.append(case.id)
         click.echo(f"{len(done)}/{len(cases)} {case.id}", err=True)
-    summarise(store.contents, done, len(cases))
+    click.echo(summary(store.contents, done, len(cases)))
 
 
-def about(command: str) -> dict[str, Any]:
-    from perf.machine import commit, versions
+def about(command: str, commit: str) -> dict[str, Any]:
+    from perf.machine import checkout, versions
 
-    return {"commit": commit(), "command": command, "versions": versions()}
+    return {"commit": commit or checkout(), "command": command, "versions": versions()}
 
 
 def command_line(name: str, options: dict[str, str]) -> str:
@@ -109,35 +111,11 @@ def command_line(name: str, options: dict[str, str]) -> str:
     return " ".join(["python -m perf", name, *given])
 
 
-def summarise(contents: dict[str, Any], done: Sequence[str], asked: int) -> None:
-    """The table of what was measured, and loudly what was not."""
-    from perf.report import LEGEND, describe, published_cases, rows_of, text_table
-
-    records = {case_id: contents["cases"][case_id] for case_id in done}
-    click.echo(text_table(rows_of({**contents, "cases": records}, published_cases())))
-    click.echo(LEGEND)
-    for line in reasons(records):
-        click.echo(line)
-    for name in {record["run"] for record in records.values()}:
-        click.echo(describe(contents["runs"][name]))
-    if len(done) < asked:
-        click.echo(f"STOPPED by the budget after {len(done)} of {asked} cases")
-
-
-def reasons(records: dict[str, Any]) -> list[str]:
-    """Why systems are missing, each reason once with the number of its cases: failures first."""
-    found: dict[str, list[str]] = {}
-    for case_id, record in records.items():
-        for name, reason in record["absent"].items():
-            found.setdefault(f"{name}: {reason}", []).append(case_id)
-    lines = [f"{text} ({len(ids)} cases, first {ids[0]})" for text, ids in found.items()]
-    return sorted(lines, key=lambda line: "FAILED" not in line and "WRONG" not in line)
-
-
 @main.command()
+@commit_option
 @click.option("--out", type=click.Path(path_type=Path), help="results file")
 @click.option("--jit", is_flag=True, help="only the seconds of a cache miss; needs no GPU")
-def host(out: Path | None, jit: bool) -> None:
+def host(commit: str, out: Path | None, jit: bool) -> None:
     """Measure a warm call's host time and a kernel's cold start."""
     if not jit:
         need_gpu()
@@ -145,7 +123,7 @@ def host(out: Path | None, jit: bool) -> None:
     from perf.report import describe_host
     from perf.store import Store, default_path
 
-    this = about("python -m perf host" + " --jit" * jit)
+    this = about("python -m perf host" + " --jit" * jit, commit)
     store = Store(out or default_path(this["versions"]["gpu"]), this)
     if jit:
         store.add_host("jit", parts.jit_seconds(selected("seed", "", "", "1", "balanced")))
@@ -169,8 +147,11 @@ def build(jobs: int | None, **choice: str) -> None:
     failed = 0
     for number, result in enumerate(build_images(default_cache(), requests, jobs), 1):
         failed += result.error is not None
-        told = f"{number}/{len(requests)} {result.request.problem}: {result.error or 'built'}"
-        click.echo(told if result.error else told[:100])
+        p, config = result.request.problem, result.request.config
+        image = (
+            f"{p.operand} E {p.num_experts} N {p.n} K {p.k} tile {config.tile_m}x{config.tile_n}"
+        )
+        click.echo(f"{number}/{len(requests)} {image}: {result.error or 'there'}")
     if failed:
         raise click.ClickException(f"{failed} of {len(requests)} images were not built")
 
@@ -197,7 +178,7 @@ def report(results: Path | None, readme: Path) -> None:
     readme.write_text(text)
     table = path.with_suffix(".md")
     table.write_text(full_report(contents, rows))
-    for written in (readme, table, *write_plots(rows, path.parent)):
+    for written in (readme, table, *write_plots(rows, path)):
         click.echo(f"wrote {written}")
 
 

@@ -24,7 +24,7 @@ def versions() -> dict[str, str | list[str]]:
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "driver": said_by(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i=0"
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
         ),
         "cuda": str(torch.version.cuda),
         "torch": torch.__version__,
@@ -37,8 +37,8 @@ def versions() -> dict[str, str | list[str]]:
     }
 
 
-def commit() -> str:
-    """The checkout's commit, with a + where files were changed since."""
+def checkout() -> str:
+    """The commit that is checked out, with a + where files were changed since."""
     here = str(Path(__file__).parent)
     name = said_by("git", "-C", here, "rev-parse", "--short=12", "HEAD")
     changed = said_by("git", "-C", here, "status", "--porcelain", "--untracked-files=no")

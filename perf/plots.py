@@ -20,14 +20,14 @@ COLORS = {
 }
 
 
-def write_plots(rows: Sequence[Row], directory: Path) -> list[Path]:
-    """One PNG for each model and dtype of the gemm suite with two token counts or more."""
+def write_plots(rows: Sequence[Row], results: Path) -> list[Path]:
+    """One PNG for each model and dtype of the gemm suite that has two token counts or more."""
     written = []
     chosen = [r for r in rows if r.case.suite == "gemm" and r.case.routing == "balanced"]
     for model, dtype in dict.fromkeys((row.case.model, row.case.dtype) for row in chosen):
         mine = [row for row in chosen if (row.case.model, row.case.dtype) == (model, dtype)]
         if len({row.case.tokens for row in mine}) > 1:
-            path = directory / f"{model}-{dtype}.png"
+            path = results.with_name(f"{results.stem}-{model}-{dtype}.png")
             plot(mine, f"{model}, {dtype}", path)
             written.append(path)
     return written

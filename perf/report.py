@@ -160,6 +160,31 @@ def text_table(rows: Sequence[Row]) -> str:
     )
 
 
+def summary(contents: dict[str, Any], case_ids: Sequence[str], asked: int) -> str:
+    """What a run says at its end: reasons first, so that the end of a long output has the table."""
+    records = {case_id: contents["cases"][case_id] for case_id in case_ids}
+    runs = dict.fromkeys(record["run"] for record in records.values())
+    missing = reasons(records)
+    broken = sum(line.startswith(("FAILED", "WRONG")) for line in missing)
+    end = f"{len(records)} of {asked} cases"
+    end += ", STOPPED by the budget" if len(records) < asked else ""
+    end += f", {broken} kinds of FAILED or WRONG, see above the table" if broken else ""
+    table = text_table(rows_of({**contents, "cases": records}, published_cases()))
+    return "\n".join(
+        [*missing, *(describe(contents["runs"][name]) for name in runs), table, LEGEND, end]
+    )
+
+
+def reasons(records: dict[str, Any]) -> list[str]:
+    """Why systems are missing, each reason once with the number of its cases, failures first."""
+    found: dict[str, list[str]] = {}
+    for case_id, record in records.items():
+        for name, reason in record["absent"].items():
+            found.setdefault(f"{reason}: {name}", []).append(case_id)
+    lines = [f"{text} (cases: {len(ids)}, first {ids[0]})" for text, ids in found.items()]
+    return sorted(lines, key=lambda line: not line.startswith(("FAILED", "WRONG")))
+
+
 def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     align = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, align, *body))
@@ -175,14 +200,8 @@ def full_report(contents: dict[str, Any], rows: Sequence[Row]) -> str:
     ]
     parts.append(LEGEND + ".")
     parts.append(markdown(HEADER, (cells(row) for row in rows)))
-    refused = sorted(
-        {
-            f"{name}: {reason}"
-            for record in contents["cases"].values()
-            for name, reason in record["absent"].items()
-        }
-    )
-    parts += ["Not measured:", "\n".join(f"- {line}" for line in refused)] if refused else []
+    missing = reasons(contents["cases"])
+    parts += ["Not measured:", "\n".join(f"- {line}" for line in missing)] if missing else []
     return "\n\n".join(parts) + "\n"
 
 

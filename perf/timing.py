@@ -76,7 +76,7 @@ def batch_us(call: Call, launches: int, flush: torch.Tensor | None) -> list[floa
 
 
 def flush_buffer() -> torch.Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    return torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
 
 def quick_us(call: Call, flush: torch.Tensor, seconds: float = 0.01) -> float:

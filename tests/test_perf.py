@@ -340,6 +340,17 @@ def test_the_full_table_fits_what_is_kept_of_a_long_output() -> None:
     assert len(table) < 11_000
 
 
+def test_summary_says_loudly_what_failed_and_ends_with_the_table(results) -> None:
+    contents = load(results)
+    ids = list(contents["cases"])[:3]
+    contents["cases"][ids[1]]["absent"]["torch"] = "WRONG: relative error 0.5"
+    lines = report.summary(contents, ids, 5).splitlines()
+    assert lines[0] == f"WRONG: relative error 0.5: torch (cases: 1, first {ids[1]})"
+    assert lines[1].startswith("not importable: quack (cases: 3")
+    assert [line.split()[0] for line in lines[-6:-2]] == ["model", "e8", "e64", "e8"]
+    assert lines[-1].startswith("3 of 5 cases, STOPPED by the budget, 1 kinds of FAILED")
+
+
 def test_readme_table_goes_between_the_markers() -> None:
     text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     assert report.insert(text, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
@@ -361,10 +372,10 @@ def test_report_writes_readme_table_and_plots(results, tmp_path) -> None:
     assert "torch 15.0 | 1.50 |" in text
     full = results.with_suffix(".md").read_text()
     assert "qwen3-30b up fp8 1024" in full
-    assert "quack: not importable" in full
+    assert "not importable: quack (cases: 28" in full
     assert "call 9.5" in full
     plots = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert plots == ["qwen3-30b-bf16.png", "qwen3-30b-fp8.png"]
+    assert plots == ["some-gpu-qwen3-30b-bf16.png", "some-gpu-qwen3-30b-fp8.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in plots)
 
 
