@@ -28,7 +28,13 @@ DTYPES = {
     torch.float16: DType.FP16,
     torch.float32: DType.FP32,
 }
+_ACCUMULATIONS = {
+    dtype: tuple(map(str, ACCUMULATIONS[operand]))
+    for dtype, operand in DTYPES.items()
+    if operand in ACCUMULATIONS
+}
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_FLOAT32, _INT32 = (torch.float32,), (torch.int32,)
 
 
 class Operands(NamedTuple):
@@ -61,40 +67,40 @@ def check(
     Raises ValueError or TypeError, with what was expected and what came, for malformed arguments.
     """
     x, weight, index, offsets, per_token_scale, scale, bias = operands
-    operand = DTYPES.get(x.dtype)
-    if operand not in ACCUMULATIONS:
-        raise TypeError(
-            f"x: expected float8_e4m3fn, float8_e5m2, int8, bfloat16 or float16, got {x.dtype}"
-        )
+    device = x.get_device()
+    allowed = _ACCUMULATIONS.get(x.dtype)
+    if allowed is None:
+        names = ", ".join(map(str, _ACCUMULATIONS))
+        raise TypeError(f"x: expected one of {names}, got {x.dtype}")
     if x.dim() != 2 or weight.dim() != 3:
         got = f"{tuple(x.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"expected x [T, K] and weight [E, N, K], got {got}")
-    tokens, k = x.shape
+    tokens = x.shape[0]
     experts, n, _ = weight.shape
-    _expect("x", x, x, (x.dtype,), ((tokens, k),))
+    if not x.is_contiguous():
+        raise ValueError(f"x: expected a contiguous tensor, got strides {x.stride()}")
     _check_weight(weight, x)
-    _expect("offsets", offsets, x, (torch.int32,), ((experts,),))
+    _expect("offsets", offsets, device, _INT32, ((experts,),))
     if index is not None:
-        _expect("index", index, x, (torch.int32,), ((index.numel(),),))
+        _expect("index", index, device, _INT32, ((index.numel(),),))
     if per_token_scale is not None:
-        _expect("per_token_scale", per_token_scale, x, (torch.float32,), ((tokens,), (tokens, 1)))
+        shapes = ((tokens,), (tokens, 1))
+        _expect("per_token_scale", per_token_scale, device, _FLOAT32, shapes)
     if scale is not None:
-        shapes = ((experts, n), (experts, n, 1), (experts,))
-        _expect("scale", scale, x, (torch.float32,), shapes)
+        _expect("scale", scale, device, _FLOAT32, ((experts, n), (experts, n, 1), (experts,)))
     if bias is not None:
-        _expect("bias", bias, x, _FLOATS, ((experts, n),))
+        _expect("bias", bias, device, _FLOATS, ((experts, n),))
     if x.dtype.itemsize == 1 and (per_token_scale is None or scale is None):
         missing = "per_token_scale" if per_token_scale is None else "scale"
         raise ValueError(f"{missing}: {x.dtype} operands need per_token_scale and scale, got None")
     if num_sms is not None and num_sms < 1:
         raise ValueError(f"num_sms: expected a positive number, got {num_sms}")
-    allowed = ACCUMULATIONS[operand]
     if accumulation is not None and accumulation not in allowed:
         raise ValueError(
             f"accumulation: expected {' or '.join(allowed)} for {x.dtype}, got {accumulation!r}"
         )
     if out_dtype is None:
-        return torch.bfloat16 if operand.quantized else x.dtype
+        return torch.bfloat16 if x.dtype.itemsize == 1 else x.dtype
     if out_dtype not in _FLOATS:
         raise TypeError(f"out_dtype: expected bfloat16, float16 or float32, got {out_dtype}")
     return out_dtype
@@ -114,7 +120,8 @@ def pose(operands: Operands, out_dtype: torch.dtype, accumulation: str | None) -
 def check_out(out: Tensor, operands: Operands, out_dtype: torch.dtype | None) -> None:
     """Raises as `check` does where `out` cannot take the product of checked operands."""
     dtypes = _FLOATS if out_dtype is None else (out_dtype,)
-    _expect("out", out, operands.x, dtypes, ((operands.rows, operands.weight.shape[1]),))
+    shape = (operands.rows, operands.weight.shape[1])
+    _expect("out", out, operands.x.get_device(), dtypes, (shape,))
 
 
 def _check_weight(weight: Tensor, x: Tensor) -> None:
@@ -123,7 +130,8 @@ def _check_weight(weight: Tensor, x: Tensor) -> None:
         raise TypeError(f"weight: expected {x.dtype} (x's dtype), got {weight.dtype}")
     if k != x.shape[1] or experts == 0:
         raise ValueError(f"weight: expected [E > 0, N, {x.shape[1]}], got {tuple(weight.shape)}")
-    _expect_device("weight", weight, x)
+    if weight.get_device() != x.get_device():
+        raise ValueError(f"weight: expected a tensor on {x.device}, got one on {weight.device}")
     to_16 = 16 // weight.dtype.itemsize
     expert_stride, row_stride, k_stride = weight.stride()
     ragged = row_stride % to_16 or expert_stride % to_16
@@ -139,10 +147,11 @@ def _check_weight(weight: Tensor, x: Tensor) -> None:
 def _expect(
     name: str,
     tensor: Tensor,
-    x: Tensor,
+    device: int,
     dtypes: tuple[torch.dtype, ...],
     shapes: tuple[tuple[int, ...], ...],
 ) -> None:
+    """A contiguous tensor of one of these dtypes and shapes; device: its index, -1 for the CPU."""
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
     if tensor.shape not in shapes:
@@ -150,13 +159,9 @@ def _expect(
         raise ValueError(f"{name}: expected shape {wanted}, got {tuple(tensor.shape)}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
-    _expect_device(name, tensor, x)
-
-
-def _expect_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    # an index, -1 on the CPU, costs the host a fifth of comparing torch.devices
-    if tensor.get_device() != x.get_device():
-        raise ValueError(f"{name}: expected a tensor on {x.device}, got one on {tensor.device}")
+    if tensor.get_device() != device:
+        wanted = "cpu" if device < 0 else f"cuda:{device}"
+        raise ValueError(f"{name}: expected a tensor on {wanted}, got one on {tensor.device}")
 
 
 @lru_cache(maxsize=4096)

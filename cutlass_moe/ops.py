@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from cutlass_moe import kernels
 from cutlass_moe.arguments import Operands, check, check_out, pose
@@ -71,14 +72,10 @@ def grouped_matmul(
     what was expected and what came, for malformed arguments. bfloat16 and float16 are
     differentiable.
     """
-    arguments = (
-        x, weight, index, offsets, per_token_scale, scale, bias,
-        out_dtype, accumulation, expected_rows, num_sms,
-    )  # fmt: skip
-    if torch.compiler.is_compiling() or _wants_gradient(arguments):
-        return _functional(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():  # saves a third of the host's time
-        return _functional(*arguments)
+    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias)
+    if _is_plain_eager(operands):
+        return _product(operands, out_dtype, accumulation, expected_rows, num_sms)
+    return _functional(*operands, out_dtype, accumulation, expected_rows, num_sms)
 
 
 def grouped_matmul_out(
@@ -101,21 +98,41 @@ def grouped_matmul_out(
     out_dtype, if given, must be out's. Not differentiable: raises RuntimeError where a gradient
     would be lost.
     """
-    arguments = (
-        out, x, weight, index, offsets, per_token_scale, scale, bias,
-        out_dtype, accumulation, expected_rows, num_sms,
-    )  # fmt: skip
-    if _wants_gradient(arguments):
+    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias)
+    if _is_plain_eager(operands) and not out.requires_grad:
+        _product_into(out, operands, out_dtype, accumulation, expected_rows, num_sms)
+        return
+    if _wants_gradient((out, *operands)):
         raise RuntimeError(
             "grouped_matmul_out has no gradient and an argument requires one: "
             "use grouped_matmul, or torch.no_grad()"
         )
-    _out_variant(*arguments)
+    _out_variant(out, *operands, out_dtype, accumulation, expected_rows, num_sms)
 
 
-def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
+def _wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def _is_plain_eager(operands: Operands) -> bool:
+    """Nobody but the op's implementation wants to see this call.
+
+    It then skips torch's dispatcher, which costs as much of the host's time as the rest of the call
+    (perf/NOTES.md).
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or type(operands.x) is not Tensor
+        or type(operands.weight) not in (Tensor, Parameter)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+        or _wants_gradient(operands)
     )
 
 
@@ -144,8 +161,13 @@ def grouped_matmul_problem(
 # Implementations: CPU tensors take the reference, CUDA tensors a kernel.
 
 
-def _functional_impl(*arguments: Any) -> Tensor:
-    operands, (out_dtype, accumulation, expected_rows, num_sms) = _split(arguments)
+def _product(
+    operands: Operands,
+    out_dtype: torch.dtype | None,
+    accumulation: str | None,
+    expected_rows: int | None,
+    num_sms: int | None,
+) -> Tensor:
     dtype = check(operands, out_dtype, accumulation, num_sms)
     allocate = torch.empty if operands.x.is_cuda else torch.zeros
     shape = (operands.rows, operands.weight.shape[1])
@@ -154,11 +176,27 @@ def _functional_impl(*arguments: Any) -> Tensor:
     return out
 
 
-def _out_impl(out: Tensor, *arguments: Any) -> None:
-    operands, (out_dtype, accumulation, expected_rows, num_sms) = _split(arguments)
+def _product_into(
+    out: Tensor,
+    operands: Operands,
+    out_dtype: torch.dtype | None,
+    accumulation: str | None,
+    expected_rows: int | None,
+    num_sms: int | None,
+) -> None:
     check(operands, out_dtype, accumulation, num_sms)
     check_out(out, operands, out_dtype)
     _run(out, operands, accumulation, expected_rows, num_sms)
+
+
+def _functional_impl(*arguments: Any) -> Tensor:
+    operands, rest = _split(arguments)
+    return _product(operands, *rest)
+
+
+def _out_impl(out: Tensor, *arguments: Any) -> None:
+    operands, rest = _split(arguments)
+    _product_into(out, operands, *rest)
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Operands, tuple[Any, ...]]:
@@ -183,7 +221,8 @@ def _run(
     reason = _why_unsupported(problem, out.get_device())
     if reason is None:
         weight = operands.weight
-        stacked = (weight.data_ptr(), weight.stride(0), weight.stride(1))
+        expert_stride, row_stride, _ = weight.stride()
+        stacked = (weight.data_ptr(), expert_stride, row_stride)
         launch(problem, out, operands, stacked, expected_rows=expected_rows, num_sms=num_sms)
     else:
         _announce_fallback(reason)
@@ -298,6 +337,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*gradients[:2], None, None, *gradients[2:], None, None, None, None)
 
 
+def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("grouped_matmul is differentiable once: no gradient of its gradient")
+
+
 def _backward_impl(grad: Tensor, *arguments: Any) -> list[Tensor]:
     """Gradients of those of x, weight, per_token_scale, scale, bias that `needs` names."""
     operands, (needs,) = _split(arguments)
@@ -322,4 +365,7 @@ for _name, _implementation, _fake in (
     torch.library.register_fake(f"cutlass_moe::{_name}", _fake, lib=_lib)
 torch.library.register_autograd(
     "cutlass_moe::grouped_matmul", _gradients, setup_context=_save_for_backward, lib=_lib
+)
+torch.library.register_autograd(
+    "cutlass_moe::grouped_matmul_backward", _no_second_gradient, lib=_lib
 )
