@@ -26,7 +26,7 @@ from emitters.image import Image, LaunchRecord
 CUBIN = "kernel.cubin"
 RECORD = "launch.json"
 WORK = ".work"
-LOCK_SECONDS = 600.0  # longer than any build: beyond it, the holder of a lock hangs
+LOCK_SECONDS = 300.0  # longer than any build: beyond it, the holder of a lock hangs
 
 
 class MissingImage(LookupError):
@@ -69,6 +69,7 @@ class Cache:
 
     @property
     def writable(self) -> bool:
+        """Whether this process may create or change files in `root`."""
         existing = next(p for p in (self.root, *self.root.parents) if os.path.exists(p))
         return os.access(existing, os.W_OK)
 
@@ -153,20 +154,21 @@ class Cache:
         fresh.mkdir(parents=True)
         record = json.loads(image.record.to_json())
         sealed = {**record, "seal": _seal(arch, key, record)}
-        _write_file(fresh / CUBIN, image.cubin)
-        _write_file(fresh / RECORD, (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode())
-        _sync_directory(fresh)
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        if entry.exists():
-            sound = _read_or_warn(self.root, arch, key) is not None
-            self._set_aside(entry, "old" if sound else "damaged")
+        text = json.dumps(sealed, indent=1, sort_keys=True) + "\n"
         try:
+            _write_file(fresh / CUBIN, image.cubin)
+            _write_file(fresh / RECORD, text.encode())
+            _sync_directory(fresh)
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            if entry.exists():
+                sound = _read_or_warn(self.root, arch, key) is not None
+                self._set_aside(entry, "old" if sound else "damaged")
             fresh.rename(entry)
+            _sync_directory(entry.parent)
         except OSError:
-            shutil.rmtree(fresh)
+            shutil.rmtree(fresh, ignore_errors=True)
             if not entry.exists():  # else one without a lock was faster: its image is as good
                 raise
-        _sync_directory(entry.parent)
 
     def _set_aside(self, entry: Path, kind: str) -> None:
         aside = self._work_path(kind, entry)
@@ -232,27 +234,17 @@ def _read(entry: Path) -> Image | None:
     """The image of an entry, None where there is no entry. Raises DamagedImage."""
     arch, key = entry.parts[-2:]
     try:
-        # One descriptor for both files: the entry may be exchanged for a new build meanwhile.
-        directory = os.open(entry, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DamagedImage(str(error)) from error
-    opener = functools.partial(os.open, dir_fd=directory)
-    try:
-        with open(RECORD, "rb", opener=opener) as file:
-            plain = json.loads(file.read())
-        with open(CUBIN, "rb", opener=opener) as file:
-            cubin = file.read()
+        plain = json.loads((entry / RECORD).read_bytes())
+        cubin = (entry / CUBIN).read_bytes()
         if not isinstance(plain, dict) or plain.pop("seal", None) != _seal(arch, key, plain):
             raise ValueError(f"{RECORD} is not what was written")
         record = LaunchRecord.from_json(json.dumps(plain))
         if hashlib.sha256(cubin).hexdigest() != record.cubin_sha256:
             raise ValueError(f"{CUBIN} of {len(cubin)} bytes is not what was written")
     except (OSError, ValueError) as error:
+        if not os.path.exists(entry):
+            return None
         raise DamagedImage(f"{entry}: {error}") from error
-    finally:
-        os.close(directory)
     return Image(cubin, record)
 
 

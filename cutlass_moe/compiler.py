@@ -24,7 +24,7 @@ from emitters.config import Config
 from emitters.image import Image, LaunchRecord, build_identity, image_key
 from emitters.problem import GemmProblem
 
-TIMEOUT = 300.0  # seconds an image may take: a hundred times what the slowest does
+TIMEOUT = 120.0  # seconds an image may take: a hundred times what the slowest does
 STDERR_TAIL = 4000  # characters of a worker's stderr that an error shows
 
 
@@ -79,8 +79,7 @@ def compile_image(
 def compile_images(
     requests: Iterable[Request], jobs: int | None = None, timeout: float = TIMEOUT
 ) -> Iterator[Result]:
-    """Compiles many images in `jobs` long-lived workers (default: one a core), in order of
-    completion.
+    """Compiles images in `jobs` long-lived workers (default: one a core), in order of completion.
 
     A request that fails, or whose worker dies or takes longer than `timeout` seconds, gives a
     Result with an error; the others go on. Raises CompilerNotInstalled without nvidia-cutlass-dsl.
@@ -88,10 +87,9 @@ def compile_images(
     _require_dsl()
     workers = _Workers()
     pool = ThreadPoolExecutor(jobs or os.cpu_count())
+    futures = [pool.submit(workers.compile, request, timeout) for request in requests]
     try:
-        for future in as_completed(
-            [pool.submit(workers.compile, request, timeout) for request in requests]
-        ):
+        for future in as_completed(futures):
             yield future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -146,17 +144,16 @@ def _require_dsl() -> None:
 
 
 class _Worker:
-    """A running `python -m emitters` with an empty directory, no GPU and an environment of its
-    own."""
+    """A running `python -m emitters` in an empty directory, with no GPU in sight."""
 
     def __init__(self, arch: str) -> None:
         self.arch = arch
-        self._home = tempfile.TemporaryDirectory(prefix="cutlass_moe_")
-        work = Path(self._home.name, "work")
-        work.mkdir()
-        self._stderr = Path(self._home.name, "stderr")
         self._heard = 0
         try:
+            self._home = tempfile.TemporaryDirectory(prefix="cutlass_moe_")
+            self._stderr = Path(self._home.name, "stderr")
+            work = Path(self._home.name, "work")
+            work.mkdir()
             with self._stderr.open("wb") as stderr:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "emitters"],
@@ -183,21 +180,21 @@ class _Worker:
 
     def compile(self, request: Request, timeout: float) -> tuple[Image, float]:
         """The image and the seconds it took. Raises CompileError; a worker that hangs is killed."""
-        self._heard = self._stderr.stat().st_size
-        with tempfile.TemporaryDirectory(dir=self._home.name) as output:
-            answer = self._ask(
-                {
-                    "problem": request.problem.to_json(),
-                    "config": request.config.to_json(),
-                    "arch": request.arch,
-                    "output": output,
-                },
-                timeout,
-            )
-            if not answer["ok"]:
-                raise CompileError(f"{answer['error']}\n{self._last_words()}")
-            cubin = Path(output, "kernel.cubin").read_bytes()
-            record = LaunchRecord.from_json(Path(output, "launch.json").read_text())
+        plain = {
+            "problem": request.problem.to_json(),
+            "config": request.config.to_json(),
+            "arch": request.arch,
+        }
+        try:
+            self._heard = self._stderr.stat().st_size
+            with tempfile.TemporaryDirectory(dir=self._home.name) as output:
+                answer = self._ask({**plain, "output": output}, timeout)
+                if not answer["ok"]:
+                    raise CompileError(f"{answer['error']}\n{self._last_words()}")
+                cubin = Path(output, "kernel.cubin").read_bytes()
+                record = LaunchRecord.from_json(Path(output, "launch.json").read_text())
+        except (OSError, ValueError) as error:  # no space, or emitters of another image ABI
+            raise CompileError(f"{type(error).__name__}: {error}") from error
         return Image(cubin, record), answer["seconds"]
 
     def close(self) -> None:
@@ -220,7 +217,7 @@ class _Worker:
             line = ""
         finally:
             timer.cancel()
-        if not line:
+        if not line.endswith("\n"):
             code = self._process.wait()
             late = time.monotonic() - start >= timeout
             end = f"was killed after {timeout} s" if late else f"ended with exit code {code}"
@@ -248,7 +245,7 @@ class _Workers:
         try:
             image, seconds = worker.compile(request, timeout)
             return Result(request, image, seconds)
-        except (CompileError, OSError, ValueError) as error:
+        except CompileError as error:
             return Result(request, None, None, str(error))
         finally:
             self._idle.put(worker)

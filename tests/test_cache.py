@@ -321,7 +321,9 @@ def test_lost_race_is_no_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cache, "_lock_path", lambda arch, key: tmp_path / "another_lock")
     monkeypatch.setattr(Path, "rename", late)
-    assert cache.load_or_build(ARCH, KEY, make_image, "today") == make_image()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cache.load_or_build(ARCH, KEY, make_image, "today") == make_image()
     assert len(list(cache.entries())) == 1
     assert not list((tmp_path / WORK).glob("new/*"))
 
@@ -337,7 +339,7 @@ def test_readers_see_old_or_new_while_an_entry_is_replaced(filled):
     writer.start()
     seen = set()
     with warnings.catch_warnings():
-        # An entry that is removed between its two files looks damaged; it is looked at again.
+        # An entry that is exchanged between its two reads looks damaged; it is looked at again.
         warnings.simplefilter("ignore", RuntimeWarning)
         while writer.is_alive():
             image = Cache([filled]).load(ARCH, KEY)
