@@ -163,12 +163,14 @@ class Cache:
             if entry.exists():
                 sound = _read_or_warn(self.root, arch, key) is not None
                 self._set_aside(entry, "old" if sound else "damaged")
-            fresh.rename(entry)
+            try:
+                fresh.rename(entry)
+            except OSError:
+                if not entry.exists():  # else one without a lock was faster: its image is as good
+                    raise
             _sync_directory(entry.parent)
-        except OSError:
-            shutil.rmtree(fresh, ignore_errors=True)
-            if not entry.exists():  # else one without a lock was faster: its image is as good
-                raise
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)  # what a failure or a lost race left
 
     def _set_aside(self, entry: Path, kind: str) -> None:
         aside = self._work_path(kind, entry)

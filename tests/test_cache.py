@@ -328,6 +328,20 @@ def test_lost_race_is_no_error(tmp_path, monkeypatch):
     assert not list((tmp_path / WORK).glob("new/*"))
 
 
+def test_full_disk_leaves_the_old_entry_and_no_scraps(filled, monkeypatch):
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cutlass_moe.cache._write_file", full)
+    tomorrow = make_image("tomorrow")
+    with pytest.raises(OSError, match="No space"):
+        Cache([filled]).store(ARCH, KEY, tomorrow)
+    with pytest.warns(RuntimeWarning, match="stays in memory: .* No space"):
+        assert Cache([filled]).load_or_build(ARCH, KEY, lambda: tomorrow, "tomorrow") == tomorrow
+    assert Cache([filled]).load(ARCH, KEY) == make_image()
+    assert not list((filled / WORK).glob("new/*"))
+
+
 def _replace_again_and_again(root: Path, builds: int) -> None:
     for i in range(builds):
         image = make_image(f"build {i}", f"cubin {i}".encode() * 1000)
