@@ -283,6 +283,7 @@ def results(tmp_path):
 def test_store_keeps_the_latest_record_of_a_case_and_the_runs_in_use(tmp_path) -> None:
     path = tmp_path / "deep" / "gpu.json"
     other = replace(SMALL, dtype="bf16")
+    assert default_path("NVIDIA H200").name == "nvidia-h200.json"
     first = Store(path, {**ABOUT, "commit": "first"})
     first.run = "2000-01-01"
     first.contents["runs"] = {"2000-01-01": {"commit": "first"}}
@@ -304,10 +305,6 @@ def test_store_refuses_other_files(tmp_path) -> None:
     path.write_text("[]")
     with pytest.raises(ValueError, match="expected results"):
         load(path)
-
-
-def test_default_path() -> None:
-    assert default_path("NVIDIA H200").name == "nvidia-h200.json"
 
 
 def test_row_compares_with_the_best_other_system() -> None:
