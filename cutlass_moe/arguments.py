@@ -117,11 +117,10 @@ def pose(operands: Operands, out_dtype: torch.dtype, accumulation: str | None) -
     )  # fmt: skip
 
 
-def check_out(out: Tensor, operands: Operands, out_dtype: torch.dtype | None) -> None:
-    """Raises as `check` does where `out` cannot take the product of checked operands."""
-    dtypes = _FLOATS if out_dtype is None else (out_dtype,)
+def check_out(out: Tensor, operands: Operands, dtype: torch.dtype) -> None:
+    """Raises as `check` does where `out` cannot take the product, of this dtype, of operands."""
     shape = (operands.rows, operands.weight.shape[1])
-    _expect("out", out, operands.x.get_device(), dtypes, (shape,))
+    _expect("out", out, operands.x.get_device(), (dtype,), (shape,))
 
 
 def _check_weight(weight: Tensor, x: Tensor) -> None:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 
@@ -102,31 +102,22 @@ def forced_config(config: Config) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> Config | None:
+    return _forced
+
+
 def plan(
     problem: GemmProblem,
     device: int,
     num_tokens: int,
     num_rows: int,
-    expected_rows: int | None,
-    num_sms: int | None,
+    expected_rows: int | None = None,
+    num_sms: int | None = None,
 ) -> tuple[Kernel, int]:
     """The kernel of a call and the CTAs to launch. Raises what `load` raises."""
-    return _plan(problem, device, num_tokens, num_rows, expected_rows, num_sms, _forced)
-
-
-@lru_cache(maxsize=8192)
-def _plan(
-    problem: GemmProblem,
-    device: int,
-    num_tokens: int,
-    num_rows: int,
-    expected_rows: int | None,
-    num_sms: int | None,
-    forced: Config | None,
-) -> tuple[Kernel, int]:
     experts = problem.num_experts
     per_expert = expected_rows or num_rows / experts
-    config = forced or heuristics.choose(problem, num_tokens, per_expert)
+    config = _forced or heuristics.choose(problem, num_tokens, per_expert)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     ctas = min(num_sms or sms, sms) * config.ctas_per_sm
     most_tiles = (num_rows // config.tile_m + min(experts, num_rows)) * config.n_tiles(problem)

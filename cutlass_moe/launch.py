@@ -35,7 +35,7 @@ def _checked(call: str, result: tuple[Any, ...]) -> Any:
 
 
 def encode_tensor_map(
-    record: LaunchRecord, pointer: int, expert_stride: int, row_stride: int
+    record: LaunchRecord, pointer: int, strides: tuple[int, ...]
 ) -> driver.CUtensorMap:
     """The tensor map through which a kernel reads weights [E, N, K] at `pointer`.
 
@@ -45,6 +45,7 @@ def encode_tensor_map(
     problem = GemmProblem.from_json(record.problem)
     stacked = problem.weights is WeightStorage.STACKED
     experts = problem.num_experts if stacked else 1
+    expert_stride, row_stride, _ = strides
     if experts == 1:
         expert_stride = row_stride  # never used, but checked
     size, box = problem.operand.bytes, record.tensor_maps[0]
@@ -95,7 +96,7 @@ class Kernel:
         self._map_at = next(
             (i for i, p in enumerate(self.record.params) if p.kind is ParamKind.TENSOR_MAP), -1
         )
-        self._maps: dict[tuple[int, int, int], tuple[driver.CUtensorMap, int]] = {}
+        self._maps: dict[tuple[int, tuple[int, ...]], tuple[driver.CUtensorMap, int]] = {}
         self._launched = (0, 0)
         self._lock = threading.Lock()
         self._config = driver.CUlaunchConfig()
@@ -114,12 +115,16 @@ class Kernel:
                 )
 
     def launch(
-        self, values: list[int], weight: tuple[int, int, int] | None, grid: int, stream: int
+        self,
+        values: list[int],
+        weight: tuple[int, tuple[int, ...]] | None,
+        grid: int,
+        stream: int,
     ) -> None:
         """Enqueues the kernel on a stream of the current device, which must be this kernel's.
 
         values: addresses and integers in the order of record.params; what stands for a tensor map
-        is ignored. weight: pointer and strides of E and N of the weights such a map describes.
+        is ignored. weight: pointer and strides of the [E, N, K] weights that such a map describes.
         """
         with self._lock:
             self._slots.pack_into(self._values, 0, *values)
@@ -132,7 +137,7 @@ class Kernel:
         if status != 0:
             raise DriverError(f"cuLaunchKernelEx failed: {driver.CUresult(status).name}")
 
-    def _tensor_map(self, weight: tuple[int, int, int]) -> int:
+    def _tensor_map(self, weight: tuple[int, tuple[int, ...]]) -> int:
         cached = self._maps.get(weight)
         if cached is None:
             if len(self._maps) >= _MAX_TENSOR_MAPS:

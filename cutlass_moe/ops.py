@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from functools import cache, lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from cutlass_moe import kernels
 from cutlass_moe.arguments import Operands, check, check_out, pose
+from cutlass_moe.launch import Kernel
 from cutlass_moe.reference import grouped_matmul_backward, grouped_matmul_reference_out
 from emitters.config import why_illegal
 from emitters.problem import GemmProblem
@@ -161,130 +162,152 @@ def grouped_matmul_problem(
 # Implementations: CPU tensors take the reference, CUDA tensors a kernel.
 
 
-def _product(
+class _Call(NamedTuple):
+    """What is known of a call before its addresses are: all that its signature decides."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    kernel: Kernel | None  # None: the reference
+    grid: int
+
+
+_calls: dict[tuple[Any, ...], _Call] = {}
+_MAX_CALLS = 8192
+
+
+def _call(
     operands: Operands,
+    out: Tensor | None,
     out_dtype: torch.dtype | None,
     accumulation: str | None,
     expected_rows: int | None,
     num_sms: int | None,
-) -> Tensor:
-    dtype = check(operands, out_dtype, accumulation, num_sms)
-    allocate = torch.empty if operands.x.is_cuda else torch.zeros
+) -> _Call:
+    """Checks arguments and chooses a kernel, once a signature: dtypes, shapes, strides, devices."""
+    signature = (
+        out_dtype, accumulation, expected_rows, num_sms, kernels.forced(),
+        *[
+            None if tensor is None
+            else (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
+            for tensor in (out, *operands)
+        ],
+    )  # fmt: skip
+    call = _calls.get(signature)
+    if call is None:
+        if out is not None and out_dtype is None:
+            out_dtype = out.dtype
+        dtype = check(operands, out_dtype, accumulation, num_sms)
+        if out is not None:
+            check_out(out, operands, dtype)
+        call = _choose(operands, dtype, accumulation, expected_rows, num_sms)
+        if call.kernel is not None or not operands.x.is_cuda:  # else the fallback is told each time
+            if len(_calls) >= _MAX_CALLS:
+                _calls.clear()
+            _calls[signature] = call
+    return call
+
+
+def _choose(
+    operands: Operands,
+    dtype: torch.dtype,
+    accumulation: str | None,
+    expected_rows: int | None,
+    num_sms: int | None,
+) -> _Call:
     shape = (operands.rows, operands.weight.shape[1])
-    out = allocate(shape, dtype=dtype, device=operands.x.device)
-    _run(out, operands, accumulation, expected_rows, num_sms)
+    device = operands.x.get_device()
+    if device < 0 or operands.rows == 0:
+        return _Call(shape, dtype, None, 0)
+    problem = pose(operands, dtype, accumulation)
+    reason = why_illegal(problem, arch=kernels.device_arch(device))
+    if reason is not None:
+        _announce_fallback(reason)
+        return _Call(shape, dtype, None, 0)
+    tokens = operands.x.shape[0]
+    plan = kernels.plan(problem, device, tokens, operands.rows, expected_rows, num_sms)
+    return _Call(shape, dtype, *plan)
+
+
+def _product(operands: Operands, *options: Any) -> Tensor:
+    call = _call(operands, None, *options)
+    x = operands.x
+    allocate = torch.empty if x.is_cuda else torch.zeros
+    out = allocate(call.shape, dtype=call.dtype, device=x.device)
+    _run(call, out, operands)
     return out
 
 
-def _product_into(
-    out: Tensor,
-    operands: Operands,
-    out_dtype: torch.dtype | None,
-    accumulation: str | None,
-    expected_rows: int | None,
-    num_sms: int | None,
-) -> None:
-    check(operands, out_dtype, accumulation, num_sms)
-    check_out(out, operands, out_dtype)
-    _run(out, operands, accumulation, expected_rows, num_sms)
+def _product_into(out: Tensor, operands: Operands, *options: Any) -> None:
+    _run(_call(operands, out, *options), out, operands)
 
 
 def _functional_impl(*arguments: Any) -> Tensor:
-    operands, rest = _split(arguments)
-    return _product(operands, *rest)
+    operands, options = _split(arguments)
+    return _product(operands, *options)
 
 
 def _out_impl(out: Tensor, *arguments: Any) -> None:
-    operands, rest = _split(arguments)
-    _product_into(out, operands, *rest)
+    operands, options = _split(arguments)
+    _product_into(out, operands, *options)
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Operands, tuple[Any, ...]]:
     return Operands(*arguments[:7]), arguments[7:]
 
 
-def _reference(out: Tensor, operands: Operands) -> None:
-    grouped_matmul_reference_out(out, **operands._asdict())
-
-
-def _run(
-    out: Tensor,
-    operands: Operands,
-    accumulation: str | None,
-    expected_rows: int | None,
-    num_sms: int | None,
-) -> None:
-    if not out.is_cuda:
-        _reference(out, operands)
-        return
-    problem = pose(operands, out.dtype, accumulation)
-    reason = _why_unsupported(problem, out.get_device())
-    if reason is None:
-        weight = operands.weight
-        expert_stride, row_stride, _ = weight.stride()
-        stacked = (weight.data_ptr(), expert_stride, row_stride)
-        launch(problem, out, operands, stacked, expected_rows=expected_rows, num_sms=num_sms)
+def _run(call: _Call, out: Tensor, operands: Operands) -> None:
+    if call.kernel is None:
+        grouped_matmul_reference_out(out, **operands._asdict())
     else:
-        _announce_fallback(reason)
-        _reference(out, operands)
+        enqueue(call.kernel, call.grid, out, operands)
 
 
-def launch(
-    problem: GemmProblem,
+def enqueue(
+    kernel: Kernel,
+    grid: int,
     out: Tensor,
     operands: Operands,
-    weight: tuple[int, int, int] | None,
     *,
     table: int = 0,
     starts: Tensor | None = None,
-    expected_rows: int | None = None,
-    num_sms: int | None = None,
     stream: int | None = None,
 ) -> None:
     """Launches the kernel of checked arguments; returns at once.
 
-    weight: pointer and strides of E and N of stacked weights, or None and table: the address of E
-    tensor maps on the device (`operands.weight` is read in neither case). starts int32 [E]: first
-    rows of the experts, where they are not the ends before. stream: default torch's current one.
+    table: address of E tensor maps on the device, which a kernel of unstacked weights reads instead
+    of `operands.weight`. starts int32 [E]: first rows of the experts, where they are not the ends
+    before. stream: default torch's current one.
     """
-    rows = out.shape[0]
-    if rows == 0:
-        return
-    x, index = operands.x, operands.index
-    device, tokens = out.get_device(), x.shape[0]
+    x, weight, index, offsets, per_token_scale, scale, bias = operands
+    device = out.get_device()
     if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
-            launch(
-                problem, out, operands, weight, table=table, starts=starts,
-                expected_rows=expected_rows, num_sms=num_sms, stream=stream,
-            )  # fmt: skip
+            enqueue(kernel, grid, out, operands, table=table, starts=starts, stream=stream)
         return
-    kernel, grid = kernels.plan(problem, device, tokens, rows, expected_rows, num_sms)
-    values = [
-        table,
-        x.data_ptr(),
-        0 if starts is None else starts.data_ptr(),
-        operands.offsets.data_ptr(),
-        out.data_ptr(),
-        tokens,
-        rows,
-    ]
-    if (values[1] | values[4] | (weight[0] if weight else table)) % 16:
-        raise ValueError("x, weight and out: expected addresses that are multiples of 16 bytes")
+    values = [table, x.data_ptr()]
     if index is not None:
-        values.insert(2, index.data_ptr())
-    for tensor in operands.epilogue:
-        values.append(tensor.data_ptr())
-        if values[-1] % 8 and tensor is not operands.per_token_scale:
-            raise ValueError("scale and bias: expected addresses that are multiples of 8 bytes")
+        values.append(index.data_ptr())
+    out_pointer = out.data_ptr()
+    values += (
+        0 if starts is None else starts.data_ptr(),
+        offsets.data_ptr(),
+        out_pointer,
+        x.shape[0],
+        out.shape[0],
+    )
+    if per_token_scale is not None:
+        values.append(per_token_scale.data_ptr())
+    for tensor in (scale, bias):
+        if tensor is not None:
+            values.append(tensor.data_ptr())
+            if values[-1] % 8:
+                raise ValueError("scale and bias: expected addresses in multiples of 8 bytes")
+    weight_pointer = table or weight.data_ptr()
+    if (values[1] | out_pointer | weight_pointer) % 16:
+        raise ValueError("x, weight and out: expected addresses in multiples of 16 bytes")
     if stream is None:
         stream = torch._C._cuda_getCurrentRawStream(device)
-    kernel.launch(values, weight, grid, stream)
-
-
-@lru_cache(maxsize=4096)
-def _why_unsupported(problem: GemmProblem, device: int) -> str | None:
-    return why_illegal(problem, arch=kernels.device_arch(device))
+    kernel.launch(values, None if table else (weight_pointer, weight.stride()), grid, stream)
 
 
 def _announce_fallback(reason: str) -> None:
@@ -314,8 +337,8 @@ def _functional_fake(*arguments: Any) -> Tensor:
 
 def _out_fake(out: Tensor, *arguments: Any) -> None:
     operands, (out_dtype, accumulation, _, num_sms) = _split(arguments)
-    check(operands, out_dtype, accumulation, num_sms)
-    check_out(out, operands, out_dtype)
+    dtype = check(operands, out_dtype or out.dtype, accumulation, num_sms)
+    check_out(out, operands, dtype)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
