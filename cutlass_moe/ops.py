@@ -184,15 +184,14 @@ def _call(
     num_sms: int | None,
 ) -> _Call:
     """Checks arguments and chooses a kernel, once a signature: dtypes, shapes, strides, devices."""
-    signature = (
-        out_dtype, accumulation, expected_rows, num_sms, kernels.forced(),
-        *[
-            None if tensor is None
-            else (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
-            for tensor in (out, *operands)
-        ],
-    )  # fmt: skip
-    call = _calls.get(signature)
+    signature: list[Any] = [out_dtype, accumulation, expected_rows, num_sms, kernels.forced()]
+    for tensor in (out, *operands):
+        if tensor is None:
+            signature.append(None)
+        else:
+            signature += (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
+    key = tuple(signature)
+    call = _calls.get(key)
     if call is None:
         if out is not None and out_dtype is None:
             out_dtype = out.dtype
@@ -203,7 +202,7 @@ def _call(
         if call.kernel is not None or not operands.x.is_cuda:  # else the fallback is told each time
             if len(_calls) >= _MAX_CALLS:
                 _calls.clear()
-            _calls[signature] = call
+            _calls[key] = call
     return call
 
 
@@ -230,9 +229,8 @@ def _choose(
 
 def _product(operands: Operands, *options: Any) -> Tensor:
     call = _call(operands, None, *options)
-    x = operands.x
-    allocate = torch.empty if x.is_cuda else torch.zeros
-    out = allocate(call.shape, dtype=call.dtype, device=x.device)
+    allocate = torch.zeros if call.kernel is None else torch.empty
+    out = allocate(call.shape, dtype=call.dtype, device=operands.x.device)
     _run(call, out, operands)
     return out
 
@@ -279,7 +277,7 @@ def enqueue(
     before. stream: default torch's current one.
     """
     x, weight, index, offsets, per_token_scale, scale, bias = operands
-    device = out.get_device()
+    device, rows = out.get_device(), out.shape[0]
     if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
             enqueue(kernel, grid, out, operands, table=table, starts=starts, stream=stream)
@@ -293,7 +291,7 @@ def enqueue(
         offsets.data_ptr(),
         out_pointer,
         x.shape[0],
-        out.shape[0],
+        rows,
     )
     if per_token_scale is not None:
         values.append(per_token_scale.data_ptr())

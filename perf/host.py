@@ -1,8 +1,7 @@
 """Host time of a warm eager call, taken apart, and what the first call of a kernel costs.
 
-The parts are the library's public layers, timed from outside. The driver's launch is what a call
-takes less without it, and the rest is what no part explains: addresses, stream, packing of
-parameters.
+The parts are the layers of `cutlass_moe.ops`, timed from outside. The driver's launch is what a
+call takes less without it.
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
 from cuda.bindings import driver
 
 import cutlass_moe
-from cutlass_moe import heuristics, kernels
+from cutlass_moe import arguments, heuristics, kernels, ops
 from cutlass_moe.cache import Cache, default_cache
 from cutlass_moe.compiler import compile_image
 from cutlass_moe.launch import Kernel
-from cutlass_moe.ops import grouped_matmul_problem
 from perf.cases import Case, seed_cases
 from perf.operands import Operands, Weights
 
@@ -55,23 +54,32 @@ def host_time(call: Callable[[], object]) -> HostTime:
 
 
 def call_parts() -> dict[str, float]:
-    """Microseconds of a warm `grouped_matmul_out` and of its parts."""
+    """Microseconds of a warm call of both forms, of its parts, and of what eager calls skip."""
     case = next(case for case in seed_cases(["fp8"], ["balanced"]))
-    operands = Operands.of(case, Weights.of(case))
-    out = torch.empty(case.rows, case.n, dtype=torch.bfloat16, device="cuda")
-    options = operands.options
-    inputs = (operands.x, operands.weight)
-    whole = partial(cutlass_moe.grouped_matmul_out, out, *inputs, **options)
-    total = host_time(whole)
-    call = (case.problem, torch.cuda.current_device(), case.x_rows, case.rows, None, None)
-    parts = {
-        "dispatch": host_time(partial(noop(), out, *inputs, *options.values(), *[None] * 5)).us,
-        "checks": host_time(partial(grouped_matmul_problem, *inputs, **options)).us,
-        "lookup": host_time(partial(kernels.plan, *call)).us,
-        "driver launch": round(total.us - unlaunched_time(whole).us, 2),
+    inputs = Operands.of(case, Weights.of(case))
+    optional: dict[str, Any] = {
+        name: inputs.options.get(name) for name in arguments.Operands._fields[2:]
     }
-    rest = round(total.us - sum(parts.values()), 2)
-    return {"call": total.us, "least": total.least, **parts, "rest": rest}
+    tensors = arguments.Operands(inputs.x, inputs.weight, **optional)
+    shape, device = (case.rows, case.n), inputs.x.device
+    out = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    into = partial(cutlass_moe.grouped_matmul_out, out, *tensors[:2], **inputs.options)
+    kernel, grid = kernels.plan(case.problem, device.index, case.x_rows, case.rows)
+    enqueue = partial(ops.enqueue, kernel, grid, out, tensors)
+    whole = host_time(partial(cutlass_moe.grouped_matmul, *tensors[:2], **inputs.options))
+    enqueued = host_time(enqueue)
+    return {
+        "grouped_matmul": whole.us,
+        "least": whole.least,
+        "grouped_matmul_out": host_time(into).us,
+        "signature": host_time(partial(ops._call, tensors, out, *[None] * 4)).us,
+        "allocation": host_time(partial(torch.empty, shape, dtype=out.dtype, device=device)).us,
+        "parameters": unlaunched_time(enqueue).us,
+        "driver": round(enqueued.us - unlaunched_time(enqueue).us, 2),
+        "dispatcher (skipped)": host_time(partial(noop(), out, *tensors, *[None] * 4)).us,
+        "checks (skipped)": host_time(partial(arguments.check, tensors, *[None] * 3)).us,
+        "a torch op (out.add_)": host_time(partial(out.add_, 1)).us,
+    }
 
 
 def noop() -> Callable[..., object]:
