@@ -1,5 +1,9 @@
 """Mixture-of-experts grouped GEMM for PyTorch: no token is copied, kernels come from a cache."""
 
+from cutlass_moe.index_group_matmul import (
+    index_group_matmul,
+    index_group_matmul_workspace_size,
+)
 from cutlass_moe.kernels import warmup
 from cutlass_moe.ops import grouped_matmul, grouped_matmul_out, grouped_matmul_problem
 from cutlass_moe.quantize import quantize_per_channel, quantize_per_token
@@ -12,6 +16,8 @@ __all__ = [
     "grouped_matmul_out",
     "grouped_matmul_problem",
     "grouped_matmul_reference",
+    "index_group_matmul",
+    "index_group_matmul_workspace_size",
     "quantize_per_channel",
     "quantize_per_token",
     "route",

@@ -1,0 +1,171 @@
+"""A caller's workspace, planned before it exists: tensors brought together, tables of the host."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 128  # bytes, of every place: what a table of tensor maps needs
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor in a workspace, `offset` bytes from its aligned beginning."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def of(self, workspace: Tensor) -> Tensor:
+        part = workspace[self.offset : self.offset + self.bytes]
+        return part.view(self.dtype).view(self.shape)
+
+
+def found(part: Tensor | Place | None, workspace: Tensor) -> Any:
+    """The tensor itself, or the one at its place."""
+    return part.of(workspace) if isinstance(part, Place) else part
+
+
+def stand_in(part: Tensor | Place | None) -> Any:
+    """The same tensor without memory, on the meta device: to check before there is a workspace."""
+    if part is None:
+        return None
+    if isinstance(part, Place):
+        return torch.empty(part.shape, dtype=part.dtype, device="meta")
+    return torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device="meta")
+
+
+class WorkspacePlan:
+    """Which tensors a run finds in its workspace, and what is copied there before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._bytes = 0
+        self._copies: list[tuple[Place, list[Tensor]]] = []
+        self._tables: list[tuple[Place, Tensor]] = []
+
+    @property
+    def size(self) -> int:
+        """Bytes of workspace, wherever it begins."""
+        return self._bytes and self._bytes + ALIGNMENT - 1
+
+    def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> Place:
+        """Room for a tensor."""
+        place = Place(self._bytes, shape, dtype)
+        self._bytes += -(-place.bytes // ALIGNMENT) * ALIGNMENT
+        return place
+
+    def join(self, entries: list[Tensor]) -> Tensor | Place:
+        """All rows of tensors that differ in their first extent at most: a view where that is
+        possible, else a place they are copied to before every run."""
+        joined = entries[0] if len(entries) == 1 else view_of_rows(entries)
+        if joined is not None:
+            return joined
+        rows = sum(len(entry) for entry in entries)
+        place = self.place((rows, *entries[0].shape[1:]), entries[0].dtype)
+        self._copies.append((place, entries))
+        return place
+
+    def table(self, values: Tensor) -> Place:
+        """A place for values that the host knows, copied there before every run.
+
+        Raises RuntimeError while a CUDA graph is captured: it would read memory of the host that
+        nobody keeps.
+        """
+        if self.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a CUDA graph is being captured and this call needs tables from the host: "
+                    "prepare it before, and capture the run of what prepared it"
+                )
+            values = values.pin_memory()
+        place = self.place(tuple(values.shape), values.dtype)
+        self._tables.append((place, values))
+        return place
+
+    def aligned(self, workspace: Tensor | None) -> Tensor:
+        """A workspace from its aligned beginning on. Raises ValueError if it is none for this plan.
+
+        None will do where `size` is 0.
+        """
+        if workspace is None and not self.size:
+            return torch.empty(0, dtype=torch.uint8, device=self.device)
+        if (
+            workspace is None
+            or workspace.dtype != torch.uint8
+            or workspace.dim() != 1
+            or not workspace.is_contiguous()
+            or len(workspace) < self.size
+            or workspace.device != self.device
+        ):
+            got = "None"
+            if workspace is not None:
+                got = f"{workspace.dtype} {list(workspace.shape)} on {workspace.device}"
+            raise ValueError(
+                f"workspace: expected contiguous torch.uint8 [{self.size} or more] on "
+                f"{self.device}, got {got}"
+            )
+        return workspace[-workspace.data_ptr() % ALIGNMENT :]
+
+    def fill(self, workspace: Tensor) -> None:
+        """Enqueues all copies into an aligned workspace."""
+        for place, values in self._tables:
+            place.of(workspace).copy_(values, non_blocking=True)
+        for place, entries in self._copies:
+            _copy(_split(place.of(workspace), entries), entries)
+
+    def write_back(self, joined: Tensor | Place, workspace: Tensor) -> None:
+        """Enqueues the copies from what `join` gave to its tensors."""
+        for place, entries in self._copies:
+            if place is joined:
+                _copy(entries, _split(place.of(workspace), entries))
+
+
+def view_of_rows(entries: list[Tensor]) -> Tensor | None:
+    """All rows of tensors that lie end to end in one storage."""
+    filled = [entry for entry in entries if entry.numel()] or entries[:1]
+    first, end = filled[0], filled[0].storage_offset()
+    for entry in filled:
+        if not (_share_storage(entry, first) and entry.is_contiguous()):
+            return None
+        if entry.storage_offset() != end:
+            return None
+        end += entry.numel()
+    flat = first.as_strided((end - first.storage_offset(),), (1,))
+    return flat.view(sum(len(entry) for entry in filled), *first.shape[1:])
+
+
+def view_of_slices(entries: list[Tensor]) -> Tensor | None:
+    """[len(entries), ...] of tensors of one shape that lie at equal distances in one storage."""
+    first = entries[0]
+    step = entries[1].storage_offset() - first.storage_offset()
+    for i, entry in enumerate(entries):
+        if not (_share_storage(entry, first) and entry.stride() == first.stride()):
+            return None
+        if step <= 0 or entry.storage_offset() != first.storage_offset() + i * step:
+            return None
+    return first.as_strided((len(entries), *first.shape), (step, *first.stride()))
+
+
+def _share_storage(a: Tensor, b: Tensor) -> bool:
+    mine, other = a.untyped_storage(), b.untyped_storage()
+    return mine.data_ptr() == other.data_ptr() and mine.nbytes() == other.nbytes()
+
+
+def _split(joined: Tensor, entries: list[Tensor]) -> list[Tensor]:
+    return list(joined.split([len(entry) for entry in entries]))
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """One kernel for many tensors; it knows no float8."""
+    if targets[0].dtype.itemsize == 1:
+        targets, sources = ([t.view(torch.int8) for t in side] for side in (targets, sources))
+    torch._foreach_copy_(targets, sources)
