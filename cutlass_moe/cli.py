@@ -184,7 +184,7 @@ def _problem_words(problem: dict[str, Any]) -> str:
 
 def _config_words(config: dict[str, Any]) -> str:
     tile = f"{config['tile_m']}x{config['tile_n']}"
-    return f"{tile} {config['raster']} {config['ctas_per_sm']}/SM"
+    return f"{tile} group {config['group_m']} {config['ctas_per_sm']}/SM"
 
 
 def _requests(

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import lru_cache
 
-from emitters.config import Config, GemmSm90Config, Raster, why_illegal
+from emitters.config import Config, GemmSm90Config, why_illegal
 from emitters.problem import GemmProblem
 
-# Rows an expert up to which ... (measured on an H200, perf/NOTES.md)
+# Rows an expert up to which a family of tiles serves (measured on an H200, perf/NOTES.md):
 _FEW_ROWS = 32  # 64-row tiles, two CTAs an SM: the weights' bytes are the cost
 _SOME_ROWS = 128  # one 128-row tile holds most experts: more CTAs than wide tiles would give
-_REUSED_ROWS = (
-    1024  # an expert's x stays in L2 while tiles run along M, so wide weights are read once
+
+_FAMILIES: tuple[tuple[float, tuple[GemmSm90Config, ...]], ...] = (  # the first legal one is taken
+    (_FEW_ROWS, tuple(GemmSm90Config(tile_m=64, tile_n=n, ctas_per_sm=2) for n in (128, 64))),
+    (_SOME_ROWS, tuple(GemmSm90Config(tile_m=128, tile_n=n) for n in (128, 64))),
+    (math.inf, tuple(GemmSm90Config(tile_m=128, tile_n=n) for n in (256, 128, 64))),
 )
-_WIDE_WEIGHT = 24 << 20  # bytes of one expert's weights that do not stay in L2
 
 
 @lru_cache(maxsize=1024)
 def _by_rows(problem: GemmProblem) -> tuple[tuple[float, Config], ...]:
     """(rows an expert up to which it serves, config) in ascending order; empty if none is legal."""
-    wide = problem.n * problem.k * problem.operand.bytes > _WIDE_WEIGHT
-    large = [GemmSm90Config(tile_m=128, tile_n=n) for n in (256, 128, 64)]
-    families: tuple[tuple[float, list[GemmSm90Config]], ...] = (
-        (_FEW_ROWS, [GemmSm90Config(tile_m=64, tile_n=n, ctas_per_sm=2) for n in (128, 64)]),
-        (_SOME_ROWS, large[1:]),
-        (_REUSED_ROWS if wide else 0, [replace(c, raster=Raster.ALONG_M) for c in large]),
-        (math.inf, large),
-    )
     legal = (
         (up_to, next((c for c in family if why_illegal(problem, c) is None), None))
-        for up_to, family in families
-        if up_to
+        for up_to, family in _FAMILIES
     )
     return tuple((up_to, config) for up_to, config in legal if config is not None)
 

@@ -32,13 +32,6 @@ class Schedule(Name):
     STATIC = "static"  # CTA b takes tiles b, b + grid, b + 2 grid, ...
 
 
-class Raster(Name):
-    """Which tiles of one expert follow each other."""
-
-    ALONG_N = "along_n"  # neighbours share rows of x
-    ALONG_M = "along_m"  # neighbours share weights
-
-
 @dataclass(frozen=True)
 class GemmSm90Config:
     """The persistent SM90 grouped GEMM: one producer and tile_m / 64 consumer warpgroups."""
@@ -48,7 +41,7 @@ class GemmSm90Config:
     cluster_m: int = 1
     cluster_n: int = 1
     schedule: Schedule = Schedule.STATIC
-    raster: Raster = Raster.ALONG_N
+    group_m: int = 8  # M tiles that share each N tile's weights before the next N tile
     stages: int | None = None  # None: as many as shared memory holds, at most MAX_STAGES
     ctas_per_sm: int = 1
     template: ClassVar[str] = "gemm_sm90"
@@ -67,9 +60,7 @@ class GemmSm90Config:
                 f"expected a config of {cls.template!r}, got {plain.get('template')!r}"
             )
         try:
-            return cls(
-                schedule=Schedule(rest.pop("schedule")), raster=Raster(rest.pop("raster")), **rest
-            )
+            return cls(schedule=Schedule(rest.pop("schedule")), **rest)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a {cls.template} config: {error}") from error
 
@@ -192,6 +183,8 @@ def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
         return f"tile_n {c.tile_n}: a multiple of {step} up to 256 (WGMMA's N, whole store slices)"
     if (c.cluster_m, c.cluster_n) != (1, 1):
         return f"cluster {c.cluster_m}x{c.cluster_n}: this template runs single CTAs"
+    if c.group_m < 1:
+        return f"group_m {c.group_m}: it must be positive"
     if c.ctas_per_sm not in (1, 2):
         return f"ctas_per_sm {c.ctas_per_sm}: 1 or 2"
     stages = c.pipeline_stages(p)

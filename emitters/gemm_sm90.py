@@ -237,10 +237,10 @@ class GemmSm90:
         step, _, _ = cute.arch.grid_dim()
         total = self.scheduler.total[0]
         state = pipeline.make_pipeline_state(PipelineUserType.Consumer, self.stages)
-        behind = pipeline.make_pipeline_state(PipelineUserType.Consumer, self.stages)
         while tile < total:
             expert, row, rows, column = self.scheduler.locate(tile)
             self.epilogue.begin(row, rows)
+            behind = state.clone()  # the stage of the k-step before: WGMMA still reads it
             if const_expr(two_level):
                 sums.fill(0)
             mma.set(warpgroup.Field.ACCUMULATE, False)
@@ -261,12 +261,9 @@ class GemmSm90:
             self.epilogue.load(expert, column)
             cute.arch.mbarrier_wait(full + state.index, state.phase)
             self.issue(mma, acc, tCrA, tCrB, state.index, k_blocks)
-            if const_expr(not two_level):
-                if const_expr(self.k_tiles > 1):
-                    warpgroup.wait_group(1)
-                    self.release(empty + behind.index)
-                    behind.advance()
-                behind.advance()
+            if const_expr(not two_level and self.k_tiles > 1):
+                warpgroup.wait_group(1)
+                self.release(empty + behind.index)
             warpgroup.wait_group(0)
             if const_expr(two_level):
                 self.promote(acc, sums)

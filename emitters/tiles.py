@@ -6,7 +6,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr, range_constexpr
 
-from emitters.config import GemmSm90Config, Raster
+from emitters.config import GemmSm90Config
 from emitters.problem import GemmProblem
 
 VECTOR = 1 << 30  # extent given to arrays whose length only the host knows
@@ -27,7 +27,7 @@ class TileScheduler:
         self.per_lane = self.entries // 32
         self.tile_m, self.tile_n = config.tile_m, config.tile_n
         self.n_tiles = config.n_tiles(problem)
-        self.along_m = config.raster is Raster.ALONG_M
+        self.group_m = config.group_m
 
     def attach(self, table: cute.Pointer):
         """table: shared memory, `table_words` int32."""
@@ -96,11 +96,15 @@ class TileScheduler:
         start = self.start[expert]
         rows = self.end[expert] - start
         tile_in_expert = tile - self.first[expert] * self.n_tiles
-        if const_expr(self.along_m):
-            m_tiles = cutlass.max((rows + (self.tile_m - 1)) // self.tile_m, Int32(1))
-            n = tile_in_expert // m_tiles
-            m = tile_in_expert - n * m_tiles
+        # groups of group_m M tiles; inside one M runs first, so that they share an N tile's weights
+        group = tile_in_expert // (self.group_m * self.n_tiles)
+        first_m = group * self.group_m
+        tile_in_group = tile_in_expert - first_m * self.n_tiles
+        if const_expr(self.group_m == 1):
+            m, n = first_m, tile_in_group
         else:
-            m = tile_in_expert // self.n_tiles
-            n = tile_in_expert - m * self.n_tiles
+            m_tiles = (rows + (self.tile_m - 1)) // self.tile_m
+            size = cutlass.max(cutlass.min(m_tiles - first_m, Int32(self.group_m)), Int32(1))
+            n = tile_in_group // size
+            m = first_m + tile_in_group - n * size
         return expert, start + m * self.tile_m, rows - m * self.tile_m, n * self.tile_n

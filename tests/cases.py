@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.heuristics import candidates, choose
-from emitters.config import Config, GemmSm90Config, Raster, why_illegal
+from emitters.config import Config, GemmSm90Config, why_illegal
 from emitters.problem import (
     ACCUMULATIONS,
     Accumulation,
@@ -214,10 +214,10 @@ EVERY_LEGAL = ("n_264", "n_264_two_level")
 
 
 def legal_configs(problem: GemmProblem) -> list[Config]:
-    every = itertools.product((64, 128, 192), (64, 128, 192, 256), (1, 2), Raster)
+    every = itertools.product((64, 128, 192), (64, 128, 192, 256), (1, 2), (1, 3))
     configs = [
-        GemmSm90Config(tile_m=m, tile_n=n, ctas_per_sm=ctas, raster=raster)
-        for m, n, ctas, raster in every
+        GemmSm90Config(tile_m=m, tile_n=n, ctas_per_sm=ctas, group_m=group_m)
+        for m, n, ctas, group_m in every
     ]
     return [config for config in configs if why_illegal(problem, config) is None]
 
