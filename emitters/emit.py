@@ -31,7 +31,7 @@ def emit(problem: GemmProblem, config: Config, arch: str = "sm_90a") -> Image:
     reason = why_illegal(problem, config, arch)
     if reason:
         raise ValueError(reason)
-    cubin = _compile(problem, config, arch)
+    cubin, _ = _compile(problem, config, arch)
     facts = read_cubin(cubin)
     box = TensorMapBox("weight", config.k_tile(problem), config.tile_n, K_TILE_BYTES, 128)
     record = LaunchRecord(
@@ -51,6 +51,14 @@ def emit(problem: GemmProblem, config: Config, arch: str = "sm_90a") -> Image:
         cubin_sha256=hashlib.sha256(cubin).hexdigest(),
     )
     return Image(cubin, record)
+
+
+def emit_ptx(problem: GemmProblem, config: Config, arch: str = "sm_90a") -> str:
+    """PTX of the kernel that `emit` compiles, with `.loc` lines that name the Python source."""
+    reason = why_illegal(problem, config, arch)
+    if reason:
+        raise ValueError(reason)
+    return _compile(problem, config, arch, "--generate-line-info")[1]
 
 
 def param_kinds(problem: GemmProblem) -> list[tuple[str, ParamKind]]:
@@ -77,7 +85,10 @@ def _params(problem: GemmProblem, facts: CubinFacts) -> tuple[Param, ...]:
     )
 
 
-def _compile(problem: GemmProblem, config: Config, arch: str) -> bytes:
+def _compile(
+    problem: GemmProblem, config: Config, arch: str, more_options: str = ""
+) -> tuple[bytes, str]:
+    """-> cubin, PTX"""
     os.environ["CUTE_DSL_ARCH"] = arch  # read when cutlass is imported
     import cutlass.cute as cute
     from cutlass import Int32, Uint8
@@ -112,6 +123,7 @@ def _compile(problem: GemmProblem, config: Config, arch: str) -> bytes:
             tuple(pointer(node_element(node), 4) for node in problem.epilogue) or None,
             Int32(1),
             make_fake_stream(),
-            options=f"--keep-cubin --keep-ptx --dump-dir {dump}",
+            options=f"--keep-cubin --keep-ptx --dump-dir {dump} {more_options}",
         )
-        return bytes(compiled.artifacts.CUBIN)
+        cubin, ptx = compiled.artifacts.CUBIN, compiled.artifacts.PTX
+        return bytes(cubin), ptx.decode() if isinstance(ptx, bytes) else ptx
