@@ -246,10 +246,10 @@ class Executor:
         if self._launch is not None:
             table = self._table.of(workspace).data_ptr() if self._table else 0
             ops.enqueue(*self._launch, out, operands, table=table, starts=starts)
-            return
-        if self._why_illegal is not None:
-            ops._announce_fallback(self._why_illegal)
-        _reference(out, operands, self._weights, starts)
+        elif len(out):
+            if self._why_illegal is not None:
+                ops._announce_fallback(self._why_illegal)
+            _reference(out, operands, self._weights, starts)
 
 
 # Lists of tensors.

@@ -87,11 +87,13 @@ def test_one_tensor_may_be_the_weight_of_several_experts() -> None:
 
 
 @pytest.mark.parametrize("kind", ["cumsum", "count"])
-def test_counts_beyond_an_experts_tensor_are_cut(kind: str) -> None:
+@pytest.mark.parametrize("last", [0, 3, 100])
+def test_counts_beyond_an_experts_tensor_are_cut(last: int, kind: str) -> None:
     call = make_call(SMALL, replace(APART, room=0, kind=kind))
-    call.arguments["group_list"] += torch.tensor([100, 200, 300] if kind == "cumsum" else 100)
+    counts = torch.tensor([100, 50, last])
+    call.arguments["group_list"].copy_(counts if kind == "count" else counts.cumsum(0))
+    call.used = torch.arange(11) < 4 + last
     cm.index_group_matmul(**call.arguments)
-    call.used[:] = torch.tensor([True] * 11)
     call.check()
 
 
@@ -382,8 +384,13 @@ def test_gradients_are_not_lost(name: str, form: Form) -> None:
     with pytest.raises(RuntimeError, match="index_group_matmul has no gradient"):
         cm.index_group_matmul(**call.arguments)
     with torch.no_grad():
-        cm.index_group_matmul(**call.arguments)
+        size, executor = cm.index_group_matmul_workspace_size(**call.arguments)
+    workspace = torch.empty(size, dtype=torch.uint8)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            executor.run(workspace)
         call.check()
+        assert call.got.requires_grad == (name == "out") and not workspace.requires_grad
 
 
 HOWS = ["whole", "parts", "apart"]

@@ -22,6 +22,7 @@ ROWS: dict[str, tuple[list[Tensor], int | None]] = {  # and how many rows a view
     "wrong_order": ([GRID[4:5], GRID[1:4]], None),
     "two_storages": ([GRID[1:4], OTHER[4:5]], None),
     "strided": ([GRID[:4, :3], GRID[4:, :3]], None),
+    "transposed": ([BUFFER[:6].view(3, 2).T, BUFFER[6:12].view(2, 3)], None),
     "one_row_of_odd_stride": ([BUFFER.as_strided((1, 6), (77, 1)), GRID[1:3]], 3),
     "vectors": ([BUFFER[:7], BUFFER[7:9]], 9),
 }
