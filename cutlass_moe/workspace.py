@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 128  # bytes, of every place: what a table of tensor maps needs
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,6 @@ def _split(joined: Tensor, entries: list[Tensor]) -> list[Tensor]:
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """One kernel for many tensors; it knows no float8."""
-    if targets[0].dtype.itemsize == 1:
-        targets, sources = ([t.view(torch.int8) for t in side] for side in (targets, sources))
-    torch._foreach_copy_(targets, sources)
+    """One kernel for many tensors of one dtype, as bits: it knows no float8 and rewrites NaNs."""
+    bits = _BITS[targets[0].dtype.itemsize]
+    torch._foreach_copy_([t.view(bits) for t in targets], [t.view(bits) for t in sources])
