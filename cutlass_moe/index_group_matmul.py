@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cutlass_moe import kernels, ops
 from cutlass_moe.arguments import Operands, check, check_out, pose
-from cutlass_moe.launch import TENSOR_MAP_BYTES, Kernel, encode_tensor_map
+from cutlass_moe.launch import TENSOR_MAP_BYTES, Kernel
 from cutlass_moe.reference import grouped_matmul_reference_out
 from cutlass_moe.workspace import Place, WorkspacePlan, found, stand_in, view_of_slices
 from emitters.config import why_illegal
@@ -248,7 +248,7 @@ class Executor:
             ops.enqueue(*self._launch, out, operands, table=table, starts=starts)
         elif len(out):
             if self._why_illegal is not None:
-                ops._announce_fallback(self._why_illegal)
+                ops.announce_fallback(self._why_illegal)
             _reference(out, operands, self._weights, starts)
 
 
@@ -338,7 +338,7 @@ def _check_tensors(arguments: _Arguments) -> torch.device:
     for name, tensor in tensors:
         if tensor.device != device:
             raise ValueError(f"{name}: expected tensors on {device}, got one on {tensor.device}")
-    if ops._wants_gradient(tuple(tensor for _, tensor in tensors)):
+    if ops.wants_gradient(tuple(tensor for _, tensor in tensors)):
         raise RuntimeError(
             "index_group_matmul has no gradient and an argument requires one: "
             "use grouped_matmul, or torch.no_grad()"
@@ -372,7 +372,7 @@ def _tensor_maps(kernel: Kernel, weights: list[Tensor]) -> Tensor:
     for e, weight in enumerate(weights):
         if weight.data_ptr() % 16:
             raise ValueError(f"weight[{e}]: expected an address that is a multiple of 16 bytes")
-        entry = encode_tensor_map(kernel.record, weight.data_ptr(), (0, *weight.stride()))
+        entry = kernel.encode_tensor_map(weight.data_ptr(), (0, *weight.stride()))
         ctypes.memmove(table[e].data_ptr(), int(entry.getPtr()), TENSOR_MAP_BYTES)
     return table
 

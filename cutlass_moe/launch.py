@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from emitters.image import Image, LaunchRecord, Param, ParamKind
+from emitters.image import Image, Param, ParamKind
 from emitters.problem import GemmProblem, WeightStorage
 
 _SLOT = 8  # bytes kept for a parameter on the host; the driver copies as many as the kernel's own
@@ -34,37 +34,6 @@ def _checked(call: str, result: tuple[Any, ...]) -> Any:
     return result[1] if len(result) == 2 else result[1:]
 
 
-def encode_tensor_map(
-    record: LaunchRecord, pointer: int, strides: tuple[int, ...]
-) -> driver.CUtensorMap:
-    """The tensor map through which a kernel reads weights [E, N, K] at `pointer`.
-
-    strides in elements; K is dense. For a table, E is 1. Raises DriverError where pointer or
-    strides are not multiples of 16 bytes.
-    """
-    problem = GemmProblem.from_json(record.problem)
-    stacked = problem.weights is WeightStorage.STACKED
-    experts = problem.num_experts if stacked else 1
-    expert_stride, row_stride, _ = strides
-    if experts == 1:
-        expert_stride = row_stride  # never used, but checked
-    size, box = problem.operand.bytes, record.tensor_maps[0]
-    result = driver.cuTensorMapEncodeTiled(
-        _MAP_DTYPES[size],
-        3,
-        pointer,
-        [driver.cuuint64_t(extent) for extent in (problem.k, problem.n, experts)],
-        [driver.cuuint64_t(stride * size) for stride in (row_stride, expert_stride)],
-        [driver.cuuint32_t(extent) for extent in (box.k, box.n, 1)],
-        [driver.cuuint32_t(1)] * 3,
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        _SWIZZLES[box.swizzle],
-        _PROMOTIONS[box.l2_promotion],
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    return _checked("cuTensorMapEncodeTiled", result)
-
-
 class Kernel:
     """An image on one device, ready to launch. Thread-safe.
 
@@ -74,6 +43,7 @@ class Kernel:
 
     def __init__(self, image: Image, device: int) -> None:
         self.record = image.record
+        self._problem = GemmProblem.from_json(image.record.problem)
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # the device's context exists and is current
             module = _checked("cuModuleLoadData", driver.cuModuleLoadData(image.cubin))
@@ -142,6 +112,33 @@ class Kernel:
         if cached is None:
             if len(self._maps) >= _MAX_TENSOR_MAPS:
                 self._maps.pop(next(iter(self._maps)))
-            map_ = encode_tensor_map(self.record, *weight)
+            map_ = self.encode_tensor_map(*weight)
             cached = self._maps[weight] = (map_, int(map_.getPtr()))
         return cached[1]
+
+    def encode_tensor_map(self, pointer: int, strides: tuple[int, ...]) -> driver.CUtensorMap:
+        """The tensor map through which the kernel reads weights [E, N, K] at `pointer`.
+
+        strides: of E, N and K, in elements; K's is 1. A map of a table describes one expert: E is 1.
+        Raises DriverError where pointer or strides are not multiples of 16 bytes.
+        """
+        problem, box = self._problem, self.record.tensor_maps[0]
+        experts = problem.num_experts if problem.weights is WeightStorage.STACKED else 1
+        expert_stride, row_stride, _ = strides
+        if experts == 1:
+            expert_stride = row_stride  # never used, but checked
+        size = problem.operand.bytes
+        result = driver.cuTensorMapEncodeTiled(
+            _MAP_DTYPES[size],
+            3,
+            pointer,
+            [driver.cuuint64_t(extent) for extent in (problem.k, problem.n, experts)],
+            [driver.cuuint64_t(stride * size) for stride in (row_stride, expert_stride)],
+            [driver.cuuint32_t(extent) for extent in (box.k, box.n, 1)],
+            [driver.cuuint32_t(1)] * 3,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            _SWIZZLES[box.swizzle],
+            _PROMOTIONS[box.l2_promotion],
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+        return _checked("cuTensorMapEncodeTiled", result)

@@ -103,7 +103,7 @@ def grouped_matmul_out(
     if _is_plain_eager(operands) and not out.requires_grad:
         _product_into(out, operands, out_dtype, accumulation, expected_rows, num_sms)
         return
-    if _wants_gradient((out, *operands)):
+    if wants_gradient((out, *operands)):
         raise RuntimeError(
             "grouped_matmul_out has no gradient and an argument requires one: "
             "use grouped_matmul, or torch.no_grad()"
@@ -111,7 +111,7 @@ def grouped_matmul_out(
     _out_variant(out, *operands, out_dtype, accumulation, expected_rows, num_sms)
 
 
-def _wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
+def wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -133,7 +133,7 @@ def _is_plain_eager(operands: Operands) -> bool:
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
-        or _wants_gradient(operands)
+        or wants_gradient(operands)
     )
 
 
@@ -220,7 +220,7 @@ def _choose(
     problem = pose(operands, dtype, accumulation)
     reason = why_illegal(problem, arch=kernels.device_arch(device))
     if reason is not None:
-        _announce_fallback(reason)
+        announce_fallback(reason)
         return _Call(shape, dtype, None, 0)
     tokens = operands.x.shape[0]
     plan = kernels.plan(problem, device, tokens, operands.rows, expected_rows, num_sms)
@@ -308,7 +308,7 @@ def enqueue(
     kernel.launch(values, None if table else (weight_pointer, weight.stride()), grid, stream)
 
 
-def _announce_fallback(reason: str) -> None:
+def announce_fallback(reason: str) -> None:
     """Once a reason: a warning. Under capture, or with CUTLASS_MOE_STRICT=1: an error."""
     if os.environ.get("CUTLASS_MOE_STRICT") == "1":
         raise RuntimeError(f"no kernel for this problem (CUTLASS_MOE_STRICT=1): {reason}")
