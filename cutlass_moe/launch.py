@@ -119,7 +119,7 @@ class Kernel:
     def encode_tensor_map(self, pointer: int, strides: tuple[int, ...]) -> driver.CUtensorMap:
         """The tensor map through which the kernel reads weights [E, N, K] at `pointer`.
 
-        strides: of E, N and K, in elements; K's is 1. A map of a table describes one expert: E is 1.
+        strides: of E, N and K, in elements; K is dense. In a table a map describes one expert: E is 1.
         Raises DriverError where pointer or strides are not multiples of 16 bytes.
         """
         problem, box = self._problem, self.record.tensor_maps[0]
