@@ -28,10 +28,24 @@ _SIZES = {ParamKind.TENSOR_MAP: 128, ParamKind.POINTER: 8, ParamKind.INT32: 4}
 
 def emit(problem: GemmProblem, config: Config, arch: str = "sm_90a") -> Image:
     """Compiles one kernel. Raises ValueError, with the reason, where that is illegal."""
+    return _emit(problem, config, arch)[0]
+
+
+def emit_ptx(
+    problem: GemmProblem, config: Config, arch: str = "sm_90a"
+) -> tuple[LaunchRecord, str]:
+    """The kernel that `emit` writes as PTX, with `.loc` lines that name the Python source."""
+    image, ptx = _emit(problem, config, arch, "--generate-line-info")
+    return image.record, ptx
+
+
+def _emit(
+    problem: GemmProblem, config: Config, arch: str, more_options: str = ""
+) -> tuple[Image, str]:
     reason = why_illegal(problem, config, arch)
     if reason:
         raise ValueError(reason)
-    cubin, _ = _compile(problem, config, arch)
+    cubin, ptx = _compile(problem, config, arch, more_options)
     facts = read_cubin(cubin)
     box = TensorMapBox("weight", config.k_tile(problem), config.tile_n, K_TILE_BYTES, 128)
     record = LaunchRecord(
@@ -50,15 +64,7 @@ def emit(problem: GemmProblem, config: Config, arch: str = "sm_90a") -> Image:
         config=config.to_json(),
         cubin_sha256=hashlib.sha256(cubin).hexdigest(),
     )
-    return Image(cubin, record)
-
-
-def emit_ptx(problem: GemmProblem, config: Config, arch: str = "sm_90a") -> str:
-    """PTX of the kernel that `emit` compiles, with `.loc` lines that name the Python source."""
-    reason = why_illegal(problem, config, arch)
-    if reason:
-        raise ValueError(reason)
-    return _compile(problem, config, arch, "--generate-line-info")[1]
+    return Image(cubin, record), ptx
 
 
 def param_kinds(problem: GemmProblem) -> list[tuple[str, ParamKind]]:
@@ -86,7 +92,7 @@ def _params(problem: GemmProblem, facts: CubinFacts) -> tuple[Param, ...]:
 
 
 def _compile(
-    problem: GemmProblem, config: Config, arch: str, more_options: str = ""
+    problem: GemmProblem, config: Config, arch: str, more_options: str
 ) -> tuple[bytes, str]:
     """-> cubin, PTX"""
     os.environ["CUTE_DSL_ARCH"] = arch  # read when cutlass is imported
