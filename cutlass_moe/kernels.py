@@ -20,7 +20,7 @@ from emitters.problem import GemmProblem
 
 _kernels: dict[tuple[GemmProblem, Config, int], Kernel] = {}
 _lock = threading.Lock()
-_forced: Config | None = None
+forced: Config | None = None  # by `forced_config`
 
 
 @cache
@@ -94,16 +94,12 @@ def warmup(
 @contextmanager
 def forced_config(config: Config) -> Iterator[None]:
     """Within it, all threads' calls use this config: for tuning and tests."""
-    global _forced
-    before, _forced = _forced, config
+    global forced
+    before, forced = forced, config
     try:
         yield
     finally:
-        _forced = before
-
-
-def forced() -> Config | None:
-    return _forced
+        forced = before
 
 
 def plan(
@@ -117,7 +113,7 @@ def plan(
     """The kernel of a call and the CTAs to launch. Raises what `load` raises."""
     experts = problem.num_experts
     per_expert = expected_rows or num_rows / experts
-    config = _forced or heuristics.choose(problem, num_tokens, per_expert)
+    config = forced or heuristics.choose(problem, num_tokens, per_expert)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     ctas = min(num_sms or sms, sms) * config.ctas_per_sm
     most_tiles = (num_rows // config.tile_m + min(experts, num_rows)) * config.n_tiles(problem)

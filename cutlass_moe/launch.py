@@ -67,7 +67,7 @@ class Kernel:
             (i for i, p in enumerate(self.record.params) if p.kind is ParamKind.TENSOR_MAP), -1
         )
         self._maps: dict[tuple[int, tuple[int, ...]], tuple[driver.CUtensorMap, int]] = {}
-        self._launched = (0, 0)
+        self._grid = self._stream = 0
         self._lock = threading.Lock()
         self._config = driver.CUlaunchConfig()
         self._config.gridDimY = self._config.gridDimZ = 1
@@ -100,10 +100,10 @@ class Kernel:
             self._slots.pack_into(self._values, 0, *values)
             if weight is not None:
                 self._pointers[self._map_at] = self._tensor_map(weight)
-            config = self._config
-            if self._launched != (grid, stream):
-                config.gridDimX, config.hStream = self._launched = grid, stream
-            status = driver.cuLaunchKernelEx(config, self._function, self._arguments, 0)[0]
+            if self._grid != grid or self._stream != stream:  # setting them is slow
+                self._config.gridDimX = self._grid = grid
+                self._config.hStream = self._stream = stream
+            status = driver.cuLaunchKernelEx(self._config, self._function, self._arguments, 0)[0]
         if status != 0:
             raise DriverError(f"cuLaunchKernelEx failed: {driver.CUresult(status).name}")
 
@@ -119,7 +119,7 @@ class Kernel:
     def encode_tensor_map(self, pointer: int, strides: tuple[int, ...]) -> driver.CUtensorMap:
         """The tensor map through which the kernel reads weights [E, N, K] at `pointer`.
 
-        strides: of E, N and K, in elements; K is dense. In a table a map describes one expert: E is 1.
+        strides: of E, N and K, in elements; K is dense. A map in a table describes one expert.
         Raises DriverError where pointer or strides are not multiples of 16 bytes.
         """
         problem, box = self._problem, self.record.tensor_maps[0]

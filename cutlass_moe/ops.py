@@ -184,7 +184,7 @@ def _call(
     num_sms: int | None,
 ) -> _Call:
     """Checks arguments and chooses a kernel, once a signature: dtypes, shapes, strides, devices."""
-    signature: list[Any] = [out_dtype, accumulation, expected_rows, num_sms, kernels.forced()]
+    signature: list[Any] = [out_dtype, accumulation, expected_rows, num_sms, kernels.forced]
     for tensor in (out, *operands):
         if tensor is None:
             signature.append(None)
@@ -227,16 +227,35 @@ def _choose(
     return _Call(shape, dtype, *plan)
 
 
-def _product(operands: Operands, *options: Any) -> Tensor:
-    call = _call(operands, None, *options)
-    allocate = torch.zeros if call.kernel is None else torch.empty
-    out = allocate(call.shape, dtype=call.dtype, device=operands.x.device)
-    _run(call, out, operands)
+def _product(
+    operands: Operands,
+    out_dtype: torch.dtype | None,
+    accumulation: str | None,
+    expected_rows: int | None,
+    num_sms: int | None,
+) -> Tensor:
+    call = _call(operands, None, out_dtype, accumulation, expected_rows, num_sms)
+    out = operands.x.new_empty(call.shape, dtype=call.dtype)
+    if call.kernel is not None:
+        enqueue(call.kernel, call.grid, out, operands)
+    else:
+        _refer(out.zero_(), operands)
     return out
 
 
-def _product_into(out: Tensor, operands: Operands, *options: Any) -> None:
-    _run(_call(operands, out, *options), out, operands)
+def _product_into(
+    out: Tensor,
+    operands: Operands,
+    out_dtype: torch.dtype | None,
+    accumulation: str | None,
+    expected_rows: int | None,
+    num_sms: int | None,
+) -> None:
+    call = _call(operands, out, out_dtype, accumulation, expected_rows, num_sms)
+    if call.kernel is not None:
+        enqueue(call.kernel, call.grid, out, operands)
+    else:
+        _refer(out, operands)
 
 
 def _functional_impl(*arguments: Any) -> Tensor:
@@ -253,11 +272,9 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Operands, tuple[Any, ...]]:
     return Operands(*arguments[:7]), arguments[7:]
 
 
-def _run(call: _Call, out: Tensor, operands: Operands) -> None:
-    if call.kernel is None:
+def _refer(out: Tensor, operands: Operands) -> None:
+    if operands.rows:  # else not even offsets are read
         grouped_matmul_reference_out(out, **operands._asdict())
-    else:
-        enqueue(call.kernel, call.grid, out, operands)
 
 
 def enqueue(
