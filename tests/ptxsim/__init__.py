@@ -1,0 +1,1 @@
+"""A functional simulator of the PTX that the emitters write; see README.md."""

@@ -1,0 +1,195 @@
+"""Arithmetic: one table from opcodes to NumPy functions over 32 lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tests.ptxsim.operands import B, F32, I32, I64, U16, U32, U64, Op, Operands, braced
+from tests.ptxsim.ptx import Fault, Instruction
+
+Function = Callable[..., np.ndarray]
+
+
+def _shift(function: Function, bits: int) -> Function:
+    """Shifts by the register's width or more give 0, of negative numbers -1."""
+
+    def shift(a: np.ndarray, by: np.ndarray) -> np.ndarray:
+        by = by.astype(np.int64)
+        if a.dtype.kind == "i":
+            return function(a, np.minimum(by, bits - 1).astype(a.dtype))
+        return np.where(by < bits, function(a, np.minimum(by, bits - 1).astype(a.dtype)), 0).astype(
+            a.dtype
+        )
+
+    return shift
+
+
+def _high(wide: type, narrow: type) -> Function:
+    return lambda a, b: (a.astype(wide) * b.astype(wide) >> wide(32)).astype(narrow)
+
+
+def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Rounded once: the float64 sum is made odd where it is inexact, then rounded."""
+    product = a.astype(np.float64) * b.astype(np.float64)
+    addend = c.astype(np.float64)
+    total = product + addend
+    back = total - product
+    error = (product - (total - back)) + (addend - back)
+    inexact = np.isfinite(total) & (error != 0)
+    down = np.where(inexact & ((error < 0) == (total > 0)), np.nextafter(total, 0), total)
+    odd = np.where(inexact, (down.view(np.uint64) | np.uint64(1)).view(np.float64), total)
+    return odd.astype(np.float32)
+
+
+def bf16_bits(values: np.ndarray) -> np.ndarray:
+    """float32 -> uint32 holding bf16, to nearest even."""
+    bits = values.view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint32)
+
+
+def _f16_bits(values: np.ndarray) -> np.ndarray:
+    bits = values.astype(np.float16).view(np.uint16)
+    return np.where(np.isnan(values), 0x7FFF, bits).astype(np.uint32)
+
+
+def _pack(convert: Function) -> Function:
+    return lambda high, low: convert(high) << np.uint32(16) | convert(low)
+
+
+def _popcount(a: np.ndarray) -> np.ndarray:
+    return np.unpackbits(a.view(np.uint8).reshape(-1, 4), axis=1).sum(axis=1).astype(np.uint32)
+
+
+def _select(a: np.ndarray, b: np.ndarray, p: np.ndarray) -> np.ndarray:
+    return np.where(p, a, b)
+
+
+# opcode: (function, kind of the result, kinds of the operands)
+_TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
+    "mul.wide.s32": (lambda a, b: a.astype(np.int64) * b.astype(np.int64), I64, (I32, I32)),
+    "mul.wide.u32": (lambda a, b: a.astype(np.uint64) * b.astype(np.uint64), U64, (U32, U32)),
+    "mul.lo.s32": (np.multiply, I32, (I32, I32)),
+    "mul.hi.s32": (_high(np.int64, np.int32), I32, (I32, I32)),
+    "mul.hi.u32": (_high(np.uint64, np.uint32), U32, (U32, U32)),
+    "mad.lo.s32": (lambda a, b, c: a * b + c, I32, (I32, I32, I32)),
+    "fma.rn.f32": (_fma, F32, (F32, F32, F32)),
+    "not.pred": (np.logical_not, B, (B,)),
+    "popc.b32": (_popcount, U32, (U32,)),
+    "cvt.u64.u32": (lambda a: a.astype(np.uint64), U64, (U32,)),
+    "cvt.s64.s32": (lambda a: a.astype(np.int64), I64, (I32,)),
+    "cvt.u32.u64": (lambda a: a.astype(np.uint32), U32, (U64,)),
+    "cvt.rn.f32.s32": (lambda a: a.astype(np.float32), F32, (I32,)),
+    "cvt.f32.f16": (lambda a: a.view(np.float16).astype(np.float32), F32, (U16,)),
+    "cvt.f32.bf16": (
+        lambda a: (a.astype(np.uint32) << np.uint32(16)).view(np.float32),
+        F32,
+        (U16,),
+    ),
+    "cvt.rn.bf16x2.f32": (_pack(bf16_bits), U32, (F32, F32)),
+    "cvt.rn.f16x2.f32": (_pack(_f16_bits), U32, (F32, F32)),
+    "shl.b32": (_shift(np.left_shift, 32), U32, (U32, U32)),
+    "shl.b64": (_shift(np.left_shift, 64), U64, (U64, U32)),
+    "shr.u32": (_shift(np.right_shift, 32), U32, (U32, U32)),
+    "shr.s32": (_shift(np.right_shift, 32), I32, (I32, U32)),
+    "shr.u64": (_shift(np.right_shift, 64), U64, (U64, U32)),
+}
+for _name, _kind in {"s32": I32, "u32": U32, "s64": I64, "u64": U64}.items():
+    for _op, _function in {
+        "add": np.add,
+        "sub": np.subtract,
+        "min": np.minimum,
+        "max": np.maximum,
+    }.items():
+        _TABLE[f"{_op}.{_name}"] = (_function, _kind, (_kind, _kind))
+for _op, _function in {"add": np.add, "sub": np.subtract, "mul": np.multiply}.items():
+    _TABLE[f"{_op}.f32"] = (_function, F32, (F32, F32))
+for _name, _kind in {"pred": B, "b32": U32, "b64": U64}.items():
+    for _op, _function in {
+        "and": np.bitwise_and,
+        "or": np.bitwise_or,
+        "xor": np.bitwise_xor,
+    }.items():
+        _TABLE[f"{_op}.{_name}"] = (_function, _kind, (_kind, _kind))
+for _name, _kind in {"b32": U32, "b64": U64, "f32": F32}.items():
+    _TABLE[f"selp.{_name}"] = (_select, _kind, (_kind, _kind, B))
+_COMPARES = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
+_COMPARED = {"s32": I32, "u32": U32, "b32": U32, "s64": I64, "u64": U64, "b64": U64}
+for _op, _function in _COMPARES.items():
+    for _name, _kind in _COMPARED.items():
+        _TABLE[f"setp.{_op}.{_name}"] = (_function, B, (_kind, _kind))
+_MOVES = {"pred": B, "b16": U16, "u16": U16, "b32": U32, "u32": U32, "f32": U32, "b64": U64}
+
+
+def build(one: Instruction, operands: Operands) -> Op | None:
+    """None where the opcode is not arithmetic."""
+    if one.opcode in _TABLE:
+        function, kind, kinds = _TABLE[one.opcode]
+        if len(one.operands) != 1 + len(kinds):
+            raise ValueError(f"{one.where()}: {len(kinds)} operands expected")
+        put = operands.sink(one.operands[0], kind)
+        sources = [operands.source(t, k) for t, k in zip(one.operands[1:], kinds, strict=True)]
+        return _applied(function, put, sources)
+    if one.opcode.startswith("mov.") and one.opcode[4:] in _MOVES:
+        return _move(one, operands, _MOVES[one.opcode[4:]])
+    if one.opcode == "div.s32":
+        return _divide(one, operands)
+    return None
+
+
+def _applied(function: Function, put: Callable, sources: list[Callable]) -> Op:
+    if len(sources) == 1:
+        (a,) = sources
+        return lambda f: put(f, function(a(f)))
+    if len(sources) == 2:
+        a, b = sources
+        return lambda f: put(f, function(a(f), b(f)))
+    a, b, c = sources
+    return lambda f: put(f, function(a(f), b(f), c(f)))
+
+
+def _move(one: Instruction, operands: Operands, kind: np.dtype) -> Op:
+    """Also between a register and the two halves of it in braces; the low half comes first."""
+    to, source = one.operands
+    half = {4: U16, 8: U32}.get(kind.itemsize, U16)
+    if to.startswith("{"):
+        puts = [operands.sink(name, half) for name in braced(to)]
+        read = operands.source(source, kind)
+
+        def split(f: Any) -> None:
+            parts = np.ascontiguousarray(read(f)).view(half).reshape(32, 2)
+            for i, put in enumerate(puts):
+                put(f, parts[:, i].copy())
+
+        return split
+    put = operands.sink(to, kind)
+    if source.startswith("{"):
+        low, high = (operands.source(name, half) for name in braced(source))
+        return lambda f: put(f, np.stack([low(f), high(f)], axis=1).view(kind)[:, 0])
+    read = operands.source(source, kind)
+    return lambda f: put(f, read(f))
+
+
+def _divide(one: Instruction, operands: Operands) -> Op:
+    put = operands.sink(one.operands[0], I32)
+    a, b = (operands.source(name, I32) for name in one.operands[1:])
+
+    def divide(f: Any) -> None:
+        over, under = a(f).astype(np.int64), b(f).astype(np.int64)
+        if (under[f.lanes] == 0).any():
+            raise Fault("division by zero")
+        under = np.where(under == 0, 1, under)
+        quotient = np.abs(over) // np.abs(under) * np.sign(over) * np.sign(under)
+        put(f, quotient.astype(np.int32))
+
+    return divide

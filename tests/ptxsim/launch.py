@@ -1,0 +1,150 @@
+"""Runs a kernel of the SM90 grouped GEMM on CPU tensors and checks all that it wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from emitters.config import Config
+from emitters.emit import emit_ptx
+from emitters.image import LaunchRecord, ParamKind
+from emitters.problem import GemmProblem, WeightStorage
+from tests.numerics import poisoned
+from tests.ptxsim.machine import Code, Machine, Trace
+from tests.ptxsim.memory import GlobalMemory
+from tests.ptxsim.ptx import Fault, parse
+from tests.ptxsim.schedule import Schedule
+from tests.ptxsim.tensormap import TensorMap
+
+
+@dataclass(frozen=True)
+class Kernel:
+    record: LaunchRecord
+    ptx: str
+    code: Code
+
+    @property
+    def problem(self) -> GemmProblem:
+        return GemmProblem.from_json(self.record.problem)
+
+    def edited(self, ptx: str) -> Kernel:
+        """The same kernel with other PTX."""
+        return Kernel(self.record, ptx, Code(parse(ptx)))
+
+
+@lru_cache(maxsize=8)
+def kernel(problem: GemmProblem, config: Config) -> Kernel:
+    """Compiled anew, in this process; one thread at a time may do that."""
+    record, ptx = emit_ptx(problem, config)
+    return Kernel(record, ptx, Code(parse(ptx)))
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """A contiguous tensor's memory."""
+    return tensor.view(torch.uint8).reshape(-1).numpy()
+
+
+class Arguments:
+    """Tensors of `grouped_matmul` in simulated global memory, and the kernel's parameters."""
+
+    def __init__(self, kernel: Kernel, inputs: dict[str, Any], out: Tensor):
+        self.memory, self.problem = GlobalMemory(), kernel.problem
+        self.inputs, self.record, self.out = inputs, kernel.record, out
+        values = {
+            **{name: self._add(name, inputs.get(name)) for name in ("x", "index", "starts")},
+            "ends": self._add("ends", inputs["offsets"]),
+            "num_tokens": len(inputs["x"]),
+            "num_rows": len(out),
+            "per_token_scale": self._add("per_token_scale", inputs.get("per_token_scale")),
+            "channel_scale": self._add("scale", inputs.get("scale")),
+            "bias": self._add("bias", inputs.get("bias")),
+        }
+        values["expert_scale"] = values["channel_scale"]
+        values["out"] = self.memory.add("out", _bytes(out), writable=True)
+        self.parameters = self._pack(kernel, values, self._weight(inputs["weight"]))
+
+    def _add(self, name: str, tensor: Tensor | None) -> int:
+        return 0 if tensor is None else self.memory.add(name, _bytes(tensor))
+
+    def _weight(self, weight: Tensor) -> bytes:
+        """The tensor map, or the address of a table of them."""
+        p, box = self.problem, self.record.tensor_maps[0]
+        base = self.memory.add("weight", _bytes(weight))
+        size = p.operand.bytes
+        stacked = p.weights is WeightStorage.STACKED
+        maps = [
+            TensorMap(
+                pointer=base + expert * weight.stride(0) * size,
+                element_bytes=size,
+                dims=(p.k, p.n, p.num_experts if stacked else 1),
+                strides=(weight.stride(1) * size, weight.stride(0) * size),
+                box=(box.k, box.n, 1),
+                swizzle=box.swizzle,
+            ).encode()
+            for expert in range(1 if stacked else p.num_experts)
+        ]
+        if stacked:
+            return maps[0]
+        table = np.frombuffer(b"".join(maps), np.uint8)
+        return self.memory.add("tensor maps", table).to_bytes(8, "little")
+
+    def _pack(self, kernel: Kernel, values: dict[str, int], weight: bytes) -> bytes:
+        program = kernel.code.program
+        packed = bytearray(program.parameter_bytes)
+        for param, declared in zip(kernel.record.params, program.parameters, strict=True):
+            if param.size != declared.size:
+                raise ValueError(f"{param.name}: {param.size} bytes, the PTX has {declared.size}")
+            if param.name == "weight":
+                data = weight
+            elif param.kind is ParamKind.INT32:
+                data = values[param.name].to_bytes(4, "little", signed=True)
+            else:
+                data = values[param.name].to_bytes(8, "little")
+            packed[declared.offset : declared.offset + len(data)] = data
+        return bytes(packed)
+
+    def check_writes(self, written: Tensor) -> None:
+        """written: bool [rows], which rows of `out` must have been written, once; no other."""
+        region = next(r for r in self.memory.regions if r.name == "out")
+        rows = region.writes.reshape(len(self.out), -1) if len(self.out) else region.writes
+        expected = written.numpy().astype(np.uint8)[:, None]
+        wrong = np.argwhere(rows != expected) if len(self.out) else []
+        if len(wrong):
+            row, byte = (int(i) for i in wrong[0])
+            column = byte // self.out.element_size()
+            verb = "never written" if written[row] else "written, which belongs to no expert"
+            raise Fault(f"out[{row}, {column}] {verb} ({len(wrong)} bytes are wrong)")
+
+
+def simulate(
+    kernel: Kernel, inputs: dict[str, Any], schedule: Schedule, grid: int = 2, *,
+    rows: int, trace: Trace | None = None,
+) -> Tensor:  # fmt: skip
+    """out [rows, N], from `poisoned`. inputs: as `grouped_matmul` takes them, and int32 `starts`.
+
+    Raises Fault for a defect of the kernel; what `out` holds is the caller's to check.
+    """
+    out = poisoned(rows, kernel.problem.n, inputs["out_dtype"], "cpu")
+    arguments = Arguments(kernel, inputs, out)
+    record = kernel.record
+    Machine(
+        kernel.code, grid, record.smem_bytes, record.registers, arguments.parameters,
+        arguments.memory, schedule, trace,
+    ).run()  # fmt: skip
+    arguments.check_writes(_owned(inputs, rows))
+    return out
+
+
+def _owned(inputs: dict[str, Any], rows: int) -> Tensor:
+    """Which rows belong to an expert."""
+    ends = inputs["offsets"].clamp(0, rows)
+    starts = inputs.get("starts")
+    if starts is None:
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    row = torch.arange(rows)[:, None]
+    return ((row >= starts) & (row < ends)).any(dim=1)

@@ -1,0 +1,138 @@
+"""Operands: registers with the lanes that hold a value, immediates, special registers, symbols."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tests.ptxsim.memory import SHARED_BASE
+from tests.ptxsim.ptx import Fault, Program
+from tests.ptxsim.wgmma import BUSY
+
+ALL = (1 << 32) - 1
+B, U16, U32, I32, F32, U64, I64 = (
+    np.dtype(t) for t in (np.bool_, np.uint16, np.uint32, np.int32, np.float32, np.uint64, np.int64)
+)
+Lanes = np.ndarray  # a value for each of 32 lanes
+Source = Callable[[Any], Lanes]
+Sink = Callable[[Any, Lanes], None]
+Op = Callable[[Any], Any]
+LANES = np.arange(32)
+
+_SPECIAL: dict[str, Callable[[Any], Lanes]] = {
+    "%tid.x": lambda f: f.warp.tid,
+    "%laneid": lambda f: LANES.astype(np.uint32),
+    "%ctaid.x": lambda f: f.warp.cta.ctaid,
+    "%nctaid.x": lambda f: f.warp.cta.nctaid,
+}
+
+
+def integer(text: str) -> int:
+    return int(text, 0)
+
+
+class Operands:
+    """Compiles operand texts to functions of a fragment."""
+
+    def __init__(self, program: Program, accumulators: set[int]):
+        self.program, self.accumulators = program, accumulators
+        self.symbols = {p.name: p.offset for p in program.parameters}
+
+    def source(self, text: str, kind: np.dtype) -> Source:
+        """Reads 32 lanes as `kind`; those of the fragment must hold a value."""
+        if text in self.program.registers:
+            return self._register(self.program.registers[text], kind, text)
+        if text in _SPECIAL:
+            return _SPECIAL[text]
+        constant = np.full(32, self._constant(text), dtype=object)
+        mask = (1 << 8 * kind.itemsize) - 1
+        if kind == B:
+            value = constant.astype(np.int64) != 0
+        else:
+            unsigned = np.dtype(f"u{kind.itemsize}")
+            value = np.array([int(c) & mask for c in constant], unsigned).view(kind)
+        return lambda f: value
+
+    def _constant(self, text: str) -> int:
+        if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
+            return int(text[2:], 16)
+        if text in self.symbols:
+            return self.symbols[text]
+        if text.startswith("__dynamic_shmem__"):
+            return SHARED_BASE
+        if re.fullmatch(r"-?(\d+|0x[0-9a-fA-F]+)", text):
+            return integer(text)
+        raise ValueError(f"unknown operand {text}")
+
+    def _register(self, number: int, kind: np.dtype, name: str) -> Source:
+        if self.program.kinds[number].itemsize != kind.itemsize:
+            raise ValueError(f"{name} read as {kind}")
+        own = self.program.kinds[number] == kind
+        watched = number in self.accumulators
+
+        def read(f: Any) -> Lanes:
+            warp = f.warp
+            if warp.valid[number] & f.mask != f.mask:
+                self._unreadable(warp, number, name)
+            if watched:
+                warp.queue.touched.add(number)
+            value = warp.values[number]
+            return value if own else value.view(kind)
+
+        return read
+
+    def _unreadable(self, warp: Any, number: int, name: str) -> None:
+        if warp.valid[number] == BUSY:
+            raise Fault(f"{name} read while a WGMMA writes it: no wait_group in between")
+        raise Fault(f"{name} read before it has a value")
+
+    def sink(self, text: str, kind: np.dtype) -> Sink:
+        """Writes the fragment's lanes of a register."""
+        if text == "_":
+            return lambda f, value: None
+        number = self.program.registers[text]
+        own = self.program.kinds[number]
+        if own.itemsize != kind.itemsize:
+            raise ValueError(f"{text} written as {kind}")
+        same = own == kind
+        watched = number in self.accumulators
+
+        def write(f: Any, value: Lanes) -> None:
+            warp = f.warp
+            if not same:
+                value = value.view(own)
+            if watched:
+                if warp.valid[number] == BUSY:
+                    raise Fault(f"{text} written while a WGMMA writes it: no wait_group in between")
+                warp.queue.touched.add(number)
+            if f.mask == ALL:
+                warp.values[number] = value
+                warp.valid[number] = ALL
+            else:
+                old = warp.values[number]
+                warp.values[number] = (
+                    value.copy() if old is None else np.where(f.active, value, old)
+                )
+                warp.valid[number] |= f.mask
+
+        return write
+
+    def numbers(self, text: str) -> list[int]:
+        """Of the registers in braces."""
+        return [self.program.registers[name] for name in braced(text)]
+
+    def address(self, text: str, kind: np.dtype = U32) -> Source:
+        """[base], [base + offset] or [symbol] -> int64 addresses of 32 lanes."""
+        inner = text.strip()[1:-1]
+        match = re.fullmatch(r"(.+?)\s*\+\s*(-?\w+)", inner)
+        base, offset = (match[1], integer(match[2])) if match else (inner, 0)
+        value = self.source(base, kind)
+        return lambda f: value(f).astype(np.int64) + offset
+
+
+def braced(text: str) -> list[str]:
+    """The names in `{a, b}`, or the one name without braces."""
+    return [name.strip() for name in text.strip("{} ").split(",")]
