@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 
@@ -81,14 +82,18 @@ def warmup(
 ) -> None:
     """Loads every kernel that calls of these problems may choose, so that none waits later.
 
-    `cutlass_moe.grouped_matmul_problem` and `cutlass_moe.shapes.problems` say which problem a call
-    or a model poses. device: default the current one.
+    What the cache lacks is compiled first, several at a time. `cutlass_moe.grouped_matmul_problem`
+    and `cutlass_moe.shapes.problems` say which problem a call or a model poses. device: default the
+    current one. Raises what `load` raises.
     """
     problems = [problems] if isinstance(problems, GemmProblem) else list(problems)
     index = torch.cuda._utils._get_device_index(device, optional=True)
-    for problem in problems:
-        for config in heuristics.candidates(problem):
-            load(problem, config, index)
+    arch = device_arch(index)
+    wanted = [(p, c) for p in problems for c in heuristics.candidates(p)]
+    with ThreadPoolExecutor() as pool:  # of several processes, one compiles an image
+        list(pool.map(lambda pair: find_image(*pair, arch), wanted))
+    for problem, config in wanted:
+        load(problem, config, index)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptxsim.operands import B, F32, I32, I64, U16, U32, U64, Op, Operands, braced
+from tests.ptxsim.operands import F32, I32, I64, U16, U32, U64, B, Op, Operands, braced
 from tests.ptxsim.ptx import Fault, Instruction
 
 Function = Callable[..., np.ndarray]

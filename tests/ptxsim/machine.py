@@ -15,7 +15,7 @@ import numpy as np
 from tests.ptxsim import alu, synchronisation, transfers
 from tests.ptxsim.barriers import MBarrier, NamedBarrier
 from tests.ptxsim.memory import GlobalMemory, SharedMemory
-from tests.ptxsim.operands import ALL, B, LANES, Op, Operands, Source
+from tests.ptxsim.operands import ALL, LANES, B, Op, Operands, Source
 from tests.ptxsim.order import Order
 from tests.ptxsim.outcome import AGAIN, DONE, GATHERING, PARKED, READY, State
 from tests.ptxsim.ptx import Fault, Instruction, Program

@@ -100,7 +100,7 @@ class SharedMemory:
     def _words(self, addresses: np.ndarray, size: int, what: str) -> np.ndarray:
         _aligned(addresses, size, f"shared {what}")
         if len(addresses) and not (
-            SHARED_BASE <= addresses.min() and addresses.max() + size <= self.size
+            addresses.min() >= SHARED_BASE and addresses.max() + size <= self.size
         ):
             worst = addresses.max() if addresses.max() + size > self.size else addresses.min()
             raise Fault(f"shared {what} at {int(worst)}, outside [{SHARED_BASE}, {self.size})")

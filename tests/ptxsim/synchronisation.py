@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tests.ptxsim.barriers import MBarrier, NamedBarrier
-from tests.ptxsim.operands import ALL, B, LANES, U32, U64, Op, Operands, integer
+from tests.ptxsim.operands import ALL, LANES, U32, U64, B, Op, Operands, integer
 from tests.ptxsim.outcome import AGAIN, PARKED, READY, WAITING, YIELD
 from tests.ptxsim.ptx import Fault, Instruction
 from tests.ptxsim.wgmma import BUSY, Multiply, Shape
@@ -58,7 +58,7 @@ def _elect(one: Instruction, operands: Operands) -> Op:
     def elect(f: Any) -> None:
         leader = f.warp.cta.leader
         put_lane(f, np.full(32, leader, np.uint32))
-        put(f, LANES == leader)
+        put(f, leader == LANES)
 
     return elect
 
