@@ -91,7 +91,7 @@ def warmup(
     arch = device_arch(index)
     wanted = [(p, c) for p in problems for c in heuristics.candidates(p)]
     with ThreadPoolExecutor() as pool:  # of several processes, one compiles an image
-        list(pool.map(lambda pair: find_image(*pair, arch), wanted))
+        list(pool.map(lambda pair: find_image(pair[0], pair[1], arch), wanted))
     for problem, config in wanted:
         load(problem, config, index)
 
