@@ -1,0 +1,257 @@
+"""Defects to plant in a kernel's PTX: each must be caught, see test_ptxsim_mutations.py."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Edit = Callable[[str], str]
+
+
+def replace_nth(pattern: str, to: str, nth: int = 0, after: str = "", before: str = "") -> Edit:
+    r"""Replaces a match of `pattern` (a space stands for any white space), the nth of those
+    between the texts `after` and `before`. Raises ValueError where there is none."""
+    regex = re.compile(pattern.replace(" ", r"\s+"))
+
+    def edit(ptx: str) -> str:
+        start = ptx.index(after) if after else ptx.index("{\n")
+        end = ptx.index(before, start) if before else len(ptx)
+        found = list(regex.finditer(ptx, start, end))
+        if not -len(found) <= nth < len(found):
+            raise ValueError(f"{len(found)} matches of {pattern}")
+        match = found[nth]
+        changed = match.expand(to)
+        if changed == match[0]:
+            raise ValueError(f"{pattern}: nothing changes")
+        return ptx[: match.start()] + changed + ptx[match.end() :]
+
+    return edit
+
+
+PRODUCER, CONSUMER = "setmaxnreg.dec", "setmaxnreg.inc"
+
+
+def setup(pattern: str, to: str, nth: int = 0) -> Edit:
+    return replace_nth(pattern, to, nth, before=PRODUCER)
+
+
+def producer(pattern: str, to: str, nth: int = 0) -> Edit:
+    return replace_nth(pattern, to, nth, after=PRODUCER, before=CONSUMER)
+
+
+def consumer(pattern: str, to: str, nth: int = 0) -> Edit:
+    return replace_nth(pattern, to, nth, after=CONSUMER)
+
+
+def swap_scales(ptx: str) -> str:
+    """Exchanges the last two parameters."""
+    first, second = re.findall(r"ld\.param\.b64\s+%rd\d+, \[(\w+)\];", ptx)[-2:]
+    start = ptx.index("{\n")
+    body = ptx[start:].replace(f"[{first}]", "[?]").replace(f"[{second}]", f"[{first}]")
+    return ptx[:start] + body.replace("[?]", f"[{second}]")
+
+
+def initial_phase(ptx: str) -> str:
+    """The producer begins as if its stages were full."""
+    parity = re.search(r"try_wait\S+ P1, \[%r\d+\], (%r\d+)", ptx[ptx.index(PRODUCER) :])
+    assert parity is not None
+    return producer(f"mov.b32 {parity[1]}, 1;", f"mov.b32 {parity[1]}, 0;")(ptx)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """expects: of these texts, one must be in what the simulator says. kernel: which one of
+    test_ptxsim_mutations.KERNELS is edited."""
+
+    edit: Edit
+    expects: tuple[str, ...]
+    kernel: str = "base"
+
+
+_TRY_WAIT = r"mbarrier.try_wait\S+ P1, \[%r\d+\], %r\d+, 10000000;"
+_PASSED = "setp.eq.b32 P1, 0, 0;"
+_WRONG = "wrong result"
+_READING = "a WGMMA may still be reading"
+_PENDING = "an asynchronous write is pending"
+_UNORDERED = "nothing orders"
+_DEADLOCK = "deadlock"
+_LOC = r"(?:\s+\.loc[^\n]*)*"
+_STORE = (
+    r"(%p\d+), (%r\d+), (%r\d+);(" + _LOC + r")\s+@%p\d+ bra (\S+);"
+    r"(?=" + _LOC + r"\s+ld.shared.v4)"
+)
+
+MUTATIONS: dict[str, Mutation] = {
+    # mbarrier counts, bytes, phases
+    "full_counts_128": Mutation(setup("(mov.b32 %r\\d+,) 129;", r"\1 128;"), ("over-arrival",)),
+    "full_counts_130": Mutation(setup("(mov.b32 %r\\d+,) 129;", r"\1 130;"), (_DEADLOCK,)),
+    "empty_counts_3": Mutation(
+        setup("(mov.b32 %r\\d+,) 4;", r"\1 3;"), ("over-arrival", "phase", _READING)
+    ),
+    "empty_counts_5": Mutation(setup("(mov.b32 %r\\d+,) 4;", r"\1 5;"), (_DEADLOCK,)),
+    "expects_half_the_bytes": Mutation(
+        producer("(mov.b32 %r\\d+,) 8192;", r"\1 4096;"), (_PENDING, _DEADLOCK, "phase")
+    ),
+    "expects_twice_the_bytes": Mutation(
+        producer("(mov.b32 %r\\d+,) 8192;", r"\1 16384;"), (_DEADLOCK,)
+    ),
+    "producer_begins_in_phase_0": Mutation(initial_phase, (_DEADLOCK,)),
+    "producer_never_flips_its_phase": Mutation(
+        producer(r"xor.b32 (%r\d+), \1, %r\d+;", r"xor.b32 \1, \1, 0;"), ("phase", _DEADLOCK)
+    ),
+    "consumer_never_flips_its_phase": Mutation(
+        consumer(r"xor.b32 (%r\d+), \1, %r\d+;", r"xor.b32 \1, \1, 0;", 1), ("phase", _DEADLOCK)
+    ),
+    "one_stage_too_many": Mutation(
+        producer(r"(setp.eq.b32 %p\d+, %r\d+,) 2;", r"\1 3;"), ("no mbarrier", "phase", "mbarrier")
+    ),
+    "no_init_fence": Mutation(setup("fence.mbarrier_init.release.cluster;", ""), ("fence",)),
+    "every_lane_inits": Mutation(
+        setup(r"not.pred (%p\d+), (%p\d+);", r"mov.pred \1, 0;"), ("mbarrier.init by 32",)
+    ),
+    # waits and releases
+    "producer_does_not_wait": Mutation(
+        producer(_TRY_WAIT, _PASSED), (_READING, _PENDING, _UNORDERED)
+    ),
+    "consumer_does_not_wait": Mutation(
+        consumer(_TRY_WAIT, _PASSED), (_PENDING, _UNORDERED, _READING)
+    ),
+    "last_step_is_not_waited_for": Mutation(
+        consumer(_TRY_WAIT, _PASSED, -1), (_PENDING, _UNORDERED, _READING)
+    ),
+    "released_before_the_wait": Mutation(
+        consumer("wgmma.wait_group.sync.aligned 1;", ""), (_READING,)
+    ),
+    "last_stage_released_before_the_wait": Mutation(
+        consumer("wgmma.wait_group.sync.aligned 0;", ""), (_READING, "read while a WGMMA")
+    ),
+    "every_lane_releases": Mutation(
+        consumer(r"not.pred (%p\d+), (%p\d+);", r"mov.pred \1, 0;", -1), ("over-arrival",)
+    ),
+    "never_released": Mutation(
+        consumer(r"mbarrier.arrive.shared.b64 %rd\d+, \[%r\d+\], %r\d+;", "", -1), (_DEADLOCK,)
+    ),
+    "copies_never_arrive": Mutation(
+        producer(r"cp.async.mbarrier.arrive.noinc.shared.b64 \[%r\d+\];", ""), (_DEADLOCK,)
+    ),
+    "copies_arrive_elsewhere": Mutation(
+        producer(r"(arrive.noinc.shared.b64 \[%r\d+)\];", r"\1+8];"),
+        ("over-arrival", _DEADLOCK, "no mbarrier", "phase", _PENDING),
+    ),
+    "registers_not_given_back": Mutation(
+        replace_nth("setmaxnreg.dec.sync.aligned.u32 56;", ""), (_DEADLOCK,), "two_consumers"
+    ),
+    # fences and order
+    "no_proxy_fence": Mutation(
+        consumer("fence.proxy.async.shared::cta;", ""), ("no fence.proxy.async",)
+    ),
+    "no_proxy_fence_in_the_last_step": Mutation(
+        consumer("fence.proxy.async.shared::cta;", "", -1), ("no fence.proxy.async",), "one_step"
+    ),
+    "no_register_fence": Mutation(
+        consumer("wgmma.fence.sync.aligned;", ""), ("wgmma.fence",), "two_level"
+    ),
+    "no_cta_barrier": Mutation(
+        setup("bar.sync 0;", ""), (_UNORDERED, "uninitialised", "no mbarrier")
+    ),
+    "staging_reused_too_early": Mutation(
+        consumer("bar.warp.sync -1;", ""), (_UNORDERED,), "two_slices"
+    ),
+    "staging_read_too_early": Mutation(consumer("bar.warp.sync -1;", "", 1), (_UNORDERED,)),
+    "barrier_in_a_branch": Mutation(
+        setup(r"(st.shared.b32 \[%r\d+\+\d+\], %r\d+;)(?=\s+(?:\.loc[^\n]*\s+)*\$L__BB0_\d+:)",
+              r"bar.warp.sync -1; \1", -1),
+        ("divergent", _DEADLOCK),
+    ),
+    "accumulators_read_in_flight": Mutation(
+        consumer("wgmma.wait_group.sync.aligned 0;", ""), ("while a WGMMA",), "two_level"
+    ),
+    "tensor_map_not_acquired": Mutation(
+        producer(r"fence.proxy.tensormap::generic.acquire.sys [^;]*;", ""), ("tensormap",), "table"
+    ),
+    # addresses, tails, arithmetic
+    "row_tail_dropped": Mutation(
+        consumer(r"setp.ge.s32 " + _STORE, r"setp.ne.s32 \1, \2, \2;\4 @\1 bra \5;"),
+        ("written twice", "belongs to no expert", "bytes"),
+        "no_tails",
+    ),
+    "column_tail_dropped": Mutation(
+        consumer(r"or.pred (%p\d+), (%p\d+), (%p\d+);", r"mov.pred \1, \2;"),
+        ("written", "bytes", _WRONG),
+    ),
+    "wrong_swizzle": Mutation(
+        producer(r"(and.b32 %r\d+, %r\d+,) 112;", r"\1 96;"),
+        (_WRONG, "two lanes write", "uninitialised"),
+    ),
+    "expert_search_off_by_one": Mutation(
+        producer(r"setp.le.s32 (%p\d+, %r\d+, %r\d+;)(?=" + _LOC + r"\s+vote)",
+                 r"setp.lt.s32 \1"),
+        (_WRONG, "shared read", "uninitialised", "bytes", "phase", "mbarrier", _DEADLOCK),
+    ),
+    "consumer_expert_search_off_by_one": Mutation(
+        consumer(r"setp.le.s32 (%p\d+, %r\d+, %r\d+;)(?=" + _LOC + r"\s+vote)",
+                 r"setp.lt.s32 \1"),
+        (_WRONG, "shared read", "uninitialised", "bytes", "written", "mbarrier"),
+    ),
+    "weights_of_the_next_expert": Mutation(
+        producer(r"(popc.b32 (%r\d+), .*?add.s32 %r\d+, \2,) -1;".replace(".*?", r"[\s\S]*?"),
+                 r"\1 0;"),
+        (_WRONG,),
+    ),
+    "coordinates_swapped": Mutation(
+        producer(r"\{(%r\d+), (%r\d+), (%r\d+)\}\]", r"{\1, \3, \2}]"), (_WRONG,)
+    ),
+    "scales_swapped": Mutation(swap_scales, (_WRONG, "bytes")),
+    "first_step_accumulates": Mutation(
+        consumer(r"setp.ne.b32 p, %r\d+, 0;", "setp.eq.b32 p, 0, 0;"),
+        ("accumulators added to", _WRONG),
+    ),
+    "a_step_too_few": Mutation(
+        consumer(r"(setp.ne.b32 %p\d+, %r\d+,) 4;(?=[\s\S]{0,400}bra)", r"\1 3;", -1),
+        (_WRONG, _DEADLOCK, "phase", _READING, _PENDING, _UNORDERED, "exits"),
+    ),
+    "descriptor_not_advanced": Mutation(
+        consumer(r"(add.s32 %r\d+, %r\d+,) 4;", r"\1 2;"), (_WRONG,)
+    ),
+    "stages_overlap": Mutation(
+        producer(r"(shl.b32 %r\d+, %r\d+,) 13;", r"\1 12;"),
+        (_WRONG, _PENDING, _UNORDERED, _READING, "uninitialised"),
+    ),
+    "staging_pitch": Mutation(
+        consumer(r"(mad.lo.s32 %r\d+, %r\d+,) 144,", r"\1 128,"),
+        (_WRONG, "uninitialised", _UNORDERED),
+    ),
+    "index_of_the_next_row": Mutation(
+        producer(r"(ld.global.b32 %r\d+, \[%rd\d+)\+64\];", r"\1+68];"), (_WRONG, "bytes")
+    ),
+    "index_equal_to_T": Mutation(
+        producer(r"setp.lt.s32 (%p\d+, %r\d+, %r\d+;)(?=" + _LOC + r"\s+selp.b32 %r\d+, %r\d+, -1)",
+                 r"setp.le.s32 \1"),
+        ("bytes",),
+        "outside",
+    ),
+    "scan_step": Mutation(
+        setup(r"(shfl.sync.up.b32 %r\d+, %r\d+,) 2,", r"\1 1,"),
+        (_WRONG, "written", "bytes", _DEADLOCK, "phase"),
+        "many_experts",
+    ),
+    "half_of_the_tiles": Mutation(
+        setup(r"shl.b32 (%r\d+), (%r\d+), 1;(?=" + _LOC + r"\s+st.shared)",
+              r"mov.b32 \1, \2;"),
+        ("never written",),
+    ),
+    "tiles_twice": Mutation(
+        consumer(r"mov.u32 (%r\d+), %nctaid.x;", r"mov.b32 \1, 1;"),
+        ("written twice", _DEADLOCK, "phase"),
+    ),
+    "misaligned_store": Mutation(
+        consumer(r"(st.global.v4.b32 \[%rd\d+)\]", r"\1+4]"), ("misaligned", "bytes")
+    ),
+    "unset_register": Mutation(
+        producer(r"mov.b32 %r\d+, -1;", ""), ("before it has a value",)
+    ),
+    "table_entry_not_written": Mutation(
+        setup(r"st.shared.b32 \[%r\d+\+\d+\], %r\d+;", ""), ("uninitialised",)
+    ),
+}  # fmt: skip

@@ -1,0 +1,75 @@
+"""The simulator can fail: every planted defect is caught, in some schedule, as what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from emitters.config import Config, GemmSm90Config
+from emitters.image import build_identity
+from emitters.problem import Accumulation, GemmProblem, WeightStorage
+from tests.cases import Case, make_inputs
+from tests.numerics import check
+from tests.ptxsim import launch
+from tests.ptxsim.mutations import MUTATIONS
+from tests.ptxsim.ptx import Fault
+from tests.ptxsim.schedule import MODES, Schedule
+
+pytestmark = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
+CASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=528, spare=3)
+SMALL = GemmSm90Config(tile_m=64, tile_n=64, stages=2)
+KERNELS: dict[str, tuple[Case, Config]] = {
+    "base": (CASE, SMALL),
+    "no_tails": (replace(CASE, n=64), SMALL),
+    "one_step": (replace(CASE, k=64), SMALL),
+    "two_slices": (CASE, replace(SMALL, tile_n=128)),
+    "two_level": (replace(CASE, accumulation=Accumulation.TWO_LEVEL), SMALL),
+    "two_consumers": (CASE, replace(SMALL, tile_m=128)),
+    "table": (CASE, SMALL),
+    "outside": (replace(CASE, reads="outside"), SMALL),
+    "many_experts": (replace(CASE, counts=(9, 0, 70, 3, 1, 0, 5)), SMALL),
+}
+
+
+def problem(name: str) -> GemmProblem:
+    storage = WeightStorage.TABLE if name == "table" else WeightStorage.STACKED
+    return replace(KERNELS[name][0].problem, weights=storage)
+
+
+def complaints(kernel: launch.Kernel, case: Case) -> Iterator[str]:
+    """What is wrong, schedule by schedule; "" where nothing is."""
+    for seed, mode in enumerate(MODES):
+        inputs = make_inputs(case, "cpu", exact=True)
+        try:
+            out = launch.simulate(kernel, inputs, Schedule(seed, mode), rows=case.rows)
+        except Fault as fault:
+            yield str(fault)
+            continue
+        try:
+            check(out, case, inputs, exact=True)
+        except AssertionError as error:
+            yield f"wrong result: {error}"
+            continue
+        yield ""
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_nothing_is_wrong_without_a_defect(name: str) -> None:
+    case, config = KERNELS[name]
+    assert set(complaints(launch.kernel(problem(name), config), case)) == {""}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_defects_are_caught(name: str) -> None:
+    mutation = MUTATIONS[name]
+    case, config = KERNELS[mutation.kernel]
+    kernel = launch.kernel(problem(mutation.kernel), config)
+    edited = kernel.edited(mutation.edit(kernel.ptx))
+    said = next(filter(None, complaints(edited, case)), "")
+    assert any(text in said for text in mutation.expects), said or "not caught"
+
+
+def test_there_are_enough_defects() -> None:
+    assert len(MUTATIONS) >= 25
