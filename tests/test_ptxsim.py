@@ -1,115 +1,28 @@
-"""Every template, dtype and epilogue in the PTX simulator: right, and free of races, in every mode.
-
-Shapes are two or three tiles with four k-steps over two stages, so that the ring wraps; ragged and
-empty experts, tails of N and K, rows of missing tokens.
-"""
+"""Every template, dtype and epilogue in the PTX simulator: right, and free of races, in every
+mode; and the simulator's own parts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from emitters.config import GemmSm90Config
 from emitters.image import build_identity
-from emitters.problem import (
-    ACCUMULATIONS,
-    OUTPUTS,
-    Accumulation,
-    Bias,
-    DType,
-    EpilogueNode,
-    ExpertScale,
-    GemmProblem,
-    PerTokenScale,
-    WeightStorage,
-)
-from tests.cases import SCALES, Case, make_inputs
+from tests.cases import Case, make_inputs
 from tests.numerics import check
-from tests.ptxsim import launch
+from tests.ptxsim import alu, launch
+from tests.ptxsim.machine import Code
+from tests.ptxsim.memory import GlobalMemory
+from tests.ptxsim.ptx import parse
+from tests.ptxsim.runs import BASE, RUNS, SMALL
 from tests.ptxsim.schedule import MODES, Schedule
+from tests.ptxsim.tensormap import TensorMap
 
 pytestmark = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
-
-SMALL = GemmSm90Config(tile_m=64, tile_n=64, stages=2)
-BASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=400, spare=3, reads="outside")
-EPILOGUES: dict[str, tuple[EpilogueNode, ...]] = {
-    "none": (),
-    "token": (PerTokenScale(),),
-    "scales": SCALES,
-    "expert": (PerTokenScale(), ExpertScale()),
-    "bias_bf16": (*SCALES, Bias(DType.BF16)),
-    "bias_fp16": (*SCALES, Bias(DType.FP16)),
-    "bias_fp32": (PerTokenScale(), ExpertScale(), Bias(DType.FP32)),
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    case: Case
-    config: GemmSm90Config = SMALL
-    grid: int = 2
-    storage: WeightStorage = WeightStorage.STACKED
-
-    @property
-    def problem(self) -> GemmProblem:
-        return replace(self.case.problem, weights=self.storage)
-
-
-def _k(case: Case, steps: float) -> Case:
-    """K of so many steps of 128 bytes."""
-    return replace(case, k=int(steps * 128) // case.operand.bytes)
-
-
-RUNS: dict[str, Run] = {}
-for _operand, _accumulations in ACCUMULATIONS.items():
-    for _accumulation in _accumulations:
-        _case = replace(BASE, operand=_operand, accumulation=_accumulation, epilogue=SCALES)
-        for _out in OUTPUTS:
-            RUNS[f"{_operand}_{_accumulation}_{_out}"] = Run(_k(replace(_case, out=_out), 3.125))
-for _name, _epilogue in EPILOGUES.items():
-    for _operand, _out in zip((DType.E4M3, DType.INT8, DType.FP16), OUTPUTS, strict=True):
-        _case = replace(BASE, epilogue=_epilogue, operand=_operand, out=_out)
-        RUNS[f"epilogue_{_name}_{_operand}_{_out}"] = Run(_k(_case, 2.25))
-for _m, _n, _group in (
-    (64, 128, 1),
-    (64, 256, 1),
-    (128, 64, 1),
-    (128, 128, 2),
-    (128, 256, 1),
-    (192, 64, 3),
-    (192, 128, 1),
-):
-    _case = replace(BASE, counts=(_m + 70, 0, 3), n=_n + 16)
-    _config = GemmSm90Config(tile_m=_m, tile_n=_n, group_m=_group, stages=2)
-    RUNS[f"tile_{_m}x{_n}_group_{_group}"] = Run(_case, _config)
-RUNS |= {
-    "all_stages": Run(_k(BASE, 10), replace(SMALL, stages=None, tile_n=128, ctas_per_sm=2)),
-    "three_stages": Run(_k(BASE, 7), replace(SMALL, stages=3)),
-    "one_step": Run(replace(BASE, k=16)),
-    "two_steps": Run(replace(BASE, k=144)),
-    "one_step_two_level": Run(replace(BASE, k=80, accumulation=Accumulation.TWO_LEVEL)),
-    "group_longer_than_an_expert": Run(
-        replace(BASE, counts=(330, 0, 130), n=136, k=144), replace(SMALL, group_m=3)
-    ),
-    "no_index": Run(replace(BASE, gather=False, reads="any")),
-    "no_index_bf16": Run(
-        replace(BASE, gather=False, reads="any", operand=DType.BF16, epilogue=(), k=136)
-    ),
-    "table": Run(BASE, storage=WeightStorage.TABLE),
-    "table_two_consumers": Run(BASE, replace(SMALL, tile_m=128), storage=WeightStorage.TABLE),
-    "one_cta": Run(BASE, grid=1),
-    "three_ctas": Run(replace(BASE, counts=(70, 0, 33, 140)), grid=3),
-    "more_ctas_than_tiles": Run(replace(BASE, counts=(0, 5, 0), n=64), grid=3),
-    "experts_32": Run(replace(BASE, counts=(3,) * 16 + (0,) * 15 + (70,), k=144)),
-    "experts_33": Run(replace(BASE, counts=(0,) * 30 + (66, 0, 5), k=144)),
-    "experts_100": Run(replace(BASE, counts=(0, 2, 0, 0) * 25, k=16, n=8)),
-    "no_rows": Run(replace(BASE, counts=(0, 0, 0))),
-    "no_tokens": Run(replace(BASE, tokens=0)),
-    "one_row": Run(replace(BASE, tokens=1, counts=(0, 0, 1), spare=0, reads="any")),
-}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -159,3 +72,78 @@ def test_schedules_repeat() -> None:
         inputs = make_inputs(case, "cpu", exact=True)
         launch.simulate(kernel, inputs, Schedule(seed), rows=case.rows, trace=trace.append)
     assert traces[0] == traces[1] != traces[2]
+
+
+UNKNOWN = [
+    ("popc.b32", "bfind.u32", "unknown instruction bfind.u32"),
+    ("ld.global.b32", "ld.global.nc.b32", "unknown instruction ld.global.nc.b32"),
+    ("mul.f32", "mul.ftz.f32", "unknown instruction mul.ftz.f32"),
+    ("p, 1,  1;", "p, -1,  1;", "scales and transpositions"),
+    ("%nctaid.x", "%nctaid.y", "unknown operand %nctaid.y"),
+    ("bar.warp.sync \t-1", "bar.warp.sync \t15", "membermask 15"),
+]
+
+
+@pytest.mark.parametrize(("known", "unknown", "reason"), UNKNOWN, ids=[u[1] for u in UNKNOWN])
+def test_what_is_not_modelled_is_named(known: str, unknown: str, reason: str) -> None:
+    ptx = launch.kernel(BASE.problem, SMALL).ptx
+    assert known in ptx
+    with pytest.raises(ValueError, match=reason):
+        Code(parse(ptx.replace(known, unknown)))
+
+
+def test_faults_name_the_python_line() -> None:
+    kernel = launch.kernel(BASE.problem, SMALL)
+    for one in kernel.code.instructions:
+        if one.opcode.startswith(("wgmma", "cp.async", "mbarrier", "st.global")):
+            assert one.source.partition(":")[0] in ("gemm_sm90.py", "gather.py", "epilogue.py")
+
+
+def _float32(values: list[float]) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+def test_bf16_rounds_to_nearest_even() -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, 4096, np.uint32)
+    values = bits.view(np.float32)
+    values = np.concatenate(
+        [values, _float32([0.0, -0.0, np.inf, 3.4e38, 1 + 2**-8, 1 + 3 * 2**-8])]
+    )
+    finite = values[~np.isnan(values)]
+    want = torch.from_numpy(finite).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    assert (alu.bf16_bits(finite) == want).all()
+
+
+def test_fma_rounds_once() -> None:
+    generator = np.random.default_rng(1)
+    a, b, c = (generator.standard_normal(2000).astype(np.float32) for _ in range(3))
+    c[::2] = -(a * b)[::2] * (1 + generator.integers(0, 4, 1000).astype(np.float32) * 2**-20)
+    got = alu.fma(a, b, c)
+    for x, y, z, result in zip(a, b, c, got, strict=True):
+        exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
+        near = [np.nextafter(result, np.float32(s)) for s in (-np.inf, np.inf)]
+        errors = [abs(Fraction(float(v)) - exact) for v in (result, *near)]
+        assert errors[0] == min(errors)
+
+
+@pytest.mark.parametrize("corner", [(0, 0, 0), (-16, 3, 1), (32, 5, 0), (0, -9, 0), (0, 0, 2)])
+def test_boxes_are_zeros_out_of_bounds(corner: tuple[int, int, int]) -> None:
+    data = torch.randint(1, 255, (2, 7, 48), dtype=torch.uint8)
+    memory = GlobalMemory()
+    pointer = memory.add("weight", data.flatten().numpy())
+    box = TensorMap(pointer, 1, (48, 7, 2), (48, 336), (32, 8, 1), 32)
+    assert TensorMap.decode(box.encode()) == box
+    padded = torch.zeros(6, 40, 160, dtype=torch.uint8)
+    padded[2:4, 16:23, 64:112] = data
+    x, y, z = corner
+    want = padded[2 + z, 16 + y : 24 + y, 64 + x : 96 + x]
+    assert (box.read_box(memory, list(corner)) == want.reshape(-1, 16).numpy()).all()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pointer": 8}, {"strides": (40, 336)}, {"box": (64, 8, 1)}, {"box": (32, 300, 1)}]
+)
+def test_tensor_maps_that_the_driver_refuses(changes: dict[str, Any]) -> None:
+    good = TensorMap(4096, 1, (48, 7, 2), (48, 336), (32, 8, 1), 32)
+    with pytest.raises(ValueError, match="must be|within the swizzle|boxes from"):
+        replace(good, **changes)

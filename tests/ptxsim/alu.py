@@ -31,7 +31,7 @@ def _high(wide: type, narrow: type) -> Function:
     return lambda a, b: (a.astype(wide) * b.astype(wide) >> wide(32)).astype(narrow)
 
 
-def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """Rounded once: the float64 sum is made odd where it is inexact, then rounded."""
     product = a.astype(np.float64) * b.astype(np.float64)
     addend = c.astype(np.float64)
@@ -76,7 +76,7 @@ _TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
     "mul.hi.s32": (_high(np.int64, np.int32), I32, (I32, I32)),
     "mul.hi.u32": (_high(np.uint64, np.uint32), U32, (U32, U32)),
     "mad.lo.s32": (lambda a, b, c: a * b + c, I32, (I32, I32, I32)),
-    "fma.rn.f32": (_fma, F32, (F32, F32, F32)),
+    "fma.rn.f32": (fma, F32, (F32, F32, F32)),
     "not.pred": (np.logical_not, B, (B,)),
     "popc.b32": (_popcount, U32, (U32,)),
     "cvt.u64.u32": (lambda a: a.astype(np.uint64), U64, (U32,)),

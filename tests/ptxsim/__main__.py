@@ -1,0 +1,71 @@
+"""`python -m tests.ptxsim IMAGE` runs the kernel of an image and says what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from emitters.config import config_from_json
+from emitters.image import LaunchRecord
+from emitters.problem import GemmProblem
+from tests.cases import Case, make_inputs
+from tests.numerics import check
+from tests.ptxsim import launch
+from tests.ptxsim.ptx import Fault
+from tests.ptxsim.schedule import MODES, Schedule
+
+
+def main() -> int:
+    """Returns 0 where every schedule gives the right result, else 1."""
+    options = _options()
+    record = LaunchRecord.from_json((options.image / "launch.json").read_text())
+    problem = GemmProblem.from_json(record.problem)
+    kernel = launch.kernel(problem, config_from_json(record.config))
+    if options.ptx:
+        options.ptx.write_text(kernel.ptx)
+    if options.run:
+        kernel = kernel.edited(options.run.read_text())
+    rows = options.rows or [70, 0, 33]
+    counts = tuple((rows * problem.num_experts)[: problem.num_experts])
+    case = Case(
+        tokens=options.tokens, counts=counts, n=problem.n, k=problem.k, operand=problem.operand,
+        out=problem.out, accumulation=problem.accumulation, epilogue=problem.epilogue,
+        gather=problem.gather, reads="outside" if problem.gather else "any",
+    )  # fmt: skip
+    modes = [options.mode] if options.mode else list(MODES)
+    wrong = [mode for mode in modes if not _run(kernel, case, mode, options)]
+    return 1 if wrong else 0
+
+
+def _run(kernel: launch.Kernel, case: Case, mode: str, options: argparse.Namespace) -> bool:
+    inputs = make_inputs(case, "cpu", exact=True)
+    try:
+        out = launch.simulate(
+            kernel, inputs, Schedule(options.seed, mode), options.grid, rows=case.rows,
+            trace=print if options.trace else None,
+        )  # fmt: skip
+        check(out, case, inputs, exact=True)
+    except (Fault, AssertionError) as error:
+        print(f"{mode}: {error}")
+        return False
+    print(f"{mode}: right")
+    return True
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.ptxsim", description=__doc__)
+    parser.add_argument("image", type=Path, help="an image's directory in a cache: launch.json")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mode", choices=MODES, help="default: all of them")
+    parser.add_argument("--grid", type=int, default=2, help="CTAs")
+    parser.add_argument("--tokens", type=int, default=30)
+    parser.add_argument("--rows", type=int, nargs="+", help="of the experts, repeated")
+    parser.add_argument("--trace", action="store_true", help="print every instruction")
+    parser.add_argument("--ptx", type=Path, help="write the PTX there")
+    parser.add_argument("--run", type=Path, help="simulate this PTX in its place")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What is simulated: every template, dtype and epilogue on its smallest interesting shapes.
+
+Two or three tiles with four k-steps over two stages, so that the ring wraps; ragged and empty
+experts, tails of N and K, rows of missing tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from emitters.config import GemmSm90Config
+from emitters.problem import (
+    ACCUMULATIONS,
+    OUTPUTS,
+    Accumulation,
+    Bias,
+    DType,
+    EpilogueNode,
+    ExpertScale,
+    GemmProblem,
+    PerTokenScale,
+    WeightStorage,
+)
+from tests.cases import SCALES, Case
+
+SMALL = GemmSm90Config(tile_m=64, tile_n=64, stages=2)
+BASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=400, spare=3, reads="outside")
+EPILOGUES: dict[str, tuple[EpilogueNode, ...]] = {
+    "none": (),
+    "token": (PerTokenScale(),),
+    "scales": SCALES,
+    "expert": (PerTokenScale(), ExpertScale()),
+    "bias_bf16": (*SCALES, Bias(DType.BF16)),
+    "bias_fp16": (*SCALES, Bias(DType.FP16)),
+    "bias_fp32": (PerTokenScale(), ExpertScale(), Bias(DType.FP32)),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    case: Case
+    config: GemmSm90Config = SMALL
+    grid: int = 2
+    storage: WeightStorage = WeightStorage.STACKED
+
+    @property
+    def problem(self) -> GemmProblem:
+        return replace(self.case.problem, weights=self.storage)
+
+
+def _k(case: Case, steps: float) -> Case:
+    """K of so many steps of 128 bytes."""
+    return replace(case, k=int(steps * 128) // case.operand.bytes)
+
+
+RUNS: dict[str, Run] = {}
+for _operand, _accumulations in ACCUMULATIONS.items():
+    for _accumulation in _accumulations:
+        _case = replace(BASE, operand=_operand, accumulation=_accumulation, epilogue=SCALES)
+        for _out in OUTPUTS:
+            RUNS[f"{_operand}_{_accumulation}_{_out}"] = Run(_k(replace(_case, out=_out), 3.125))
+for _name, _epilogue in EPILOGUES.items():
+    for _operand, _out in zip((DType.E4M3, DType.INT8, DType.FP16), OUTPUTS, strict=True):
+        _case = replace(BASE, epilogue=_epilogue, operand=_operand, out=_out)
+        RUNS[f"epilogue_{_name}_{_operand}_{_out}"] = Run(_k(_case, 2.25))
+for _m, _n, _group in (
+    (64, 128, 1),
+    (64, 256, 1),
+    (128, 64, 1),
+    (128, 128, 2),
+    (128, 256, 1),
+    (192, 64, 3),
+    (192, 128, 1),
+):
+    _case = replace(BASE, counts=(_m + 70, 0, 3), n=_n + 16)
+    _config = GemmSm90Config(tile_m=_m, tile_n=_n, group_m=_group, stages=2)
+    RUNS[f"tile_{_m}x{_n}_group_{_group}"] = Run(_case, _config)
+RUNS |= {
+    "all_stages": Run(_k(BASE, 10), replace(SMALL, stages=None, tile_n=128, ctas_per_sm=2)),
+    "three_stages": Run(_k(BASE, 7), replace(SMALL, stages=3)),
+    "one_step": Run(replace(BASE, k=16)),
+    "two_steps": Run(replace(BASE, k=144)),
+    "one_step_two_level": Run(replace(BASE, k=80, accumulation=Accumulation.TWO_LEVEL)),
+    "group_longer_than_an_expert": Run(
+        replace(BASE, counts=(330, 0, 130), n=136, k=144), replace(SMALL, group_m=3)
+    ),
+    "no_index": Run(replace(BASE, gather=False, reads="any")),
+    "no_index_bf16": Run(
+        replace(BASE, gather=False, reads="any", operand=DType.BF16, epilogue=(), k=136)
+    ),
+    "table": Run(BASE, storage=WeightStorage.TABLE),
+    "table_two_consumers": Run(BASE, replace(SMALL, tile_m=128), storage=WeightStorage.TABLE),
+    "one_cta": Run(BASE, grid=1),
+    "three_ctas": Run(replace(BASE, counts=(70, 0, 33, 140)), grid=3),
+    "more_ctas_than_tiles": Run(replace(BASE, counts=(0, 5, 0), n=64), grid=3),
+    "experts_32": Run(replace(BASE, counts=(3,) * 16 + (0,) * 15 + (70,), k=144)),
+    "experts_33": Run(replace(BASE, counts=(0,) * 30 + (66, 0, 5), k=144)),
+    "experts_100": Run(replace(BASE, counts=(0, 2, 0, 0) * 25, k=16, n=8)),
+    "no_rows": Run(replace(BASE, counts=(0, 0, 0))),
+    "no_tokens": Run(replace(BASE, tokens=0)),
+    "one_row": Run(replace(BASE, tokens=1, counts=(0, 0, 1), spare=0, reads="any")),
+}
