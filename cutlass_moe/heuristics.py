@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 from emitters.config import Config, GemmSm90Config, why_illegal
 from emitters.problem import GemmProblem
 
-# Rows an expert up to which a family of tiles serves (measured on an H200, perf/NOTES.md):
-_FEW_ROWS = 32  # 64-row tiles, two CTAs an SM: the weights' bytes are the cost
-_SOME_ROWS = 128  # one 128-row tile holds most experts: more CTAs than wide tiles would give
+# Measured on an H200 (perf/NOTES.md).
+_SMS = 132
+_FEW_ROWS = 32  # an expert: 64-row tiles, two CTAs an SM: the weights' bytes are the cost
+_SOME_ROWS = 128  # an expert: one 128-row tile holds it, and more CTAs than wide tiles would give
 
-_FAMILIES: tuple[tuple[float, tuple[GemmSm90Config, ...]], ...] = (  # the first legal one is taken
-    (_FEW_ROWS, tuple(GemmSm90Config(tile_m=64, tile_n=n, ctas_per_sm=2) for n in (128, 64))),
-    (_SOME_ROWS, tuple(GemmSm90Config(tile_m=128, tile_n=n) for n in (128, 64))),
-    (math.inf, tuple(GemmSm90Config(tile_m=128, tile_n=n) for n in (256, 128, 64))),
-)
+
+def _first_legal(problem: GemmProblem, *configs: GemmSm90Config) -> Config | None:
+    return next((c for c in configs if why_illegal(problem, c) is None), None)
 
 
 @lru_cache(maxsize=1024)
-def _by_rows(problem: GemmProblem) -> tuple[tuple[float, Config], ...]:
-    """(rows an expert up to which it serves, config) in ascending order; empty if none is legal."""
-    legal = (
-        (up_to, next((c for c in family if why_illegal(problem, c) is None), None))
-        for up_to, family in _FAMILIES
+def _families(problem: GemmProblem) -> tuple[Config, ...]:
+    """For less than a tile an SM, few, some and many rows an expert; () where nothing is legal."""
+    found = (
+        _first_legal(problem, *(GemmSm90Config(64, n) for n in (128, 64))),
+        _first_legal(problem, *(GemmSm90Config(64, n, ctas_per_sm=2) for n in (128, 64))),
+        _first_legal(problem, *(GemmSm90Config(128, n) for n in (128, 64))),
+        _first_legal(problem, *(GemmSm90Config(128, n) for n in (256, 128, 64))),
     )
-    return tuple((up_to, config) for up_to, config in legal if config is not None)
+    legal = [config for config in found if config is not None]
+    return tuple(config or legal[-1] for config in found) if legal else ()
 
 
 def candidates(problem: GemmProblem) -> tuple[Config, ...]:
     """Every config that `choose` may return for this problem: what a build compiles."""
-    return tuple(dict.fromkeys(config for _, config in _by_rows(problem)))
+    return tuple(dict.fromkeys(_families(problem)))
 
 
 def choose(problem: GemmProblem, num_tokens: int, rows_per_expert: float) -> Config:
@@ -39,7 +40,11 @@ def choose(problem: GemmProblem, num_tokens: int, rows_per_expert: float) -> Con
 
     Raises ValueError, with the reason, where the problem has no legal config.
     """
-    for up_to, config in _by_rows(problem):
-        if rows_per_expert <= up_to:
-            return config
-    raise ValueError(why_illegal(problem) or f"no config of the SM90 template fits {problem}")
+    families = _families(problem)
+    if not families:
+        raise ValueError(why_illegal(problem) or f"no config of the SM90 template fits {problem}")
+    lone, few, some, many = families
+    if rows_per_expert > _FEW_ROWS:
+        return some if rows_per_expert <= _SOME_ROWS else many
+    experts = min(problem.num_experts, rows_per_expert * problem.num_experts)
+    return lone if experts * lone.n_tiles(problem) <= _SMS else few
