@@ -21,7 +21,10 @@ from emitters.problem import (
     PerTokenScale,
     WeightStorage,
 )
-from tests.cases import SCALES, Case
+from tests.cases import SCALES, Case, make_inputs
+from tests.numerics import check
+from tests.ptxsim import launch
+from tests.ptxsim.schedule import MODES, Schedule
 
 SMALL = GemmSm90Config(tile_m=64, tile_n=64, stages=2)
 BASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=400, spare=3, reads="outside")
@@ -53,16 +56,18 @@ def _k(case: Case, steps: float) -> Case:
     return replace(case, k=int(steps * 128) // case.operand.bytes)
 
 
-RUNS: dict[str, Run] = {}
+NUMBERS: dict[str, Run] = {}  # what changes the numbers: dtypes, accumulations, epilogues
 for _operand, _accumulations in ACCUMULATIONS.items():
     for _accumulation in _accumulations:
         _case = replace(BASE, operand=_operand, accumulation=_accumulation, epilogue=SCALES)
-        for _out in OUTPUTS:
-            RUNS[f"{_operand}_{_accumulation}_{_out}"] = Run(_k(replace(_case, out=_out), 3.125))
+        for _out, _n in zip(OUTPUTS, (40, 64, 72), strict=True):  # a tail, none, two tiles
+            _run = Run(_k(replace(_case, out=_out, n=_n), 3.125))
+            NUMBERS[f"{_operand}_{_accumulation}_{_out}"] = _run
 for _name, _epilogue in EPILOGUES.items():
     for _operand, _out in zip((DType.E4M3, DType.INT8, DType.FP16), OUTPUTS, strict=True):
         _case = replace(BASE, epilogue=_epilogue, operand=_operand, out=_out)
-        RUNS[f"epilogue_{_name}_{_operand}_{_out}"] = Run(_k(_case, 2.25))
+        NUMBERS[f"epilogue_{_name}_{_operand}_{_out}"] = Run(_k(_case, 2.25))
+SHAPES: dict[str, Run] = {}  # what does not
 for _m, _n, _group in (
     (64, 128, 1),
     (64, 256, 1),
@@ -74,8 +79,8 @@ for _m, _n, _group in (
 ):
     _case = replace(BASE, counts=(_m + 70, 0, 3), n=_n + 16)
     _config = GemmSm90Config(tile_m=_m, tile_n=_n, group_m=_group, stages=2)
-    RUNS[f"tile_{_m}x{_n}_group_{_group}"] = Run(_case, _config)
-RUNS |= {
+    SHAPES[f"tile_{_m}x{_n}_group_{_group}"] = Run(_case, _config)
+SHAPES |= {
     "all_stages": Run(_k(BASE, 10), replace(SMALL, stages=None, tile_n=128, ctas_per_sm=2)),
     "three_stages": Run(_k(BASE, 7), replace(SMALL, stages=3)),
     "one_step": Run(replace(BASE, k=16)),
@@ -100,3 +105,16 @@ RUNS |= {
     "no_tokens": Run(replace(BASE, tokens=0)),
     "one_row": Run(replace(BASE, tokens=1, counts=(0, 0, 1), spare=0, reads="any")),
 }
+RUNS = NUMBERS | SHAPES
+
+
+def check_modes(run: Run, seed: int) -> None:
+    """One schedule a mode, from `seed` on; the last of them with values that need rounding."""
+    kernel = launch.kernel(run.problem, run.config)
+    for i, mode in enumerate(MODES):
+        exact = i < len(MODES) - 1
+        inputs = make_inputs(run.case, "cpu", exact=exact, seed=i)
+        out = launch.simulate(
+            kernel, inputs, Schedule(seed + i, mode), run.grid, rows=run.case.rows
+        )
+        check(out, run.case, inputs, exact=exact)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -64,8 +65,9 @@ class Shape:
         return cls(int(n), a, b, integer)
 
 
-def operand_chunks(descriptor: int, rows: range) -> np.ndarray:
-    """Shared addresses of the 16-byte halves of 32 bytes of K of some rows, [2 * rows]."""
+@lru_cache(maxsize=1024)
+def operand_chunks(descriptor: int, first: int, last: int) -> np.ndarray:
+    """Shared addresses of the 16-byte halves of 32 bytes of K, rows first .. last - 1."""
     layout = descriptor >> 62
     if layout != 1:
         raise Fault(f"matrix descriptor {descriptor:#x}: only the 128-byte swizzle is modelled")
@@ -73,7 +75,7 @@ def operand_chunks(descriptor: int, rows: range) -> np.ndarray:
         raise Fault(f"matrix descriptor {descriptor:#x}: base offset")
     base = (descriptor & 0x3FFF) << 4
     stride = (descriptor >> 32 & 0x3FFF) << 4
-    row = np.arange(rows.start, rows.stop)[:, None]
+    row = np.arange(first, last)[:, None]
     linear = base + row // 8 * stride + row % 8 * 128 + np.array([0, 16])
     return swizzled(linear.ravel(), 128)
 
@@ -93,8 +95,9 @@ class Multiply:
 
     def chunks(self) -> tuple[np.ndarray, np.ndarray]:
         first = 16 * self.quarter
-        return operand_chunks(self.a, range(first, first + 16)), operand_chunks(
-            self.b, range(self.shape.n)
+        return (
+            operand_chunks(self.a, first, first + 16),
+            operand_chunks(self.b, 0, self.shape.n),
         )
 
     def fetch(self, memory: SharedMemory) -> None:
