@@ -97,6 +97,8 @@ _TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
     "shr.s32": (_shift(np.right_shift, 32), I32, (I32, U32)),
     "shr.u64": (_shift(np.right_shift, 64), U64, (U64, U32)),
 }
+_op: str
+_function: Function
 for _name, _kind in {"s32": I32, "u32": U32, "s64": I64, "u64": U64}.items():
     for _op, _function in {
         "add": np.add,

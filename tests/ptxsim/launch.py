@@ -113,7 +113,7 @@ class Arguments:
         region = next(r for r in self.memory.regions if r.name == "out")
         rows = region.writes.reshape(len(self.out), -1) if len(self.out) else region.writes
         expected = written.numpy().astype(np.uint8)[:, None]
-        wrong = np.argwhere(rows != expected) if len(self.out) else []
+        wrong = np.argwhere(rows != expected) if len(self.out) else np.zeros((0, 2), int)
         if len(wrong):
             row, byte = (int(i) for i in wrong[0])
             column = byte // self.out.element_size()

@@ -115,7 +115,7 @@ MUTATIONS: dict[str, Mutation] = {
         producer(_TRY_WAIT, _PASSED), (_READING, _PENDING, _UNORDERED)
     ),
     "consumer_does_not_wait": Mutation(
-        consumer(_TRY_WAIT, _PASSED), (_PENDING, _UNORDERED, _READING)
+        consumer(_TRY_WAIT, _PASSED), (_PENDING, _UNORDERED, _READING, "uninitialised")
     ),
     "last_step_is_not_waited_for": Mutation(
         consumer(_TRY_WAIT, _PASSED, -1), (_PENDING, _UNORDERED, _READING)

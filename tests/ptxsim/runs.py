@@ -87,7 +87,7 @@ SHAPES |= {
     "two_steps": Run(replace(BASE, k=144)),
     "one_step_two_level": Run(replace(BASE, k=80, accumulation=Accumulation.TWO_LEVEL)),
     "group_longer_than_an_expert": Run(
-        replace(BASE, counts=(330, 0, 130), n=136, k=144), replace(SMALL, group_m=3)
+        replace(BASE, counts=(200, 0, 70), n=136, k=144), replace(SMALL, group_m=3)
     ),
     "no_index": Run(replace(BASE, gather=False, reads="any")),
     "no_index_bf16": Run(
@@ -98,7 +98,7 @@ SHAPES |= {
     "one_cta": Run(BASE, grid=1),
     "three_ctas": Run(replace(BASE, counts=(70, 0, 33, 140)), grid=3),
     "more_ctas_than_tiles": Run(replace(BASE, counts=(0, 5, 0), n=64), grid=3),
-    "experts_32": Run(replace(BASE, counts=(3,) * 16 + (0,) * 15 + (70,), k=144)),
+    "experts_32": Run(replace(BASE, counts=(3,) * 6 + (0,) * 25 + (70,), k=144)),
     "experts_33": Run(replace(BASE, counts=(0,) * 30 + (66, 0, 5), k=144)),
     "experts_100": Run(replace(BASE, counts=(0, 2, 0, 0) * 25, k=16, n=8)),
     "no_rows": Run(replace(BASE, counts=(0, 0, 0))),

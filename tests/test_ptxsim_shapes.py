@@ -1,0 +1,59 @@
+"""Every tile shape, ring length, routing and way to find rows and weights in the PTX simulator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from emitters.image import build_identity
+from tests.cases import Case, make_inputs
+from tests.ptxsim import launch
+from tests.ptxsim.runs import BASE, SHAPES, SMALL, check_modes
+from tests.ptxsim.schedule import MODES, Schedule
+
+pytestmark = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernels_are_right(name: str) -> None:
+    """A schedule for each mode, the last with values that need rounding."""
+    check_modes(SHAPES[name], seed=1000 + len(MODES) * list(SHAPES).index(name))
+
+
+def _simulate(inputs: dict[str, Any], case: Case) -> torch.Tensor:
+    kernel = launch.kernel(case.problem, SMALL)
+    return launch.simulate(kernel, inputs, Schedule(5), rows=case.rows)
+
+
+def test_starts_leave_gaps_between_experts() -> None:
+    """With starts given, rows between an expert's end and the next one's start stay untouched."""
+    case = replace(BASE, k=144)
+    inputs = make_inputs(case, "cpu", exact=True)
+    inputs["starts"] = torch.tensor([0, 70, 75], dtype=torch.int32)
+    close = make_inputs(case, "cpu", exact=True)
+    out, want = _simulate(inputs, case), _simulate(close, case)
+    assert torch.equal(out[:70], want[:70])
+    assert torch.equal(out[75:103], want[75:103])
+
+
+@pytest.mark.parametrize("offsets", [(-5, 300, 20), (2**31 - 1, 0, 0)])
+def test_offsets_that_contradict_the_rows_are_clamped(offsets: tuple[int, ...]) -> None:
+    """Nothing outside the tensors is touched."""
+    case = replace(BASE, k=144)
+    inputs = make_inputs(case, "cpu", exact=True)
+    inputs["offsets"] = torch.tensor(offsets, dtype=torch.int32)
+    _simulate(inputs, case)
+
+
+def test_schedules_repeat() -> None:
+    """The same seed gives the same trace."""
+    case = replace(BASE, k=16, counts=(5, 0, 0))
+    kernel = launch.kernel(case.problem, SMALL)
+    traces: list[list[str]] = [[], [], []]
+    for seed, trace in zip((1, 1, 2), traces, strict=True):
+        inputs = make_inputs(case, "cpu", exact=True)
+        launch.simulate(kernel, inputs, Schedule(seed), rows=case.rows, trace=trace.append)
+    assert traces[0] == traces[1] != traces[2]
