@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from emitters.image import build_identity
+from emitters.problem import DType
 from tests.ptxsim import alu, launch
 from tests.ptxsim.machine import Code
 from tests.ptxsim.memory import GlobalMemory
 from tests.ptxsim.ptx import parse
-from tests.ptxsim.runs import BASE, SMALL
+from tests.ptxsim.runs import BASE, RUNS, SMALL
 from tests.ptxsim.tensormap import TensorMap
 
 needs_dsl = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
@@ -95,3 +96,14 @@ def test_tensor_maps_that_the_driver_refuses(changes: dict[str, Any]) -> None:
     good = TensorMap(4096, 1, (48, 7, 2), (48, 336), (32, 8, 1), 32)
     with pytest.raises(ValueError, match="must be|within the swizzle|boxes from"):
         replace(good, **changes)
+
+
+def test_some_run_gives_the_integer_sums_themselves() -> None:
+    """Which test_ptxsim_gpu.py compares bit by bit; float32 holds every one of them."""
+    sums = [
+        run.case
+        for run in RUNS.values()
+        if run.case.operand is DType.INT8 and run.case.out is DType.FP32 and not run.case.epilogue
+    ]
+    assert sums
+    assert all(case.k * 127**2 < 2**24 for case in sums)

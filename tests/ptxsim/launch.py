@@ -15,7 +15,7 @@ from emitters.emit import emit_ptx
 from emitters.image import LaunchRecord, ParamKind
 from emitters.problem import GemmProblem, WeightStorage
 from tests.numerics import poisoned
-from tests.ptxsim.machine import Code, Machine, Trace
+from tests.ptxsim.machine import Code, Launch, Machine, Trace
 from tests.ptxsim.memory import GlobalMemory
 from tests.ptxsim.ptx import Fault, parse
 from tests.ptxsim.schedule import Schedule
@@ -132,10 +132,10 @@ def simulate(
     out = poisoned(rows, kernel.problem.n, inputs["out_dtype"], "cpu")
     arguments = Arguments(kernel, inputs, out)
     record = kernel.record
-    Machine(
-        kernel.code, grid, record.smem_bytes, record.registers, arguments.parameters,
-        arguments.memory, schedule, trace,
-    ).run()  # fmt: skip
+    launch = Launch(
+        grid, record.smem_bytes, record.registers, arguments.parameters, arguments.memory
+    )
+    Machine(kernel.code, launch, schedule, trace).run()
     arguments.check_writes(_owned(inputs, rows))
     return out
 

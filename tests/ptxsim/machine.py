@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -17,7 +18,7 @@ from tests.ptxsim.barriers import MBarrier, NamedBarrier
 from tests.ptxsim.memory import GlobalMemory, SharedMemory
 from tests.ptxsim.operands import ALL, LANES, B, Op, Operands, Source
 from tests.ptxsim.order import Order
-from tests.ptxsim.outcome import AGAIN, DONE, GATHERING, PARKED, READY, State
+from tests.ptxsim.outcome import AGAIN, DONE, GATHERING, READY, State
 from tests.ptxsim.ptx import Fault, Instruction, Program
 from tests.ptxsim.schedule import Schedule
 from tests.ptxsim.tensormap import TensorMap
@@ -173,7 +174,7 @@ class Warp:
             self._gather(f)
             return 1
         outcome = op(f)
-        if outcome is PARKED or outcome is not AGAIN:
+        if outcome is not AGAIN:
             f.pc += 1
         return 1 if outcome is None else 20
 
@@ -228,17 +229,27 @@ class Warp:
             self.fragments.remove(other)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What a host gives to a kernel; registers: of a thread, at launch."""
+
+    grid: int
+    shared_bytes: int
+    registers: int
+    parameters: bytes
+    memory: GlobalMemory
+
+
 class Cta:
     def __init__(
-        self, code: Code, ctaid: int, grid: int, shared_bytes: int, registers: int,
-        parameters: bytes, memory: GlobalMemory, schedule: Schedule, trace: Trace | None,
-    ):  # fmt: skip
-        self.code, self.parameters, self.memory = code, parameters, memory
+        self, code: Code, launch: Launch, ctaid: int, schedule: Schedule, trace: Trace | None
+    ):
+        self.code, self.parameters, self.memory = code, launch.parameters, launch.memory
         self.schedule, self.trace, self.leader = schedule, trace, schedule.leader
         self.ctaid = np.full(32, ctaid, np.uint32)
-        self.nctaid = np.full(32, grid, np.uint32)
+        self.nctaid = np.full(32, launch.grid, np.uint32)
         self.order = Order(code.program.threads)
-        self.shared = SharedMemory(shared_bytes, self.order)
+        self.shared = SharedMemory(launch.shared_bytes, self.order)
         self.barriers: dict[int, MBarrier] = {}
         self.named: dict[int, NamedBarrier] = {}
         self.multiplies: dict[int, list] = {}
@@ -247,7 +258,7 @@ class Cta:
         self.wanting_registers: list[Fragment] = []
         self.running: Fragment | None = None
         self.blamed: Instruction | None = None
-        self.warps = [Warp(self, i, registers) for i in range(self.order.warps)]
+        self.warps = [Warp(self, i, launch.registers) for i in range(self.order.warps)]
 
     def barrier(self, f: Fragment, addresses: np.ndarray) -> MBarrier:
         """The mbarrier that all lanes of a fragment name."""
@@ -312,15 +323,9 @@ class Cta:
 class Machine:
     """A grid of CTAs that share global memory."""
 
-    def __init__(
-        self, code: Code, grid: int, shared_bytes: int, registers: int, parameters: bytes,
-        memory: GlobalMemory, schedule: Schedule, trace: Trace | None = None,
-    ):  # fmt: skip
+    def __init__(self, code: Code, launch: Launch, schedule: Schedule, trace: Trace | None = None):
         self.schedule = schedule
-        self.ctas = [
-            Cta(code, i, grid, shared_bytes, registers, parameters, memory, schedule, trace)
-            for i in range(grid)
-        ]
+        self.ctas = [Cta(code, launch, i, schedule, trace) for i in range(launch.grid)]
 
     def run(self) -> None:
         """Raises Fault, with its place, at the first defect."""

@@ -23,6 +23,8 @@ _BULK = re.compile(
 _CVTA = {"cvta.shared.u64": SHARED_WINDOW, "cvta.param.u64": PARAM_WINDOW}
 _TO_SHARED = ("cvta.to.shared.u64", "cvta.to.shared::cluster.u64")
 
+Copies = tuple[Any, ...]  # lanes, shared addresses, global addresses, sizes; the instruction
+
 
 def build(one: Instruction, operands: Operands) -> Op | None:
     """None where the opcode moves no data."""
@@ -136,30 +138,34 @@ def _arrive_noinc(one: Instruction, operands: Operands) -> Op:
     address = operands.address(one.operands[0])
 
     def arrive(f: Any) -> Any:
-        warp = f.warp
-        cta = warp.cta
+        cta, count = f.warp.cta, len(f.lanes)
         barrier = cta.barrier(f, address(f))
-        mine, kept = [], []
-        for lanes, where, origin, count, issued in warp.copies:
-            own = np.isin(lanes, f.lanes)
-            mine.append((where[own], origin[own], count[own], issued))
-            if not own.all():
-                kept.append((lanes[~own], where[~own], origin[~own], count[~own], issued))
-        warp.copies = kept
+        copies = _take_copies(f)
         clock = cta.order.publish(f.threads)
 
         def land() -> None:
-            for where, origin, count, issued in mine:
+            for _, where, origin, size, issued in copies:
                 with cta.blaming(issued):
-                    data = _gathered(cta.memory, origin, count)
+                    data = _gathered(cta.memory, origin, size)
                     cta.shared.land(where, data, barrier.agent, barrier.phase + 1)
-            cta.completed(barrier, barrier.arrive(len(f_lanes), clock))
+            cta.completed(barrier, barrier.arrive(count, clock))
 
-        f_lanes = f.lanes
         cta.later(land, one)
         return YIELD
 
     return arrive
+
+
+def _take_copies(f: Any) -> list[Copies]:
+    """The fragment's share of the copies that its warp has issued."""
+    mine, kept = [], []
+    for *columns, issued in f.warp.copies:
+        own = np.isin(columns[0], f.lanes)
+        mine.append((*(column[own] for column in columns), issued))
+        if not own.all():
+            kept.append((*(column[~own] for column in columns), issued))
+    f.warp.copies = kept
+    return mine
 
 
 def _gathered(memory: Any, origin: np.ndarray, count: np.ndarray) -> np.ndarray:
