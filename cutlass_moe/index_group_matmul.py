@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cutlass_moe import kernels, ops
+from cutlass_moe import kernels
 from cutlass_moe.arguments import Operands, check, check_out, pose
+from cutlass_moe.calls import announce_fallback, enqueue
 from cutlass_moe.launch import TENSOR_MAP_BYTES, Kernel
+from cutlass_moe.ops import wants_gradient
 from cutlass_moe.reference import grouped_matmul_reference_out
 from cutlass_moe.workspace import Place, WorkspacePlan, found, stand_in, view_of_slices
 from emitters.config import why_illegal
@@ -245,10 +247,10 @@ class Executor:
         starts = None if self._limits is None else self._limits.of(workspace)[0]
         if self._launch is not None:
             table = self._table.of(workspace).data_ptr() if self._table else 0
-            ops.enqueue(*self._launch, out, operands, table=table, starts=starts)
+            enqueue(*self._launch, out, operands, table=table, starts=starts)
         elif len(out):
             if self._why_illegal is not None:
-                ops.announce_fallback(self._why_illegal)
+                announce_fallback(self._why_illegal)
             _reference(out, operands, self._weights, starts)
 
 
@@ -338,7 +340,7 @@ def _check_tensors(arguments: _Arguments) -> torch.device:
     for name, tensor in tensors:
         if tensor.device != device:
             raise ValueError(f"{name}: expected tensors on {device}, got one on {tensor.device}")
-    if ops.wants_gradient(tuple(tensor for _, tensor in tensors)):
+    if wants_gradient(tuple(tensor for _, tensor in tensors)):
         raise RuntimeError(
             "index_group_matmul has no gradient and an argument requires one: "
             "use grouped_matmul, or torch.no_grad()"

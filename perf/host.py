@@ -1,6 +1,6 @@
 """Host time of a warm eager call, taken apart, and what the first call of a kernel costs.
 
-The parts are the layers of `cutlass_moe.ops`, timed from outside. The driver's launch is what a
+The parts are the layers of the library, timed from outside. The driver's launch is what a
 call takes less without it.
 """
 
@@ -19,7 +19,7 @@ import torch
 from cuda.bindings import driver
 
 import cutlass_moe
-from cutlass_moe import arguments, heuristics, kernels, ops
+from cutlass_moe import arguments, calls, heuristics, kernels
 from cutlass_moe.cache import Cache, default_cache
 from cutlass_moe.compiler import compile_image
 from cutlass_moe.launch import Kernel
@@ -65,14 +65,14 @@ def call_parts() -> dict[str, float]:
     out = torch.empty(shape, dtype=torch.bfloat16, device=device)
     into = partial(cutlass_moe.grouped_matmul_out, out, *tensors[:2], **inputs.options)
     kernel, grid = kernels.plan(case.problem, device.index, case.x_rows, case.rows)
-    enqueue = partial(ops.enqueue, kernel, grid, out, tensors)
+    enqueue = partial(calls.enqueue, kernel, grid, out, tensors)
     whole = host_time(partial(cutlass_moe.grouped_matmul, *tensors[:2], **inputs.options))
     enqueued = host_time(enqueue)
     return {
         "grouped_matmul": whole.us,
         "least": whole.least,
         "grouped_matmul_out": host_time(into).us,
-        "signature": host_time(partial(ops._call, tensors, out, *[None] * 4)).us,
+        "signature": host_time(partial(calls.find_call, tensors, out, *[None] * 4)).us,
         "allocation": host_time(partial(torch.empty, shape, dtype=out.dtype, device=device)).us,
         "parameters": unlaunched_time(enqueue).us,
         "driver": round(enqueued.us - unlaunched_time(enqueue).us, 2),

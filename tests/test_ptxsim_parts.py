@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from emitters import emit
 from emitters.image import build_identity
 from emitters.problem import DType
 from tests.ptxsim import alu, launch
@@ -27,6 +28,7 @@ UNKNOWN = [
     ("mul.f32", "mul.ftz.f32", "unknown instruction mul.ftz.f32"),
     ("p, 1,  1;", "p, -1,  1;", "scales and transpositions"),
     ("%nctaid.x", "%nctaid.y", "unknown operand %nctaid.y"),
+    ("bar.sync", "@%p1 bar.sync", "a guard on anything but a branch"),
     ("bar.warp.sync \t-1", "bar.warp.sync \t15", "membermask 15"),
 ]
 
@@ -38,6 +40,14 @@ def test_what_is_not_modelled_is_named(known: str, unknown: str, reason: str) ->
     assert known in ptx
     with pytest.raises(ValueError, match=reason):
         Code(parse(ptx.replace(known, unknown)))
+
+
+@needs_dsl
+def test_line_numbers_change_no_instruction() -> None:
+    """What is simulated is what an image holds."""
+    shipped = Code(parse(emit._compile(BASE.problem, SMALL, "sm_90a", "")[1])).instructions
+    simulated = launch.kernel(BASE.problem, SMALL).code.instructions
+    assert [one.text for one in shipped] == [one.text for one in simulated]
 
 
 @needs_dsl

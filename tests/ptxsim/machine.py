@@ -42,9 +42,7 @@ class Code:
         self.ops = [self._op(one) for one in self.instructions]
         self.guards = [self._guard(one) for one in self.instructions]
         self.plain = [
-            one.guard is None
-            and op is not None
-            and not one.opcode.startswith(synchronisation.COLLECTIVES)
+            op is not None and not one.opcode.startswith(synchronisation.COLLECTIVES)
             for one, op in zip(self.instructions, self.ops, strict=True)
         ]
 
@@ -57,6 +55,8 @@ class Code:
                 op = kind.build(one, self.operands)
             except (IndexError, KeyError) as error:
                 raise ValueError(f"{one.where()}: operands not understood ({error!r})") from error
+            if op is not None and one.guard is not None:
+                raise ValueError(f"{one.where()}: a guard on anything but a branch")
             if op is not None:
                 return op
         raise ValueError(f"{one.where()}: unknown instruction {one.opcode}")
@@ -168,8 +168,6 @@ class Warp:
         if op is None:
             self._branch(f, one, guard)
             return 1
-        if guard is not None:
-            raise Fault("a guard on anything but a branch is not modelled")
         if f.mask != ALL:
             self._gather(f)
             return 1

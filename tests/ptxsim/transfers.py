@@ -54,6 +54,8 @@ def _access(one: Instruction, operands: Operands, match: re.Match[str]) -> Op:
     if len(names) != count:
         raise ValueError(f"{one.where()}: {count} registers expected")
     text = one.operands[1 if load else 0]
+    if space == "param" and (not load or count > 1):
+        raise ValueError(f"{one.where()}: unknown instruction {one.opcode}")
     if space == "param":
         return _load_parameter(operands, names[0], text, kind)
     address = operands.address(text, U64 if space == "global" else U32)
