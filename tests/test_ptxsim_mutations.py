@@ -18,7 +18,7 @@ from tests.ptxsim.ptx import Fault
 from tests.ptxsim.schedule import MODES, Schedule
 
 pytestmark = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
-CASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=528, spare=3)
+CASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=400, spare=3)
 SMALL = GemmSm90Config(tile_m=64, tile_n=64, stages=2)
 KERNELS: dict[str, tuple[Case, Config]] = {
     "base": (CASE, SMALL),

@@ -11,16 +11,15 @@ import torch
 from emitters.image import build_identity
 from tests.cases import Case, make_inputs
 from tests.ptxsim import launch
-from tests.ptxsim.runs import BASE, SHAPES, SMALL, check_modes
-from tests.ptxsim.schedule import MODES, Schedule
+from tests.ptxsim.runs import BASE, NUMBERS, SCHEDULES, SHAPES, SMALL, check_schedules
+from tests.ptxsim.schedule import Schedule
 
 pytestmark = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernels_are_right(name: str) -> None:
-    """A schedule for each mode, the last with values that need rounding."""
-    check_modes(SHAPES[name], seed=1000 + len(MODES) * list(SHAPES).index(name))
+    check_schedules(SHAPES[name], SCHEDULES * (len(NUMBERS) + list(SHAPES).index(name)))
 
 
 def _simulate(inputs: dict[str, Any], case: Case) -> torch.Tensor:

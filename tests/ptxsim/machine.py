@@ -198,7 +198,7 @@ class Warp:
     def _exit(self, f: Fragment) -> None:
         if self.queue.groups or self.queue.open:
             raise Fault("a warp exits with WGMMAs that no wait_group covered")
-        if any(np.isin(lanes, f.lanes).any() for lanes, *_ in self.copies):
+        if any(f.active[lanes].any() for lanes, *_ in self.copies):
             raise Fault("a thread exits with cp.async that nobody waits for")
         f.state = DONE
         waiting = [other for other in self.fragments if other.state is GATHERING]

@@ -208,7 +208,7 @@ MUTATIONS: dict[str, Mutation] = {
         ("accumulators added to", _WRONG),
     ),
     "a_step_too_few": Mutation(
-        consumer(r"(setp.ne.b32 %p\d+, %r\d+,) 4;(?=[\s\S]{0,400}bra)", r"\1 3;", -1),
+        consumer(r"(setp.ne.b32 %p\d+, %r\d+,) 3;(?=[\s\S]{0,400}bra)", r"\1 2;", -1),
         (_WRONG, _DEADLOCK, "phase", _READING, _PENDING, _UNORDERED, "exits"),
     ),
     "descriptor_not_advanced": Mutation(

@@ -162,7 +162,7 @@ def _take_copies(f: Any) -> list[Copies]:
     """The fragment's share of the copies that its warp has issued."""
     mine, kept = [], []
     for *columns, issued in f.warp.copies:
-        own = np.isin(columns[0], f.lanes)
+        own = f.active[columns[0]]
         mine.append((*(column[own] for column in columns), issued))
         if not own.all():
             kept.append((*(column[~own] for column in columns), issued))
