@@ -53,11 +53,6 @@ class Operands(NamedTuple):
         """Rows of the product."""
         return self.x.shape[0] if self.index is None else self.index.shape[0]
 
-    @property
-    def epilogue(self) -> list[Tensor]:
-        """The tensors of the epilogue's nodes, in their order."""
-        return [t for t in (self.per_token_scale, self.scale, self.bias) if t is not None]
-
 
 def check(
     operands: Operands, out_dtype: torch.dtype | None, accumulation: str | None, num_sms: int | None

@@ -60,13 +60,12 @@ def index_group_matmul(
 
     Experts' rows follow each other from row 0 on. But where x, per_token_scale or out come one per
     expert, an expert's rows are the first of its tensor's, as many as group_list counts, at most
-    all. Other rows of out are left untouched.
-
-    Single tensors, and lists whose tensors are parts of one, cost nothing; other lists, but
-    weights, are copied by every call. CPU tensors take the reference. Raises ValueError or
-    TypeError, with what was expected and what came, for malformed arguments; RuntimeError where a
-    gradient would be lost, and where a list needs a table from the host while a CUDA graph is
-    captured: prepare that call before with `index_group_matmul_workspace_size`.
+    all. Other rows of out are left untouched. Single tensors, and lists whose tensors are parts of
+    one, cost nothing; other lists, but weights, are copied by every call. CPU tensors take the
+    reference. Raises ValueError or TypeError, with what was expected and what came, for malformed
+    arguments; RuntimeError where a gradient would be lost, and where a list needs a table from the
+    host while a CUDA graph is captured: prepare that call before with
+    `index_group_matmul_workspace_size`.
     """
     size, executor = index_group_matmul_workspace_size(
         x, weight, scale, per_token_scale, group_list, out,
