@@ -253,9 +253,6 @@ class Executor:
             _reference(out, operands, self._weights, starts)
 
 
-# Lists of tensors.
-
-
 def _weights(value: Tensors) -> Tensor | list[Tensor]:
     """[E, N, K] where that takes no copy, else [N, K] of every expert."""
     single = isinstance(value, Tensor)
