@@ -89,19 +89,18 @@ def enqueue(
     *,
     table: int = 0,
     starts: Tensor | None = None,
-    stream: int | None = None,
 ) -> None:
-    """Launches the kernel of checked arguments; returns at once.
+    """Launches the kernel of checked arguments on torch's current stream; returns at once.
 
     table: address of E tensor maps on the device, which a kernel of unstacked weights reads instead
     of `operands.weight`. starts int32 [E]: first rows of the experts, where they are not the ends
-    before. stream: default torch's current one.
+    before.
     """
     x, weight, index, offsets, per_token_scale, scale, bias = operands
     device, rows = out.get_device(), out.shape[0]
     if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
-            enqueue(kernel, grid, out, operands, table=table, starts=starts, stream=stream)
+            enqueue(kernel, grid, out, operands, table=table, starts=starts)
         return
     values = [table, x.data_ptr()]
     if index is not None:
@@ -124,8 +123,7 @@ def enqueue(
     weight_pointer = table or weight.data_ptr()
     if (values[1] | out_pointer | weight_pointer) % 16:
         raise ValueError("x, weight and out: expected addresses in multiples of 16 bytes")
-    if stream is None:
-        stream = torch._C._cuda_getCurrentRawStream(device)
+    stream = torch._C._cuda_getCurrentRawStream(device)
     kernel.launch(values, None if table else (weight_pointer, weight.stride()), grid, stream)
 
 

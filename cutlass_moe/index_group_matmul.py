@@ -19,11 +19,12 @@ from torch import Tensor
 from cutlass_moe import kernels
 from cutlass_moe.arguments import Operands, check, check_out, pose
 from cutlass_moe.calls import announce_fallback, enqueue
-from cutlass_moe.launch import TENSOR_MAP_BYTES, Kernel
+from cutlass_moe.launch import Kernel
 from cutlass_moe.ops import wants_gradient
 from cutlass_moe.reference import grouped_matmul_reference_out
 from cutlass_moe.workspace import Place, WorkspacePlan, found, stand_in, view_of_slices
 from emitters.config import why_illegal
+from emitters.image import TENSOR_MAP_BYTES
 from emitters.problem import WeightStorage
 
 Tensors = Tensor | Sequence[Tensor]

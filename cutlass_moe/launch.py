@@ -24,7 +24,6 @@ _PROMOTIONS = {
     128: driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
     256: driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
 }
-TENSOR_MAP_BYTES = 128
 
 
 class DriverError(RuntimeError):

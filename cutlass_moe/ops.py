@@ -169,7 +169,7 @@ def _product(
     if call.kernel is not None:
         enqueue(call.kernel, call.grid, out, operands)
     else:
-        _refer(out.zero_(), operands)
+        grouped_matmul_reference_out(out.zero_(), **operands._asdict())
     return out
 
 
@@ -185,7 +185,7 @@ def _product_into(
     if call.kernel is not None:
         enqueue(call.kernel, call.grid, out, operands)
     else:
-        _refer(out, operands)
+        grouped_matmul_reference_out(out, **operands._asdict())
 
 
 def _functional_impl(*arguments: Any) -> Tensor:
@@ -200,11 +200,6 @@ def _out_impl(out: Tensor, *arguments: Any) -> None:
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Operands, tuple[Any, ...]]:
     return Operands(*arguments[:7]), arguments[7:]
-
-
-def _refer(out: Tensor, operands: Operands) -> None:
-    if operands.rows:  # else not even offsets are read
-        grouped_matmul_reference_out(out, **operands._asdict())
 
 
 # Fakes and gradients.

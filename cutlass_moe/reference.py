@@ -152,7 +152,7 @@ def _add_expert(grads: Tensors, expert: int, token: Tensor, grad: Tensor, inputs
 def _groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
     """(expert, first row, end) of every expert that has rows."""
     first = 0
-    for expert, end in enumerate(offsets.tolist()):
+    for expert, end in enumerate(offsets.tolist() if rows else ()):  # no rows: nothing is read
         last = min(end, rows)
         if first < last:
             yield expert, first, last

@@ -22,7 +22,6 @@ SLICE_PITCH = SLICE_BYTES + 16  # staging rows: 16-byte aligned, 8 rows hit 8 di
 WARPGROUP = 128
 _SMEM_PER_SM = 233_472  # 228 KiB, of which each CTA loses 1 KiB to the system
 _SMEM_RESERVED = 1024
-_MAX_SMEM_PER_CTA = 232_448
 _REGISTERS_PER_SM = 65_536
 
 
@@ -117,11 +116,15 @@ class GemmSm90Config:
         staging = self.tile_m * SLICE_PITCH
         return staging + 4 * self.table_words(problem) + 16 * self.MAX_STAGES + _SMEM_RESERVED
 
+    @property
+    def smem_limit(self) -> int:
+        """Bytes of shared memory that a CTA may have."""
+        return _SMEM_PER_SM // self.ctas_per_sm - _SMEM_RESERVED
+
     def pipeline_stages(self, problem: GemmProblem) -> int:
         if self.stages is not None:
             return self.stages
-        limit = min(_MAX_SMEM_PER_CTA, _SMEM_PER_SM // self.ctas_per_sm - _SMEM_RESERVED)
-        fit = (limit - self.fixed_smem_bytes(problem)) // self.stage_bytes
+        fit = (self.smem_limit - self.fixed_smem_bytes(problem)) // self.stage_bytes
         return max(0, min(fit, self.MAX_STAGES))
 
     def smem_bytes(self, problem: GemmProblem) -> int:
@@ -191,9 +194,8 @@ def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
     if not 2 <= stages <= c.MAX_STAGES:
         return f"{stages} stages of {c.stage_bytes} bytes: between 2 and {c.MAX_STAGES} are needed"
     smem = c.smem_bytes(p)
-    limit = min(_MAX_SMEM_PER_CTA, _SMEM_PER_SM // c.ctas_per_sm - _SMEM_RESERVED)
-    if smem > limit:
-        return f"{smem} bytes of shared memory: {c.ctas_per_sm} CTAs an SM have {limit} each"
+    if smem > c.smem_limit:
+        return f"{smem} bytes of shared memory: {c.ctas_per_sm} CTAs an SM have {c.smem_limit} each"
     needed = c.accumulator_registers(p) + 80  # addresses, scales, one store slice
     if needed > c.consumer_registers:
         return (

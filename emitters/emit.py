@@ -14,6 +14,7 @@ from emitters.config import K_TILE_BYTES, Config, why_illegal
 from emitters.cubin import CubinFacts, read_cubin
 from emitters.image import (
     IMAGE_ABI,
+    TENSOR_MAP_BYTES,
     Image,
     LaunchRecord,
     Param,
@@ -23,7 +24,7 @@ from emitters.image import (
 )
 from emitters.problem import GemmProblem, WeightStorage
 
-_SIZES = {ParamKind.TENSOR_MAP: 128, ParamKind.POINTER: 8, ParamKind.INT32: 4}
+_SIZES = {ParamKind.TENSOR_MAP: TENSOR_MAP_BYTES, ParamKind.POINTER: 8, ParamKind.INT32: 4}
 
 
 def emit(problem: GemmProblem, config: Config, arch: str = "sm_90a") -> Image:

@@ -16,10 +16,9 @@ from cutlass.pipeline import PipelineUserType
 from emitters.config import K_TILE_BYTES, SLICE_PITCH, WARPGROUP, GemmSm90Config
 from emitters.epilogue import ELEMENT, Epilogue
 from emitters.gather import GatherIterator
+from emitters.image import TENSOR_MAP_BYTES
 from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
 from emitters.tiles import TileScheduler
-
-TENSOR_MAP_BYTES = 128
 
 
 @dsl_user_op
