@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
-from emitters.config import Config, GemmSm90Config, why_illegal
+from emitters.config import Config, GemmSm90Config, Schedule, why_illegal
 from emitters.problem import GemmProblem
 
 # Measured on an H200 (perf/NOTES.md).
 _SMS = 132
-_FEW_ROWS = 32  # an expert: 64-row tiles, two CTAs an SM: the weights' bytes are the cost
-_SOME_ROWS = 128  # an expert: one 128-row tile holds it, and more CTAs than wide tiles would give
-
-
-def _first_legal(problem: GemmProblem, *configs: GemmSm90Config) -> Config | None:
-    return next((c for c in configs if why_illegal(problem, c) is None), None)
+_FEW_ROWS = 32  # an expert: two CTAs an SM, as many loads in flight as can be: weights are the cost
+_MANY_ROWS = 768  # an expert: pairs of CTAs have M tiles enough to share weights
 
 
 @lru_cache(maxsize=1024)
 def _families(problem: GemmProblem) -> tuple[Config, ...]:
     """For less than a tile an SM, few, some and many rows an expert; () where nothing is legal."""
     found = (
-        _first_legal(problem, *(GemmSm90Config(64, n) for n in (128, 64))),
-        _first_legal(problem, *(GemmSm90Config(64, n, ctas_per_sm=2) for n in (128, 64))),
-        _first_legal(problem, *(GemmSm90Config(128, n) for n in (128, 64))),
-        _first_legal(problem, *(GemmSm90Config(128, n) for n in (256, 128, 64))),
+        _widest(problem, 128),
+        _widest(problem, 128, ctas_per_sm=2),
+        _widest(problem, 256, pingpong=True, group_m=16),
+        _widest(problem, 256, pingpong=True, group_m=16, cluster_m=2),
     )
     legal = [config for config in found if config is not None]
-    return tuple(config or legal[-1] for config in found) if legal else ()
+    return tuple(config or legal[0] for config in found) if legal else ()
+
+
+def _widest(problem: GemmProblem, tile_n: int, **options: Any) -> Config | None:
+    """Of 64-row tiles the widest legal one up to tile_n, none wider than N asks for."""
+    widths = [n for n in (256, 192, 128, 64) if n <= tile_n and n < problem.n + 64]
+    configs = (GemmSm90Config(64, n, **options) for n in widths or [64])
+    return next((c for c in configs if why_illegal(problem, c) is None), None)
 
 
 def candidates(problem: GemmProblem) -> tuple[Config, ...]:
@@ -35,16 +40,24 @@ def candidates(problem: GemmProblem) -> tuple[Config, ...]:
     return tuple(dict.fromkeys(_families(problem)))
 
 
-def choose(problem: GemmProblem, num_tokens: int, rows_per_expert: float) -> Config:
+def choose(
+    problem: GemmProblem, num_tokens: int, rows_per_expert: float, schedule: str | None = None
+) -> Config:
     """The config for a call. num_tokens: rows of x. rows_per_expert: mean, or the caller's hint.
 
-    Raises ValueError, with the reason, where the problem has no legal config.
+    schedule: the caller's; all else stays, but that a dynamic one has no clusters. Raises
+    ValueError, with the reason, where the problem has no legal config.
     """
     families = _families(problem)
     if not families:
         raise ValueError(why_illegal(problem) or f"no config of the SM90 template fits {problem}")
     lone, few, some, many = families
     if rows_per_expert > _FEW_ROWS:
-        return some if rows_per_expert <= _SOME_ROWS else many
-    experts = min(problem.num_experts, rows_per_expert * problem.num_experts)
-    return lone if experts * lone.n_tiles(problem) <= _SMS else few
+        config = some if rows_per_expert <= _MANY_ROWS else many
+    else:
+        experts = min(problem.num_experts, rows_per_expert * problem.num_experts)
+        config = lone if experts * lone.n_tiles(problem) <= _SMS else few
+    if schedule is None:
+        return config
+    cluster_m = 1 if schedule == Schedule.DYNAMIC else config.cluster_m
+    return replace(config, schedule=Schedule(schedule), cluster_m=cluster_m)

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 from cutlass_moe import heuristics
+from cutlass_moe.arguments import Options
 from cutlass_moe.cache import MissingImage, default_cache
 from cutlass_moe.compiler import build_command, compile_image
 from cutlass_moe.launch import Kernel
@@ -112,15 +113,14 @@ def plan(
     device: int,
     num_tokens: int,
     num_rows: int,
-    expected_rows: int | None = None,
-    num_sms: int | None = None,
+    options: Options,
 ) -> tuple[Kernel, int]:
     """The kernel of a call and the CTAs to launch. Raises what `load` raises."""
     experts = problem.num_experts
-    per_expert = expected_rows or num_rows / experts
-    config = forced or heuristics.choose(problem, num_tokens, per_expert)
+    per_expert = options.expected_rows or num_rows / experts
+    config = forced or heuristics.choose(problem, num_tokens, per_expert, options.schedule)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    ctas = min(num_sms or sms, sms) * config.ctas_per_sm
+    ctas = min(options.num_sms or sms, sms) * config.ctas_per_sm
     most_tiles = (num_rows // config.tile_m + min(experts, num_rows)) * config.n_tiles(problem)
     clusters = max(1, min(ctas, most_tiles) // config.cluster_m)
     return load(problem, config, device), clusters * config.cluster_m

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,7 @@ _MAX_TENSOR_MAPS = 1024  # a kernel's cache of them; a model has one weight a la
 _MAP_DTYPES = {
     1: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
     2: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,  # only zeros are ever filled in
+    4: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT32,
 }
 _SWIZZLES = {128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B}
 _PROMOTIONS = {
@@ -106,10 +108,11 @@ class Kernel:
         first = ctypes.addressof(self._values)
         self._pointers = (ctypes.c_void_p * count)(*(first + i * _SLOT for i in range(count)))
         self._arguments = ctypes.addressof(self._pointers)
-        self._map_at = next(
-            (i for i, p in enumerate(self.record.params) if p.kind is ParamKind.TENSOR_MAP), -1
-        )
-        self._maps: dict[tuple[int, tuple[int, ...]], tuple[driver.CUtensorMap, int]] = {}
+        self._at = {
+            p.name: i for i, p in enumerate(self.record.params) if p.kind is ParamKind.TENSOR_MAP
+        }
+        self._boxes = {box.param: box for box in self.record.tensor_maps}
+        self._maps: dict[tuple[Any, ...], tuple[driver.CUtensorMap, int]] = {}
         self._grid = self._stream = 0
         self._lock = threading.Lock()
         self._config = driver.CUlaunchConfig()
@@ -138,20 +141,23 @@ class Kernel:
         self,
         values: list[int],
         weight: tuple[int, tuple[int, ...]] | None,
+        out: tuple[int, int],
         grid: int,
         stream: int,
     ) -> None:
         """Enqueues the kernel on a stream of the current device, which must be this kernel's.
 
         values: addresses and integers in the order of record.params, without the counters of a
-        dynamic schedule; what stands for a tensor map is ignored. weight: pointer and strides of the [E, N, K] weights that such a map describes.
+        dynamic schedule; what stands for a tensor map is ignored. weight: pointer and strides of
+        the [E, N, K] weights that such a map describes; out: pointer and rows of the output.
         """
         with self._lock:
             if self._counters is not None:
                 values = [*values, self._counters.address(stream)]
             self._slots.pack_into(self._values, 0, *values)
             if weight is not None:
-                self._pointers[self._map_at] = self._tensor_map(weight)
+                self._pointers[self._at["weight"]] = self._tensor_map(weight, self.encode_weight)
+            self._pointers[self._at["out_map"]] = self._tensor_map(out, self._encode_out)
             if self._grid != grid or self._stream != stream:  # setting them is slow
                 self._config.gridDimX = self._grid = grid
                 self._config.hStream = self._stream = stream
@@ -159,35 +165,53 @@ class Kernel:
         if status != 0:
             raise DriverError(f"cuLaunchKernelEx failed: {driver.CUresult(status).name}")
 
-    def _tensor_map(self, weight: tuple[int, tuple[int, ...]]) -> int:
-        cached = self._maps.get(weight)
+    def _tensor_map(self, key: tuple[Any, ...], encode: Callable[..., driver.CUtensorMap]) -> int:
+        cached = self._maps.get(key)
         if cached is None:
             if len(self._maps) >= _MAX_TENSOR_MAPS:
                 self._maps.pop(next(iter(self._maps)))
-            map_ = self.encode_tensor_map(*weight)
-            cached = self._maps[weight] = (map_, int(map_.getPtr()))
+            map_ = encode(*key)
+            cached = self._maps[key] = (map_, int(map_.getPtr()))
         return cached[1]
 
-    def encode_tensor_map(self, pointer: int, strides: tuple[int, ...]) -> driver.CUtensorMap:
+    def encode_weight(self, pointer: int, strides: tuple[int, ...]) -> driver.CUtensorMap:
         """The tensor map through which the kernel reads weights [E, N, K] at `pointer`.
 
         strides: of E, N and K, in elements; K is dense. A map in a table describes one expert.
         Raises DriverError where pointer or strides are not multiples of 16 bytes.
         """
-        problem, box = self._problem, self.record.tensor_maps[0]
+        problem = self._problem
         experts = problem.num_experts if problem.weights is WeightStorage.STACKED else 1
         expert_stride, row_stride, _ = strides
         if experts == 1:
             expert_stride = row_stride  # never used, but checked
+        extents = (problem.k, problem.n, experts)
         size = problem.operand.bytes
+        return self._encode("weight", size, pointer, extents, (row_stride, expert_stride))
+
+    def _encode_out(self, pointer: int, rows: int) -> driver.CUtensorMap:
+        problem = self._problem
+        return self._encode("out_map", problem.out.bytes, pointer, (problem.n, rows), (problem.n,))
+
+    def _encode(
+        self,
+        param: str,
+        size: int,
+        pointer: int,
+        extents: tuple[int, ...],
+        strides: tuple[int, ...],
+    ) -> driver.CUtensorMap:
+        """extents: innermost first; strides: of all but the innermost. In elements of `size`."""
+        box = self._boxes[param]
+        rank = len(extents)
         result = driver.cuTensorMapEncodeTiled(
             _MAP_DTYPES[size],
-            3,
+            rank,
             pointer,
-            [driver.cuuint64_t(extent) for extent in (problem.k, problem.n, experts)],
-            [driver.cuuint64_t(stride * size) for stride in (row_stride, expert_stride)],
-            [driver.cuuint32_t(extent) for extent in (box.k, box.n, 1)],
-            [driver.cuuint32_t(1)] * 3,
+            [driver.cuuint64_t(extent) for extent in extents],
+            [driver.cuuint64_t(stride * size) for stride in strides],
+            [driver.cuuint32_t(extent) for extent in (box.columns, box.rows, 1)[:rank]],
+            [driver.cuuint32_t(1)] * rank,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             _SWIZZLES[box.swizzle],
             _PROMOTIONS[box.l2_promotion],

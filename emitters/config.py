@@ -18,7 +18,7 @@ ARCHS = ("sm_90a",)
 K_TILE_BYTES = 128  # one swizzle atom of K; the tile of K in bytes, whatever the element
 MAX_EXPERTS = 1024  # 32 lanes x 32 experts: the expert search is two ballots
 SLICE_BYTES = 128  # the epilogue stores a tile in slices of so many bytes of each row
-SLICE_PITCH = SLICE_BYTES + 16  # staging rows: 16-byte aligned, 8 rows hit 8 different bank groups
+SLICE_ROWS = 16  # a warp's share of a slice: one box of a TMA store
 SLOTS = 16  # posted units; more than MAX_STAGES + 3, see TileScheduler
 SLOT_WORDS = 8  # int32 of a posted unit
 WARPGROUP = 128
@@ -128,10 +128,14 @@ class GemmSm90Config:
         """The scheduler's table: three int32 an expert; the units it has posted."""
         return 3 * self.table_entries(problem) + SLOTS * SLOT_WORDS
 
+    @property
+    def staging_bytes(self) -> int:
+        """A slice on its way to global memory for each consumer warp."""
+        return 4 * self.consumers * SLICE_ROWS * SLICE_BYTES
+
     def fixed_smem_bytes(self, problem: GemmProblem) -> int:
-        """Shared memory besides the stages: staging rows, scheduler table, barriers, alignment."""
-        staging = 64 * self.consumers * SLICE_PITCH
-        return staging + 4 * self.table_words(problem) + 16 * self.MAX_STAGES + _SMEM_RESERVED
+        """Shared memory besides the stages: staging rows, scheduler table, barriers."""
+        return self.staging_bytes + 4 * self.table_words(problem) + 16 * self.MAX_STAGES
 
     @property
     def smem_limit(self) -> int:

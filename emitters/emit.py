@@ -10,7 +10,7 @@ import hashlib
 import os
 import tempfile
 
-from emitters.config import K_TILE_BYTES, Config, Schedule, why_illegal
+from emitters.config import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, Config, Schedule, why_illegal
 from emitters.cubin import CubinFacts, read_cubin
 from emitters.image import (
     IMAGE_ABI,
@@ -48,11 +48,24 @@ def _emit(
         raise ValueError(reason)
     cubin, ptx = _compile(problem, config, arch, more_options)
     facts = read_cubin(cubin)
-    box = TensorMapBox("weight", config.k_tile(problem), config.tile_n // config.cluster_m, K_TILE_BYTES, 256)
+    weight = TensorMapBox(
+        "weight",
+        columns=config.k_tile(problem),
+        rows=config.tile_n // config.cluster_m,
+        swizzle=K_TILE_BYTES,
+        l2_promotion=256,
+    )
+    out = TensorMapBox(
+        "out_map",
+        columns=SLICE_BYTES // problem.out.bytes,
+        rows=SLICE_ROWS,
+        swizzle=SLICE_BYTES,
+        l2_promotion=128,
+    )
     record = LaunchRecord(
         symbol=facts.symbol,
         params=_params(problem, config, facts),
-        tensor_maps=(box,),
+        tensor_maps=(weight, out),
         smem_bytes=config.smem_bytes(problem),
         threads=config.threads,
         cluster=(config.cluster_m, 1, 1),
@@ -75,6 +88,7 @@ def param_kinds(problem: GemmProblem, config: Config) -> list[tuple[str, ParamKi
     return [
         ("weight", ParamKind.POINTER if table else ParamKind.TENSOR_MAP),
         *((name, ParamKind.POINTER) for name in pointers),
+        ("out_map", ParamKind.TENSOR_MAP),
         ("num_tokens", ParamKind.INT32),
         ("num_rows", ParamKind.INT32),
         *((node.kind, ParamKind.POINTER) for node in problem.epilogue),
@@ -126,6 +140,9 @@ def _compile(
             pointer(Int32, 4),
             pointer(Int32, 4),
             pointer(ELEMENT[problem.out], 16),
+            make_fake_compact_tensor(
+                ELEMENT[problem.out], (SLICE_ROWS, problem.n), stride_order=(1, 0), assumed_align=16
+            ),
             Int32(1),
             Int32(1),
             tuple(pointer(node_element(node), 4) for node in problem.epilogue) or None,

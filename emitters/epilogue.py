@@ -16,9 +16,12 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import cute_nvgpu
+from cutlass.cutlass_dsl import dsl_user_op
 from cutlass.experimental import primitives as prims
 
-from emitters.config import SLICE_BYTES, SLICE_PITCH, GemmSm90Config
+from emitters.config import SLICE_BYTES, SLICE_ROWS, GemmSm90Config
 from emitters.problem import (
     Bias,
     ChannelScale,
@@ -49,6 +52,14 @@ def _vector(
         element, pointer.toint(), space, assumed_align=count * element.width // 8
     )
     return cute.make_tensor(aligned, cute.make_layout(count))
+
+
+@dsl_user_op
+def tensor_map_address(atom, *, loc=None, ip=None):
+    """Address of the tensor map that a TMA atom carries as a kernel parameter."""
+    executable = cute_nvgpu.atom_make_exec_tma(atom._trait.value, loc=loc, ip=ip)
+    kind = ir.Type.parse("!cute.ptr<!cute_nvgpu.tma_descriptor_tiled, generic, align<128>>")
+    return cute_nvgpu.get_tma_desc_addr(kind, executable, loc=loc, ip=ip)
 
 
 class Fragment:
@@ -181,10 +192,10 @@ def node_element(node) -> type:
 class Epilogue:
     """Runs the nodes over a consumer warp's part of a tile and stores it.
 
-    Slices of 128 bytes a row go through 16 staging rows of the warp's own (stmatrix, then 16 bytes
-    a lane, eight lanes a row), so stores are whole 128-byte lines and no other warp is waited for.
-    Rows past the expert's end and columns past N are not stored; a row whose index lies outside
-    [0, T) is stored as zeros.
+    Slices of 128 bytes a row go through 16 staging rows of the warp's own, in the 128-byte swizzle:
+    no other warp is waited for. A TMA store takes them from there. Where the expert ends within the
+    16 rows, lanes store them instead, 16 bytes each and eight lanes a row. Columns past N are not
+    stored; a row whose index lies outside [0, T) is stored as zeros.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSm90Config):
@@ -193,17 +204,17 @@ class Epilogue:
         self.slice_columns = SLICE_BYTES // problem.out.bytes
         self.slices = config.tile_n // self.slice_columns
 
-    def attach(self, node_tensors, out, index, num_tokens, staging, warp, lane):
-        """staging: 16 * SLICE_PITCH bytes of shared memory for each consumer warp. warp: its number
-        among them."""
+    def attach(self, node_tensors, out, out_map, index, num_tokens, staging, warp, lane):
+        """staging: a slice of shared memory for each consumer warp. warp: its number among them."""
         warp_of_tile = warp % (4 * self.config.warpgroups_per_tile)
         self.fragment = Fragment(self.problem, self.config, warp_of_tile * 16, lane)
         self.nodes = [
             NODES[type(node)](node, self.fragment, tensor)
             for node, tensor in zip(self.problem.epilogue, node_tensors or (), strict=True)
         ]
-        self.out, self.index, self.num_tokens, self.lane = out, index, num_tokens, lane
-        self.staging = staging + warp * (16 * SLICE_PITCH)
+        self.out, self.out_map = out, out_map
+        self.index, self.num_tokens, self.lane = index, num_tokens, lane
+        self.staging = staging + warp * (SLICE_ROWS * SLICE_BYTES)
         self.tokens = cute.make_rmem_tensor((2 * self.fragment.m_blocks,), Int32)
 
     @cute.jit
@@ -234,7 +245,6 @@ class Epilogue:
         count = 4 * self.fragment.slice_blocks
         for i in range_constexpr(self.fragment.m_blocks * self.slices):
             m, part = i // self.slices, i % self.slices
-            cute.arch.sync_warp()  # the slice before has left the staging rows
             values = cute.make_rmem_tensor((count,), Float32)
             for j in range_constexpr(count):
                 values[j] = acc[i * count + j].to(Float32)
@@ -242,14 +252,40 @@ class Epilogue:
                 values = node.apply(m, part, values, expert, first_column)
             if const_expr(self.problem.gather):
                 self.clear_missing(m, values)
+            if self.lane == 0:
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+            cute.arch.sync_warp()  # the slice before has left shared memory
             if const_expr(self.problem.out is DType.FP32):
                 self.stage_words(values)
             else:
                 self.stage_matrices(values)
+            cute.arch.fence_view_async_shared()
             cute.arch.sync_warp()
-            self.copy_out(
-                first_row + m * 64, rows - m * 64, first_column + part * self.slice_columns
+            self.send(
+                first_row + m * 64 + self.fragment.warp_row,
+                rows - m * 64 - self.fragment.warp_row,
+                first_column + part * self.slice_columns,
             )
+
+    @cute.jit
+    def finish(self):
+        """After the last tile: shared memory outlives the stores that read it."""
+        if self.lane == 0:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def send(self, first_row: Int32, rows: Int32, first_column: Int32):
+        """rows: from first_row to the expert's end."""
+        if rows >= SLICE_ROWS:
+            if self.lane == 0:
+                prims.cp_async_bulk_tensor_global_shared_cta(
+                    tensor_map_address(self.out_map).to_llvm_ptr(),
+                    self.staging.to_llvm_ptr(),
+                    [first_column, first_row],
+                )
+                cute.arch.cp_async_bulk_commit_group()
+        else:
+            self.copy_out(first_row, rows, first_column)
 
     @cute.jit
     def clear_missing(self, m: cutlass.Constexpr, values: cute.Tensor):
@@ -258,11 +294,13 @@ class Epilogue:
             if self.tokens[2 * m + i // 2 % 2] < 0:
                 values[i] = Float32(0.0)
 
+    def chunk(self, row: Int32, chunk: Int32):
+        """Where 16 bytes of a slice lie: the 128-byte swizzle of a 1024-byte aligned buffer."""
+        return self.staging + (row * SLICE_BYTES + (chunk ^ (row % 8)) * _CHUNK)
+
     @cute.jit
     def stage_matrices(self, values: cute.Tensor):
         """16-bit outputs: two blocks of 8 columns and both row halves in one stmatrix."""
-        column = self.lane // 16 * 16
-        target = self.staging + (self.lane % 16 * SLICE_PITCH + column)
         for pair in range_constexpr(self.fragment.slice_blocks // 2):
             part = cute.make_rmem_tensor((8,), Float32)
             packed = cute.make_rmem_tensor((8,), self.element)
@@ -270,8 +308,9 @@ class Epilogue:
                 part[i] = values[8 * pair + i]
             packed.store(part.load().to(self.element))
             words = cute.recast_tensor(packed, Int32)
+            target = self.chunk(self.lane % 16, 2 * pair + self.lane // 16)
             prims.stmatrix(
-                (target + pair * 32).to_llvm_ptr(),
+                target.to_llvm_ptr(),
                 [words[0], words[1], words[2], words[3]],
                 prims.MMALayout.ROW,
             )
@@ -286,22 +325,21 @@ class Epilogue:
                 for c in range_constexpr(2):
                     pair[c] = values[4 * block + 2 * half + c]
                 row = f.row - f.warp_row + 8 * half
-                target = self.staging + (row * SLICE_PITCH + (8 * block + f.column) * 4)
-                cute.autovec_copy(pair, _vector(target, Float32, 2, _SMEM))
+                target = self.chunk(row, 2 * block + f.column // 4)
+                cute.autovec_copy(pair, _vector(target + f.column % 4 * 4, Float32, 2, _SMEM))
 
     @cute.jit
     def copy_out(self, first_row: Int32, rows: Int32, first_column: Int32):
         chunk = self.lane % (SLICE_BYTES // _CHUNK)
         column = first_column + chunk * (_CHUNK // self.problem.out.bytes)
-        for i in range_constexpr(4):
-            staged = self.lane // 8 + 4 * i
-            row = self.fragment.warp_row + staged
+        for i in range_constexpr(SLICE_ROWS // 4):
+            row = self.lane // 8 + 4 * i
             store = row < rows
             if const_expr(self.fragment.has_n_tail):
                 store = store and column < self.problem.n
             if store:
-                source = self.staging + (staged * SLICE_PITCH + chunk * _CHUNK)
                 words = cute.make_rmem_tensor((4,), Int32)
+                source = self.chunk(row, chunk)
                 cute.autovec_copy(_vector(source, Int32, 4, _SMEM), words)
                 target = self.out + (Int64(first_row + row) * self.problem.n + column)
                 cute.autovec_copy(words, _vector(target, Int32, 4, _GMEM))

@@ -6,27 +6,16 @@ import cutlass.pipeline as pipeline
 import cutlass.utils as utils
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32, Int64, Uint8, const_expr, range_constexpr
-from cutlass._mlir import ir
-from cutlass._mlir.dialects import cute_nvgpu
 from cutlass.cute.nvgpu import cpasync, warpgroup
-from cutlass.cutlass_dsl import dsl_user_op
 from cutlass.experimental import primitives as prims
 from cutlass.pipeline import PipelineUserType
 
-from emitters.config import K_TILE_BYTES, SLICE_PITCH, WARPGROUP, GemmSm90Config
-from emitters.epilogue import ELEMENT, Epilogue
+from emitters.config import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, WARPGROUP, GemmSm90Config
+from emitters.epilogue import ELEMENT, Epilogue, tensor_map_address
 from emitters.gather import GatherIterator
 from emitters.image import TENSOR_MAP_BYTES
 from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
 from emitters.tiles import TileScheduler
-
-
-@dsl_user_op
-def _tensor_map_address(atom, *, loc=None, ip=None):
-    """Address of the tensor map that a TMA atom carries as a kernel parameter."""
-    executable = cute_nvgpu.atom_make_exec_tma(atom._trait.value, loc=loc, ip=ip)
-    kind = ir.Type.parse("!cute.ptr<!cute_nvgpu.tma_descriptor_tiled, generic, align<128>>")
-    return cute_nvgpu.get_tma_desc_addr(kind, executable, loc=loc, ip=ip)
 
 
 class GemmSm90:
@@ -67,8 +56,8 @@ class GemmSm90:
 
     @cute.jit
     def __call__(
-        self, weight, x, index, starts, ends, out, num_tokens, num_rows, node_tensors, counters,
-        grid, stream,
+        self, weight, x, index, starts, ends, out, out_map, num_tokens, num_rows, node_tensors,
+        counters, grid, stream,
     ):  # fmt: skip
         """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps. index is None
         where rows are taken in order. starts may be null, and counters is None but for a dynamic
@@ -80,8 +69,25 @@ class GemmSm90:
             one_stage = cute.slice_(layout, (None, None, 0))
             copy = cpasync.CopyBulkTensorTileG2SOp()
             weight, _ = cpasync.make_tiled_tma_atom(copy, weight, one_stage, self.tile[1:])
+        box = (SLICE_ROWS, SLICE_BYTES // self.problem.out.bytes)
+        out_map, _ = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileS2GOp(),
+            out_map,
+            cute.make_layout(box, stride=(box[1], 1)),
+            box,
+        )
         self.kernel(
-            weight, x, index, starts, ends, out, num_tokens, num_rows, node_tensors, counters
+            weight,
+            x,
+            index,
+            starts,
+            ends,
+            out,
+            out_map,
+            num_tokens,
+            num_rows,
+            node_tensors,
+            counters,
         ).launch(
             grid=[grid, 1, 1],
             block=[self.config.threads, 1, 1],
@@ -103,18 +109,17 @@ class GemmSm90:
         tile_m, tile_n, tile_k = self.tile
         per_stage_row = tile_k * self.stages
         words = self.config.table_words(self.problem)
-        staging_bytes = 64 * self.config.consumers * SLICE_PITCH
 
         @cute.struct
         class Storage:
-            full: cute.struct.MemRange[Int64, self.stages]
-            empty: cute.struct.MemRange[Int64, self.stages]
-            table: cute.struct.MemRange[Int32, words]
-            staging: cute.struct.Align[cute.struct.MemRange[Uint8, staging_bytes], 16]
             x: cute.struct.Align[cute.struct.MemRange[self.operand, tile_m * per_stage_row], 1024]
             weight: cute.struct.Align[
                 cute.struct.MemRange[self.operand, tile_n * per_stage_row], 1024
             ]
+            staging: cute.struct.Align[cute.struct.MemRange[Uint8, self.config.staging_bytes], 1024]
+            full: cute.struct.MemRange[Int64, self.stages]
+            empty: cute.struct.MemRange[Int64, self.stages]
+            table: cute.struct.MemRange[Int32, words]
 
         return Storage
 
@@ -127,6 +132,7 @@ class GemmSm90:
         starts: cute.Pointer,
         ends: cute.Pointer,
         out: cute.Pointer,
+        out_map: cute.CopyAtom,
         num_tokens: Int32,
         num_rows: Int32,
         node_tensors: tuple | None,
@@ -149,6 +155,10 @@ class GemmSm90:
             cute.arch.mbarrier_init_fence()
         if warp == 1:
             self.scheduler.start(starts, ends, num_rows)
+        if warp == 2:
+            cpasync.prefetch_descriptor(out_map)
+            if const_expr(self.problem.weights is WeightStorage.STACKED):
+                cpasync.prefetch_descriptor(weight)
         self.sync_cluster()
 
         if group == 0:
@@ -159,7 +169,7 @@ class GemmSm90:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
             staging = storage.staging.data_ptr()
             self.epilogue.attach(
-                node_tensors, out, index, num_tokens, staging, warp - 4, thread % 32
+                node_tensors, out, out_map, index, num_tokens, staging, warp - 4, thread % 32
             )
             self.mma(storage, full, empty, group - 1, thread - WARPGROUP)
         if const_expr(self.cluster > 1):
@@ -218,7 +228,7 @@ class GemmSm90:
     @cute.jit
     def weight_map(self, weight, expert: Int32):
         if const_expr(self.problem.weights is WeightStorage.STACKED):
-            return _tensor_map_address(weight)
+            return tensor_map_address(weight)
         entry = cute.make_ptr(
             Uint8,
             weight.toint() + expert * TENSOR_MAP_BYTES,
@@ -343,6 +353,7 @@ class GemmSm90:
             self.epilogue.store(sums, expert, row, rows, column)
             j += turn
             expert, row, rows, column, _ = self.scheduler.read(j)
+        self.epilogue.finish()
 
     @cute.jit
     def pass_turn(self, consumer, j):

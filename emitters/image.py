@@ -34,14 +34,15 @@ class Param:
 
 @dataclass(frozen=True)
 class TensorMapBox:
-    """What a tensor map of a [E, N, K] weight must say besides pointer, extents and strides.
+    """What a tensor map must say besides pointer, extents and strides.
 
-    k and n: elements of a box; swizzle and l2_promotion in bytes.
+    columns (along the dense dimension) and rows: elements of a box; swizzle and l2_promotion in
+    bytes.
     """
 
     param: str
-    k: int
-    n: int
+    columns: int
+    rows: int
     swizzle: int
     l2_promotion: int
 

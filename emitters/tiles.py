@@ -34,7 +34,9 @@ class TileScheduler:
         self.n_tiles = config.n_tiles(problem)
         self.cluster_m = config.cluster_m
         self.schedule = config.schedule
-        self.group = config.group_m // config.cluster_m  # units that share an N tile's weights in L2
+        self.group = (
+            config.group_m // config.cluster_m
+        )  # units that share an N tile's weights in L2
 
     def attach(self, table: cute.Pointer, counters: cute.Pointer | None):
         """table: shared memory, `table_words` int32. counters: of a dynamic schedule, two int32 in
@@ -102,9 +104,7 @@ class TileScheduler:
         if const_expr(self.schedule is Schedule.DYNAMIC):
             if cute.arch.lane_idx() == 0:
                 counters = cute.make_tensor(self.counters, cute.make_layout(2))
-                done = cute.arch.atomic_add(
-                    self.counters + 1, Int32(1), sem="acq_rel", scope="gpu"
-                )
+                done = cute.arch.atomic_add(self.counters + 1, Int32(1), sem="acq_rel", scope="gpu")
                 if done == self.clusters - 1:
                     counters[0] = Int32(0)
                     counters[1] = Int32(0)
