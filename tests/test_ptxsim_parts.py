@@ -14,11 +14,11 @@ from emitters import emit
 from emitters.image import build_identity
 from emitters.problem import DType
 from tests.ptxsim import alu, launch
-from tests.ptxsim.machine import Code
-from tests.ptxsim.memory import GlobalMemory
+from tests.ptxsim.memory import Access, GlobalMemory
 from tests.ptxsim.ptx import parse
 from tests.ptxsim.runs import BASE, RUNS, SMALL
 from tests.ptxsim.tensormap import TensorMap
+from tests.ptxsim.warp import Code
 
 needs_dsl = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
 
@@ -96,7 +96,9 @@ def test_boxes_are_zeros_out_of_bounds(corner: tuple[int, int, int]) -> None:
     padded[2:4, 16:23, 64:112] = data
     x, y, z = corner
     want = padded[2 + z, 16 + y : 24 + y, 64 + x : 96 + x]
-    assert (box.read_box(memory, list(corner)) == want.reshape(-1, 16).numpy()).all()
+    assert (
+        box.read_box(memory, Access(np.arange(1)), list(corner)) == want.reshape(-1, 16).numpy()
+    ).all()
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptxsim.memory import SHARED_BASE
+from tests.ptxsim.ordered import SHARED_BASE
 from tests.ptxsim.ptx import Fault, Program
-from tests.ptxsim.wgmma import BUSY
 
 ALL = (1 << 32) - 1
+BUSY = 1 << 40  # in place of a register's valid lanes while a WGMMA owns it
 B, U16, U32, I32, F32, U64, I64 = (
     np.dtype(t) for t in (np.bool_, np.uint16, np.uint32, np.int32, np.float32, np.uint64, np.int64)
 )
@@ -22,11 +22,22 @@ Sink = Callable[[Any, Lanes], None]
 Op = Callable[[Any], Any]
 LANES = np.arange(32)
 
+
+def _same(number: int) -> Lanes:
+    return np.full(32, number, np.uint32)
+
+
 _SPECIAL: dict[str, Callable[[Any], Lanes]] = {
     "%tid.x": lambda f: f.warp.tid,
     "%laneid": lambda f: LANES.astype(np.uint32),
-    "%ctaid.x": lambda f: f.warp.cta.ctaid,
-    "%nctaid.x": lambda f: f.warp.cta.nctaid,
+    "%ctaid.x": lambda f: _same(f.warp.cta.number),
+    "%nctaid.x": lambda f: _same(f.warp.cta.grid.launch.grid),
+    "%cluster_ctaid.x": lambda f: _same(f.warp.cta.rank),
+    "%cluster_ctarank": lambda f: _same(f.warp.cta.rank),
+    "%cluster_nctaid.x": lambda f: _same(len(f.warp.cta.cluster.ctas)),
+    "%cluster_nctarank": lambda f: _same(len(f.warp.cta.cluster.ctas)),
+    "%clusterid.x": lambda f: _same(f.warp.cta.number // len(f.warp.cta.cluster.ctas)),
+    "%nclusterid.x": lambda f: _same(len(f.warp.cta.grid.clusters)),
 }
 
 
