@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,6 +37,44 @@ def _checked(call: str, result: tuple[Any, ...]) -> Any:
     return result[1] if len(result) == 2 else result[1:]
 
 
+class Counters:
+    """Device memory of dynamic schedules: pairs of int32 that every launch leaves at zero.
+
+    Launches that may run at once never share a pair: eager ones have one a stream, captured ones
+    one each, for good.
+    """
+
+    CHUNK = 65_536
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._of_stream: dict[int, int] = {}
+        self._chunks: list[torch.Tensor] = []
+        self._free: list[int] = []
+        self._grow()
+
+    def _grow(self) -> None:
+        chunk = torch.zeros(self.CHUNK, 2, dtype=torch.int32, device=f"cuda:{self._device}")
+        torch.cuda.synchronize(self._device)  # zero for every stream
+        self._chunks.append(chunk)
+        self._free += range(chunk.data_ptr(), chunk.data_ptr() + chunk.nbytes, 8)
+
+    def address(self, stream: int) -> int:
+        """Of the pair for a launch on `stream`, the current one of this device."""
+        if torch.cuda.is_current_stream_capturing():
+            if not self._free:
+                raise RuntimeError(f"a graph captured more than {self.CHUNK // 2} dynamic launches")
+            return self._free.pop()
+        if len(self._free) < self.CHUNK // 2:
+            self._grow()
+        if stream not in self._of_stream:
+            self._of_stream[stream] = self._free.pop()
+        return self._of_stream[stream]
+
+
+_counters = cache(Counters)
+
+
 class Kernel:
     """An image on one device, ready to launch. Thread-safe.
 
@@ -54,6 +93,8 @@ class Kernel:
                 "cuModuleGetFunction", driver.cuModuleGetFunction(module, symbol)
             )
         self._check_params(self.record.params)
+        dynamic = any(param.name == "counters" for param in self.record.params)
+        self._counters = _counters(device) if dynamic else None
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(
             "cuFuncSetAttribute",
@@ -77,6 +118,13 @@ class Kernel:
         self._config.blockDimY = self._config.blockDimZ = 1
         self._config.sharedMemBytes = self.record.smem_bytes
         self._config.gridDimX = 0
+        if self.record.cluster != (1, 1, 1):
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            dimensions = attribute.value.clusterDim
+            dimensions.x, dimensions.y, dimensions.z = self.record.cluster
+            self._config.attrs = [attribute]
+            self._config.numAttrs = 1
 
     def _check_params(self, params: tuple[Param, ...]) -> None:
         for i, param in enumerate(params):
@@ -95,10 +143,12 @@ class Kernel:
     ) -> None:
         """Enqueues the kernel on a stream of the current device, which must be this kernel's.
 
-        values: addresses and integers in the order of record.params; what stands for a tensor map
-        is ignored. weight: pointer and strides of the [E, N, K] weights that such a map describes.
+        values: addresses and integers in the order of record.params, without the counters of a
+        dynamic schedule; what stands for a tensor map is ignored. weight: pointer and strides of the [E, N, K] weights that such a map describes.
         """
         with self._lock:
+            if self._counters is not None:
+                values = [*values, self._counters.address(stream)]
             self._slots.pack_into(self._values, 0, *values)
             if weight is not None:
                 self._pointers[self._map_at] = self._tensor_map(weight)

@@ -10,7 +10,7 @@ import hashlib
 import os
 import tempfile
 
-from emitters.config import K_TILE_BYTES, Config, why_illegal
+from emitters.config import K_TILE_BYTES, Config, Schedule, why_illegal
 from emitters.cubin import CubinFacts, read_cubin
 from emitters.image import (
     IMAGE_ABI,
@@ -48,14 +48,14 @@ def _emit(
         raise ValueError(reason)
     cubin, ptx = _compile(problem, config, arch, more_options)
     facts = read_cubin(cubin)
-    box = TensorMapBox("weight", config.k_tile(problem), config.tile_n, K_TILE_BYTES, 256)
+    box = TensorMapBox("weight", config.k_tile(problem), config.tile_n // config.cluster_m, K_TILE_BYTES, 256)
     record = LaunchRecord(
         symbol=facts.symbol,
-        params=_params(problem, facts),
+        params=_params(problem, config, facts),
         tensor_maps=(box,),
         smem_bytes=config.smem_bytes(problem),
         threads=config.threads,
-        cluster=(config.cluster_m * config.cluster_n, 1, 1),
+        cluster=(config.cluster_m, 1, 1),
         arch=arch,
         abi=IMAGE_ABI,
         registers=facts.registers,
@@ -68,7 +68,7 @@ def _emit(
     return Image(cubin, record), ptx
 
 
-def param_kinds(problem: GemmProblem) -> list[tuple[str, ParamKind]]:
+def param_kinds(problem: GemmProblem, config: Config) -> list[tuple[str, ParamKind]]:
     """The parameters of a grouped GEMM in the kernel's order."""
     table = problem.weights is WeightStorage.TABLE
     pointers = ["x", *(["index"] if problem.gather else []), "starts", "ends", "out"]
@@ -78,11 +78,12 @@ def param_kinds(problem: GemmProblem) -> list[tuple[str, ParamKind]]:
         ("num_tokens", ParamKind.INT32),
         ("num_rows", ParamKind.INT32),
         *((node.kind, ParamKind.POINTER) for node in problem.epilogue),
+        *([("counters", ParamKind.POINTER)] if config.schedule is Schedule.DYNAMIC else []),
     ]
 
 
-def _params(problem: GemmProblem, facts: CubinFacts) -> tuple[Param, ...]:
-    named = param_kinds(problem)
+def _params(problem: GemmProblem, config: Config, facts: CubinFacts) -> tuple[Param, ...]:
+    named = param_kinds(problem, config)
     sizes = [_SIZES[kind] for _, kind in named]
     if sizes != [size for _, size in facts.params]:
         raise AssertionError(f"parameters of sizes {sizes} expected, the cubin has {facts.params}")
@@ -128,6 +129,7 @@ def _compile(
             Int32(1),
             Int32(1),
             tuple(pointer(node_element(node), 4) for node in problem.epilogue) or None,
+            pointer(Int32, 8) if config.schedule is Schedule.DYNAMIC else None,
             Int32(1),
             make_fake_stream(),
             options=f"--keep-cubin --keep-ptx --dump-dir {dump} {more_options}",

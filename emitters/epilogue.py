@@ -4,8 +4,8 @@ memory.
 A node knows its tensor, its load and its formula, and is called at two points of a tile, in the
 order of `problem.epilogue`:
 
-  load     before the last k-step is waited for, so that the last WGMMA hides the latency apply
-  slice by slice, on the float32 values of a thread's rows and columns; returns the new values
+  load     before the last k-step is waited for, so that the last WGMMA hides the latency
+  apply    on the float32 values of slice `part` of the thread's m-th 64 rows; returns new ones
 
 A new node is a dataclass in `problem`, a class here and its entry in `NODES`; the templates know
 none.
@@ -54,13 +54,15 @@ def _vector(
 class Fragment:
     """Which part of a tile a consumer thread's accumulator holds.
 
-    WGMMA gives a thread two rows, 8 apart, and of every 8 columns two neighbours: register
-    4 * block + 2 * half + c is row `row` + 8 * half, column 8 * block + `column` + c.
+    WGMMA gives a thread two rows of 64, 8 apart, and of every 8 columns two neighbours: register
+    m * tile_n / 2 + 4 * block + 2 * half + c is row 64 * m + 8 * half + `row`, column
+    8 * block + `column` + c.
     """
 
-    def __init__(self, problem: GemmProblem, config: GemmSm90Config, warp: Int32, lane: Int32):
-        self.warp_row = warp * 16  # first of the warp's 16 rows of the tile
+    def __init__(self, problem: GemmProblem, config: GemmSm90Config, warp_row: Int32, lane: Int32):
+        self.warp_row = warp_row  # first of the warp's 16 rows of the tile, or of every 64
         self.row = self.warp_row + lane // 4
+        self.m_blocks = config.warpgroup_rows // 64
         self.column = lane % 4 * 2
         self.blocks = config.tile_n // 8
         self.slice_blocks = SLICE_BYTES // problem.out.bytes // 8
@@ -71,19 +73,19 @@ class Fragment:
 class PerTokenScaleNode:
     def __init__(self, node: PerTokenScale, fragment: Fragment, scale: cute.Pointer):
         self.scale = cute.make_tensor(scale, cute.make_layout(VECTOR))
-        self.values = cute.make_rmem_tensor((2,), Float32)
+        self.values = cute.make_rmem_tensor((2 * fragment.m_blocks,), Float32)
 
     @cute.jit
     def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
-        for half in range_constexpr(2):
+        for i in range_constexpr(cute.size(tokens)):
             value = Float32(0.0)
-            if tokens[half] >= 0:
-                value = self.scale[tokens[half]]
-            self.values[half] = value
+            if tokens[i] >= 0:
+                value = self.scale[tokens[i]]
+            self.values[i] = value
 
-    def apply(self, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
+    def apply(self, m: int, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
         for i in range(cute.size(values)):
-            values[i] = values[i] * self.values[i // 2 % 2]
+            values[i] = values[i] * self.values[2 * m + i // 2 % 2]
         return values
 
 
@@ -125,7 +127,7 @@ class ChannelScaleNode(_PerChannel):
     def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
         self.read(self.values, 0, expert, first_column)
 
-    def apply(self, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
+    def apply(self, m: int, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
         first = part * 2 * self.fragment.slice_blocks
         for i in range(cute.size(values)):
             values[i] = values[i] * self.values[first + i // 4 * 2 + i % 2]
@@ -140,7 +142,7 @@ class ExpertScaleNode:
     def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
         self.value[0] = self.scale[expert]
 
-    def apply(self, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
+    def apply(self, m: int, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
         for i in range(cute.size(values)):
             values[i] = values[i] * self.value[0]
         return values
@@ -156,7 +158,7 @@ class BiasNode(_PerChannel):
     def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
         pass
 
-    def apply(self, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
+    def apply(self, m: int, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
         self.read(self.values, part * self.fragment.slice_blocks, expert, first_column)
         for i in range(cute.size(values)):
             values[i] = values[i] + self.values[i // 4 * 2 + i % 2].to(Float32)
@@ -194,33 +196,34 @@ class Epilogue:
     def attach(self, node_tensors, out, index, num_tokens, staging, warp, lane):
         """staging: 16 * SLICE_PITCH bytes of shared memory for each consumer warp. warp: its number
         among them."""
-        self.fragment = Fragment(self.problem, self.config, warp, lane)
+        warp_of_tile = warp % (4 * self.config.warpgroups_per_tile)
+        self.fragment = Fragment(self.problem, self.config, warp_of_tile * 16, lane)
         self.nodes = [
             NODES[type(node)](node, self.fragment, tensor)
             for node, tensor in zip(self.problem.epilogue, node_tensors or (), strict=True)
         ]
         self.out, self.index, self.num_tokens, self.lane = out, index, num_tokens, lane
         self.staging = staging + warp * (16 * SLICE_PITCH)
-        self.tokens = cute.make_rmem_tensor((2,), Int32)
+        self.tokens = cute.make_rmem_tensor((2 * self.fragment.m_blocks,), Int32)
 
     @cute.jit
     def begin(self, first_row: Int32, rows: Int32):
-        """As a tile's main loop starts: asks for the tokens of the thread's two rows."""
-        for half in range_constexpr(2):
-            row = self.fragment.row + 8 * half
+        """As a tile's main loop starts: asks for the tokens of the thread's rows."""
+        for i in range_constexpr(cute.size(self.tokens)):
+            row = self.fragment.row + i // 2 * 64 + i % 2 * 8
             token = Int32(-1)
             if row < rows:
                 token = first_row + row
                 if const_expr(self.problem.gather):
                     token = cute.make_tensor(self.index, cute.make_layout(VECTOR))[first_row + row]
-            self.tokens[half] = token
+            self.tokens[i] = token
 
     @cute.jit
     def load(self, expert: Int32, first_column: Int32):
         tokens = self.tokens
-        for half in range_constexpr(2):
-            if tokens[half] >= self.num_tokens:
-                tokens[half] = Int32(-1)
+        for i in range_constexpr(cute.size(tokens)):
+            if tokens[i] >= self.num_tokens:
+                tokens[i] = Int32(-1)
         for node in self.nodes:
             node.load(self.tokens, expert, first_column)
 
@@ -228,27 +231,31 @@ class Epilogue:
     def store(
         self, acc: cute.Tensor, expert: Int32, first_row: Int32, rows: Int32, first_column: Int32
     ):
-        for part in range_constexpr(self.slices):
+        count = 4 * self.fragment.slice_blocks
+        for i in range_constexpr(self.fragment.m_blocks * self.slices):
+            m, part = i // self.slices, i % self.slices
             cute.arch.sync_warp()  # the slice before has left the staging rows
-            values = cute.make_rmem_tensor((4 * self.fragment.slice_blocks,), Float32)
-            for i in range_constexpr(cute.size(values)):
-                values[i] = acc[part * 4 * self.fragment.slice_blocks + i].to(Float32)
+            values = cute.make_rmem_tensor((count,), Float32)
+            for j in range_constexpr(count):
+                values[j] = acc[i * count + j].to(Float32)
             for node in self.nodes:
-                values = node.apply(part, values, expert, first_column)
+                values = node.apply(m, part, values, expert, first_column)
             if const_expr(self.problem.gather):
-                self.clear_missing(values)
+                self.clear_missing(m, values)
             if const_expr(self.problem.out is DType.FP32):
                 self.stage_words(values)
             else:
                 self.stage_matrices(values)
             cute.arch.sync_warp()
-            self.copy_out(first_row, rows, first_column + part * self.slice_columns)
+            self.copy_out(
+                first_row + m * 64, rows - m * 64, first_column + part * self.slice_columns
+            )
 
     @cute.jit
-    def clear_missing(self, values: cute.Tensor):
+    def clear_missing(self, m: cutlass.Constexpr, values: cute.Tensor):
         """Rows of an index outside [0, T): not even the weights' NaNs are left."""
         for i in range_constexpr(cute.size(values)):
-            if self.tokens[i // 2 % 2] < 0:
+            if self.tokens[2 * m + i // 2 % 2] < 0:
                 values[i] = Float32(0.0)
 
     @cute.jit

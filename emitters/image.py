@@ -13,7 +13,7 @@ from emitters.config import Config
 from emitters.problem import GemmProblem, Name
 
 TENSOR_MAP_BYTES = 128  # of a CUtensorMap
-IMAGE_ABI = 1  # raised when a launch record or a parameter changes its meaning
+IMAGE_ABI = 2  # raised when a launch record or a parameter changes its meaning
 
 
 class ParamKind(Name):
