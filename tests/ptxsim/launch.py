@@ -16,7 +16,7 @@ from emitters.image import LaunchRecord, ParamKind
 from emitters.problem import GemmProblem, WeightStorage
 from tests.numerics import poisoned
 from tests.ptxsim.machine import Launch, Machine
-from tests.ptxsim.memory import GlobalMemory
+from tests.ptxsim.memory import WORKSPACE, GlobalMemory
 from tests.ptxsim.ptx import Fault, parse
 from tests.ptxsim.schedule import Schedule
 from tests.ptxsim.tensormap import TensorMap
@@ -66,6 +66,8 @@ class Arguments:
             "bias": self._add("bias", inputs.get("bias")),
         }
         values["expert_scale"] = values["channel_scale"]
+        self.counters = np.zeros(2, np.int32)  # of a dynamic schedule
+        values["counters"] = self.memory.add("counters", self.counters.view(np.uint8), WORKSPACE)
         values["out"] = self.memory.add("out", _bytes(out), writer=0)
         self.parameters = self._pack(kernel, values, self._weight(inputs["weight"]))
 
@@ -111,6 +113,8 @@ class Arguments:
 
     def check_writes(self, written: Tensor) -> None:
         """written: bool [rows], which rows of `out` must have been written, once; no other."""
+        if self.counters.any():
+            raise Fault(f"counters left at {self.counters.tolist()}, not zero")
         region = next(r for r in self.memory.regions if r.name == "out")
         rows = region.writes.reshape(len(self.out), -1) if len(self.out) else region.writes
         expected = written.numpy().astype(np.uint8)[:, None]

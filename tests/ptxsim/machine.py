@@ -11,13 +11,11 @@ import numpy as np
 from tests.ptxsim.barriers import ClusterBarrier, MBarrier, NamedBarrier
 from tests.ptxsim.memory import Access, GlobalMemory
 from tests.ptxsim.order import GENERIC, Order, Threads
-from tests.ptxsim.ordered import shared_memory
+from tests.ptxsim.ordered import OFFSET, RANK_BIT, shared_memory
 from tests.ptxsim.outcome import DONE, READY
 from tests.ptxsim.ptx import Fault, Instruction
 from tests.ptxsim.schedule import Schedule
 from tests.ptxsim.warp import Code, Fragment, Trace, Warp
-
-_RANK_BIT = 24  # of shared::cluster addresses: above it 1 + a CTA's rank; 0 is one's own
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Cta:
 
     def owner(self, threads: Threads, address: int) -> tuple[Cta, int]:
         """Whose shared memory a shared::cluster address is in, and where; it is touched now."""
-        rank, offset = address >> _RANK_BIT, address & (1 << _RANK_BIT) - 1
+        rank, offset = address >> RANK_BIT, address & OFFSET
         cta = self if rank == 0 else self.cluster.cta(rank - 1)
         if cta is not self:
             cta.visited(threads)
@@ -149,7 +147,7 @@ class Cluster:
     def address(self, address: int, rank: int) -> int:
         """shared::cluster address of the same place in a CTA of the cluster."""
         self.cta(rank)
-        return (address & (1 << _RANK_BIT) - 1) | (rank + 1) << _RANK_BIT
+        return (address & OFFSET) | (rank + 1) << RANK_BIT
 
     @property
     def done(self) -> bool:

@@ -131,6 +131,34 @@ class Operands:
 
         return write
 
+    def partial(self, text: str, kind: np.dtype) -> Callable[[Any], tuple[Lanes, int]]:
+        """What is only handed on: 32 lanes, and a mask of those that hold a value."""
+        read = self.source(text, kind)
+        number = self.program.registers.get(text)
+        if number is None:
+            return lambda f: (read(f), ALL)
+
+        def handed(f: Any) -> tuple[Lanes, int]:
+            valid = f.warp.valid[number]
+            if valid == BUSY or valid & f.mask == f.mask:
+                return read(f), valid
+            value = f.warp.values[number]
+            return np.zeros(32, kind) if value is None else value.view(kind), valid
+
+        return handed
+
+    def partial_sink(self, text: str, kind: np.dtype) -> Callable[[Any, Lanes, int], None]:
+        """Writes what `partial` reads."""
+        write = self.sink(text, kind)
+        number = self.program.registers.get(text)
+
+        def hand(f: Any, value: Lanes, valid: int) -> None:
+            write(f, value)
+            if number is not None:
+                f.warp.valid[number] &= ~f.mask | valid
+
+        return hand
+
     def numbers(self, text: str) -> list[int]:
         """Of the registers in braces."""
         return [self.program.registers[name] for name in braced(text)]

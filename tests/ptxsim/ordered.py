@@ -10,6 +10,8 @@ from tests.ptxsim.ptx import Fault
 SHARED_WINDOW = 0x7000_0000_0000_0000  # of shared memory among generic addresses
 PARAM_WINDOW = 0x6000_0000_0000_0000
 SHARED_BASE = 1024  # address of dynamic shared memory, as after the system's own kilobyte
+RANK_BIT = 24  # of shared::cluster addresses: above it 1 + a CTA's rank; 0 is one's own
+OFFSET = (1 << RANK_BIT) - 1
 _UNWRITTEN, _BARRIER = -1, -2
 
 

@@ -160,7 +160,8 @@ SCENES: dict[str, Scene] = {
         },
         {"counters": WORKSPACE, "halves": WORKSPACE, "out": 0},
         lambda data: {
-            "out": data["x"].reshape(3, 2, 64).sum(axis=1).ravel(), "counters": np.array([9, 2, 2, 2])
+            "out": data["x"].reshape(3, 2, 64).sum(axis=1).ravel(),
+            "counters": np.array([9, 2, 2, 2]),
         },
     ),
     "flag": _flag(fences=False),

@@ -61,6 +61,11 @@ def _whole_warp(one: Instruction, mask: str) -> None:
         raise ValueError(f"{one.where()}: membermask {mask}, only whole warps are modelled")
 
 
+def _bits(lanes: np.ndarray) -> int:
+    """A bit for each of 32 lanes."""
+    return int(np.packbits(lanes, bitorder="little").view(np.uint32)[0])
+
+
 def _elect(one: Instruction, operands: Operands) -> Op:
     """PTX promises the same leader each time, not which."""
     _whole_warp(one, one.operands[1])
@@ -77,7 +82,8 @@ def _elect(one: Instruction, operands: Operands) -> Op:
 
 def _shuffle(one: Instruction, operands: Operands) -> Op:
     _whole_warp(one, one.operands[4])
-    put, value = operands.sink(one.operands[0], U32), operands.source(one.operands[1], U32)
+    hand = operands.partial_sink(one.operands[0], U32)
+    handed = operands.partial(one.operands[1], U32)
     by, bound = operands.source(one.operands[2], U32), integer(one.operands[3])
     segment, clamp = bound >> 8 & 31, bound & 31
     first = LANES & segment
@@ -92,7 +98,8 @@ def _shuffle(one: Instruction, operands: Operands) -> Op:
             last = first | clamp & ~segment
             lane = first | step & ~segment
             lane = np.where(lane <= last, lane, LANES)
-        put(f, value(f)[lane])
+        value, valid = handed(f)
+        hand(f, value[lane], valid if valid == ALL else _bits(valid >> lane & 1 == 1))
 
     return shuffle
 
@@ -102,8 +109,7 @@ def _ballot(one: Instruction, operands: Operands) -> Op:
     put, predicate = operands.sink(one.operands[0], U32), operands.source(one.operands[1], B)
 
     def ballot(f: Any) -> None:
-        bits = int(np.packbits(predicate(f), bitorder="little").view(np.uint32)[0])
-        put(f, np.full(32, bits, np.uint32))
+        put(f, np.full(32, _bits(predicate(f)), np.uint32))
 
     return ballot
 

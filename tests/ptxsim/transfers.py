@@ -12,7 +12,7 @@ import numpy as np
 from tests.ptxsim.memory import Access, GlobalMemory
 from tests.ptxsim.operands import U16, U32, U64, Op, Operands, braced, integer
 from tests.ptxsim.order import GENERIC
-from tests.ptxsim.ordered import PARAM_WINDOW, SHARED_WINDOW
+from tests.ptxsim.ordered import OFFSET, PARAM_WINDOW, RANK_BIT, SHARED_WINDOW
 from tests.ptxsim.outcome import YIELD
 from tests.ptxsim.ptx import Fault, Instruction
 
@@ -99,12 +99,12 @@ def _access(one: Instruction, operands: Operands, match: re.Match[str]) -> Op:
 
 def _owners(f: Any, where: np.ndarray) -> list[tuple[Any, np.ndarray, np.ndarray]]:
     """CTAs of the cluster, which of the fragment's lanes address them, and where in them."""
-    rank = where >> 24
+    rank = where >> RANK_BIT
     found = []
     for one in np.unique(rank):
         own = rank == one
         owner, _ = f.warp.cta.owner(f.threads[own], int(where[own][0]))
-        found.append((owner, own, where[own] & (1 << 24) - 1))
+        found.append((owner, own, where[own] & OFFSET))
     return found
 
 
