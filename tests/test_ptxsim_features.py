@@ -14,7 +14,8 @@ from tests.ptxsim.schedule import MODES, Schedule
 if build_identity() is None:
     pytest.skip("needs nvidia-cutlass-dsl", allow_module_level=True)
 
-from tests.ptxsim.scenes import DEFECTS, SCENES
+from tests.ptxsim.defects import DEFECTS
+from tests.ptxsim.scenes import SCENES
 
 
 @pytest.mark.parametrize("name", SCENES)

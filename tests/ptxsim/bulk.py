@@ -105,9 +105,11 @@ def _load(one: Instruction, operands: Operands, rank: int) -> Op:
     def copy(f: Any) -> Any:
         cluster, lane = f.warp.cta.cluster, _one_lane(f)
         where, arrives = int(to(f)[lane]), int(barrier_at(f)[lane])
-        ranks = [] if mask is None else np.flatnonzero(int(mask(f)[lane]) >> np.arange(16) & 1)
-        places = [(cluster.address(where, r), cluster.address(arrives, r)) for r in ranks]
-        for place, barrier_place in places if mask is not None else [(where, arrives)]:
+        places = [(where, arrives)]
+        if mask is not None:
+            ranks = np.flatnonzero(int(mask(f)[lane]) >> np.arange(16) & 1).tolist()
+            places = [(cluster.address(where, r), cluster.address(arrives, r)) for r in ranks]
+        for place, barrier_place in places:
             owner, barrier = f.warp.cta.barrier_at(f.threads, barrier_place)
             target, offset = f.warp.cta.owner(f.threads, place)
             if target is not owner:

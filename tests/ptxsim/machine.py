@@ -59,9 +59,10 @@ class Cta:
         return f"{self.grid}CTA {self.number}"
 
     def access(self, threads: Threads) -> Access:
-        number = self.grid.number
-        known = self.order.known[GENERIC, threads, self.order.grid_before]
-        return Access(threads, number, number > 0 and not known.all())
+        if self.grid.before is None:
+            return Access(threads)
+        waited = self.order.known[GENERIC, threads, self.order.grid_before]
+        return Access(threads, self.grid.number, not waited.all())
 
     def owner(self, threads: Threads, address: int) -> tuple[Cta, int]:
         """Whose shared memory a shared::cluster address is in, and where; it is touched now."""
@@ -261,7 +262,7 @@ class Machine:
     def run(self) -> None:
         """Raises Fault, with its place, at the first defect."""
         current = self.grids[0]
-        active, stuck = list(current.clusters), []
+        active, stuck = list(current.clusters), list[Cluster]()
         with np.errstate(all="ignore"):
             while active or stuck:
                 if not active:

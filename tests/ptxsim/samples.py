@@ -285,6 +285,38 @@ class Staged:
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
+class Plain:
+    """out[4 i .. 4 i + 3] = x[4 i .. 4 i + 3] + 1 for 32 i, x by one bulk copy of 512 bytes."""
+
+    threads, cluster = 32, 1
+
+    @cute.kernel
+    def kernel(self, x: cute.Pointer, out: cute.Pointer):
+        lane, _, _ = cute.arch.thread_idx()
+
+        @cute.struct
+        class Storage:
+            full: cute.struct.MemRange[Int64, 1]
+            data: cute.struct.Align[cute.struct.MemRange[Int32, 128], 16]
+
+        storage = utils.SmemAllocator().allocate(Storage)
+        full, data = storage.full.data_ptr(), storage.data.data_ptr()
+        if lane == 0:
+            cute.arch.mbarrier_init(full, 1)
+            cute.arch.mbarrier_init_fence()
+            cute.arch.mbarrier_arrive_and_expect_tx(full, 512)
+            prims.cp_async_bulk_shared_cluster_global(
+                data.to_llvm_ptr(), x.to_llvm_ptr(), full.to_llvm_ptr(), 512
+            )
+        cute.arch.sync_warp()
+        cute.arch.mbarrier_wait(full, 0)
+        layout = cute.make_layout(4)
+        read = cute.make_tensor(data + 4 * lane, layout)
+        write = cute.make_tensor(out + 4 * lane, layout)
+        for i in range_constexpr(4):
+            write[i] = read[i] + 1
+
+
 class First:
     """middle[32 cta + lane] = x[...] + 1; whatever depends on it may start before."""
 

@@ -38,8 +38,8 @@ class Copies:
     issued: Instruction
 
     def part(self, of: np.ndarray) -> Copies:
-        columns = (self.lanes, self.to, self.origin, self.count, self.group)
-        return Copies(*(column[of] for column in columns), self.by, self.issued)
+        lanes, to, origin = self.lanes[of], self.to[of], self.origin[of]
+        return Copies(lanes, to, origin, self.count[of], self.group[of], self.by, self.issued)
 
 
 def build(one: Instruction, operands: Operands) -> Op | None:
