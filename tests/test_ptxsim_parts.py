@@ -129,8 +129,15 @@ def test_cluster_registers(cluster: int) -> None:
     special = "mov.u32 r1, %cluster_ctarank; mov.u32 r2, %cluster_nctarank;"
     _run(f".reg .pred p; {special} setp.lt.u32 p, r1, r2; @p bra on; add.s32 r3, r4, 1; on: ret;",
          cluster)  # fmt: skip
-    with pytest.raises(ValueError, match="in clusters of 3"):
-        Launch(Code(parse(".entry k() .reqntid 32, 1, 1 { ret; }")), 4, 0, 32, b"", 3)
+
+
+def test_clusters_that_cannot_be_launched() -> None:
+    code = Code(parse(".entry k() .reqntid 32, 1, 1 .reqnctapercluster 2, 1, 1 { ret; }"))
+    with pytest.raises(ValueError, match="a grid of 4 CTAs in clusters of 3"):
+        Launch(code, 4, 0, 32, b"", 3)
+    with pytest.raises(ValueError, match="clusters of 4, the PTX wants 2"):
+        Launch(code, 4, 0, 32, b"", 4)
+    Launch(code, 4, 0, 32, b"", 2)
 
 
 @needs_dsl

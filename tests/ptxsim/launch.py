@@ -67,7 +67,9 @@ class Arguments:
         }
         values["expert_scale"] = values["channel_scale"]
         self.counters = np.zeros(2, np.int32)  # of a dynamic schedule
-        values["counters"] = self.memory.add("counters", self.counters.view(np.uint8), WORKSPACE)
+        if any(param.name == "counters" for param in self.record.params):
+            data = self.counters.view(np.uint8)
+            values["counters"] = self.memory.add("counters", data, WORKSPACE)
         values["out"] = self.memory.add("out", _bytes(out), writer=0)
         self.parameters = self._pack(kernel, values, self._weight(inputs["weight"]))
 

@@ -32,6 +32,9 @@ class Launch:
     def __post_init__(self) -> None:
         if not 1 <= self.cluster <= 8 or self.grid % self.cluster:
             raise ValueError(f"a grid of {self.grid} CTAs in clusters of {self.cluster}")
+        required = self.code.program.cluster
+        if required not in (None, self.cluster):
+            raise ValueError(f"clusters of {self.cluster}, the PTX wants {required}")
 
 
 class Cta:

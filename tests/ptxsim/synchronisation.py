@@ -133,6 +133,8 @@ def _named_barrier(one: Instruction, operands: Operands) -> Op:
 
     def come(f: Any) -> Any:
         cta, name = f.warp.cta, int(number(f)[0])
+        if name > 15:
+            raise Fault(f"barrier {name} of 0 to 15")
         barrier = cta.named.setdefault(name, NamedBarrier(cta.order))
         if waits:
             f.state, f.waits_for = WAITING, f"bar.sync {name}"
@@ -212,15 +214,15 @@ def _arrive(one: Instruction, operands: Operands) -> Op:
     def arrive(f: Any) -> Any:
         cta, where = f.warp.cta, address(f)[f.lanes]
         numbers = number(f)[f.lanes].astype(np.int64)
-        named = [(at, where == at) for at in np.unique(where)]
-        barriers = [cta.barrier_at(f.threads[own], int(at))[1] for at, own in named]
-        clock = cta.order.publish(f.threads)
-        for barrier, (_, own) in zip(barriers, named, strict=True):
-            count = int(numbers[own].sum())
+        for at in np.unique(where):
+            own = where == at
+            threads, count = f.threads[own], int(numbers[own].sum())
+            _, barrier = cta.barrier_at(threads, int(at))
             if expects:
                 barrier.expect(count)
-                count = int(own.sum())
-            cta.cluster.completed(barrier, barrier.arrive(count, clock))
+                count = len(threads)
+            complete = barrier.arrive(count, cta.order.publish(threads))
+            cta.cluster.completed(barrier, complete)
         return YIELD
 
     return arrive
