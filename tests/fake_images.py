@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
 import time
 from pathlib import Path
 
@@ -57,8 +56,3 @@ def counting_build(log: Path, build: str = "today") -> Image:
 
 def load_or_build_at(root: Path, log: Path, build: str = "today") -> Image:
     return Cache([root]).load_or_build(ARCH, KEY, lambda: counting_build(log, build), build)
-
-
-def drop_privileges() -> None:
-    if os.geteuid() == 0:
-        os.setuid(65534)

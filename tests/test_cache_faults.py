@@ -29,7 +29,6 @@ from tests.fake_images import (
     KEY,
     OTHER,
     counting_build,
-    drop_privileges,
     files_below,
     load_or_build_at,
     make_image,
@@ -39,12 +38,24 @@ from tests.fake_images import (
 TODAY, TOMORROW = make_image("today"), make_image("tomorrow", b"better")
 
 
-def in_process(
-    function: Callable[..., Any], *arguments: Any, before: Callable[[], object] | None = None
-) -> Any:
-    """What a function returns or raises in a process of its own, after `before`."""
-    with ProcessPoolExecutor(1, mp_context=FORK, initializer=before) as pool:
-        return pool.submit(function, *arguments).result(60)
+def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns or raises in a process of its own."""
+    receiver, sender = FORK.Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            sender.send((function(*arguments), None))
+        except Exception as error:
+            sender.send((None, error))
+
+    process = FORK.Process(target=run)
+    process.start()
+    sender.close()
+    returned, raised = receiver.recv()
+    process.join()
+    if raised is not None:
+        raise raised
+    return returned
 
 
 def strictly(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -230,7 +241,7 @@ KEYS = [digit * 64 for digit in "01234567"]
 
 
 def _build_all(root: Path, log: Path, seed: int, doomed: bool) -> None:
-    """Asks for every image, in an order of its own; where it is doomed, dies in its first compile."""
+    """Asks for every image, in its own order; where it is doomed, dies in a compile."""
     keys = random.Random(seed).sample(KEYS, len(KEYS))
     for key in keys:
 
@@ -325,22 +336,9 @@ def on_tmpfs(function: Callable[[Path], None], directory: Path) -> None:
         function(directory)
         return None
 
-    why_not = in_process(_Call(run))
+    why_not = in_process(run)
     if why_not:
         pytest.skip(f"no file system can be mounted here: {why_not}")
-
-
-class _Call:
-    """A local function that a forked process finds again: nothing of it is pickled."""
-
-    calls: dict[int, Callable[[], Any]] = {}
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self.number = len(self.calls)
-        self.calls[self.number] = function
-
-    def __call__(self) -> Any:
-        return self.calls[self.number]()
 
 
 def _check_full_tmpfs(root: Path) -> None:
@@ -378,6 +376,12 @@ def _check_read_only(root: Path) -> None:
     assert files_below(root) == before
 
 
+def _check_unprivileged(root: Path) -> None:
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    _check_read_only(root)
+
+
 def test_root_without_write_permission():
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
@@ -385,7 +389,7 @@ def test_root_without_write_permission():
         (root / WORK).rename(root / "gone")
         for path in (root, root / ARCH, root / ARCH / KEY):
             path.chmod(0o555)
-        in_process(_check_read_only, root, before=drop_privileges)
+        in_process(_check_unprivileged, root)
         for path in (root, root / ARCH, root / ARCH / KEY):
             path.chmod(0o755)
 
