@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import multiprocessing
 import time
 from pathlib import Path
 
 from cutlass_moe.cache import Cache
-from emitters.image import IMAGE_ABI, Image, LaunchRecord, Param, ParamKind, TensorMapBox
+from emitters.config import Config
+from emitters.image import (
+    IMAGE_ABI,
+    Image,
+    LaunchRecord,
+    Param,
+    ParamKind,
+    TensorMapBox,
+    image_key,
+)
+from emitters.problem import GemmProblem
 
 ARCH, KEY, OTHER = "sm_90a", "5eed" * 16, "0dd5" * 16
 FORK = multiprocessing.get_context("fork")
@@ -32,6 +44,14 @@ def make_image(build: str = "today", cubin: bytes = b"\x7fELF" * 100) -> Image:
         cubin_sha256=hashlib.sha256(cubin).hexdigest(),
     )
     return Image(cubin, record)
+
+
+def image_for(problem: GemmProblem, config: Config, build: str = "today") -> tuple[str, Image]:
+    """The key of an image, and one that has it."""
+    image = make_image(build, f"{problem} {config}".encode())
+    asked = {"problem": problem.to_json(), "config": config.to_json()}
+    record = dataclasses.replace(image.record, **json.loads(json.dumps(asked)))
+    return image_key(problem, config, ARCH), Image(image.cubin, record)
 
 
 def never() -> Image:
