@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -36,19 +37,21 @@ def main(model: str, dtype: str, rounds: int, child: bool) -> None:
     outputs = [subprocess.run(again, check=True, stdout=-1).stdout for _ in range(rounds)]
     found = [json.loads(output) for output in outputs]
     times = [one["warmup_ms"] for one in found]
+    names = found[0]["calls_us"]
     summary = {
         "model": model,
         "dtype": dtype,
         "kernels": found[0]["kernels"],
         "warmup_ms": {"first": times[0], "median": statistics.median(times), "worst": max(times)},
         "again_ms": statistics.median(one["again_ms"] for one in found),
-        "calls_us": {  # medians over the rounds of a kernel's first, second and third call
-            name: [round(statistics.median(nth), 1) for nth in zip(*calls, strict=True)]
-            for name in found[0]["calls_us"]
-            for calls in [[one["calls_us"][name] for one in found]]
-        },
+        "calls_us": {name: medians(one["calls_us"][name] for one in found) for name in names},
     }
     click.echo(json.dumps(summary, indent=1))
+
+
+def medians(rounds: Iterable[list[float]]) -> list[float]:
+    """Of the first, the second and the third call."""
+    return [round(statistics.median(nth), 1) for nth in zip(*rounds, strict=True)]
 
 
 def one_round(model: str, dtype: str) -> dict[str, Any]:
@@ -94,9 +97,7 @@ def zeros(problem: GemmProblem) -> dict[str, Any]:
 
     from perf.operands import TORCH_DTYPES
 
-    (dtype,) = (
-        TORCH_DTYPES[name] for name, operand in DTYPES.items() if operand is problem.operand
-    )
+    dtype = next(TORCH_DTYPES[name] for name in DTYPES if DTYPES[name] is problem.operand)
     experts, n, k = problem.num_experts, problem.n, problem.k
     inputs = {
         "x": torch.zeros((TOKENS, k), device="cuda").to(dtype),
