@@ -61,7 +61,7 @@ class Archive:
 
     def names(self) -> list[tuple[str, str]]:
         self._open()
-        return sorted({tuple(name.split("/")[:2]) for name in self._members})  # type: ignore[misc]
+        return sorted({(arch, key) for arch, key, _ in (name.split("/") for name in self._members)})
 
     def files(self, arch: str, key: str) -> Files | None:
         self._open()

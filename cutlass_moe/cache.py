@@ -126,7 +126,9 @@ class Cache:
         """Removes unwanted images, and scraps, from the writable root; returns those images.
 
         Among them are images of builds that others have taken the place of. dry_run: only tells.
+        Raises OSError.
         """
+        self._require_directory()
         homes = [Directory(self.root), *self._other_builds()]
         found = [entry for home in homes for entry in _entries(home) if unwanted(entry)]
         if dry_run:
@@ -144,6 +146,7 @@ class Cache:
 
     def clear(self) -> int:
         """Forgets what is in memory, empties the writable root and returns how many it had."""
+        self._require_directory()
         self._memory.clear()
         names = Directory(self.root).names()
         for arch, key in names:
@@ -181,9 +184,7 @@ class Cache:
             warnings.warn(f"image {key} stays in memory: {error}", RuntimeWarning, stacklevel=3)
 
     def _write(self, arch: str, key: str, image: Image) -> None:
-        home = self._roots[-1]
-        if not isinstance(home, Directory):
-            raise OSError(errno.EROFS, "an archive is only read", str(self.root))
+        self._require_directory()
         fresh = self._work_path("new", arch, key)
         files = files_of(arch, key, image)
         try:
@@ -203,6 +204,10 @@ class Cache:
             self._remove(self._other_builds(image.record.build)[0].path / arch / key)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)  # what a failure or a lost race left
+
+    def _require_directory(self) -> None:
+        if not isinstance(self._roots[-1], Directory):
+            raise OSError(errno.EROFS, "an archive is only read", str(self.root))
 
     def _make_room(self, arch: str, key: str, build: str) -> None:
         """Moves what is at an image's place: other builds are kept, and so is damage, as proof."""

@@ -76,13 +76,13 @@ class Directory:
         place = self.path / arch / key
         while True:
             try:
+                require_trust(self.path, os.stat(self.path))
                 directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
             except FileNotFoundError:
                 return None
             except OSError as error:
                 raise DamagedImage(f"{self.path}: {arch}/{key}: {error}") from error
             try:  # both files of one generation, whatever is renamed meanwhile
-                require_trust(self.path, os.stat(self.path))
                 return Files(*(_read_file(place / name, directory) for name in (RECORD, CUBIN)))
             except OSError as error:
                 if _is_at(directory, place):

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from cutlass_moe.shapes import DTYPES, MODELS
-from emitters.problem import GemmProblem
+from emitters.problem import Bias, GemmProblem
 
 TOKENS = 16
 
@@ -107,6 +107,8 @@ def zeros(problem: GemmProblem) -> dict[str, Any]:
     }
     if problem.gather:
         inputs["index"] = torch.arange(TOKENS, device="cuda").int()
+    if any(isinstance(node, Bias) for node in problem.epilogue):
+        inputs["bias"] = torch.zeros((experts, n), dtype=torch.bfloat16, device="cuda")
     if problem.operand.quantized:
         inputs["per_token_scale"] = torch.ones(TOKENS, device="cuda")
         inputs["scale"] = torch.ones((experts, n), device="cuda")

@@ -294,6 +294,9 @@ def _for_everyone(path: Path) -> None:
 def test_root_that_others_can_write_is_refused(filled, monkeypatch, name, open_up):
     open_up(filled / name)
     cache = Cache([filled])
+    if name == ".":
+        with pytest.raises(UntrustedRoot, match="images are code"):
+            cache.load_or_build(ARCH, OTHER, never, "today")
     for use in (
         lambda: cache.load(ARCH, KEY),
         lambda: cache.load_or_build(ARCH, KEY, never, "today"),
@@ -303,6 +306,15 @@ def test_root_that_others_can_write_is_refused(filled, monkeypatch, name, open_u
             use()
     monkeypatch.setenv(TRUST, "1")
     assert cache.load(ARCH, KEY) == make_image()
+
+
+def test_image_out_of_sight_for_an_instant_is_looked_for_again(filled, monkeypatch):
+    """By one who can't lock: while another build takes its place, there is nothing in it."""
+    aside = filled / "aside"
+    (filled / ARCH / KEY).rename(aside)
+    monkeypatch.setattr(Cache, "writable", False)
+    monkeypatch.setattr("cutlass_moe.cache.time.sleep", lambda _: aside.rename(filled / ARCH / KEY))
+    assert Cache([filled]).load(ARCH, KEY) == make_image()
 
 
 def test_what_is_written_is_trusted_whatever_the_umask(tmp_path):
