@@ -32,8 +32,8 @@ from emitters.image import Image
 
 SUFFIX = ".zip"
 _MEMBER = re.compile(rf"{PLACE.pattern}/({re.escape(CUBIN)}|{re.escape(RECORD)})")
-_LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field, behind which data begin
-_OLDEST = (1980, 1, 1, 0, 0, 0)  # a zip file's first instant: when images were packed is no matter
+_LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field; the data follow them
+_OLDEST = (1980, 1, 1, 0, 0, 0)  # the first date of zip files: that of packing would show in bytes
 
 
 class _Extent(NamedTuple):
@@ -83,7 +83,7 @@ class Archive:
                     with zipfile.ZipFile(file) as archive:
                         self._members = _members(archive.infolist(), file.seek(0, os.SEEK_END))
                     self._descriptor = os.dup(file.fileno())
-            except (OSError, ValueError, zipfile.BadZipFile) as error:
+            except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
                 raise DamagedImage(f"{self.path}: {error}") from error
 
     def _read(self, member: _Extent | None) -> bytes:

@@ -113,7 +113,7 @@ class Cache:
         return image
 
     def store(self, arch: str, key: str, image: Image) -> None:
-        """Writes an image into the writable root; what is there of its build goes. OSError."""
+        """Writes an image into the writable root, in place of one of its build. Raises OSError."""
         with self._locked(arch, key):
             self._write(arch, key, image)
 

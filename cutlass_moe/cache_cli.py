@@ -314,7 +314,7 @@ def _why_faulty(root: Root, arch: str, key: str, cuda: int | None) -> str | None
         return f"its problem and config belong at {record.arch}/{derived}"
     if arch not in ARCHS:
         return f"arch {arch}: supported are {', '.join(ARCHS)}"
-    return None if cuda is None else why_unloadable(record.build, cuda)
+    return why_unloadable(record.build, cuda)
 
 
 def _needed(models: Iterable[str], dtypes: Iterable[str]) -> Iterator[Need]:
@@ -335,7 +335,7 @@ def _read_all(images: dict[tuple[str, str], Root]) -> Iterator[tuple[str, str, I
 
 def _show(sound: int, faults: Sequence[Fault], missing: Sequence[Need], cuda: int | None) -> None:
     for fault in faults:
-        click.echo(f"{fault.root} {fault.image}: {fault.reason}")
+        click.echo(f"{fault.root} {fault.image}: {fault.reason}" if fault.image else fault.reason)
     for need in missing:
         words = f"{need.model} {need.dtype} {need.projection}, {config_words(need.config)}"
         click.echo(f"missing: {need.arch}/{need.key} for {words}")

@@ -51,7 +51,8 @@ def find_image(problem: GemmProblem, config: Config, arch: str) -> Image:
     image = cache.load(arch, key)
     if image is None:
         why = "CUTLASS_MOE_JIT=0" if forbidden else "nvidia-cutlass-dsl is not installed"
-        roots = ", ".join(f"{r}{'' if r.exists() else ' (does not exist)'}" for r in cache.roots)
+        absent = {root for root in cache.roots if not os.path.exists(root)}
+        roots = ", ".join(f"{r}{' (does not exist)' * (r in absent)}" for r in cache.roots)
         raise MissingImage(
             f"no image for {problem} with {config} on {arch} in {roots}, and it may not be "
             f"compiled here: {why}.\n{_nearest(cache, problem, config, arch)}\n"
