@@ -108,7 +108,7 @@ def test_missing_image_without_the_compiler(root, monkeypatch):
         (
             "nvidia-cutlass-dsl 4.8.1 cu12 emitters 12ab",
             11040,
-            "R525 or newer (CUDA 12.0), but this driver supports CUDA 11.4: update it",
+            "supports CUDA 11.4: update it",
         ),
         ("nvidia-cutlass-dsl 5.1 cu14 emitters 12ab", 13020, "a later branch"),
         ("nvidia-cutlass-dsl 4.8.1 cu13 emitters 12ab", 13000, None),
