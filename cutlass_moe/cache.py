@@ -296,7 +296,8 @@ def default_cache() -> Cache:
     if not roots:
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
         roots = [str(home / "cutlass_moe")]
-    return _cache_of((*roots[:-1], *package_roots(), roots[-1]))
+    roots = [*roots[:-1], *package_roots(), roots[-1]]
+    return _cache_of(tuple(map(os.path.expanduser, roots)))
 
 
 @functools.cache
