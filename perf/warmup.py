@@ -34,7 +34,9 @@ def main(model: str, dtype: str, rounds: int, child: bool) -> None:
         click.echo(json.dumps(one_round(model, dtype)))
         return
     again = [sys.executable, "-m", "perf.warmup", "--child", "--model", model, "--dtype", dtype]
-    outputs = [subprocess.run(again, check=True, stdout=-1).stdout for _ in range(rounds)]
+    outputs = [
+        subprocess.run(again, check=True, stdout=subprocess.PIPE).stdout for _ in range(rounds)
+    ]
     found = [json.loads(output) for output in outputs]
     times = [one["warmup_ms"] for one in found]
     names = found[0]["calls_us"]
