@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 import threading
 from collections.abc import Callable
@@ -29,8 +30,38 @@ _PROMOTIONS = {
 }
 
 
+_DRIVERS = {12: "R525", 13: "R580"}  # the first that runs cubins of a CUDA toolkit's major version
+
+
 class DriverError(RuntimeError):
-    """A call of the CUDA driver failed."""
+    """A call of the CUDA driver failed, or would fail."""
+
+
+def driver_cuda() -> int | None:
+    """The CUDA version that this machine's driver supports, 12040 for 12.4; None without one."""
+    try:
+        status, version = driver.cuDriverGetVersion()
+    except RuntimeError:  # libcuda.so is not there
+        return None
+    return int(version) if status == driver.CUresult.CUDA_SUCCESS else None
+
+
+def why_unloadable(build: str, cuda: int | None) -> str | None:
+    """None where a driver of this CUDA version loads images of a build, else the reason in words.
+
+    build: a build identity, whose word cu12 or cu13 names the toolkit. A driver loads cubins of its
+    own major version and of older ones; of an unknown one (None) nothing is said.
+    """
+    toolkit = re.search(r"\bcu(\d+)\b", build)
+    if toolkit is None or cuda is None or int(toolkit[1]) <= cuda // 1000:
+        return None
+    needed, (major, minor) = int(toolkit[1]), divmod(cuda, 1000)
+    instead = f", or build with the cu{major} toolchain" if major in _DRIVERS else ""
+    return (
+        f"it was compiled by CUDA {needed}, whose cubins need driver "
+        f"{_DRIVERS.get(needed, 'of a later branch')} or newer (CUDA {needed}.0), but this driver "
+        f"supports CUDA {major}.{minor // 10}: update it{instead}"
+    )
 
 
 def _checked(call: str, result: tuple[Any, ...]) -> Any:
@@ -89,6 +120,9 @@ class Kernel:
         self._problem = GemmProblem.from_json(image.record.problem)
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # the device's context exists and is current
+            reason = why_unloadable(self.record.build, driver_cuda())
+            if reason:
+                raise DriverError(f"the image of {self.record.problem} can't be loaded: {reason}")
             module = _checked("cuModuleLoadData", driver.cuModuleLoadData(image.cubin))
             symbol = self.record.symbol.encode()
             self._function = _checked(
