@@ -158,10 +158,7 @@ def build(
         asked = _layers(**layers)
     configs = [_parse(config_from_json, "--config", config)] if config else None
     requests = _requests(asked, configs, arch)
-    root = _root(output)
-    cache = Cache([root]) if root else default_cache()
-    if not cache.writable:
-        raise click.ClickException(f"no permission to write to {cache.root}")
+    cache = _destination(output)
     try:
         built = _build(cache, requests, jobs, toolchain)
     except CompilerNotInstalled as error:
@@ -170,8 +167,8 @@ def build(
         _console.print(f"Interrupted: the same command goes on in {cache.root}", markup=False)
         raise SystemExit(130) from None
     _console.print(f"Images are in {cache.root}", markup=False)
-    if root and output:
-        _finish(root, output, built)
+    if output:
+        _finish(cache.root, output, built)
     if not built:
         raise SystemExit(1)
 
@@ -286,26 +283,29 @@ def _requests(
     return list(requests)
 
 
-def _root(output: Path | None) -> Path | None:
-    """The directory to build into: that of an archive is kept beside it, for the next build."""
-    if output is None:
-        return None
-    archive = output.suffix == ".zip"
-    root = Path(f"{output}.build") if archive else output
-    if (archive and output.is_dir()) or (root.exists() and not root.is_dir()):
-        raise click.UsageError(f"--output: expected a directory or a .zip file, got {output}")
-    return root
+def _destination(output: Path | None) -> Cache:
+    """Where to build: the directory of an archive stays beside it, for the next build."""
+    cache = default_cache()
+    if output:
+        archive = output.suffix == ".zip"
+        root = Path(f"{output}.build") if archive else output
+        if (archive and output.is_dir()) or (root.exists() and not root.is_dir()):
+            raise click.UsageError(f"--output: expected a directory or a .zip file, got {output}")
+        cache = Cache([root])
+    if not cache.writable:
+        raise click.ClickException(f"no permission to write to {cache.root}")
+    return cache
 
 
 def _finish(root: Path, output: Path, built: bool) -> None:
     """The manifest and, where all could be built, the archive."""
     try:
         _console.print(f"They are listed in {write_manifest(root)}", markup=False)
-        if built and output != root:
+        if built and output.suffix == ".zip":
             from cutlass_moe.archive import pack
 
             _console.print(f"{pack(root, output)} images packed into {output}", markup=False)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
 
 

@@ -14,9 +14,9 @@ from typing import Any
 from emitters.config import Config
 from emitters.problem import GemmProblem, Name
 
-TENSOR_MAP_BYTES = 128  # of a CUtensorMap
 TOOLCHAINS = {"cu13": 13, "cu12": 12}  # newest first; the CUDA a driver must support to run them
 _DSL = "nvidia-cutlass-dsl"
+TENSOR_MAP_BYTES = 128  # of a CUtensorMap
 IMAGE_ABI = 1  # raised when a launch record or a parameter changes its meaning
 
 

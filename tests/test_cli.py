@@ -284,7 +284,9 @@ def test_demo_whose_results_are_wrong_fails(filled, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "int8", "bf16"])
-def test_demo_without_the_dsl_runs_the_reference(monkeypatch, dtype):
+@pytest.mark.parametrize("bias", [False, True])
+def test_demo_without_the_dsl_runs_the_reference(monkeypatch, dtype, bias):
+    monkeypatch.setitem(MODELS, "qwen3-30b", dataclasses.replace(TINY, bias=bias))
     monkeypatch.setattr("emitters.image._installed", lambda package: False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = call("demo", "--dtype", dtype)

@@ -194,6 +194,7 @@ def test_build_images_compiles_what_the_cache_lacks(tmp_path):
 
 
 @needs_dsl
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the cache's own
 def test_image_that_cannot_be_written_is_a_failure(tmp_path):
     (tmp_path / "sm_90a").write_text("in the way")
     (result,) = build_images(Cache([tmp_path]), [Request(GOOD, CONFIG)])
@@ -263,12 +264,15 @@ def test_build_command_says_it_all():
     assert options["--arch"] == "sm_90a"
 
 
+ASKED = {"problem": GOOD.to_json(), "config": CONFIG.to_json(), "arch": "sm_90a"}
+ASKED |= {"toolchain": "cu11", "output": "."}
 MALFORMED = [
     ("not_json", "nonsense", "JSONDecodeError"),
     ("empty", "{}", "KeyError"),
     ("list", "[]", "TypeError"),
     ("other_op", json.dumps({"problem": {"op": "sort"}}), "grouped_gemm"),
     ("no_config", json.dumps({"problem": GOOD.to_json()}), "config"),
+    ("toolchain", json.dumps(ASKED), "nvidia-cutlass-dsl-libs-cu11 is not installed"),
 ]
 
 
