@@ -23,13 +23,19 @@ from emitters.image import (
     build_identity,
 )
 from emitters.problem import GemmProblem, WeightStorage
+from emitters.toolchain import load_toolchain, loaded_toolchain
 
 _SIZES = {ParamKind.TENSOR_MAP: TENSOR_MAP_BYTES, ParamKind.POINTER: 8, ParamKind.INT32: 4}
 
 
-def emit(problem: GemmProblem, config: Config, arch: str = "sm_90a") -> Image:
-    """Compiles one kernel. Raises ValueError, with the reason, where that is illegal."""
-    return _emit(problem, config, arch)[0]
+def emit(
+    problem: GemmProblem, config: Config, arch: str = "sm_90a", toolchain: str | None = None
+) -> Image:
+    """Compiles one kernel. Raises ValueError, with the reason, where that is illegal.
+
+    toolchain: "cu12" or "cu13", one a process. Default: the one loaded, or what the DSL takes.
+    """
+    return _emit(problem, config, arch, toolchain=toolchain)[0]
 
 
 def emit_ptx(
@@ -41,11 +47,18 @@ def emit_ptx(
 
 
 def _emit(
-    problem: GemmProblem, config: Config, arch: str, more_options: str = ""
+    problem: GemmProblem,
+    config: Config,
+    arch: str,
+    more_options: str = "",
+    toolchain: str | None = None,
 ) -> tuple[Image, str]:
     reason = why_illegal(problem, config, arch)
     if reason:
         raise ValueError(reason)
+    os.environ["CUTE_DSL_ARCH"] = arch  # read when cutlass is imported
+    if toolchain:
+        load_toolchain(toolchain)
     cubin, ptx = _compile(problem, config, arch, more_options)
     facts = read_cubin(cubin)
     weight = TensorMapBox(
@@ -73,7 +86,7 @@ def _emit(
         abi=IMAGE_ABI,
         registers=facts.registers,
         spill_bytes=facts.local_bytes,
-        build=build_identity() or "",
+        build=build_identity(loaded_toolchain()) or "",
         problem=problem.to_json(),
         config=config.to_json(),
         cubin_sha256=hashlib.sha256(cubin).hexdigest(),
@@ -111,7 +124,6 @@ def _compile(
     problem: GemmProblem, config: Config, arch: str, more_options: str
 ) -> tuple[bytes, str]:
     """-> cubin, PTX"""
-    os.environ["CUTE_DSL_ARCH"] = arch  # read when cutlass is imported
     import cutlass.cute as cute
     from cutlass import Int32, Uint8
     from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_ptr
