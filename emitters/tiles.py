@@ -21,9 +21,9 @@ class TileScheduler:
 
     One warp keeps the books. `start` turns starts and ends into a table in shared memory, for every
     expert its first unit, first row and end, in which two ballots find a unit's expert; experts
-    without rows own no unit. `post` puts the place of the CTA's j-th unit into slot j % SLOTS, where
-    all warps `read` it. It is posted before the last stage of unit j - 2 is filled, and at most
-    MAX_STAGES + 3 units ahead of a reader: slots outnumber them.
+    without rows own no unit. `post` puts the place of the CTA's j-th unit into slot j % SLOTS,
+    where all warps `read` it. It is posted before the last stage of unit j - 2 is filled, and at
+    most MAX_STAGES + 3 units ahead of a reader: slots outnumber them.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSm90Config):
@@ -102,7 +102,8 @@ class TileScheduler:
     def finish(self):
         """After the last unit: the last CTA of the grid leaves the counters at zero."""
         if const_expr(self.schedule is Schedule.DYNAMIC):
-            if cute.arch.lane_idx() == 0:
+            lane = cute.arch.lane_idx()
+            if lane == 0:
                 counters = cute.make_tensor(self.counters, cute.make_layout(2))
                 done = cute.arch.atomic_add(self.counters + 1, Int32(1), sem="acq_rel", scope="gpu")
                 if done == self.clusters - 1:
