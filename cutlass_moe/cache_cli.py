@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import re
-import sys
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-try:
-    import click
-    from rich.console import Console
-    from rich.table import Table
-except ModuleNotFoundError as missing:
-    raise SystemExit(f"no module {missing.name!r}: pip install 'cutlass-moe[cli]'") from missing
+import click
+from rich.table import Table
 
 from cutlass_moe.archive import Archive, write
 from cutlass_moe.archive import pack as pack_directory
 from cutlass_moe.cache import Cache, default_cache, open_root
+from cutlass_moe.cli_common import (
+    IMAGE_COLUMNS,
+    Projection,
+    config_words,
+    console,
+    dtypes_option,
+    find_layers,
+    image_cells,
+    models_option,
+    projections,
+    shard_options,
+)
 from cutlass_moe.heuristics import candidates
-from cutlass_moe.launch import driver_cuda, why_unloadable
+from cutlass_moe.launch import why_unloadable
 from cutlass_moe.roots import (
     RECORD,
     DamagedImage,
@@ -33,16 +40,14 @@ from cutlass_moe.roots import (
     UntrustedRoot,
     read_image,
 )
-from cutlass_moe.shapes import DTYPES, MODELS, problems
+from cutlass_moe.shapes import DTYPES
 from emitters.config import ARCHS, config_from_json
-from emitters.image import Image, LaunchRecord, build_identity, image_key
+from emitters.image import Image, build_identity, driver_cuda, image_key
 from emitters.problem import GemmProblem
 
 INSTALLED = "installed"
 
-console = Console(width=None if sys.stdout.isatty() else 120)
 _roots = click.argument("roots", nargs=-1, type=click.Path(exists=True, path_type=Path))
-_model = click.Choice(list(MODELS))
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -73,10 +78,7 @@ class Need:
 def list_images(roots: tuple[Path, ...], as_json: bool) -> None:
     """List the images in ROOTS, directories and archives [default: the cache's]."""
     cache = Cache(roots) if roots else default_cache()
-    try:
-        entries = list(cache.entries())
-    except UntrustedRoot as error:
-        raise click.ClickException(str(error)) from error
+    entries = list(cache.entries())
     if as_json:
         click.echo(json.dumps([_plain(entry) for entry in entries], indent=1))
         return
@@ -90,20 +92,9 @@ def list_images(roots: tuple[Path, ...], as_json: bool) -> None:
 
 @click.command()
 @_roots
-@click.option(
-    "--model",
-    "models",
-    type=_model,
-    multiple=True,
-    help="Repeatable: every image that this model may ask for must be there.",
-)
-@click.option(
-    "--dtype",
-    "dtypes",
-    type=click.Choice(list(DTYPES)),
-    multiple=True,
-    help="Of the models' operands, repeatable [default: fp8].",
-)
+@models_option
+@dtypes_option
+@shard_options
 @click.option(
     "--cuda",
     metavar="MAJOR.MINOR",
@@ -114,17 +105,21 @@ def verify(
     roots: tuple[Path, ...],
     models: tuple[str, ...],
     dtypes: tuple[str, ...],
+    tp: int | None,
+    ep: int | None,
     cuda: str | None,
     as_json: bool,
 ) -> None:
     """Check the images in ROOTS [default: the cache's], and whether models would miss any.
 
     Every file is hashed again, every key is derived again from problem and config, and arch and
-    driver must be able to run the image. Exit code: 0 where all is well; 1 where a root or an image
-    is faulty, an image that a model needs is missing, or there are no images at all.
+    driver must be able to run the image. With --tp and --ep, what one rank of the models asks for
+    must be there. Exit code: 0 where all is well; 1 where a root or an image is faulty, an image
+    that a model needs is missing, or there are no images at all.
     """
-    if dtypes and not models:
-        raise click.UsageError("--dtype is that of a --model")
+    if (dtypes or tp or ep) and not models:
+        raise click.UsageError("--dtype, --tp and --ep are those of a --model")
+    asked = projections(find_layers(models, tp, ep), dtypes or ("fp8",))
     version = driver_cuda() if cuda is None else _cuda_version(cuda)
     sound: set[str] = set()
     faults: list[Fault] = []
@@ -134,8 +129,7 @@ def verify(
                 sound.add(place)
             else:
                 faults.append(Fault(str(root.path), place, reason))
-    needed = _needed(models, dtypes or ("fp8",))
-    missing = [need for need in needed if f"{need.arch}/{need.key}" not in sound]
+    missing = [need for need in _needed(asked) if f"{need.arch}/{need.key}" not in sound]
     well = bool(sound) and not faults and not missing
     if as_json:
         plain = {
@@ -148,6 +142,10 @@ def verify(
         click.echo(json.dumps(plain, indent=1))
     else:
         _show(len(sound), faults, missing, version)
+        for model, dtype in dict.fromkeys((need.model, need.dtype) for need in missing):
+            words = {"model": model, "dtype": dtype, "tp": tp, "ep": ep}
+            given = [f"--{name}={value}" for name, value in words.items() if value]
+            click.echo(f"build with: {shlex.join(['cutlass-moe', 'build', *given])}")
     if not well:
         raise SystemExit(1)
 
@@ -162,7 +160,7 @@ def pack(directory: Path, output: Path) -> None:
     """
     try:
         count = pack_directory(directory, output)
-    except (ValueError, OSError, UntrustedRoot) as error:
+    except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{count} images, {output.stat().st_size} bytes in {output}")
 
@@ -192,7 +190,7 @@ def merge(sources: tuple[Path, ...], output: Path) -> None:
             for arch, key, image in _read_all(new):
                 if cache.load(arch, key) != image:
                     cache.store(arch, key, image)
-    except (ValueError, OSError, UntrustedRoot) as error:
+    except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{len(images)} images in {output}, {len(images) - len(before)} of them new")
 
@@ -206,13 +204,16 @@ def merge(sources: tuple[Path, ...], output: Path) -> None:
     multiple=True,
     help="Repeatable: keep builds whose identity contains TEXT; `installed`: the compiler's here.",
 )
-@click.option("--keep-model", "models", type=_model, multiple=True, help="Repeatable.")
+@click.option("--keep-model", "models", metavar="MODEL", multiple=True, help="Repeatable.")
+@shard_options
 @click.option("--older-than", "days", type=click.FloatRange(0), metavar="DAYS")
 @click.option("--dry-run", is_flag=True, help="Only tell.")
 def prune(
     root: Path | None,
     builds: tuple[str, ...],
     models: tuple[str, ...],
+    tp: int | None,
+    ep: int | None,
     days: float | None,
     dry_run: bool,
 ) -> None:
@@ -228,7 +229,8 @@ def prune(
     if not cache.writable:
         raise click.ClickException(f"{cache.root} can't be written to (archives never can)")
     identities = [_installed() if text == INSTALLED else text for text in builds]
-    used = {need.key for need in _needed(models, DTYPES)}
+    kept = projections(find_layers(models, tp, ep), DTYPES)
+    used = {need.key for need in _needed(kept)}
     now = time.time()
 
     def unwanted(entry: Entry) -> bool:
@@ -241,7 +243,7 @@ def prune(
 
     try:
         removed = cache.prune(unwanted, dry_run)
-    except (OSError, UntrustedRoot) as error:
+    except OSError as error:
         raise click.ClickException(str(error)) from error
     for entry in removed:
         click.echo(f"{entry.arch}/{entry.key} {entry.record.build}")
@@ -251,26 +253,6 @@ def prune(
 
 
 COMMANDS = (list_images, verify, pack, merge, prune)
-
-IMAGE_COLUMNS = ("problem", "config", "registers", "spills", "smem")
-
-
-def image_cells(record: LaunchRecord) -> list[str]:
-    """What IMAGE_COLUMNS say of an image."""
-    numbers = (record.registers, record.spill_bytes, record.smem_bytes)
-    return [problem_words(record.problem), config_words(record.config), *map(str, numbers)]
-
-
-def problem_words(problem: dict[str, Any]) -> str:
-    size = f"E {problem['num_experts']} N {problem['n']} K {problem['k']}"
-    nodes = [node["kind"] for node in problem["epilogue"]]
-    gather = ["gather"] if problem["gather"] else []
-    return " ".join([f"{problem['operand']} > {problem['out']}", size, *gather, *nodes])
-
-
-def config_words(config: dict[str, Any]) -> str:
-    tile = f"{config['tile_m']}x{config['tile_n']}"
-    return f"{tile} group {config['group_m']} {config['ctas_per_sm']}/SM"
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
@@ -317,13 +299,13 @@ def _why_faulty(root: Root, arch: str, key: str, cuda: int | None) -> str | None
     return why_unloadable(record.build, cuda)
 
 
-def _needed(models: Iterable[str], dtypes: Iterable[str]) -> Iterator[Need]:
-    for model, dtype in itertools.product(models, dtypes):
-        for projection, problem in problems(MODELS[model], dtype).items():
-            for config in candidates(problem):
-                for arch in ARCHS:
-                    key = image_key(problem, config, arch)
-                    yield Need(model, dtype, projection, arch, key, config.to_json())
+def _needed(asked: Iterable[Projection]) -> Iterator[Need]:
+    for projection in asked:
+        layer, dtype, name, problem = projection
+        for config in candidates(problem):
+            for arch in ARCHS:
+                key = image_key(problem, config, arch)
+                yield Need(layer.model, dtype, name, arch, key, config.to_json())
 
 
 def _read_all(images: dict[tuple[str, str], Root]) -> Iterator[tuple[str, str, Image]]:
@@ -339,8 +321,6 @@ def _show(sound: int, faults: Sequence[Fault], missing: Sequence[Need], cuda: in
     for need in missing:
         words = f"{need.model} {need.dtype} {need.projection}, {config_words(need.config)}"
         click.echo(f"missing: {need.arch}/{need.key} for {words}")
-    for model, dtype in dict.fromkeys((need.model, need.dtype) for need in missing):
-        click.echo(f"build with: cutlass-moe build --model {model} --dtype {dtype}")
     if cuda is None:
         click.echo("no CUDA driver here: not checked whether it can load them (--cuda says which)")
     click.echo(f"{sound} images are sound, {len(faults)} faulty, {len(missing)} missing")

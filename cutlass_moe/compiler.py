@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,8 @@ from emitters.image import (
 from emitters.problem import GemmProblem
 
 TIMEOUT = 120.0  # seconds an image may take: a hundred times what the slowest does
+STALE_SECONDS = 86_400.0  # a worker's directory that old was left by a build that was killed
+_HOMES = "cutlass_moe_"  # how the names of workers' directories begin
 STDERR_TAIL = 4000  # characters of a worker's stderr that an error shows
 
 
@@ -129,7 +132,6 @@ def write_manifest(root: Path) -> Path:
     Of each image its problem, config, arch, key, build identity and the bytes of its cubin. Equal
     images give equal files. Raises OSError.
     """
-    cache = Cache([root])
     images = [
         {
             "problem": entry.record.problem,
@@ -137,10 +139,9 @@ def write_manifest(root: Path) -> Path:
             "arch": entry.arch,
             "key": entry.key,
             "build": entry.record.build,
-            "bytes": len(image.cubin),
+            "bytes": entry.cubin_bytes,
         }
-        for entry in cache.entries()
-        if (image := cache.load(entry.arch, entry.key)) is not None
+        for entry in Cache([root]).entries()
     ]
     images.sort(key=json.dumps)
     manifest, fresh = root / "manifest.json", root / f".manifest-{os.getpid()}"
@@ -179,6 +180,7 @@ def _in_workers(
         except (CompileError, ValueError) as error:  # ValueError: emitters changed since it began
             return Result(request, None, None, str(error))
 
+    _remove_stale_homes()
     workers = _Workers(toolchain)
     pool = ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0)))
     futures = [pool.submit(attempt, request) for request in requests]
@@ -218,6 +220,16 @@ def _installed_toolchain(name: str | None = None) -> str:
     return toolchain
 
 
+def _remove_stale_homes() -> None:
+    """Removes what this user's builds left behind that were killed, a day later."""
+    for home in Path(tempfile.gettempdir()).glob(f"{_HOMES}*"):
+        with suppress(FileNotFoundError):  # another build was faster
+            status = home.lstat()
+            stale = time.time() - status.st_mtime > STALE_SECONDS
+            if stale and status.st_uid == os.geteuid() and home.is_dir():
+                shutil.rmtree(home, ignore_errors=True)
+
+
 class _Worker:
     """A running `python -m emitters` in an empty directory, with no GPU in sight."""
 
@@ -226,7 +238,7 @@ class _Worker:
         self._toolchain = toolchain
         self._heard = 0
         try:
-            self._home = tempfile.TemporaryDirectory(prefix="cutlass_moe_")
+            self._home = tempfile.TemporaryDirectory(prefix=_HOMES)
             self._stderr = Path(self._home.name, "stderr")
             work = Path(self._home.name, "work")
             work.mkdir()

@@ -13,12 +13,14 @@ from functools import cache
 
 import torch
 
-from cutlass_moe import heuristics, shapes
+from cutlass_moe import heuristics
 from cutlass_moe.arguments import Options
 from cutlass_moe.cache import Cache, MissingImage, default_cache
 from cutlass_moe.compiler import build_command, compile_image
 from cutlass_moe.launch import Kernel
+from cutlass_moe.models import find_shape
 from cutlass_moe.roots import Entry
+from cutlass_moe.shapes import problems
 from emitters.config import Config
 from emitters.image import Image, build_identity, image_key
 from emitters.problem import GemmProblem
@@ -117,14 +119,15 @@ def warmup(
     """Loads every kernel that calls of these problems may choose, so that none waits later.
 
     What the cache lacks is compiled first, several at a time. A model is a name that
-    `cutlass_moe.shapes.MODELS` has, and dtype ("fp8", "int8" or "bf16") that of its operands;
-    `cutlass_moe.grouped_matmul_problem` says which problem a call poses. device: default the
-    current one. Raises ValueError for another name or dtype, and what `load` raises.
+    `cutlass_moe.shapes.MODELS` has, a Hugging Face config.json or the directory of one, and dtype
+    ("fp8", "int8" or "bf16") that of its operands; `cutlass_moe.grouped_matmul_problem` says which
+    problem a call poses. device: default the current one. Raises ValueError for another name, file
+    or dtype, and what `load` raises.
     """
-    problems = _problems(model_or_problems, dtype)
+    asked = _problems(model_or_problems, dtype)
     index = torch.cuda._utils._get_device_index(device, optional=True)
     arch = device_arch(index)
-    wanted = [(p, c) for p in problems for c in heuristics.candidates(p)]
+    wanted = [(p, c) for p in asked for c in heuristics.candidates(p)]
     wanted = [(p, c) for p, c in wanted if (p, c, index) not in _kernels]
     with ThreadPoolExecutor() as pool:  # of several processes, one compiles an image
         images = list(pool.map(lambda pair: find_image(pair[0], pair[1], arch), wanted))
@@ -139,12 +142,7 @@ def _problems(
         return [model_or_problems]
     if not isinstance(model_or_problems, str):
         return list(model_or_problems)
-    shape = shapes.MODELS.get(model_or_problems)
-    if shape is None:
-        raise ValueError(
-            f"expected a model of {', '.join(shapes.MODELS)}, got {model_or_problems!r}"
-        )
-    return list(shapes.problems(shape, dtype).values())
+    return list(problems(find_shape(model_or_problems), dtype).values())
 
 
 @contextmanager

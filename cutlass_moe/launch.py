@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from emitters.image import Image, Param, ParamKind
+from emitters.image import Image, Param, ParamKind, driver_cuda
 from emitters.problem import GemmProblem, WeightStorage
 
 _SLOT = 8  # bytes kept for a parameter on the host; the driver copies as many as the kernel's own
@@ -35,15 +35,6 @@ _DRIVERS = {12: "R525", 13: "R580"}  # the first that runs cubins of a CUDA tool
 
 class DriverError(RuntimeError):
     """A call of the CUDA driver failed, or would fail."""
-
-
-def driver_cuda() -> int | None:
-    """The CUDA version that this machine's driver supports, 12040 for 12.4; None without one."""
-    try:
-        status, version = driver.cuDriverGetVersion()
-    except RuntimeError:  # libcuda.so is not there
-        return None
-    return int(version) if status == driver.CUresult.CUDA_SUCCESS else None
 
 
 def why_unloadable(build: str, cuda: int | None) -> str | None:

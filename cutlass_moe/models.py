@@ -10,11 +10,6 @@ from typing import Any
 
 from cutlass_moe.shapes import MODELS, MoeShape
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 _BIASED = ("gpt_oss",)  # model types whose experts have biases: no field of config.json says so
 
@@ -87,7 +82,13 @@ def read_shapes(path: Path) -> list[MoeShape]:
 def _parse(path: Path) -> Any:
     try:
         text = path.read_text()
-        return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        if path.suffix != ".toml":
+            return json.loads(text)
+        if sys.version_info >= (3, 11):
+            import tomllib
+        else:
+            import tomli as tomllib  # the CLI's: serving needs none
+        return tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

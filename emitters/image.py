@@ -125,8 +125,8 @@ def default_toolchain() -> str | None:
     """The newest flavour installed whose cubins this host's driver runs; without a driver, or with
     one that runs none of them, the newest. None without the DSL."""
     installed = installed_toolchains()
-    cuda = _driver_cuda()
-    runs = [name for name in installed if cuda is None or TOOLCHAINS[name] <= cuda]
+    cuda = driver_cuda()
+    runs = [name for name in installed if cuda is None or TOOLCHAINS[name] <= cuda // 1000]
     return next(iter((*runs, *installed)), None)
 
 
@@ -146,12 +146,12 @@ def _installed(package: str) -> bool:
 
 
 @functools.cache
-def _driver_cuda() -> int | None:
-    """Major version of CUDA that the driver supports, None without a driver."""
+def driver_cuda() -> int | None:
+    """The CUDA version that this machine's driver supports, 12040 for 12.4; None without one."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
     version = ctypes.c_int()
     failed = driver.cuDriverGetVersion(ctypes.byref(version))
-    return None if failed else version.value // 1000
+    return None if failed else version.value

@@ -8,8 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-import types
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -121,24 +121,29 @@ def test_two_builds_at_once_share_the_work(tmp_path, words):
     assert len(list(Cache([tmp_path / "root"]).entries())) == IMAGES
 
 
-def test_archive(tmp_path, words, monkeypatch):
+def test_archive(tmp_path, words):
     """It is packed from a directory that is kept, so that a later build adds to it."""
-    packed = []
-
-    def pack(directory: Path, archive: Path) -> int:
-        packed.append((directory, archive))
-        return images(directory)
-
-    archive = tmp_path / "images.zip"
-    monkeypatch.setitem(sys.modules, "cutlass_moe.archive", types.SimpleNamespace(pack=pack))
+    archive, root = tmp_path / "images.zip", tmp_path / "images.zip.build"
     for count in (IMAGES, 0):
         result = CliRunner().invoke(cli.main, [*words, "--output", str(archive)])
         assert result.exit_code == 0, result.output
         assert compiled(result.output) == count
         assert f"{IMAGES} images packed into {archive}" in result.output.replace("\n", "")
-    root = tmp_path / "images.zip.build"
-    assert packed == [(root, archive)] * 2
-    assert len(json.loads((root / "manifest.json").read_text())["images"]) == IMAGES
+    packed = [entry.key for entry in Cache([archive]).entries()]
+    manifest = json.loads((root / "manifest.json").read_text())["images"]
+    assert len(packed) == IMAGES
+    assert sorted(packed) == sorted(image["key"] for image in manifest)
+
+
+def test_what_a_killed_build_left_is_removed_a_day_later(tmp_path, words, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    old, new = tmp_path / "temporary/cutlass_moe_old", tmp_path / "temporary/cutlass_moe_new"
+    for home in (old, new):
+        (home / "work").mkdir(parents=True)
+    os.utime(old, (time.time() - 90_000,) * 2)
+    result = CliRunner().invoke(cli.main, words)
+    assert result.exit_code == 0, result.output
+    assert list((tmp_path / "temporary").iterdir()) == [new]
 
 
 def test_nothing_is_packed_after_a_failure(tmp_path, words, monkeypatch):

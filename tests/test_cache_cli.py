@@ -8,13 +8,13 @@ import os
 import time
 from pathlib import Path
 
-import click
 import pytest
 from click.testing import CliRunner, Result
 
-from cutlass_moe import cache_cli
+from cutlass_moe import cache_cli, cli
 from cutlass_moe.cache import Cache
 from cutlass_moe.heuristics import candidates
+from cutlass_moe.models import read_config
 from cutlass_moe.roots import CUBIN, RECORD
 from cutlass_moe.shapes import MODELS, MoeShape, problems
 from emitters.image import Image, image_key
@@ -25,11 +25,9 @@ SMALL = MoeShape("small", 4, 2, 512, 128)
 PAIRS = [(p, c) for p in problems(TINY, "fp8").values() for c in candidates(p)]
 CU12, CU13 = "nvidia-cutlass-dsl 4.8.1 cu12 emitters 0", "nvidia-cutlass-dsl 4.8.1 cu13 emitters 0"
 
-main = click.Group(commands={command.name: command for command in cache_cli.COMMANDS})
-
 
 def call(*words: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
+    return CliRunner().invoke(cli.main, [str(word) for word in words])
 
 
 def fill(root: Path, build: str = CU12, shape: MoeShape = TINY, dtype: str = "fp8") -> list[str]:
@@ -206,12 +204,31 @@ def test_verify_tells_what_a_model_would_miss(root, tmp_path):
     assert result.exit_code == 1
     assert result.output.count("missing: ") == 1
     assert f"missing: {ARCH}/{gone} for qwen3-30b fp8" in result.output
-    assert "cutlass-moe build --model qwen3-30b --dtype fp8" in result.output
+    assert "cutlass-moe build --model=qwen3-30b --dtype=fp8" in result.output
     (missing,) = json.loads(call(*words, "--json").output)["missing"]
     assert (missing["key"], missing["model"], missing["dtype"]) == (gone, "qwen3-30b", "fp8")
     fill(tmp_path / "rest")
     assert call(*words, tmp_path / "rest").exit_code == 0
     assert call(*words, tmp_path / "rest", "--dtype", "int8").exit_code == 1
+
+
+def test_verify_and_prune_take_one_rank_of_a_config_file(tmp_path):
+    config = {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 8}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**config, "num_experts_per_tok": 2}))
+    keys = fill(tmp_path / "rank", shape=read_config(file).shard(tp=2, ep=4))
+    rank = ("--tp", "2", "--ep", "4")
+    assert call("verify", tmp_path / "rank", "--model", file, *rank).exit_code == 0
+    whole = call("verify", tmp_path / "rank", "--model", file)
+    assert whole.exit_code == 1
+    assert f"build --model={file} --dtype=fp8" in whole.output
+    other = call("verify", tmp_path / "rank", "--model", file, "--tp", "4")
+    assert f"build --model={file} --dtype=fp8 --tp=4" in other.output
+    result = call("prune", tmp_path / "rank", "--keep-model", file, *rank)
+    assert result.exit_code == 0, result.output
+    assert keys_in(tmp_path / "rank") == set(keys)
+    assert call("prune", tmp_path / "rank", "--keep-model", file).exit_code == 0
+    assert keys_in(tmp_path / "rank") == set()
 
 
 def test_pack(root, archive):
@@ -291,6 +308,9 @@ REFUSED = [
     ("verify_of_nothing", ("verify", "NONE"), 2, "does not exist"),
     ("dtype_of_no_model", ("verify", "--dtype", "fp8"), 2, "--model"),
     ("unknown_model", ("verify", "--model", "bert"), 2, "qwen3-30b"),
+    ("unknown_model_to_keep", ("prune", "ROOT", "--keep-model", "bert"), 2, "qwen3-30b"),
+    ("rank_of_no_model", ("verify", "--tp", "2"), 2, "--model"),
+    ("no_such_rank", ("verify", "--model", "mixtral", "--tp", "3"), 2, "tp 3 does not divide"),
     ("no_version", ("verify", "--cuda", "R580"), 2, "like 12.4"),
     ("pack_without_images", ("pack", "EMPTY", "NONE.zip"), 1, "holds none"),
     ("pack_into_nowhere", ("pack", "ROOT", "NONE/images.zip"), 1, "No such file"),

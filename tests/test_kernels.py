@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import shlex
 
 import pytest
@@ -12,13 +13,19 @@ import cutlass_moe
 from cutlass_moe import kernels, launch
 from cutlass_moe.cache import Cache, MissingImage
 from cutlass_moe.compiler import build_command
-from cutlass_moe.launch import DriverError, Kernel, driver_cuda, why_unloadable
+from cutlass_moe.launch import DriverError, Kernel, why_unloadable
 from cutlass_moe.shapes import MODELS, problems
 from emitters.config import GemmSm90Config
 from tests.fake_images import ARCH, image_for
 
 PROBLEM = problems(MODELS["mixtral"], "fp8")["up"]
 CONFIG = GemmSm90Config(128, 256)
+MIXTRAL = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+}
 
 
 @pytest.fixture
@@ -122,14 +129,6 @@ def test_driver_of_an_image(build, cuda, words):
     assert reason is None if words is None else words in reason
 
 
-def test_machine_without_a_driver(monkeypatch):
-    def none() -> None:
-        raise RuntimeError("libcuda.so.1 not found")
-
-    monkeypatch.setattr(launch.driver, "cuDriverGetVersion", none)
-    assert driver_cuda() is None
-
-
 def test_kernel_for_a_newer_driver_is_not_even_loaded(monkeypatch):
     _, image = image_for(PROBLEM, CONFIG, "nvidia-cutlass-dsl 4.8.1 cu13 emitters 0")
     monkeypatch.setattr(launch, "driver_cuda", lambda: 12040)
@@ -149,8 +148,8 @@ def test_warmup_of_an_unknown_model_or_dtype(asked, options, words):
         cutlass_moe.warmup(asked, **options)
 
 
-@pytest.mark.parametrize("model", [True, False], ids=["model", "problems"])
-def test_warmup_loads_every_candidate_once(root, monkeypatch, model):
+@pytest.mark.parametrize("source", ["name", "file", "problems"])
+def test_warmup_loads_every_candidate_once(root, tmp_path, monkeypatch, source):
     asked = problems(MODELS["mixtral"], "bf16").values()
     wanted = [(p, c) for p in asked for c in kernels.heuristics.candidates(p)]
     images = dict(store(root, *pair) for pair in wanted)
@@ -161,6 +160,8 @@ def test_warmup_loads_every_candidate_once(root, monkeypatch, model):
     monkeypatch.setattr(kernels, "Kernel", lambda image, device: loaded.append((image, device)))
     monkeypatch.setattr("torch.cuda._utils._get_device_index", lambda device, optional: 3)
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+    model = {"name": "mixtral", "file": str(tmp_path), "problems": asked}[source]
     for _ in range(2):
-        cutlass_moe.warmup("mixtral" if model else asked, 3, **({"dtype": "bf16"} if model else {}))
+        cutlass_moe.warmup(model, 3, dtype="bf16")
     assert loaded == [(image, 3) for image in images.values()]

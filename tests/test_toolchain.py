@@ -14,10 +14,18 @@ CHOICES = [  # installed, CUDA of the driver, chosen
     ("none", [], None, None),
     ("cu12", ["cu12"], None, "cu12"),
     ("newest_without_a_driver", ["cu12", "cu13"], None, "cu13"),
-    ("newest_that_runs", ["cu12", "cu13"], 12, "cu12"),
-    ("newest_of_all", ["cu12", "cu13"], 14, "cu13"),
-    ("none_that_runs", ["cu13"], 12, "cu13"),
+    ("newest_that_runs", ["cu12", "cu13"], 12090, "cu12"),
+    ("newest_of_all", ["cu12", "cu13"], 14000, "cu13"),
+    ("none_that_runs", ["cu13"], 12090, "cu13"),
 ]
+
+
+def test_machine_without_a_driver(monkeypatch):
+    def none(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(image.ctypes, "CDLL", none)
+    assert image.driver_cuda.__wrapped__() is None
 
 
 @pytest.mark.parametrize(
@@ -26,7 +34,7 @@ CHOICES = [  # installed, CUDA of the driver, chosen
 def test_choice(monkeypatch, installed, driver, chosen):
     packages = {"nvidia-cutlass-dsl", *(f"nvidia-cutlass-dsl-libs-{name}" for name in installed)}
     monkeypatch.setattr(image, "_installed", packages.__contains__)
-    monkeypatch.setattr(image, "_driver_cuda", lambda: driver)
+    monkeypatch.setattr(image, "driver_cuda", lambda: driver)
     monkeypatch.setattr(image.metadata, "version", lambda package: "4.8.1")
     assert image.default_toolchain() == chosen
     identity = image.build_identity()

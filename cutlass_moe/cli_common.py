@@ -1,0 +1,106 @@
+"""What the shell's commands share: the console, options, and words for problems and configs."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from rich.console import Console
+
+from cutlass_moe.models import find_shape, read_shapes
+from cutlass_moe.shapes import DTYPES, MODELS, MoeShape, problems
+from emitters.image import LaunchRecord
+from emitters.problem import GemmProblem
+
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+models_option = click.option(
+    "--model",
+    "models",
+    metavar="MODEL",
+    multiple=True,
+    help=f"Repeatable: {', '.join(MODELS)}, a Hugging Face config.json or a directory with one.",
+)
+dtype_choice = click.Choice(list(DTYPES))
+dtypes_option = click.option(
+    "--dtype", "dtypes", type=dtype_choice, multiple=True, help="Repeatable [default: fp8]."
+)
+
+IMAGE_COLUMNS = ("problem", "config", "registers", "spills", "smem")
+
+
+class Layer(NamedTuple):
+    """A model's layer, or what one rank holds of it; model: what the user calls the whole."""
+
+    model: str
+    shape: MoeShape
+
+
+class Projection(NamedTuple):
+    """One projection of a layer and the problem it poses."""
+
+    layer: Layer
+    dtype: str
+    name: str
+    problem: GemmProblem
+
+    def __str__(self) -> str:
+        return f"{self.layer.shape.name} {self.dtype} {self.name}"
+
+
+def shard_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--tp and --ep of a command."""
+    tp = click.option("--tp", type=click.IntRange(1), help="Ranks that share each expert's inter.")
+    ep = click.option("--ep", type=click.IntRange(1), help="Ranks that share the experts.")
+    return tp(ep(command))
+
+
+def find_layers(
+    models: Iterable[str],
+    tp: int | None = None,
+    ep: int | None = None,
+    files: Iterable[Path] = (),
+) -> list[Layer]:
+    """The layers of models and of files of shapes, as one of tp x ep ranks holds them.
+
+    Raises click.UsageError.
+    """
+    try:
+        layers = [Layer(model, find_shape(model)) for model in models]
+        layers += [Layer(shape.name, shape) for file in files for shape in read_shapes(file)]
+        return [Layer(model, shape.shard(tp or 1, ep or 1)) for model, shape in layers]
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def projections(layers: Sequence[Layer], dtypes: Iterable[str]) -> list[Projection]:
+    return [
+        Projection(layer, dtype, name, problem)
+        for layer, dtype in itertools.product(layers, dtypes)
+        for name, problem in problems(layer.shape, dtype).items()
+    ]
+
+
+def image_cells(record: LaunchRecord) -> list[str]:
+    """What IMAGE_COLUMNS say of an image."""
+    numbers = (record.registers, record.spill_bytes, record.smem_bytes)
+    return [problem_words(record.problem), config_words(record.config), *map(str, numbers)]
+
+
+def problem_words(problem: dict[str, Any]) -> str:
+    size = f"E {problem['num_experts']} N {problem['n']} K {problem['k']}"
+    nodes = [node["kind"] for node in problem["epilogue"]]
+    gather = ["gather"] if problem["gather"] else []
+    return " ".join([f"{problem['operand']} > {problem['out']}", size, *gather, *nodes])
+
+
+def config_words(config: dict[str, Any]) -> str:
+    tile = f"{config['tile_m']}x{config['tile_n']}"
+    pingpong = ["ping-pong"] if config["pingpong"] else []
+    cluster = [f"cluster {config['cluster_m']}"] if config["cluster_m"] > 1 else []
+    group = f"group {config['group_m']}"
+    return " ".join([tile, *pingpong, *cluster, group, f"{config['ctas_per_sm']}/SM"])
