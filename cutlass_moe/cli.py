@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any, TypeVar
 
 try:
@@ -16,6 +17,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"no module {missing.name!r}: pip install 'cutlass-moe[cli]'") from missing
 
+from cutlass_moe import tuned, tuning
 from cutlass_moe.archive import pack
 from cutlass_moe.cache import Cache, default_cache
 from cutlass_moe.cache_cli import COMMANDS
@@ -40,7 +42,7 @@ from cutlass_moe.compiler import (
     build_images,
     write_manifest,
 )
-from cutlass_moe.heuristics import candidates, choose
+from cutlass_moe.heuristics import candidates, choose, estimate
 from cutlass_moe.roots import UntrustedRoot
 from emitters.config import ARCHS, Config, config_from_json, why_illegal
 from emitters.image import TOOLCHAINS, image_key
@@ -117,6 +119,7 @@ def demo(
 )
 @dtypes_option
 @shard_options
+@click.option("--for-tuning", is_flag=True, help="Compile also what `tune` would measure.")
 @click.option("--problem", help="One problem, as JSON.")
 @click.option("--config", help="The one config for it, as JSON [default: all it may be given].")
 @click.option("--arch", type=click.Choice(ARCHS), default=ARCHS[0], show_default=True)
@@ -139,6 +142,7 @@ def build(
     toolchain: str | None,
     jobs: int | None,
     output: Path | None,
+    for_tuning: bool,
     **layers: Any,
 ) -> None:
     """Compile kernel images, without a GPU: those of models, or those of one problem.
@@ -157,7 +161,8 @@ def build(
         requests = _requests_of("--problem", parsed, configs, arch)
     else:
         dtypes = layers.pop("dtypes") or ("fp8",)
-        requests = _requests(projections(find_layers(**layers), dtypes), arch)
+        configs_of = tuning.space if for_tuning else candidates
+        requests = _requests(projections(find_layers(**layers), dtypes), arch, configs_of)
     cache = _destination(output)
     try:
         built = _build(cache, requests, jobs, toolchain)
@@ -169,6 +174,63 @@ def build(
         _finish(cache.root, output, built)
     if not built:
         raise SystemExit(1)
+
+
+@main.command()
+@models_option
+@dtypes_option
+@shard_options
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="tuning.json",
+    show_default=True,
+    help="The table; what it has of other GPUs and problems stays.",
+)
+def tune(output: Path, dtypes: Sequence[str], **layers: Any) -> None:
+    """Measure on the GPU here which configs serve models best, and write a table of them.
+
+    CUTLASS_MOE_TUNING names tables to use, also while `build` runs: it compiles what they choose.
+    """
+    if not layers["models"]:
+        raise click.UsageError("expected --model")
+    ratios: list[float] = []
+    try:
+        for projection in projections(find_layers(**layers), dtypes or ("fp8",)):
+            ratios += _tune(projection, output)
+    except (ValueError, LookupError, OSError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from error
+    console.print(
+        f"The table is in {output}. Without one, calls take {geometric_mean(ratios):.3f} times as "
+        f"long (geometric mean), at worst {max(ratios):.2f} times.",
+        markup=False,
+    )
+
+
+def _tune(projection: Projection, output: Path) -> list[float]:
+    """How many times as long each number of tokens takes without a table."""
+    problem, shape = projection.problem, projection.layer.shape
+    gpu = tuning.gpu_name()
+    images = tuning.find_images(problem, tuning.space(problem))
+    console.print(
+        f"{projection}: {len(images.configs)} configs; left out are {images.missing} that may not "
+        f"be compiled here and {images.spilling} that spill registers"
+    )
+    measuring = tuning.measure(problem, shape.top_k, images.configs)
+    count = len(tuning.TOKENS)
+    measured = list(track(measuring, "Measuring", count, console=console, transient=True))
+    entries = tuning.choices(measured)
+    tuned.merge(output, {gpu: {tuned.name_of(problem): tuple(entries)}})
+    table = Table("tokens", "rows an expert", "config", "us", "without a table")
+    ratios = []
+    for one, entry in zip(measured, entries, strict=True):
+        rows = one.tokens * (1 if problem.gather else shape.top_k)
+        us = one.us.get(estimate(problem, rows, one.rows_per_expert))
+        ratios += [] if us is None else [us / min(one.us.values())]
+        cells = (f"{one.rows_per_expert:g}", config_words(entry.config.to_json()))
+        table.add_row(str(one.tokens), *cells, f"{entry.us:.1f}", "" if us is None else f"{us:.1f}")
+    console.print(table)
+    return ratios
 
 
 @main.command("show-config")
@@ -215,8 +277,12 @@ def clear_cache() -> None:
     console.print(f"{count} images removed from {cache.root}", markup=False)
 
 
-def _requests(asked: Iterable[Projection], arch: str = ARCHS[0]) -> list[Request]:
-    found = (_requests_of(str(one), one.problem, candidates(one.problem), arch) for one in asked)
+def _requests(
+    asked: Iterable[Projection],
+    arch: str = ARCHS[0],
+    configs_of: Callable[[GemmProblem], Sequence[Config]] = candidates,
+) -> list[Request]:
+    found = (_requests_of(str(one), one.problem, configs_of(one.problem), arch) for one in asked)
     return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
 

@@ -6,8 +6,11 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from cutlass_moe import tuned
 from emitters.config import Config, GemmSm90Config, Schedule, why_illegal
 from emitters.problem import GemmProblem
+
+GPU = "NVIDIA H200"  # what calls are planned for where no GPU is asked
 
 # Measured on an H200 (perf/NOTES.md).
 _SMS = 132
@@ -37,27 +40,37 @@ def _widest(problem: GemmProblem, tile_n: int, **options: Any) -> Config | None:
 
 def candidates(problem: GemmProblem) -> tuple[Config, ...]:
     """Every config that `choose` may return for this problem: what a build compiles."""
-    return tuple(dict.fromkeys(_families(problem)))
+    return tuple(dict.fromkeys((*tuned.configs(problem), *_families(problem))))
 
 
 def choose(
-    problem: GemmProblem, num_tokens: int, rows_per_expert: float, schedule: str | None = None
+    problem: GemmProblem,
+    num_tokens: int,
+    rows_per_expert: float,
+    schedule: str | None = None,
+    gpu: str = GPU,
 ) -> Config:
-    """The config for a call. num_tokens: rows of x. rows_per_expert: mean, or the caller's hint.
+    """The config for a call: a tuning table's where one knows GPU and problem, else an estimate.
 
-    schedule: the caller's; all else stays, but that a dynamic one has no clusters. Raises
-    ValueError, with the reason, where the problem has no legal config.
+    num_tokens: rows of x. rows_per_expert: mean, or the caller's hint. schedule: the caller's; all
+    else stays, but that a dynamic one has no clusters. Raises ValueError, with the reason, where
+    the problem has no legal config.
     """
+    config = tuned.lookup(problem, gpu, rows_per_expert)
+    config = config or estimate(problem, num_tokens, rows_per_expert)
+    if schedule is None:
+        return config
+    cluster_m = 1 if schedule == Schedule.DYNAMIC else config.cluster_m
+    return replace(config, schedule=Schedule(schedule), cluster_m=cluster_m)
+
+
+def estimate(problem: GemmProblem, num_tokens: int, rows_per_expert: float) -> Config:
+    """What `choose` returns where there is no table."""
     families = _families(problem)
     if not families:
         raise ValueError(why_illegal(problem) or f"no config of the SM90 template fits {problem}")
     lone, few, some, many = families
     if rows_per_expert > _FEW_ROWS:
-        config = some if rows_per_expert <= _MANY_ROWS else many
-    else:
-        experts = min(problem.num_experts, rows_per_expert * problem.num_experts)
-        config = lone if experts * lone.n_tiles(problem) <= _SMS else few
-    if schedule is None:
-        return config
-    cluster_m = 1 if schedule == Schedule.DYNAMIC else config.cluster_m
-    return replace(config, schedule=Schedule(schedule), cluster_m=cluster_m)
+        return some if rows_per_expert <= _MANY_ROWS else many
+    experts = min(problem.num_experts, rows_per_expert * problem.num_experts)
+    return lone if experts * lone.n_tiles(problem) <= _SMS else few

@@ -37,6 +37,12 @@ def device_arch(device: int) -> str:
     return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
 
 
+@cache
+def device_name(device: int) -> str:
+    """A device's name as tuning tables know it, "NVIDIA H200"."""
+    return torch.cuda.get_device_name(device)
+
+
 def find_image(problem: GemmProblem, config: Config, arch: str) -> Image:
     """The image from the cache, compiled on a miss.
 
@@ -166,7 +172,9 @@ def plan(
     """The kernel of a call and the CTAs to launch. Raises what `load` raises."""
     experts = problem.num_experts
     per_expert = options.expected_rows or num_rows / experts
-    config = forced or heuristics.choose(problem, num_tokens, per_expert, options.schedule)
+    config = forced or heuristics.choose(
+        problem, num_tokens, per_expert, options.schedule, device_name(device)
+    )
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     ctas = min(options.num_sms or sms, sms) * config.ctas_per_sm
     most_tiles = (num_rows // config.tile_m + min(experts, num_rows)) * config.n_tiles(problem)

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
+from cutlass_moe.timing import FLUSH_BYTES, flush_buffer
 from perf.cases import Case, Ceilings, floor_us, moved_bytes, workload
 from perf.operands import WORST_ERROR, Operands, Weights, relative_error
 from perf.peers import SYSTEMS, Absent, Prepared, usual_systems
 from perf.timing import (
-    FLUSH_BYTES,
     Timing,
     capture,
     captured,
-    flush_buffer,
     interleaved,
     launches_captured,
 )

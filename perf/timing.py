@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-FLUSH_BYTES = 256 << 20  # several times the 60 MB of L2
+from cutlass_moe.timing import FLUSH_BYTES, batch_us
+
 ROUNDS = 5
 WARM_UP = 3
 MAX_BATCH = 50  # timed launches in a row: events and kernels of one batch fit the launch queue
 GRAPH_LAUNCHES = 24  # in a graph, at least
-HEAD_START_CYCLES = 2_000_000  # about 1 ms, in which the host gets ahead of the GPU
 
 Call = Callable[[], object]
 
@@ -58,25 +58,6 @@ def summarise(rounds: Sequence[Sequence[float]]) -> Timing:
         rounds=medians,
         samples=len(samples),
     )
-
-
-def batch_us(call: Call, launches: int, flush: torch.Tensor | None) -> list[float]:
-    """Microseconds of each of `launches` calls; `flush` is written before each."""
-    starts = [torch.cuda.Event(enable_timing=True) for _ in range(launches)]
-    stops = [torch.cuda.Event(enable_timing=True) for _ in range(launches)]
-    torch.cuda._sleep(HEAD_START_CYCLES)
-    for start, stop in zip(starts, stops, strict=True):
-        if flush is not None:
-            flush.zero_()
-        start.record()
-        call()
-        stop.record()
-    torch.cuda.synchronize()
-    return [1e3 * start.elapsed_time(stop) for start, stop in zip(starts, stops, strict=True)]
-
-
-def flush_buffer() -> torch.Tensor:
-    return torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
 
 def quick_us(call: Call, flush: torch.Tensor, seconds: float = 0.01) -> float:

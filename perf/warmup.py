@@ -61,6 +61,7 @@ def one_round(model: str, dtype: str) -> dict[str, Any]:
 
     import cutlass_moe
     from cutlass_moe import kernels
+    from cutlass_moe.cli_common import config_words
     from cutlass_moe.heuristics import candidates
     from cutlass_moe.shapes import problems
 
@@ -76,7 +77,7 @@ def one_round(model: str, dtype: str) -> dict[str, Any]:
     for name, problem in asked.items():
         inputs = zeros(problem)
         for config in candidates(problem):
-            what = f"{name} {config.tile_m}x{config.tile_n} {config.ctas_per_sm}/SM"
+            what = f"{name} {config_words(config.to_json())}"
             calls[what] = []
             with kernels.forced_config(config):
                 for _ in range(3):
