@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from cutlass_moe import tuned
 from emitters.config import Config, GemmSm90Config, Schedule, why_illegal
@@ -12,35 +12,50 @@ from emitters.problem import GemmProblem
 
 GPU = "NVIDIA H200"  # what calls are planned for where no GPU is asked
 
-# Measured on an H200 (perf/NOTES.md).
+# Measured on an H200 (perf/NOTES.md), at powers of two: the limits lie between them.
 _SMS = 132
-_FEW_ROWS = 32  # an expert: two CTAs an SM, as many loads in flight as can be: weights are the cost
-_MANY_ROWS = 768  # an expert: pairs of CTAs have M tiles enough to share weights
+_FEW_ROWS = 45  # an expert: two CTAs an SM, as many loads in flight as can be: weights are the cost
+_ONE_TILE_ROWS = 90  # an expert: one 128-row tile holds them, where many need two of 64 rows
+_SOME_ROWS = {192: 180, 256: 768}  # an expert, by tile_n: above, pairs of M tiles share weights
+
+
+class _Families(NamedTuple):
+    lone: Config  # less than a tile an SM
+    few: Config  # rows an expert, and so on
+    one_tile: Config
+    some: Config
+    many: Config
 
 
 @lru_cache(maxsize=1024)
-def _families(problem: GemmProblem) -> tuple[Config, ...]:
-    """For less than a tile an SM, few, some and many rows an expert; () where nothing is legal."""
+def _families(problem: GemmProblem) -> _Families | None:
+    """None where nothing is legal."""
     found = (
-        _widest(problem, 128),
-        _widest(problem, 128, ctas_per_sm=2),
-        _widest(problem, 256, pingpong=True, group_m=16),
-        _widest(problem, 256, pingpong=True, group_m=16, cluster_m=2),
+        _widest(problem, 64, 128),
+        _widest(problem, 64, 128, ctas_per_sm=2),
+        _widest(problem, 128, 128, pingpong=True, group_m=16),
+        _widest(problem, 64, _wide(problem), pingpong=True, group_m=16),
+        _widest(problem, 64, _wide(problem), pingpong=True, group_m=16, cluster_m=2),
     )
     legal = [config for config in found if config is not None]
-    return tuple(config or legal[0] for config in found) if legal else ()
+    return _Families(*(config or legal[0] for config in found)) if legal else None
 
 
-def _widest(problem: GemmProblem, tile_n: int, **options: Any) -> Config | None:
-    """Of 64-row tiles the widest legal one up to tile_n, none wider than N asks for."""
+def _wide(problem: GemmProblem) -> int:
+    """Columns of wide tiles: a last tile that is partly empty costs more than its share."""
+    return 192 if problem.n % 256 and problem.n % 192 == 0 else 256
+
+
+def _widest(problem: GemmProblem, tile_m: int, tile_n: int, **options: Any) -> Config | None:
+    """The widest legal config up to tile_n, none wider than N asks for."""
     widths = [n for n in (256, 192, 128, 64) if n <= tile_n and n < problem.n + 64]
-    configs = (GemmSm90Config(64, n, **options) for n in widths or [64])
+    configs = (GemmSm90Config(tile_m, n, **options) for n in widths or [64])
     return next((c for c in configs if why_illegal(problem, c) is None), None)
 
 
 def candidates(problem: GemmProblem) -> tuple[Config, ...]:
     """Every config that `choose` may return for this problem: what a build compiles."""
-    return tuple(dict.fromkeys((*tuned.configs(problem), *_families(problem))))
+    return tuple(dict.fromkeys((*tuned.configs(problem), *(_families(problem) or ()))))
 
 
 def choose(
@@ -66,11 +81,12 @@ def choose(
 
 def estimate(problem: GemmProblem, num_tokens: int, rows_per_expert: float) -> Config:
     """What `choose` returns where there is no table."""
-    families = _families(problem)
-    if not families:
+    found = _families(problem)
+    if found is None:
         raise ValueError(why_illegal(problem) or f"no config of the SM90 template fits {problem}")
-    lone, few, some, many = families
-    if rows_per_expert > _FEW_ROWS:
-        return some if rows_per_expert <= _MANY_ROWS else many
-    experts = min(problem.num_experts, rows_per_expert * problem.num_experts)
-    return lone if experts * lone.n_tiles(problem) <= _SMS else few
+    if rows_per_expert <= _FEW_ROWS:
+        experts = min(problem.num_experts, rows_per_expert * problem.num_experts)
+        return found.lone if experts * found.lone.n_tiles(problem) <= _SMS else found.few
+    if rows_per_expert <= _ONE_TILE_ROWS:
+        return found.one_tile
+    return found.some if rows_per_expert <= _SOME_ROWS[_wide(problem)] else found.many

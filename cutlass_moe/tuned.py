@@ -20,6 +20,7 @@ from emitters.config import Config, config_from_json, why_illegal
 from emitters.problem import GemmProblem
 
 VARIABLE = "CUTLASS_MOE_TUNING"
+FAR = 2.0
 _SHIPPED = tuple(sorted(map(str, Path(__file__).with_name("tables").glob("*.json"))))
 
 
@@ -41,15 +42,20 @@ def name_of(problem: GemmProblem) -> str:
 
 
 def lookup(problem: GemmProblem, gpu: str, rows_per_expert: float) -> Config | None:
-    """The config measured at the nearest number of rows an expert, by ratio; None without a table.
+    """The config measured at the nearest number of rows an expert, by ratio.
 
-    Raises ValueError for a file of CUTLASS_MOE_TUNING that is no table.
+    None without a table, and beyond FAR times what was measured. Raises ValueError for a file of
+    CUTLASS_MOE_TUNING that is no table.
     """
+
+    def far(entry: Entry) -> float:
+        return abs(math.log(entry.rows_per_expert / rows_per_expert))
+
     entries = _entries(problem, gpu, os.environ.get(VARIABLE, ""))
-    if not entries:
+    if not entries or rows_per_expert <= 0:
         return None
-    rows = math.log(max(rows_per_expert, 1e-9))
-    return min(entries, key=lambda entry: abs(math.log(entry.rows_per_expert) - rows)).config
+    nearest = min(entries, key=far)
+    return nearest.config if far(nearest) <= math.log(FAR) else None
 
 
 def configs(problem: GemmProblem) -> tuple[Config, ...]:

@@ -141,7 +141,10 @@ def test_kernel_for_a_newer_driver_is_not_even_loaded(monkeypatch):
 
 @pytest.mark.parametrize(
     ("asked", "options", "words"),
-    [("bert", {}, "qwen3-30b.*'bert'"), ("mixtral", {"dtype": "fp4"}, "int8.*'fp4'")],
+    [
+        ("bert", {}, "'bert' is no config.json.*qwen3-30b"),
+        ("mixtral", {"dtype": "fp4"}, "int8.*'fp4'"),
+    ],
 )
 def test_warmup_of_an_unknown_model_or_dtype(asked, options, words):
     with pytest.raises(ValueError, match=words):
