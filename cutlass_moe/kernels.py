@@ -135,6 +135,7 @@ def warmup(
     arch = device_arch(index)
     wanted = [(p, c) for p in asked for c in heuristics.candidates(p)]
     wanted = [(p, c) for p, c in wanted if (p, c, index) not in _kernels]
+    default_cache()  # once, not in every thread
     with ThreadPoolExecutor() as pool:  # of several processes, one compiles an image
         images = list(pool.map(lambda pair: find_image(pair[0], pair[1], arch), wanted))
     for (problem, config), image in zip(wanted, images, strict=True):
