@@ -150,9 +150,11 @@ def build(
     What exists is not compiled again: a build that was interrupted goes on when it is repeated.
     """
     of_layers = bool(layers["models"] or layers["files"])
-    if of_layers == bool(problem) or (problem and any(layers.values())) or (config and of_layers):
+    with_layers = for_tuning or any(layers.values())
+    if of_layers == bool(problem) or (problem and with_layers) or (config and of_layers):
         raise click.UsageError(
-            "either --model or --shapes (and --dtype, --tp, --ep), or --problem (and --config)"
+            "either --model or --shapes (and --dtype, --tp, --ep, --for-tuning), or --problem "
+            "(and --config)"
         )
     if problem:
         parsed = _parse(GemmProblem.from_json, "--problem", problem)
@@ -200,15 +202,16 @@ def tune(output: Path, dtypes: Sequence[str], **layers: Any) -> None:
             ratios += _tune(projection, output)
     except (ValueError, LookupError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
-    console.print(
-        f"The table is in {output}. Without one, calls take {geometric_mean(ratios):.3f} times as "
-        f"long (geometric mean), at worst {max(ratios):.2f} times.",
-        markup=False,
-    )
+    console.print(f"The table is in {output}", markup=False)
+    if ratios:
+        console.print(
+            f"Without a table, calls take {geometric_mean(ratios):.3f} times as long as the best "
+            f"(geometric mean), at worst {max(ratios):.2f} times"
+        )
 
 
 def _tune(projection: Projection, output: Path) -> list[float]:
-    """How many times as long each number of tokens takes without a table."""
+    """How many times as long as the best each number of tokens takes without a table."""
     problem, shape = projection.problem, projection.layer.shape
     gpu = tuning.gpu_name()
     images = tuning.find_images(problem, tuning.space(problem))

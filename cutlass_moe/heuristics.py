@@ -1,4 +1,4 @@
-"""Which config serves a problem: a pure function, no measuring and no host sync."""
+"""Which config serves a call: from a table of what was measured, else an estimate. No GPU asked."""
 
 from __future__ import annotations
 

@@ -151,6 +151,7 @@ REFUSED = [
     ("other_config", ("build", "--problem", PROBLEM % 256, "--config", "{}"), 2, "gemm_sm90"),
     ("illegal", ("build", "--problem", PROBLEM % 3), 1, "multiples of 16 bytes"),
     ("tp_of_a_problem", ("build", "--problem", PROBLEM % 256, "--tp", "2"), 2, "either --model"),
+    ("tuning", ("build", "--problem", PROBLEM % 256, "--for-tuning"), 2, "either --model"),
     ("tp", ("build", "--model", "mixtral", "--tp", "3"), 2, "tp 3 does not divide inter 14336"),
     ("no_tp", ("build", "--model", "mixtral", "--tp", "0"), 2, "--tp"),
     ("ep", ("build", "--model", "mixtral", "--ep", "16"), 2, "ep 16 does not divide 8 experts"),

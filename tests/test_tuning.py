@@ -255,6 +255,8 @@ def test_tune_writes_a_table(root, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "2 configs; left out are 3 that may not be compiled here and 1" in result.output
     assert "at worst 512.00 times" in result.output
+    monkeypatch.setattr(cli, "estimate", lambda *_: ODD)  # whose image is missing
+    assert "Without a table" not in call("--model", "small", "--output", output).output
     (entries,) = {tuple(entries) for entries in tuned.read(output)["A GPU"].values()}
     assert [e.config for e in entries] == [NARROW] * 6 + [WIDE] * 10
     assert set(tuned.read(output)["A GPU"]) == {
