@@ -4,7 +4,7 @@ memory.
 A node knows its tensor, its load and its formula, and is called at two points of a tile, in the
 order of `problem.epilogue`:
 
-  load     before the last k-step is waited for, so that the last WGMMA hides the latency
+  load     some k-steps before the last, whose WGMMAs hide the latency
   apply    on the float32 values of slice `part` of the thread's m-th 64 rows; returns new ones
 
 A new node is a dataclass in `problem`, a class here and its entry in `NODES`; the templates know
@@ -243,6 +243,7 @@ class Epilogue:
         self, acc: cute.Tensor, expert: Int32, first_row: Int32, rows: Int32, first_column: Int32
     ):
         count = 4 * self.fragment.slice_blocks
+        missing = cute.arch.vote_ballot_sync(self.some_missing())
         for i in range_constexpr(self.fragment.m_blocks * self.slices):
             m, part = i // self.slices, i % self.slices
             values = cute.make_rmem_tensor((count,), Float32)
@@ -251,7 +252,8 @@ class Epilogue:
             for node in self.nodes:
                 values = node.apply(m, part, values, expert, first_column)
             if const_expr(self.problem.gather):
-                self.clear_missing(m, values)
+                if missing != 0:
+                    self.clear_missing(m, values)
             if self.lane == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
             cute.arch.sync_warp()  # the slice before has left shared memory
@@ -286,6 +288,12 @@ class Epilogue:
                 cute.arch.cp_async_bulk_commit_group()
         else:
             self.copy_out(first_row, rows, first_column)
+
+    def some_missing(self):
+        missing = self.tokens[0] < 0
+        for i in range(1, cute.size(self.tokens)):
+            missing = missing | (self.tokens[i] < 0)
+        return missing
 
     @cute.jit
     def clear_missing(self, m: cutlass.Constexpr, values: cute.Tensor):

@@ -17,6 +17,8 @@ from emitters.image import TENSOR_MAP_BYTES
 from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
 from emitters.tiles import TileScheduler
 
+LOAD_AHEAD = 2  # k-steps before the last, under which the epilogue's operands are loaded
+
 
 class GemmSm90:
     """out[r, :] = epilogue(x[index[r], :] @ weight[e(r)].T) for the rows r of all experts e.
@@ -304,6 +306,8 @@ class GemmSm90:
         if const_expr(two_level):
             sums = cute.make_rmem_tensor(shape, self.sum_type)
 
+        last = self.k_tiles - 1
+        steps = (0, max(last - LOAD_AHEAD, 0), last)  # the last one is apart
         state = pipeline.make_pipeline_state(PipelineUserType.Consumer, self.stages)
         j, turn = Int32(0), 1  # the CTA's unit, and how far it is to this consumer's next
         if const_expr(self.config.pingpong):
@@ -321,21 +325,23 @@ class GemmSm90:
             if const_expr(two_level):
                 sums.fill(0)
             mma.set(warpgroup.Field.ACCUMULATE, False)
-            for k_tile in cutlass.range(self.k_tiles - 1, unroll=1):
-                cute.arch.mbarrier_wait(full + state.index, state.phase)
-                self.issue(mma, acc, tCrA, tCrB, state.index, k_blocks)
-                if const_expr(two_level):
-                    warpgroup.wait_group(0)
-                    self.release(empty + state.index)
-                    self.promote(acc, sums)
-                    mma.set(warpgroup.Field.ACCUMULATE, False)
-                else:
-                    warpgroup.wait_group(1)
-                    if k_tile > 0:
-                        self.release(empty + behind.index)
-                        behind.advance()
-                state.advance()
-            self.epilogue.load(expert, column)
+            for part in range_constexpr(2):
+                for k_tile in cutlass.range(steps[part], steps[part + 1], unroll=1):
+                    cute.arch.mbarrier_wait(full + state.index, state.phase)
+                    self.issue(mma, acc, tCrA, tCrB, state.index, k_blocks)
+                    if const_expr(two_level):
+                        warpgroup.wait_group(0)
+                        self.release(empty + state.index)
+                        self.promote(acc, sums)
+                        mma.set(warpgroup.Field.ACCUMULATE, False)
+                    else:
+                        warpgroup.wait_group(1)
+                        if k_tile > 0:
+                            self.release(empty + behind.index)
+                            behind.advance()
+                    state.advance()
+                if const_expr(part == 0):
+                    self.epilogue.load(expert, column)
             cute.arch.mbarrier_wait(full + state.index, state.phase)
             self.issue(mma, acc, tCrA, tCrB, state.index, k_blocks)
             if const_expr(self.config.pingpong):
