@@ -243,7 +243,7 @@ class Epilogue:
         self, acc: cute.Tensor, expert: Int32, first_row: Int32, rows: Int32, first_column: Int32
     ):
         count = 4 * self.fragment.slice_blocks
-        missing = cute.arch.vote_ballot_sync(self.some_missing())
+        missing = self.some_missing()
         for i in range_constexpr(self.fragment.m_blocks * self.slices):
             m, part = i // self.slices, i % self.slices
             values = cute.make_rmem_tensor((count,), Float32)
@@ -252,8 +252,7 @@ class Epilogue:
             for node in self.nodes:
                 values = node.apply(m, part, values, expert, first_column)
             if const_expr(self.problem.gather):
-                if missing != 0:
-                    self.clear_missing(m, values)
+                self.clear_missing(m, missing, values)
             if self.lane == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
             cute.arch.sync_warp()  # the slice before has left shared memory
@@ -290,17 +289,19 @@ class Epilogue:
             self.copy_out(first_row, rows, first_column)
 
     def some_missing(self):
+        """Not zero where a row of the warp has no token."""
         missing = self.tokens[0] < 0
         for i in range(1, cute.size(self.tokens)):
             missing = missing | (self.tokens[i] < 0)
-        return missing
+        return cute.arch.vote_ballot_sync(missing)
 
     @cute.jit
-    def clear_missing(self, m: cutlass.Constexpr, values: cute.Tensor):
+    def clear_missing(self, m: cutlass.Constexpr, missing: Int32, values: cute.Tensor):
         """Rows of an index outside [0, T): not even the weights' NaNs are left."""
-        for i in range_constexpr(cute.size(values)):
-            if self.tokens[2 * m + i // 2 % 2] < 0:
-                values[i] = Float32(0.0)
+        if missing != 0:
+            for i in range_constexpr(cute.size(values)):
+                if self.tokens[2 * m + i // 2 % 2] < 0:
+                    values[i] = Float32(0.0)
 
     def chunk(self, row: Int32, chunk: Int32):
         """Where 16 bytes of a slice lie: the 128-byte swizzle of a 1024-byte aligned buffer."""

@@ -10,7 +10,14 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.experimental import primitives as prims
 from cutlass.pipeline import PipelineUserType
 
-from emitters.config import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, WARPGROUP, GemmSm90Config
+from emitters.config import (
+    K_TILE_BYTES,
+    SLICE_BYTES,
+    SLICE_ROWS,
+    WARPGROUP,
+    GemmSm90Config,
+    Schedule,
+)
 from emitters.epilogue import ELEMENT, Epilogue, tensor_map_address
 from emitters.gather import GatherIterator
 from emitters.image import TENSOR_MAP_BYTES
@@ -224,8 +231,8 @@ class GemmSm90:
                 cute.arch.cp_async_mbarrier_arrive_noinc(full + state.index)
                 state.advance()
             expert, column, shared = next_expert, next_column, next_shared
-        if warp == 1:
-            self.scheduler.finish()
+        if const_expr(self.config.schedule is Schedule.DYNAMIC):
+            self.scheduler.finish(warp)
 
     @cute.jit
     def weight_map(self, weight, expert: Int32):
