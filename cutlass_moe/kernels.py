@@ -120,6 +120,6 @@ def plan(
     per_expert = expected_rows or num_rows / experts
     config = forced or heuristics.choose(problem, num_tokens, per_expert)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    ctas = min(num_sms or sms, sms) * config.ctas_per_sm
+    clusters = max(1, min(num_sms or sms, sms) * config.ctas_per_sm // config.cluster)
     most_tiles = (num_rows // config.tile_m + min(experts, num_rows)) * config.n_tiles(problem)
-    return load(problem, config, device), min(ctas, most_tiles)
+    return load(problem, config, device), min(clusters, most_tiles) * config.cluster

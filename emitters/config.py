@@ -29,6 +29,7 @@ class Schedule(Name):
     """Who computes which tile."""
 
     STATIC = "static"  # CTA b takes tiles b, b + grid, b + 2 grid, ...
+    RUNS = "runs"  # CTA b takes one run of consecutive tiles
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ class GemmSm90Config:
     @property
     def threads(self) -> int:
         return WARPGROUP * (1 + self.consumers)
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_m * self.cluster_n
 
     @property
     def launch_registers(self) -> int:
@@ -136,11 +141,135 @@ class GemmSm90Config:
         return levels * 64 * self.tile_n // WARPGROUP
 
 
-Config = GemmSm90Config
+@dataclass(frozen=True)
+class GemmSwapSm90Config:
+    """The SM90 grouped GEMM for few rows an expert: weights are WGMMA's M operand, rows its N."""
+
+    tile_m: int = 8  # rows of the product, WGMMA's N
+    tile_n: int = 64  # columns, WGMMA's M
+    k_boxes: int = 1  # weight boxes of 128 bytes of K a stage
+    split_k: int = 1  # CTAs of a cluster that share a tile's K
+    schedule: Schedule = Schedule.STATIC
+    stages: int | None = None  # None: as many as shared memory holds, at most MAX_STAGES
+    ctas_per_sm: int = 1
+    template: ClassVar[str] = "gemm_swap_sm90"
+
+    MAX_STAGES: ClassVar[int] = 32
+    group_m: ClassVar[int] = 8  # M tiles that share each N tile's weights
+
+    def to_json(self) -> dict[str, Any]:
+        return {"template": self.template, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> GemmSwapSm90Config:
+        """Inverse of `to_json`. Raises ValueError on an unknown template, field or value."""
+        rest = dict(plain)
+        if rest.pop("template", None) != cls.template:
+            raise ValueError(
+                f"expected a config of {cls.template!r}, got {plain.get('template')!r}"
+            )
+        try:
+            return cls(schedule=Schedule(rest.pop("schedule")), **rest)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a {cls.template} config: {error}") from error
+
+    @property
+    def gather_threads(self) -> int:
+        """Of x: 16 bytes each of a row's 128."""
+        return min(WARPGROUP, self.tile_m * K_TILE_BYTES // 16)
+
+    @property
+    def threads(self) -> int:
+        """A consumer warpgroup, the gather's, a warp for the weights."""
+        return WARPGROUP + 32 + self.gather_threads
+
+    @property
+    def cluster(self) -> int:
+        return self.split_k
+
+    def k_tile(self, problem: GemmProblem) -> int:
+        """Elements of K in a weight box."""
+        return K_TILE_BYTES // problem.operand.bytes
+
+    def k_steps(self, problem: GemmProblem) -> int:
+        """Stages that K takes."""
+        return -(-problem.k // (self.k_tile(problem) * self.k_boxes))
+
+    def n_tiles(self, problem: GemmProblem) -> int:
+        return -(-problem.n // self.tile_n)
+
+    @property
+    def stage_bytes(self) -> int:
+        return (self.tile_m + self.tile_n) * K_TILE_BYTES * self.k_boxes
+
+    def table_entries(self, problem: GemmProblem) -> int:
+        """Experts in the scheduler's table: num_experts rounded up to the warp's 32 lanes."""
+        return -(-problem.num_experts // 32) * 32
+
+    def table_words(self, problem: GemmProblem) -> int:
+        """The scheduler's table: three int32 an expert, and the number of tiles."""
+        return 3 * self.table_entries(problem) + 4
+
+    @property
+    def part_rows(self) -> int:
+        """Rows of a tile that the epilogue stages at a time."""
+        return min(self.tile_m, 16)
+
+    def staging_pitch(self, problem: GemmProblem) -> int:
+        """Bytes from a staging row to the next: a warp's 16 columns, and 16 that keep banks apart."""
+        return 16 * problem.out.bytes + 16
+
+    def staging_bytes(self, problem: GemmProblem) -> int:
+        return 4 * self.part_rows * self.staging_pitch(problem)
+
+    @property
+    def partial_bytes(self) -> int:
+        """Sums of a tile that the other CTAs of a cluster send to its first."""
+        return (self.split_k - 1) * self.tile_m * self.tile_n * 4
+
+    def fixed_smem_bytes(self, problem: GemmProblem) -> int:
+        """Shared memory besides the stages: staging, sums, table, barriers, alignment."""
+        buffers = self.staging_bytes(problem) + self.partial_bytes
+        barriers = 16 * (self.MAX_STAGES + 1)
+        return buffers + 4 * self.table_words(problem) + barriers + _SMEM_RESERVED
+
+    @property
+    def smem_limit(self) -> int:
+        """Bytes of shared memory that a CTA may have."""
+        return _SMEM_PER_SM // self.ctas_per_sm - _SMEM_RESERVED
+
+    def pipeline_stages(self, problem: GemmProblem) -> int:
+        if self.stages is not None:
+            return self.stages
+        fit = (self.smem_limit - self.fixed_smem_bytes(problem)) // self.stage_bytes
+        return max(0, min(fit, self.MAX_STAGES))
+
+    def smem_bytes(self, problem: GemmProblem) -> int:
+        return self.fixed_smem_bytes(problem) + self.pipeline_stages(problem) * self.stage_bytes
+
+    @property
+    def registers(self) -> int:
+        """A thread's, in steps of 8."""
+        return min(_REGISTERS_PER_SM // (self.threads * self.ctas_per_sm) // 8 * 8, 248)
+
+    def accumulator_registers(self, problem: GemmProblem) -> int:
+        """Per consumer thread; two-level accumulation keeps a second accumulator."""
+        levels = 2 if problem.accumulation is Accumulation.TWO_LEVEL else 1
+        return levels * self.tile_m * self.tile_n // WARPGROUP
+
+
+Config = GemmSm90Config | GemmSwapSm90Config
+_CONFIGS: dict[str, type[GemmSm90Config] | type[GemmSwapSm90Config]] = {
+    c.template: c for c in (GemmSm90Config, GemmSwapSm90Config)
+}
 
 
 def config_from_json(plain: dict[str, Any]) -> Config:
-    return GemmSm90Config.from_json(plain)
+    """Raises ValueError on an unknown template, field or value."""
+    template = plain.get("template")
+    if template not in _CONFIGS:
+        raise ValueError(f"expected a config of one of {sorted(_CONFIGS)}, got {template!r}")
+    return _CONFIGS[template].from_json(plain)
 
 
 def why_illegal(
@@ -153,7 +282,11 @@ def why_illegal(
     """
     if arch not in ARCHS:
         return f"no template for {arch}: supported are {', '.join(ARCHS)}"
-    return _problem_reason(problem) or (_config_reason(problem, config) if config else None)
+    if config is None or _problem_reason(problem):
+        return _problem_reason(problem)
+    if isinstance(config, GemmSwapSm90Config):
+        return _swap_reason(problem, config) or _memory_reason(problem, config)
+    return _config_reason(problem, config)
 
 
 def _problem_reason(p: GemmProblem) -> str | None:
@@ -188,6 +321,39 @@ def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
         return f"cluster {c.cluster_m}x{c.cluster_n}: this template runs single CTAs"
     if c.group_m < 1:
         return f"group_m {c.group_m}: it must be positive"
+    reason = _memory_reason(p, c)
+    if reason:
+        return reason
+    needed = c.accumulator_registers(p) + 80  # addresses, scales, one store slice
+    if needed > c.consumer_registers:
+        return (
+            f"about {needed} registers a consumer thread ({c.accumulator_registers(p)} of them "
+            f"accumulators) where {c.consumer_registers} are to be had"
+        )
+    return None
+
+
+def _swap_reason(p: GemmProblem, c: GemmSwapSm90Config) -> str | None:
+    if c.tile_m != 8 and (c.tile_m % 16 or not 16 <= c.tile_m <= 128):
+        return f"tile_m {c.tile_m}: 8, or a multiple of 16 up to 128 (WGMMA's N)"
+    if c.tile_n not in (64, 128):
+        return f"tile_n {c.tile_n}: 64 or 128 (blocks of 64 columns, WGMMA's M)"
+    if c.k_boxes not in (1, 2, 4):
+        return f"k_boxes {c.k_boxes}: 1, 2 or 4"
+    if c.split_k not in (1, 2, 4, 8):
+        return f"split_k {c.split_k}: 1, 2, 4 or 8 CTAs of a cluster"
+    if c.split_k > c.k_steps(p):
+        return f"split_k {c.split_k}: K {p.k} has {c.k_steps(p)} steps to share"
+    needed = c.accumulator_registers(p) + 64  # addresses, scales, one part of the epilogue
+    if needed > c.registers:
+        return (
+            f"about {needed} registers a thread ({c.accumulator_registers(p)} of them "
+            f"accumulators) where {c.registers} are to be had"
+        )
+    return None
+
+
+def _memory_reason(p: GemmProblem, c: Config) -> str | None:
     if c.ctas_per_sm not in (1, 2):
         return f"ctas_per_sm {c.ctas_per_sm}: 1 or 2"
     stages = c.pipeline_stages(p)
@@ -196,10 +362,4 @@ def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
     smem = c.smem_bytes(p)
     if smem > c.smem_limit:
         return f"{smem} bytes of shared memory: {c.ctas_per_sm} CTAs an SM have {c.smem_limit} each"
-    needed = c.accumulator_registers(p) + 80  # addresses, scales, one store slice
-    if needed > c.consumer_registers:
-        return (
-            f"about {needed} registers a consumer thread ({c.accumulator_registers(p)} of them "
-            f"accumulators) where {c.consumer_registers} are to be had"
-        )
     return None

@@ -37,11 +37,12 @@ ELEMENT = {
     DType.FP16: cutlass.Float16,
     DType.FP32: cutlass.Float32,
 }
-_CHUNK = 16  # bytes of one global store
-_GMEM, _SMEM = cute.AddressSpace.gmem, cute.AddressSpace.smem
+CHUNK = 16  # bytes of one global store
+_FEW_CHANNELS = 8  # that a thread keeps of a bias from `load` on
+GMEM, SMEM = cute.AddressSpace.gmem, cute.AddressSpace.smem
 
 
-def _vector(
+def vector(
     pointer: cute.Pointer, element: type, count: int, space: cute.AddressSpace
 ) -> cute.Tensor:
     """count elements at an address that is aligned to all of them."""
@@ -66,69 +67,81 @@ class Fragment:
         self.slice_blocks = SLICE_BYTES // problem.out.bytes // 8
         self.n = problem.n
         self.has_n_tail = problem.n % config.tile_n != 0
+        self.token_count = 2  # how many rows' tokens a thread reads
+        self.channel_count = 2 * self.blocks  # columns of the tile that a thread holds
+        self.part_channels = 2 * self.slice_blocks  # and of a slice
 
+    def token_row(self, i: int):
+        """Row of the tile whose token a thread reads as its i-th."""
+        return self.row + 8 * i
 
-class PerTokenScaleNode:
-    def __init__(self, node: PerTokenScale, fragment: Fragment, scale: cute.Pointer):
-        self.scale = cute.make_tensor(scale, cute.make_layout(VECTOR))
-        self.values = cute.make_rmem_tensor((2,), Float32)
+    def by_row(self, values: cute.Tensor, part: int):
+        """values[token_count] -> for each register of a slice, its row's."""
+        return [values[i // 2 % 2] for i in range(4 * self.slice_blocks)]
 
-    @cute.jit
-    def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
-        for half in range_constexpr(2):
-            value = Float32(0.0)
-            if tokens[half] >= 0:
-                value = self.scale[tokens[half]]
-            self.values[half] = value
-
-    def apply(self, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
-        for i in range(cute.size(values)):
-            values[i] = values[i] * self.values[i // 2 % 2]
-        return values
-
-
-class _PerChannel:
-    """Loads [E, N] values of the thread's columns, two neighbours at a time."""
-
-    def __init__(self, fragment: Fragment, pointer: cute.Pointer):
-        self.fragment, self.pointer = fragment, pointer
+    def by_channel(self, values: cute.Tensor, part: int):
+        """values[channel_count] -> for each register of a slice, its column's."""
+        first = part * self.part_channels
+        return [values[first + i // 4 * 2 + i % 2] for i in range(4 * self.slice_blocks)]
 
     @cute.jit
-    def read(
+    def read_channels(
         self,
+        pointer: cute.Pointer,
         values: cute.Tensor,
-        first_block: cutlass.Constexpr,
+        first: cutlass.Constexpr,
         expert: Int32,
         first_column: Int32,
     ):
-        """values: registers of consecutive blocks, two each. Columns past N are not read."""
-        f = self.fragment
+        """[E, N] values of the thread's columns from its `first` on, two neighbours at a time.
+
+        Columns past N are not read.
+        """
         for block in range_constexpr(cute.size(values) // 2):
-            column = first_column + (first_block + block) * 8 + f.column
-            pair = cute.make_rmem_tensor((2,), self.pointer.dtype)
+            column = first_column + (first // 2 + block) * 8 + self.column
+            pair = cute.make_rmem_tensor((2,), pointer.dtype)
             pair.fill(0)
-            source = self.pointer + (expert * f.n + column)
-            if const_expr(f.has_n_tail):
-                if column < f.n:
-                    cute.autovec_copy(_vector(source, self.pointer.dtype, 2, _GMEM), pair)
+            source = pointer + (expert * self.n + column)
+            if const_expr(self.has_n_tail):
+                if column < self.n:
+                    cute.autovec_copy(vector(source, pointer.dtype, 2, GMEM), pair)
             else:
-                cute.autovec_copy(_vector(source, self.pointer.dtype, 2, _GMEM), pair)
+                cute.autovec_copy(vector(source, pointer.dtype, 2, GMEM), pair)
             values[2 * block] = pair[0]
             values[2 * block + 1] = pair[1]
 
 
-class ChannelScaleNode(_PerChannel):
-    def __init__(self, node: ChannelScale, fragment: Fragment, scale: cute.Pointer):
-        super().__init__(fragment, scale)
-        self.values = cute.make_rmem_tensor((2 * fragment.blocks,), Float32)
+class PerTokenScaleNode:
+    def __init__(self, node: PerTokenScale, fragment: Fragment, scale: cute.Pointer):
+        self.fragment = fragment
+        self.scale = cute.make_tensor(scale, cute.make_layout(VECTOR))
+        self.values = cute.make_rmem_tensor((fragment.token_count,), Float32)
 
+    @cute.jit
     def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
-        self.read(self.values, 0, expert, first_column)
+        for i in range_constexpr(self.fragment.token_count):
+            value = Float32(0.0)
+            if tokens[i] >= 0:
+                value = self.scale[tokens[i]]
+            self.values[i] = value
 
     def apply(self, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
-        first = part * 2 * self.fragment.slice_blocks
-        for i in range(cute.size(values)):
-            values[i] = values[i] * self.values[first + i // 4 * 2 + i % 2]
+        for i, scale in enumerate(self.fragment.by_row(self.values, part)):
+            values[i] = values[i] * scale
+        return values
+
+
+class ChannelScaleNode:
+    def __init__(self, node: ChannelScale, fragment: Fragment, scale: cute.Pointer):
+        self.fragment, self.scale = fragment, scale
+        self.values = cute.make_rmem_tensor((fragment.channel_count,), Float32)
+
+    def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
+        self.fragment.read_channels(self.scale, self.values, 0, expert, first_column)
+
+    def apply(self, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
+        for i, scale in enumerate(self.fragment.by_channel(self.values, part)):
+            values[i] = values[i] * scale
         return values
 
 
@@ -146,20 +159,26 @@ class ExpertScaleNode:
         return values
 
 
-class BiasNode(_PerChannel):
-    """Read slice by slice: registers do not hold a tile's bias beside its scales."""
+class BiasNode:
+    """Read slice by slice where registers do not hold a tile's bias beside its scales."""
 
     def __init__(self, node: Bias, fragment: Fragment, bias: cute.Pointer):
-        super().__init__(fragment, bias)
-        self.values = cute.make_rmem_tensor((2 * fragment.slice_blocks,), bias.dtype)
+        self.fragment, self.bias = fragment, bias
+        self.late = fragment.channel_count > _FEW_CHANNELS
+        count = fragment.part_channels if self.late else fragment.channel_count
+        self.values = cute.make_rmem_tensor((count,), bias.dtype)
 
     def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
-        pass
+        if not self.late:
+            self.fragment.read_channels(self.bias, self.values, 0, expert, first_column)
 
     def apply(self, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
-        self.read(self.values, part * self.fragment.slice_blocks, expert, first_column)
-        for i in range(cute.size(values)):
-            values[i] = values[i] + self.values[i // 4 * 2 + i % 2].to(Float32)
+        f = self.fragment
+        if self.late:
+            first = part * f.part_channels
+            f.read_channels(self.bias, self.values, first, expert, first_column)
+        for i, bias in enumerate(f.by_channel(self.values, 0 if self.late else part)):
+            values[i] = values[i] + bias.to(Float32)
         return values
 
 
@@ -190,37 +209,41 @@ class Epilogue:
         self.element = ELEMENT[problem.out]
         self.slice_columns = SLICE_BYTES // problem.out.bytes
         self.slices = config.tile_n // self.slice_columns
+        self.staging_bytes = 16 * SLICE_PITCH  # of a warp
+
+    def make_fragment(self, warp: Int32, lane: Int32):
+        return Fragment(self.problem, self.config, warp, lane)
 
     def attach(self, node_tensors, out, index, num_tokens, staging, warp, lane):
-        """staging: 16 * SLICE_PITCH bytes of shared memory for each consumer warp. warp: its number
+        """staging: staging_bytes of shared memory for each consumer warp. warp: its number
         among them."""
-        self.fragment = Fragment(self.problem, self.config, warp, lane)
+        self.fragment = self.make_fragment(warp, lane)
         self.nodes = [
             NODES[type(node)](node, self.fragment, tensor)
             for node, tensor in zip(self.problem.epilogue, node_tensors or (), strict=True)
         ]
         self.out, self.index, self.num_tokens, self.lane = out, index, num_tokens, lane
-        self.staging = staging + warp * (16 * SLICE_PITCH)
-        self.tokens = cute.make_rmem_tensor((2,), Int32)
+        self.staging = staging + warp * self.staging_bytes
+        self.tokens = cute.make_rmem_tensor((self.fragment.token_count,), Int32)
 
     @cute.jit
     def begin(self, first_row: Int32, rows: Int32):
-        """As a tile's main loop starts: asks for the tokens of the thread's two rows."""
-        for half in range_constexpr(2):
-            row = self.fragment.row + 8 * half
+        """As a tile's main loop starts: asks for the tokens of the thread's rows."""
+        for i in range_constexpr(self.fragment.token_count):
+            row = self.fragment.token_row(i)
             token = Int32(-1)
             if row < rows:
                 token = first_row + row
                 if const_expr(self.problem.gather):
                     token = cute.make_tensor(self.index, cute.make_layout(VECTOR))[first_row + row]
-            self.tokens[half] = token
+            self.tokens[i] = token
 
     @cute.jit
     def load(self, expert: Int32, first_column: Int32):
         tokens = self.tokens
-        for half in range_constexpr(2):
-            if tokens[half] >= self.num_tokens:
-                tokens[half] = Int32(-1)
+        for i in range_constexpr(self.fragment.token_count):
+            if tokens[i] >= self.num_tokens:
+                tokens[i] = Int32(-1)
         for node in self.nodes:
             node.load(self.tokens, expert, first_column)
 
@@ -236,19 +259,20 @@ class Epilogue:
             for node in self.nodes:
                 values = node.apply(part, values, expert, first_column)
             if const_expr(self.problem.gather):
-                self.clear_missing(values)
+                self.clear_missing(values, part)
             if const_expr(self.problem.out is DType.FP32):
                 self.stage_words(values)
             else:
                 self.stage_matrices(values)
             cute.arch.sync_warp()
-            self.copy_out(first_row, rows, first_column + part * self.slice_columns)
+            self.copy_out(part, first_row, rows, first_column)
 
     @cute.jit
-    def clear_missing(self, values: cute.Tensor):
+    def clear_missing(self, values: cute.Tensor, part: cutlass.Constexpr):
         """Rows of an index outside [0, T): not even the weights' NaNs are left."""
+        tokens = self.fragment.by_row(self.tokens, part)
         for i in range_constexpr(cute.size(values)):
-            if self.tokens[i // 2 % 2] < 0:
+            if tokens[i] < 0:
                 values[i] = Float32(0.0)
 
     @cute.jit
@@ -280,12 +304,13 @@ class Epilogue:
                     pair[c] = values[4 * block + 2 * half + c]
                 row = f.row - f.warp_row + 8 * half
                 target = self.staging + (row * SLICE_PITCH + (8 * block + f.column) * 4)
-                cute.autovec_copy(pair, _vector(target, Float32, 2, _SMEM))
+                cute.autovec_copy(pair, vector(target, Float32, 2, SMEM))
 
     @cute.jit
-    def copy_out(self, first_row: Int32, rows: Int32, first_column: Int32):
-        chunk = self.lane % (SLICE_BYTES // _CHUNK)
-        column = first_column + chunk * (_CHUNK // self.problem.out.bytes)
+    def copy_out(self, part: cutlass.Constexpr, first_row: Int32, rows: Int32, first_column: Int32):
+        chunk = self.lane % (SLICE_BYTES // CHUNK)
+        column = first_column + part * self.slice_columns
+        column += chunk * (CHUNK // self.problem.out.bytes)
         for i in range_constexpr(4):
             staged = self.lane // 8 + 4 * i
             row = self.fragment.warp_row + staged
@@ -293,8 +318,8 @@ class Epilogue:
             if const_expr(self.fragment.has_n_tail):
                 store = store and column < self.problem.n
             if store:
-                source = self.staging + (staged * SLICE_PITCH + chunk * _CHUNK)
+                source = self.staging + (staged * SLICE_PITCH + chunk * CHUNK)
                 words = cute.make_rmem_tensor((4,), Int32)
-                cute.autovec_copy(_vector(source, Int32, 4, _SMEM), words)
+                cute.autovec_copy(vector(source, Int32, 4, SMEM), words)
                 target = self.out + (Int64(first_row + row) * self.problem.n + column)
-                cute.autovec_copy(words, _vector(target, Int32, 4, _GMEM))
+                cute.autovec_copy(words, vector(target, Int32, 4, GMEM))

@@ -40,6 +40,10 @@ def build(one: Instruction, operands: Operands) -> Op | None:
         "cp.async.cg.shared.global": _copy_async,
         "cp.async.mbarrier.arrive.noinc.shared.b64": _arrive_noinc,
         "stmatrix.sync.aligned.m8n8.x4.shared.b16": _store_matrices,
+        "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16": _store_matrices,
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16": _store_matrices,
+        "prefetch.global.L2": _prefetch,
+        "prefetch.tensormap": _prefetch,
         "fence.proxy.tensormap::generic.acquire.sys": _acquire_tensor_map,
     }
     return others[one.opcode](one, operands) if one.opcode in others else None
@@ -244,15 +248,26 @@ def decode_tensor_map(f: Any, address: int) -> TensorMap:
 
 
 def _store_matrices(one: Instruction, operands: Operands) -> Op:
-    """Four 8x8 matrices of 16 bits; lane i gives the address of row i % 8 of matrix i // 8."""
+    """8x8 matrices of 16 bits; lane i gives the address of row i % 8 of matrix i // 8."""
     address = operands.address(one.operands[0])
     sources = [operands.source(name, U32) for name in braced(one.operands[1])]
-    if len(sources) != 4:
-        raise ValueError(f"{one.where()}: 4 registers expected")
+    count = 2 if ".x2." in one.opcode else 4
+    if len(sources) != count:
+        raise ValueError(f"{one.where()}: {count} registers expected")
 
     def store(f: Any) -> None:
         # register m of lane 4 * row + pair holds columns 2 * pair and 2 * pair + 1 of matrix m
-        words = np.stack([s(f) for s in sources]).reshape(32, 4)
-        f.warp.cta.shared.write(f.threads, address(f), words.view(np.uint8))
+        words = np.ascontiguousarray(np.stack([s(f) for s in sources]))
+        matrices = words.view(np.uint16).reshape(count, 8, 8)
+        if ".trans." in one.opcode:
+            matrices = matrices.transpose(0, 2, 1)
+        rows = np.ascontiguousarray(matrices).reshape(count * 8, 8).view(np.uint8)
+        f.warp.cta.shared.write(f.threads[: count * 8], address(f)[: count * 8], rows)
 
     return store
+
+
+def _prefetch(one: Instruction, operands: Operands) -> Op:
+    """Changes no data. Its address may be anywhere, as a GPU takes it."""
+    operands.source(one.operands[0].strip("[]"), U64)
+    return lambda f: None
