@@ -77,6 +77,13 @@ class Kernel:
         self._config.blockDimY = self._config.blockDimZ = 1
         self._config.sharedMemBytes = self.record.smem_bytes
         self._config.gridDimX = 0
+        if self.record.cluster != (1, 1, 1):
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            dimensions = attribute.value.clusterDim
+            dimensions.x, dimensions.y, dimensions.z = self.record.cluster
+            self._config.attrs = [attribute]
+            self._config.numAttrs = 1
 
     def _check_params(self, params: tuple[Param, ...]) -> None:
         for i, param in enumerate(params):

@@ -47,6 +47,7 @@ class GemmSm90Config:
     template: ClassVar[str] = "gemm_sm90"
 
     MAX_STAGES: ClassVar[int] = 8
+    l2_promotion: ClassVar[int] = 256  # bytes that a read of weights brings into L2
 
     def to_json(self) -> dict[str, Any]:
         return {"template": self.template, **asdict(self)}
@@ -152,10 +153,12 @@ class GemmSwapSm90Config:
     schedule: Schedule = Schedule.STATIC
     stages: int | None = None  # None: as many as shared memory holds, at most MAX_STAGES
     ctas_per_sm: int = 1
+    evict_first: bool = False  # weights leave L2 before what was there
     template: ClassVar[str] = "gemm_swap_sm90"
 
     MAX_STAGES: ClassVar[int] = 32
     group_m: ClassVar[int] = 8  # M tiles that share each N tile's weights
+    l2_promotion: ClassVar[int] = 128  # bytes that a read of weights brings into L2
 
     def to_json(self) -> dict[str, Any]:
         return {"template": self.template, **asdict(self)}
@@ -216,7 +219,7 @@ class GemmSwapSm90Config:
         return min(self.tile_m, 16)
 
     def staging_pitch(self, problem: GemmProblem) -> int:
-        """Bytes from a staging row to the next: a warp's 16 columns, and 16 that keep banks apart."""
+        """Bytes between staging rows: a warp's 16 columns, and 16 that keep banks apart."""
         return 16 * problem.out.bytes + 16
 
     def staging_bytes(self, problem: GemmProblem) -> int:

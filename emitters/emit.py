@@ -48,7 +48,9 @@ def _emit(
         raise ValueError(reason)
     cubin, ptx = _compile(problem, config, arch, more_options)
     facts = read_cubin(cubin)
-    box = TensorMapBox("weight", config.k_tile(problem), config.tile_n, K_TILE_BYTES, 256)
+    box = TensorMapBox(
+        "weight", config.k_tile(problem), config.tile_n, K_TILE_BYTES, config.l2_promotion
+    )
     record = LaunchRecord(
         symbol=facts.symbol,
         params=_params(problem, facts),

@@ -71,7 +71,7 @@ class SwapFragment:
         expert: Int32,
         first_column: Int32,
     ):
-        """[E, N] values of the thread's columns from its `first` on. Columns past N are not read."""
+        """[E, N] values of the thread's columns from its `first` on; past N none are read."""
         table = cute.make_tensor(pointer, cute.make_layout(1 << 30))
         for i in range_constexpr(cute.size(values)):
             block, half = (first + i) // 2, (first + i) % 2
@@ -175,7 +175,7 @@ class GemmSwapSm90:
         self.weight_bytes = config.tile_n * K_TILE_BYTES
         self.scheduler = TileScheduler(problem, config)
         self.gather = GatherIterator(problem, config)
-        self.weights = WeightBoxes(problem)
+        self.weights = WeightBoxes(problem, config.evict_first)
         self.epilogue = SwapEpilogue(problem, config)
 
     @cute.jit
@@ -295,9 +295,8 @@ class GemmSwapSm90:
         at = Int64(block * self.config.threads + thread) * _LINE
         if at < Int64(num_tokens) * (self.problem.k * self.problem.operand.bytes):
             prims.prefetch_l2((x + at).to_llvm_ptr())
-        if const_expr(self.problem.gather):
-            if at < Int64(num_rows) * 4:
-                prims.prefetch_l2((cute.recast_ptr(index, dtype=Uint8) + at).to_llvm_ptr())
+        if const_expr(self.problem.gather) and at < Int64(num_rows) * 4:
+            prims.prefetch_l2((cute.recast_ptr(index, dtype=Uint8) + at).to_llvm_ptr())
 
     @cute.jit
     def tiles(self):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import cutlass.cute as cute
-from cutlass import Int32, Uint8, const_expr
+from cutlass import Int32, Int64, Uint8, const_expr
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import cute_nvgpu
 from cutlass.cutlass_dsl import dsl_user_op
@@ -11,6 +11,8 @@ from cutlass.experimental import primitives as prims
 
 from emitters.image import TENSOR_MAP_BYTES
 from emitters.problem import GemmProblem, WeightStorage
+
+_EVICT_FIRST = 0x12F0000000000000  # the L2 policy that createpolicy makes of evict_first
 
 
 @dsl_user_op
@@ -24,8 +26,9 @@ def _tensor_map_address(atom, *, loc=None, ip=None):
 class WeightBoxes:
     """Finds an expert's tensor map and issues the copies of its boxes."""
 
-    def __init__(self, problem: GemmProblem):
+    def __init__(self, problem: GemmProblem, evict_first: bool):
         self.stacked = problem.weights is WeightStorage.STACKED
+        self.evict_first = evict_first
 
     def attach(self, weight):
         """weight: a TMA atom, or the pointer to a table of tensor maps."""
@@ -61,4 +64,5 @@ class WeightBoxes:
             [k, column, expert],
             barrier.to_llvm_ptr(),
             [],
+            l2_cache_hint=Int64(_EVICT_FIRST) if self.evict_first else None,
         )

@@ -18,7 +18,7 @@ _ACCESS = re.compile(r"(ld|st)\.(global|shared|param)(?:\.v([24]))?\.([bus](?:16
 _KINDS = {"16": U16, "32": U32, "64": U64}
 _BULK = re.compile(
     r"cp\.async\.bulk\.tensor\.([1-5])d\.shared::cluster\.global\.tile"
-    r"\.mbarrier::complete_tx::bytes$"
+    r"\.mbarrier::complete_tx::bytes(?:\.L2::cache_hint)?$"
 )
 _CVTA = {"cvta.shared.u64": SHARED_WINDOW, "cvta.param.u64": PARAM_WINDOW}
 _TO_SHARED = ("cvta.to.shared.u64", "cvta.to.shared::cluster.u64")
