@@ -17,8 +17,6 @@ from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
 from emitters.tiles import TileScheduler
 from emitters.weights import WeightBoxes
 
-_LINE = 128  # bytes of a line of L2
-
 
 class SwapFragment:
     """Which part of a tile a consumer thread's accumulator holds, WGMMA's M being columns.
@@ -267,7 +265,6 @@ class GemmSwapSm90:
                     cute.arch.mbarrier_init(sums, 1)
                     cute.arch.mbarrier_init(sums + 1, 4)
             cute.arch.mbarrier_init_fence()
-        self.prefetch(x, index, num_tokens, num_rows, thread)
         if const_expr(split > 1):
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
@@ -286,17 +283,6 @@ class GemmSwapSm90:
         if const_expr(split > 1):  # others may still write to this CTA's shared memory
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
-
-    @cute.jit
-    def prefetch(self, x, index, num_tokens, num_rows, thread):
-        """Brings x and index into L2 while the offsets, which say what of them is needed, are on
-        their way."""
-        block, _, _ = cute.arch.block_idx()
-        at = Int64(block * self.config.threads + thread) * _LINE
-        if at < Int64(num_tokens) * (self.problem.k * self.problem.operand.bytes):
-            prims.prefetch_l2((x + at).to_llvm_ptr())
-        if const_expr(self.problem.gather) and at < Int64(num_rows) * 4:
-            prims.prefetch_l2((cute.recast_ptr(index, dtype=Uint8) + at).to_llvm_ptr())
 
     @cute.jit
     def tiles(self):

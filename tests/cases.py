@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.heuristics import candidates, choose
-from emitters.config import Config, GemmSm90Config, why_illegal
+from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config, why_illegal
 from emitters.problem import (
     ACCUMULATIONS,
     Accumulation,
@@ -215,9 +215,17 @@ EVERY_LEGAL = ("n_264", "n_264_two_level")
 
 def legal_configs(problem: GemmProblem) -> list[Config]:
     every = itertools.product((64, 128, 192), (64, 128, 192, 256), (1, 2), (1, 3))
-    configs = [
+    configs: list[Config] = [
         GemmSm90Config(tile_m=m, tile_n=n, ctas_per_sm=ctas, group_m=group_m)
         for m, n, ctas, group_m in every
+    ]
+    configs += [
+        GemmSwapSm90Config(tile_m=m, tile_n=n, ctas_per_sm=ctas)
+        for m, n, ctas in itertools.product((8, 16, 48, 96, 128), (64, 128), (1, 2))
+    ]
+    configs += [
+        GemmSwapSm90Config(tile_m=16, k_boxes=boxes, split_k=split, evict_first=boxes == 2)
+        for boxes, split in itertools.product((1, 2, 4), (1, 2, 4, 8))
     ]
     return [config for config in configs if why_illegal(problem, config) is None]
 

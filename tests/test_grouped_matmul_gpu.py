@@ -59,7 +59,7 @@ def test_offsets_beyond_31_bits(case: Case) -> None:
 def _config_id(value: object) -> str:
     if not isinstance(value, Config):
         return str(value)
-    return f"{value.tile_m}x{value.tile_n}-{value.ctas_per_sm}-{value.group_m}"
+    return "-".join(str(field) for field in value.to_json().values())
 
 
 @pytest.mark.parametrize("num_sms", [None, 3], ids=["all_sms", "3_sms"])

@@ -42,7 +42,6 @@ def build(one: Instruction, operands: Operands) -> Op | None:
         "stmatrix.sync.aligned.m8n8.x4.shared.b16": _store_matrices,
         "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16": _store_matrices,
         "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16": _store_matrices,
-        "prefetch.global.L2": _prefetch,
         "prefetch.tensormap": _prefetch,
         "fence.proxy.tensormap::generic.acquire.sys": _acquire_tensor_map,
     }
@@ -268,6 +267,6 @@ def _store_matrices(one: Instruction, operands: Operands) -> Op:
 
 
 def _prefetch(one: Instruction, operands: Operands) -> Op:
-    """Changes no data. Its address may be anywhere, as a GPU takes it."""
+    """Changes no data."""
     operands.source(one.operands[0].strip("[]"), U64)
     return lambda f: None
