@@ -4,35 +4,58 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from emitters.config import Config, GemmSm90Config, why_illegal
+from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config, why_illegal
 from emitters.problem import GemmProblem
 
 # Measured on an H200 (perf/NOTES.md).
 _SMS = 132
-_FEW_ROWS = 32  # an expert: 64-row tiles, two CTAs an SM: the weights' bytes are the cost
+_SWAP_ROWS = ((4, 8), (10, 16), (20, 32), (40, 48))  # at most so many an expert: tiles of so many
 _SOME_ROWS = 128  # an expert: one 128-row tile holds it, and more CTAs than wide tiles would give
+_EVICT_FIRST_BYTES = 300e6  # of active weights: more of them would only evict one another
 
 
-def _first_legal(problem: GemmProblem, *configs: GemmSm90Config) -> Config | None:
-    return next((c for c in configs if why_illegal(problem, c) is None), None)
+def _first_legal(problem: GemmProblem, *configs: Config) -> tuple[Config, ...]:
+    """The first of them that can be built, or nothing."""
+    return tuple(c for c in configs if why_illegal(problem, c) is None)[:1]
+
+
+@lru_cache(maxsize=4096)
+def _swap(problem: GemmProblem, tile_m: int, evict_first: bool) -> tuple[Config, ...]:
+    """Two CTAs an SM, with about 128 kB of weights on their way: more delay the rows of x."""
+    narrow = GemmSwapSm90Config(
+        tile_m, 64, k_boxes=2, stages=4, ctas_per_sm=2, evict_first=evict_first
+    )
+    wide = GemmSwapSm90Config(
+        tile_m, 128, k_boxes=2, stages=2, ctas_per_sm=2, evict_first=evict_first
+    )
+    return _first_legal(problem, *((narrow,) if tile_m == 8 else (wide, narrow)))
 
 
 @lru_cache(maxsize=1024)
-def _families(problem: GemmProblem) -> tuple[Config, ...]:
-    """For less than a tile an SM, few, some and many rows an expert; () where nothing is legal."""
-    found = (
-        _first_legal(problem, *(GemmSm90Config(64, n) for n in (128, 64))),
-        _first_legal(problem, *(GemmSm90Config(64, n, ctas_per_sm=2) for n in (128, 64))),
+def _one_wave(problem: GemmProblem) -> tuple[tuple[Config, ...], tuple[Config, ...]]:
+    """For tiles that fill at most a quarter, and half, of the SMs."""
+    shared = GemmSwapSm90Config(
+        8, 64, k_boxes=2, split_k=4, stages=4, ctas_per_sm=2, evict_first=True
+    )
+    alone = GemmSwapSm90Config(8, 64, k_boxes=4, stages=4, evict_first=True)
+    return _first_legal(problem, shared, alone), _first_legal(problem, alone)
+
+
+@lru_cache(maxsize=1024)
+def _many_rows(problem: GemmProblem) -> tuple[tuple[Config, ...], tuple[Config, ...]]:
+    """For up to _SOME_ROWS rows an expert, and more."""
+    return (
         _first_legal(problem, *(GemmSm90Config(128, n) for n in (128, 64))),
         _first_legal(problem, *(GemmSm90Config(128, n) for n in (256, 128, 64))),
     )
-    legal = [config for config in found if config is not None]
-    return tuple(config or legal[-1] for config in found) if legal else ()
 
 
 def candidates(problem: GemmProblem) -> tuple[Config, ...]:
     """Every config that `choose` may return for this problem: what a build compiles."""
-    return tuple(dict.fromkeys(_families(problem)))
+    found = [*_one_wave(problem), _swap(problem, 8, True), _swap(problem, 8, False)]
+    every = _weight_bytes(problem, problem.num_experts)
+    found += [_swap(problem, m, every <= _EVICT_FIRST_BYTES) for _, m in _SWAP_ROWS[1:]]
+    return tuple(dict.fromkeys(c for family in (*found, *_many_rows(problem)) for c in family))
 
 
 def choose(problem: GemmProblem, num_tokens: int, rows_per_expert: float) -> Config:
@@ -40,11 +63,28 @@ def choose(problem: GemmProblem, num_tokens: int, rows_per_expert: float) -> Con
 
     Raises ValueError, with the reason, where the problem has no legal config.
     """
-    families = _families(problem)
-    if not families:
-        raise ValueError(why_illegal(problem) or f"no config of the SM90 template fits {problem}")
-    lone, few, some, many = families
-    if rows_per_expert > _FEW_ROWS:
+    family = _family(problem, rows_per_expert) or candidates(problem)[-1:]
+    if not family:
+        raise ValueError(why_illegal(problem) or f"no config of any template fits {problem}")
+    return family[0]
+
+
+def _family(problem: GemmProblem, rows_per_expert: float) -> tuple[Config, ...]:
+    some, many = _many_rows(problem)
+    if rows_per_expert > _SWAP_ROWS[-1][0]:
         return some if rows_per_expert <= _SOME_ROWS else many
-    experts = min(problem.num_experts, rows_per_expert * problem.num_experts)
-    return lone if experts * lone.n_tiles(problem) <= _SMS else few
+    tile_m = next(m for rows, m in _SWAP_ROWS if rows_per_expert <= rows)
+    experts = problem.num_experts
+    if tile_m > 8:
+        return _swap(problem, tile_m, _weight_bytes(problem, experts) <= _EVICT_FIRST_BYTES)
+    rows = rows_per_expert * experts
+    tiles = min(experts, rows) * -(-problem.n // 64)
+    quarter, half = _one_wave(problem)
+    if tiles <= _SMS / 2:
+        return quarter if tiles <= _SMS / 4 else half
+    active = experts * (1 - (1 - 1 / experts) ** rows)  # of a balanced routing
+    return _swap(problem, 8, _weight_bytes(problem, active) <= _EVICT_FIRST_BYTES)
+
+
+def _weight_bytes(problem: GemmProblem, experts: float) -> float:
+    return experts * problem.n * problem.k * problem.operand.bytes

@@ -29,7 +29,6 @@ class Schedule(Name):
     """Who computes which tile."""
 
     STATIC = "static"  # CTA b takes tiles b, b + grid, b + 2 grid, ...
-    RUNS = "runs"  # CTA b takes one run of consecutive tiles
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,6 @@ class GemmSwapSm90Config:
     tile_n: int = 64  # columns, WGMMA's M
     k_boxes: int = 1  # weight boxes of 128 bytes of K a stage
     split_k: int = 1  # CTAs of a cluster that share a tile's K
-    schedule: Schedule = Schedule.STATIC
     stages: int | None = None  # None: as many as shared memory holds, at most MAX_STAGES
     ctas_per_sm: int = 1
     evict_first: bool = False  # weights leave L2 before what was there
@@ -172,8 +170,8 @@ class GemmSwapSm90Config:
                 f"expected a config of {cls.template!r}, got {plain.get('template')!r}"
             )
         try:
-            return cls(schedule=Schedule(rest.pop("schedule")), **rest)
-        except (KeyError, TypeError) as error:
+            return cls(**rest)
+        except TypeError as error:
             raise ValueError(f"not a {cls.template} config: {error}") from error
 
     @property

@@ -10,7 +10,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.experimental import primitives as prims
 from cutlass.pipeline import PipelineUserType
 
-from emitters.config import K_TILE_BYTES, WARPGROUP, GemmSwapSm90Config, Schedule
+from emitters.config import K_TILE_BYTES, WARPGROUP, GemmSwapSm90Config
 from emitters.epilogue import CHUNK, ELEMENT, GMEM, SMEM, Epilogue, vector
 from emitters.gather import GatherIterator
 from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
@@ -284,23 +284,12 @@ class GemmSwapSm90:
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
-    @cute.jit
     def tiles(self):
         """-> first tile, end and step of this CTA's or cluster's."""
         split = self.config.split_k
         block, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
-        worker, workers = block // split, grid // split
-        total = self.scheduler.total[0]
-        first, end, step = worker, total, workers
-        if const_expr(self.config.schedule is Schedule.RUNS):
-            share, rest = total // workers, total % workers
-            first = worker * share + cutlass.min(worker, rest)
-            end = first + share
-            if worker < rest:
-                end += 1
-            step = Int32(1)
-        return first, end, step
+        return block // split, self.scheduler.total[0], grid // split
 
     def k_range(self):
         """First and last + 1 of the stages of K that this CTA takes."""
