@@ -211,6 +211,9 @@ EVERY_CANDIDATE = (
 )
 # Run with every legal config.
 EVERY_LEGAL = ("n_264", "n_264_two_level")
+# Run with CTAs that share a tile's K.
+SPLIT = ("k_7168", "k_7168_two_level", "k_2064")
+SPLIT_CONFIGS = tuple(GemmSwapSm90Config(tile_m=16, split_k=split) for split in (2, 4, 8))
 
 
 def legal_configs(problem: GemmProblem) -> list[Config]:
@@ -224,8 +227,7 @@ def legal_configs(problem: GemmProblem) -> list[Config]:
         for m, n, ctas in itertools.product((8, 16, 48, 96, 128), (64, 128), (1, 2))
     ]
     configs += [
-        GemmSwapSm90Config(tile_m=16, k_boxes=boxes, split_k=split, evict_first=boxes == 2)
-        for boxes, split in itertools.product((1, 2, 4), (1, 2, 4, 8))
+        GemmSwapSm90Config(tile_m=16, k_boxes=boxes, evict_first=boxes == 2) for boxes in (1, 2, 4)
     ]
     return [config for config in configs if why_illegal(problem, config) is None]
 
@@ -238,7 +240,7 @@ def config_cases() -> list[tuple[str, Config]]:
     pairs += [
         (name, config) for name in EVERY_LEGAL for config in legal_configs(CASES[name].problem)
     ]
-    return pairs
+    return pairs + list(itertools.product(SPLIT, SPLIT_CONFIGS))
 
 
 def images() -> set[tuple[GemmProblem, Config]]:
