@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emitters.config import Schedule
 from emitters.problem import (
     ACCUMULATIONS,
     Accumulation,
@@ -33,6 +34,7 @@ _ACCUMULATIONS = {
     for dtype, operand in DTYPES.items()
     if operand in ACCUMULATIONS
 }
+_SCHEDULES = tuple(map(str, Schedule))
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _FLOAT32, _INT32 = (torch.float32,), (torch.int32,)
 
@@ -54,14 +56,23 @@ class Operands(NamedTuple):
         return self.x.shape[0] if self.index is None else self.index.shape[0]
 
 
-def check(
-    operands: Operands, out_dtype: torch.dtype | None, accumulation: str | None, num_sms: int | None
-) -> torch.dtype:
+class Options(NamedTuple):
+    """What a call may ask for besides its tensors, in the order of the op's schema."""
+
+    out_dtype: torch.dtype | None = None
+    accumulation: str | None = None
+    expected_rows: int | None = None
+    num_sms: int | None = None
+    schedule: str | None = None
+
+
+def check(operands: Operands, options: Options) -> torch.dtype:
     """The dtype of the product. Extents may be symbolic.
 
     Raises ValueError or TypeError, with what was expected and what came, for malformed arguments.
     """
     x, weight, index, offsets, per_token_scale, scale, bias = operands
+    out_dtype, accumulation, _, num_sms, schedule = options
     device = x.get_device()
     allowed = _ACCUMULATIONS.get(x.dtype)
     if allowed is None:
@@ -90,6 +101,8 @@ def check(
         raise ValueError(f"{missing}: {x.dtype} operands need per_token_scale and scale, got None")
     if num_sms is not None and num_sms < 1:
         raise ValueError(f"num_sms: expected a positive number, got {num_sms}")
+    if schedule is not None and schedule not in _SCHEDULES:
+        raise ValueError(f"schedule: expected one of {', '.join(_SCHEDULES)}, got {schedule!r}")
     if accumulation is not None and accumulation not in allowed:
         raise ValueError(
             f"accumulation: expected {' or '.join(allowed)} for {x.dtype}, got {accumulation!r}"

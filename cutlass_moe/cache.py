@@ -1,65 +1,68 @@
-"""Where kernel images wait between processes: directories of cubins and launch records.
+"""Where kernel images wait between processes: roots, searched in order, of which one is written to.
 
-A root holds <root>/<arch>/<key>/{kernel.cubin, launch.json}, and <root>/.work: locks, half-written
-and damaged entries. Nothing here knows what a kernel computes.
+A directory holds <arch>/<key>/{kernel.cubin, launch.json}, and in .work locks, half-written and
+damaged images, and images of other builds. Nothing here knows what a kernel computes.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
-import json
 import os
 import secrets
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
-from emitters.image import Image, LaunchRecord
+from cutlass_moe.archive import SUFFIX, Archive
+from cutlass_moe.roots import (
+    CUBIN,
+    RECORD,
+    DamagedImage,
+    Directory,
+    Entry,
+    Root,
+    files_of,
+    read_image,
+    sync_directory,
+)
+from emitters.image import Image
 
-CUBIN = "kernel.cubin"
-RECORD = "launch.json"
 WORK = ".work"
 LOCK_SECONDS = 300.0  # longer than any build: beyond it, the holder of a lock hangs
+GAP_SECONDS = 0.05  # longer than an image is out of sight while another build takes its place
+SCRAP_SECONDS = 86_400.0  # what is older in .work was left by a process that was killed
+ENTRY_POINTS = "cutlass_moe.kernels"
 
 
 class MissingImage(LookupError):
     """An image is in no root, and may not be built here."""
 
 
-class DamagedImage(ValueError):
-    """An entry of a root is incomplete or is not what was written."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One image on disk."""
-
-    root: Path
-    arch: str
-    key: str
-    record: LaunchRecord
-
-
 class Cache:
-    """Images by (arch, key): a dictionary in memory before one or more directories.
+    """Images by (arch, key): a dictionary in memory before one or more roots.
 
-    Roots are searched in order. All but the last are only read; the last one is written to where
-    the file system allows it. A read-only root serves every build of this image ABI; a root that
-    can be written serves exactly the build asked for and replaces others. Threads and processes may
-    share roots freely.
+    A root is a directory or an archive. Roots are searched in order. All but the last are only
+    read; the last one is written to where it is a directory and the file system allows it. A
+    read-only root serves every build of this image ABI. The one that is written to serves exactly
+    the build asked for: it may keep several, of which the last asked for is the one that readers
+    see who take any. Threads and processes may share roots freely.
+
+    All methods that read raise UntrustedRoot where others could have written what they read.
     """
 
     def __init__(self, roots: Sequence[str | os.PathLike[str]]) -> None:
         if isinstance(roots, (str, os.PathLike)) or not roots:
             raise ValueError(f"expected a list of one or more directories, got {roots!r}")
-        self.roots = tuple(Path(root).expanduser().absolute() for root in roots)
+        self._roots = tuple(open_root(root) for root in roots)
+        self.roots = tuple(root.path for root in self._roots)
         self._memory: dict[tuple[str, str, str | None], Image] = {}
 
     @property
@@ -71,7 +74,7 @@ class Cache:
     def writable(self) -> bool:
         """Whether this process may create or change files in `root`."""
         existing = next(p for p in (self.root, *self.root.parents) if os.path.exists(p))
-        return os.access(existing, os.W_OK)
+        return isinstance(self._roots[-1], Directory) and os.access(existing, os.W_OK)
 
     def load(self, arch: str, key: str, build: str | None = None) -> Image | None:
         """The image, or None; waits for a process that is building it.
@@ -80,8 +83,10 @@ class Cache:
         """
         image = self._find(arch, key, build)
         if image is None and os.path.exists(self._lock_path(arch, key)):
+            if not self.writable:
+                time.sleep(GAP_SECONDS)
             with self._locked(arch, key):  # it may be being built, or replaced
-                image = self._find(arch, key, build)
+                image = self._find(arch, key, build) or self._bring_back(arch, key, build)
         return image
 
     def load_or_build(
@@ -97,90 +102,156 @@ class Cache:
             return image
         with self._locked(arch, key):
             image = self._find(arch, key, build_identity)  # built while we waited?
+            image = image or self._bring_back(arch, key, build_identity)
             if image is None:
                 image = build()
                 got = (image.record.arch, image.record.build)
                 if got != (arch, build_identity):
                     raise ValueError(f"expected an image of {(arch, build_identity)}, got {got}")
-                try:
-                    self._write(arch, key, image)
-                except OSError as error:
-                    warnings.warn(
-                        f"image {key} stays in memory: {error}", RuntimeWarning, stacklevel=2
-                    )
+                self._try_to_write(arch, key, image)
                 self._memory[arch, key, build_identity] = image
         return image
 
     def store(self, arch: str, key: str, image: Image) -> None:
-        """Writes an image into the writable root, in place of what is there. Raises OSError."""
+        """Writes an image into the writable root, in place of one of its build. Raises OSError."""
         with self._locked(arch, key):
             self._write(arch, key, image)
 
     def entries(self) -> Iterator[Entry]:
         """Every sound image of every root."""
-        for root in self.roots:
-            for path in sorted(root.glob(f"[!.]*/*/{RECORD}")):
-                arch, key = path.parts[-3:-1]
-                image = _read_or_warn(root, arch, key)
-                if image is not None:
-                    yield Entry(root, arch, key, image.record)
+        for root in self._roots:
+            yield from _entries(root)
+
+    def prune(self, unwanted: Callable[[Entry], bool], dry_run: bool = False) -> list[Entry]:
+        """Removes unwanted images, and scraps, from the writable root; returns those images.
+
+        Among them are images of builds that others have taken the place of. dry_run: only tells.
+        Raises OSError.
+        """
+        self._require_directory()
+        homes = [Directory(self.root), *self._other_builds()]
+        found = [entry for home in homes for entry in _entries(home) if unwanted(entry)]
+        if dry_run:
+            return found
+        self._memory.clear()
+        for entry in found:
+            with self._locked(entry.arch, entry.key):
+                self._remove(entry.root / entry.arch / entry.key)
+        for arch, key in {name for home in homes[1:] for name in home.names()}:
+            with self._locked(arch, key):
+                if not (self.root / arch / key).exists():
+                    self._bring_back(arch, key, None)
+        self._remove_scraps()
+        return found
 
     def clear(self) -> int:
         """Forgets what is in memory, empties the writable root and returns how many it had."""
+        self._require_directory()
         self._memory.clear()
-        files = [path for name in (CUBIN, RECORD) for path in self.root.glob(f"[!.]*/*/{name}")]
-        entries = {path.parent for path in files}
-        for entry in entries:
-            self._set_aside(entry, "old")
+        names = Directory(self.root).names()
+        for arch, key in names:
+            self._remove(self.root / arch / key)
         if (self.root / WORK).exists():
             shutil.rmtree(self.root / WORK)
-        return len(entries)
+        return len(names)
 
     def _find(self, arch: str, key: str, build: str | None) -> Image | None:
         image = self._memory.get((arch, key, build))
         if image is not None:
             return image
-        exact = self.root if build is not None and self.writable else None
-        for root in self.roots:
+        exact = self._roots[-1] if build is not None and self.writable else None
+        for root in self._roots:
             image = _read_or_warn(root, arch, key)
-            if image is not None and (root != exact or image.record.build == build):
+            if image is not None and (root is not exact or image.record.build == build):
                 self._memory[arch, key, build] = image
                 return image
         return None
 
-    def _write(self, arch: str, key: str, image: Image) -> None:
-        entry = self.root / arch / key
-        fresh = self._work_path("new", entry)
-        fresh.mkdir(parents=True)
-        record = json.loads(image.record.to_json())
-        sealed = {**record, "seal": _seal(arch, key, record)}
-        text = json.dumps(sealed, indent=1, sort_keys=True) + "\n"
+    def _bring_back(self, arch: str, key: str, build: str | None) -> Image | None:
+        """An image of `build` (None: of any) whose place another build has taken, in its place."""
+        for home in self._other_builds(build) if self.writable else ():
+            image = _read_or_warn(home, arch, key)
+            if image is not None:
+                self._try_to_write(arch, key, image)
+                self._memory[arch, key, build] = image
+                return image
+        return None
+
+    def _try_to_write(self, arch: str, key: str, image: Image) -> None:
         try:
-            _write_file(fresh / CUBIN, image.cubin)
-            _write_file(fresh / RECORD, text.encode())
-            _sync_directory(fresh)
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            if entry.exists():
-                sound = _read_or_warn(self.root, arch, key) is not None
-                self._set_aside(entry, "old" if sound else "damaged")
+            self._write(arch, key, image)
+        except OSError as error:
+            warnings.warn(f"image {key} stays in memory: {error}", RuntimeWarning, stacklevel=3)
+
+    def _write(self, arch: str, key: str, image: Image) -> None:
+        self._require_directory()
+        fresh = self._work_path("new", arch, key)
+        files = files_of(arch, key, image)
+        try:
+            _make_directory(fresh)
+            _write_file(fresh / CUBIN, files.cubin)
+            _write_file(fresh / RECORD, files.record)
+            sync_directory(fresh)
+            place = self.root / arch / key
+            _make_directory(place.parent)
+            self._make_room(arch, key, image.record.build)
             try:
-                fresh.rename(entry)
+                fresh.rename(place)
             except OSError:
-                if not entry.exists():  # else one without a lock was faster: its image is as good
+                if not place.exists():  # else one without a lock was faster: its image is as good
                     raise
-            _sync_directory(entry.parent)
+            sync_directory(place.parent)
+            self._remove(self._other_builds(image.record.build)[0].path / arch / key)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)  # what a failure or a lost race left
 
-    def _set_aside(self, entry: Path, kind: str) -> None:
-        aside = self._work_path(kind, entry)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        entry.rename(aside)
-        if kind == "old":
+    def _require_directory(self) -> None:
+        if not isinstance(self._roots[-1], Directory):
+            raise OSError(errno.EROFS, "an archive is only read", str(self.root))
+
+    def _make_room(self, arch: str, key: str, build: str) -> None:
+        """Moves what is at an image's place: other builds are kept, and so is damage, as proof."""
+        place = self.root / arch / key
+        if not place.exists():
+            return
+        there = _read_or_warn(Directory(self.root), arch, key)
+        if there is None:
+            aside = self._work_path("damaged", arch, key)
+        else:
+            aside = self._other_builds(there.record.build)[0].path / arch / key
+        if aside.exists() or (there is not None and there.record.build == build):
+            self._remove(place)
+        else:
+            _make_directory(aside.parent)
+            with suppress(FileNotFoundError):  # one without a lock was faster
+                place.rename(aside)
+
+    def _remove(self, place: Path) -> None:
+        """Removes an image at once, for all to see, and then its files."""
+        if not place.exists():
+            return
+        aside = self._work_path("old", *place.parts[-2:])
+        _make_directory(aside.parent)
+        with suppress(FileNotFoundError):  # one without a lock was faster
+            place.rename(aside)
             shutil.rmtree(aside)
 
-    def _work_path(self, kind: str, entry: Path) -> Path:
-        return self.root / WORK / kind / f"{entry.parent.name}-{entry.name}-{secrets.token_hex(8)}"
+    def _remove_scraps(self) -> None:
+        for kind in ("new", "old", "damaged"):
+            for scrap in (self.root / WORK / kind).glob("*"):
+                with suppress(FileNotFoundError):
+                    if time.time() - scrap.stat().st_mtime > SCRAP_SECONDS:
+                        shutil.rmtree(scrap)
+
+    def _other_builds(self, build: str | None = None) -> list[Directory]:
+        """Where images of one build, or of all, are when another build has taken their place."""
+        homes = self.root / WORK / "builds"
+        if build is None:
+            return [Directory(path) for path in sorted(homes.glob("*"))]
+        return [Directory(homes / hashlib.sha256(build.encode()).hexdigest()[:16])]
+
+    def _work_path(self, kind: str, arch: str, key: str) -> Path:
+        return self.root / WORK / kind / f"{arch}-{key}-{secrets.token_hex(8)}"
 
     def _lock_path(self, arch: str, key: str) -> Path:
         return self.root / WORK / "locks" / f"{arch}-{key}"
@@ -196,7 +267,7 @@ class Cache:
         lock = FileLock(path, timeout=LOCK_SECONDS)
         if self.writable:
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                _make_directory(path.parent)
                 lock.acquire()
             except (OSError, NotImplementedError) as error:
                 warnings.warn(f"no lock for image {key}: {error}", RuntimeWarning, stacklevel=4)
@@ -206,17 +277,39 @@ class Cache:
             lock.release()
 
 
+def open_root(path: str | os.PathLike[str]) -> Root:
+    """The images at a path: an archive where a file is, or the name ends in .zip; else a directory.
+
+    Neither needs to exist.
+    """
+    path = Path(path).expanduser().absolute()
+    return Archive(path) if path.suffix == SUFFIX or path.is_file() else Directory(path)
+
+
 def default_cache() -> Cache:
     """The cache of this process.
 
-    Roots: CUTLASS_MOE_CACHE_DIR, a list like PATH, the last one writable; without that variable
-    `cutlass_moe` in XDG_CACHE_HOME or ~/.cache.
+    Roots: those of CUTLASS_MOE_CACHE_DIR, a list like PATH, and before the last, which is written
+    to, those that packages ship. Without that variable `cutlass_moe` in XDG_CACHE_HOME or ~/.cache.
     """
-    roots = tuple(filter(None, os.environ.get("CUTLASS_MOE_CACHE_DIR", "").split(os.pathsep)))
+    roots = list(filter(None, os.environ.get("CUTLASS_MOE_CACHE_DIR", "").split(os.pathsep)))
     if not roots:
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        roots = (str(home / "cutlass_moe"),)
-    return _cache_of(roots)
+        roots = [str(home / "cutlass_moe")]
+    roots = [*roots[:-1], *package_roots(), roots[-1]]
+    return _cache_of(tuple(map(os.path.expanduser, roots)))
+
+
+@functools.cache
+def package_roots() -> tuple[str, ...]:
+    """Paths of roots that installed packages name in entry points of group cutlass_moe.kernels."""
+    roots = []
+    for entry in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+        try:
+            roots.append(os.fspath(entry.load()))
+        except Exception as error:  # whatever a package does wrong, images are elsewhere too
+            warnings.warn(f"images of {entry.value}: {error}", RuntimeWarning, stacklevel=3)
+    return tuple(roots)
 
 
 @functools.cache
@@ -224,48 +317,40 @@ def _cache_of(roots: tuple[str, ...]) -> Cache:
     return Cache(roots)
 
 
-def _read_or_warn(root: Path, arch: str, key: str) -> Image | None:
+def _entries(root: Root) -> Iterator[Entry]:
     try:
-        return _read(root / arch / key)
+        names = root.names()
     except DamagedImage as error:
-        warnings.warn(f"damaged image skipped: {error}", RuntimeWarning, stacklevel=4)
+        _warn_of(error)
+        names = []
+    for arch, key in names:
+        image = _read_or_warn(root, arch, key)
+        if image is not None:
+            yield Entry(root.path, arch, key, image.record, len(image.cubin))
+
+
+def _read_or_warn(root: Root, arch: str, key: str) -> Image | None:
+    try:
+        return read_image(root, arch, key)
+    except DamagedImage as error:
+        _warn_of(error)
         return None
 
 
-def _read(entry: Path) -> Image | None:
-    """The image of an entry, None where there is no entry. Raises DamagedImage."""
-    arch, key = entry.parts[-2:]
-    try:
-        plain = json.loads((entry / RECORD).read_bytes())
-        cubin = (entry / CUBIN).read_bytes()
-        if not isinstance(plain, dict) or plain.pop("seal", None) != _seal(arch, key, plain):
-            raise ValueError(f"{RECORD} is not what was written")
-        record = LaunchRecord.from_json(json.dumps(plain))
-        if hashlib.sha256(cubin).hexdigest() != record.cubin_sha256:
-            raise ValueError(f"{CUBIN} of {len(cubin)} bytes is not what was written")
-    except (OSError, ValueError) as error:
-        if not os.path.exists(entry):
-            return None
-        raise DamagedImage(f"{entry}: {error}") from error
-    return Image(cubin, record)
+def _warn_of(error: DamagedImage) -> None:
+    warnings.warn(f"damaged image skipped: {error}", RuntimeWarning, stacklevel=5)
 
 
-def _seal(arch: str, key: str, record: dict[str, Any]) -> str:
-    """Binds a launch record to its place: sha256 over both."""
-    text = json.dumps([arch, key, record], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _make_directory(path: Path) -> None:
+    """Makes a directory and its parents, which others may not write to, whatever the umask."""
+    for directory in (*reversed(path.parents), path):
+        if not directory.exists():
+            directory.mkdir(mode=0o755, exist_ok=True)
 
 
 def _write_file(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    with os.fdopen(descriptor, "wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

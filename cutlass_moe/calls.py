@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe import kernels
-from cutlass_moe.arguments import Operands, check, check_out, pose
+from cutlass_moe.arguments import Operands, Options, check, check_out, pose
 from cutlass_moe.launch import Kernel
 from emitters.config import why_illegal
 
@@ -29,16 +29,9 @@ _calls: dict[tuple[Any, ...], Call] = {}
 _MAX_CALLS = 8192
 
 
-def find_call(
-    operands: Operands,
-    out: Tensor | None,
-    out_dtype: torch.dtype | None,
-    accumulation: str | None,
-    expected_rows: int | None,
-    num_sms: int | None,
-) -> Call:
+def find_call(operands: Operands, out: Tensor | None, options: Options) -> Call:
     """Checks arguments and chooses a kernel, once a signature: dtypes, shapes, strides, devices."""
-    signature: list[Any] = [out_dtype, accumulation, expected_rows, num_sms, kernels.forced]
+    signature: list[Any] = [*options, kernels.forced]
     for tensor in (out, *operands):
         if tensor is None:
             signature.append(None)
@@ -47,12 +40,12 @@ def find_call(
     key = tuple(signature)
     call = _calls.get(key)
     if call is None:
-        if out is not None and out_dtype is None:
-            out_dtype = out.dtype
-        dtype = check(operands, out_dtype, accumulation, num_sms)
+        if out is not None and options.out_dtype is None:
+            options = options._replace(out_dtype=out.dtype)
+        dtype = check(operands, options)
         if out is not None:
             check_out(out, operands, dtype)
-        call = _choose(operands, dtype, accumulation, expected_rows, num_sms)
+        call = _choose(operands, dtype, options)
         if call.kernel is not None or not operands.x.is_cuda:  # else the fallback is told each time
             if len(_calls) >= _MAX_CALLS:
                 _calls.clear()
@@ -60,24 +53,17 @@ def find_call(
     return call
 
 
-def _choose(
-    operands: Operands,
-    dtype: torch.dtype,
-    accumulation: str | None,
-    expected_rows: int | None,
-    num_sms: int | None,
-) -> Call:
+def _choose(operands: Operands, dtype: torch.dtype, options: Options) -> Call:
     shape = (operands.rows, operands.weight.shape[1])
     device = operands.x.get_device()
     if device < 0 or operands.rows == 0:
         return Call(shape, dtype, None, 0)
-    problem = pose(operands, dtype, accumulation)
+    problem = pose(operands, dtype, options.accumulation)
     reason = why_illegal(problem, arch=kernels.device_arch(device))
     if reason is not None:
         announce_fallback(reason)
         return Call(shape, dtype, None, 0)
-    tokens = operands.x.shape[0]
-    plan = kernels.plan(problem, device, tokens, operands.rows, expected_rows, num_sms)
+    plan = kernels.plan(problem, device, operands.x.shape[0], operands.rows, options)
     return Call(shape, dtype, *plan)
 
 
@@ -110,6 +96,7 @@ def enqueue(
         0 if starts is None else starts.data_ptr(),
         offsets.data_ptr(),
         out_pointer,
+        0,  # its tensor map
         x.shape[0],
         rows,
     )
@@ -124,7 +111,8 @@ def enqueue(
     if (values[1] | out_pointer | weight_pointer) % 16:
         raise ValueError("x, weight and out: expected addresses in multiples of 16 bytes")
     stream = torch._C._cuda_getCurrentRawStream(device)
-    kernel.launch(values, None if table else (weight_pointer, weight.stride()), grid, stream)
+    weights = None if table else (weight_pointer, weight.stride())
+    kernel.launch(values, weights, (out_pointer, rows), grid, stream)
 
 
 def announce_fallback(reason: str) -> None:

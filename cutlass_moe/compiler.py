@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import queue
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,14 @@ from typing import Any
 import emitters
 from cutlass_moe.cache import Cache
 from emitters.config import Config
-from emitters.image import Image, LaunchRecord, build_identity, image_key
+from emitters.image import (
+    Image,
+    LaunchRecord,
+    build_identity,
+    default_toolchain,
+    image_key,
+    installed_toolchains,
+)
 from emitters.problem import GemmProblem
 
 TIMEOUT = 120.0  # seconds an image may take: a hundred times what the slowest does
@@ -70,24 +78,110 @@ def compile_image(
     Raises CompilerNotInstalled without nvidia-cutlass-dsl, CompileError with the worker's last
     words else.
     """
-    _require_dsl()
-    with _Worker(arch) as worker:
+    with _Worker(arch, _installed_toolchain()) as worker:
         image, _ = worker.compile(Request(problem, config, arch), timeout)
     return image
 
 
 def compile_images(
     requests: Iterable[Request], jobs: int | None = None, timeout: float = TIMEOUT
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Compiles images in `jobs` long-lived workers (default: one a core), in order of completion.
 
     A request that fails, or whose worker dies or takes longer than `timeout` seconds, gives a
     Result with an error; the others go on. Raises CompilerNotInstalled without nvidia-cutlass-dsl.
     """
-    _require_dsl()
-    workers = _Workers()
-    pool = ThreadPoolExecutor(jobs or os.cpu_count())
-    futures = [pool.submit(workers.compile, request, timeout) for request in requests]
+
+    def compile_one(request: Request, workers: _Workers) -> Result:
+        return Result(request, *workers.compile(request, timeout))
+
+    return _in_workers(compile_one, requests, jobs, _installed_toolchain())
+
+
+def build_images(
+    cache: Cache, requests: Iterable[Request], jobs: int | None = None, toolchain: str | None = None
+) -> Generator[Result, None, None]:
+    """Brings an image for each request into a cache: results of those it has, then of the others.
+
+    toolchain: "cu12" or "cu13", default `default_toolchain()`. Of several processes that build into
+    one root, one compiles an image. A failure is a Result with an error. Raises
+    CompilerNotInstalled where the toolchain asked for is not installed, or none is and something
+    is missing.
+    """
+    build = build_identity(_installed_toolchain(toolchain) if toolchain else None)
+    missing = []
+    for request in dict.fromkeys(requests):
+        image = cache.load(request.arch, request.key, build)
+        if image is None:
+            missing.append(request)
+        else:
+            yield Result(request, image, None)
+    if missing:
+        toolchain = _installed_toolchain(toolchain)
+        assert build  # of an installed toolchain
+        build_one = functools.partial(_build_one, cache, build)
+        yield from _in_workers(build_one, missing, jobs, toolchain)
+
+
+def write_manifest(root: Path) -> Path:
+    """Writes ROOT/manifest.json and returns its path: what images a root holds, in plain text.
+
+    Of each image its problem, config, arch, key, build identity and the bytes of its cubin. Equal
+    images give equal files. Raises OSError.
+    """
+    cache = Cache([root])
+    images = [
+        {
+            "problem": entry.record.problem,
+            "config": entry.record.config,
+            "arch": entry.arch,
+            "key": entry.key,
+            "build": entry.record.build,
+            "bytes": len(image.cubin),
+        }
+        for entry in cache.entries()
+        if (image := cache.load(entry.arch, entry.key)) is not None
+    ]
+    images.sort(key=json.dumps)
+    manifest, fresh = root / "manifest.json", root / f".manifest-{os.getpid()}"
+    fresh.write_text(json.dumps({"images": images}, indent=1) + "\n")
+    return fresh.replace(manifest)
+
+
+def _build_one(cache: Cache, build: str, request: Request, workers: _Workers) -> Result:
+    seconds: float | None = None
+
+    def compile_one() -> Image:
+        nonlocal seconds
+        image, seconds = workers.compile(request, TIMEOUT)
+        return image
+
+    image = cache.load_or_build(request.arch, request.key, compile_one, build)
+    try:
+        if Cache([cache.root]).load(request.arch, request.key, build) is None:
+            cache.store(request.arch, request.key, image)  # it is in memory only: say why
+    except OSError as error:
+        return Result(request, None, None, f"could not be written: {error}")
+    return Result(request, image, seconds)
+
+
+def _in_workers(
+    task: Callable[[Request, _Workers], Result],
+    requests: Iterable[Request],
+    jobs: int | None,
+    toolchain: str,
+) -> Generator[Result, None, None]:
+    """Results of a task that compiles, in order of completion; errors of its own become Results."""
+
+    def attempt(request: Request) -> Result:
+        try:
+            return task(request, workers)
+        except (CompileError, ValueError) as error:  # ValueError: emitters changed since it began
+            return Result(request, None, None, str(error))
+
+    workers = _Workers(toolchain)
+    pool = ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0)))
+    futures = [pool.submit(attempt, request) for request in requests]
     try:
         for future in as_completed(futures):
             yield future.result()
@@ -98,35 +192,6 @@ def compile_images(
         workers.close()
 
 
-def build_images(
-    cache: Cache, requests: Iterable[Request], jobs: int | None = None
-) -> Iterator[Result]:
-    """Brings an image for each request into a cache: results of those it has, then of the others.
-
-    A failure is a Result with an error. Raises CompilerNotInstalled where something is missing and
-    nvidia-cutlass-dsl is not installed.
-    """
-    build = build_identity()
-    missing = []
-    for request in dict.fromkeys(requests):
-        image = cache.load(request.arch, request.key, build)
-        if image is None:
-            missing.append(request)
-        else:
-            yield Result(request, image, None)
-    for result in compile_images(missing, jobs) if missing else ():
-        yield _stored(cache, result)
-
-
-def _stored(cache: Cache, result: Result) -> Result:
-    if result.image is not None:
-        try:
-            cache.store(result.request.arch, result.request.key, result.image)
-        except OSError as error:
-            return Result(result.request, None, None, f"could not be written: {error}")
-    return result
-
-
 def build_command(problem: GemmProblem, config: Config, arch: str = "sm_90a") -> str:
     """The shell command that builds exactly this image into the writable root of the cache."""
     compact = [json.dumps(part.to_json(), separators=(",", ":")) for part in (problem, config)]
@@ -135,19 +200,30 @@ def build_command(problem: GemmProblem, config: Config, arch: str = "sm_90a") ->
     )
 
 
-def _require_dsl() -> None:
-    if build_identity() is None:
+def _installed_toolchain(name: str | None = None) -> str:
+    """The toolchain of this name, or the default one. Raises CompilerNotInstalled."""
+    installed = installed_toolchains()
+    toolchain = name or default_toolchain()
+    if not installed or not toolchain:
         raise CompilerNotInstalled(
             "nvidia-cutlass-dsl is not installed: `pip install 'cutlass-moe[jit]'`, or name a "
             "directory of images built elsewhere in CUTLASS_MOE_CACHE_DIR"
         )
+    if toolchain not in installed:
+        extra = "jit-cu13" if toolchain == "cu13" else "jit"
+        raise CompilerNotInstalled(
+            f"toolchain {toolchain} is not installed here, {' and '.join(installed)} is: "
+            f"`pip install 'cutlass-moe[{extra}]'`"
+        )
+    return toolchain
 
 
 class _Worker:
     """A running `python -m emitters` in an empty directory, with no GPU in sight."""
 
-    def __init__(self, arch: str) -> None:
+    def __init__(self, arch: str, toolchain: str) -> None:
         self.arch = arch
+        self._toolchain = toolchain
         self._heard = 0
         try:
             self._home = tempfile.TemporaryDirectory(prefix="cutlass_moe_")
@@ -184,6 +260,7 @@ class _Worker:
             "problem": request.problem.to_json(),
             "config": request.config.to_json(),
             "arch": request.arch,
+            "toolchain": self._toolchain,
         }
         try:
             self._heard = self._stderr.stat().st_size
@@ -233,20 +310,16 @@ class _Worker:
 class _Workers:
     """Idle workers for several threads; one that died is replaced at the next request."""
 
-    def __init__(self) -> None:
+    def __init__(self, toolchain: str) -> None:
+        self._toolchain = toolchain
         self._all: list[_Worker] = []
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
 
-    def compile(self, request: Request, timeout: float) -> Result:
+    def compile(self, request: Request, timeout: float) -> tuple[Image, float]:
+        """What `_Worker.compile` gives and raises."""
+        worker = self._take(request.arch)
         try:
-            worker = self._take(request.arch)
-        except CompileError as error:
-            return Result(request, None, None, str(error))
-        try:
-            image, seconds = worker.compile(request, timeout)
-            return Result(request, image, seconds)
-        except CompileError as error:
-            return Result(request, None, None, str(error))
+            return worker.compile(request, timeout)
         finally:
             self._idle.put(worker)
 
@@ -262,7 +335,7 @@ class _Workers:
         if worker is None or not worker.alive or worker.arch != arch:
             if worker is not None:
                 worker.close()
-            worker = _Worker(arch)
+            worker = _Worker(arch, self._toolchain)
             self._all.append(worker)
         return worker
 

@@ -36,10 +36,12 @@ class Operand:
 
 @dataclass(frozen=True)
 class Product:
-    """The arguments of a grouped_matmul: x [T, K], weight [E, N, K]; rows: its number of rows."""
+    """The arguments of a grouped_matmul: x [T, K], weight [E, N, K], bias [E, N]; rows: its number
+    of rows."""
 
     x: Operand
     weight: Operand
+    bias: Tensor | None
     rows: int
     offsets: Tensor
     index: Tensor | None = None
@@ -52,6 +54,7 @@ class Product:
             offsets=self.offsets,
             per_token_scale=self.x.scale,
             scale=self.weight.scale,
+            bias=self.bias,
         )
         return out[: self.rows]
 
@@ -121,14 +124,16 @@ def _up_product(shape: MoeShape, dtype: torch.dtype, ids: Tensor) -> Product:
         raise ValueError(f"expected ids in [0, {shape.num_experts}), got none")
     x = torch.randn(len(ids), shape.hidden, device=ids.device, dtype=torch.bfloat16)
     weight = _random_weight(shape, "up", dtype, routing.offsets)
-    return Product(_operand(x, dtype), weight, rows, routing.offsets, routing.index)
+    bias = _random_bias(shape, "up", ids.device)
+    return Product(_operand(x, dtype), weight, bias, rows, routing.offsets, routing.index)
 
 
 def _down_product(shape: MoeShape, dtype: torch.dtype, up: Tensor, offsets: Tensor) -> Product:
     gate, value = up.float().chunk(2, dim=1)
     hidden = torch.nn.functional.silu(gate).mul_(value).bfloat16()
     weight = _random_weight(shape, "down", dtype, offsets)
-    return Product(_operand(hidden, dtype), weight, len(up), offsets)
+    bias = _random_bias(shape, "down", up.device)
+    return Product(_operand(hidden, dtype), weight, bias, len(up), offsets)
 
 
 def _operand(x: Tensor, dtype: torch.dtype) -> Operand:
@@ -151,6 +156,13 @@ def _random_weight(shape: MoeShape, name: str, dtype: torch.dtype, offsets: Tens
         else:
             values[expert], scale[expert] = (part[0] for part in quantize_per_channel(dense, dtype))
     return Operand(values, None if dtype == torch.bfloat16 else scale)
+
+
+def _random_bias(shape: MoeShape, name: str, device: torch.device) -> Tensor | None:
+    if not shape.bias:
+        return None
+    n = shape.gemms[name].n
+    return torch.randn(shape.num_experts, n, device=device, dtype=torch.bfloat16)
 
 
 def _measure(name: str, product: Product, table: Table) -> tuple[Tensor, float]:
@@ -193,8 +205,10 @@ def _some_rows(product: Product, out: Tensor) -> tuple[Tensor, Tensor]:
     experts = torch.searchsorted(product.offsets, rows, right=True)
     tokens = rows if product.index is None else product.index[rows].long()
     pairs = zip(experts, tokens, strict=True)
-    expected = [_dense(product.weight, e) @ _dense(product.x, t) for e, t in pairs]
-    return out[rows], torch.stack(expected)
+    expected = torch.stack([_dense(product.weight, e) @ _dense(product.x, t) for e, t in pairs])
+    if product.bias is not None:
+        expected += product.bias[experts]
+    return out[rows], expected
 
 
 def _dense(operand: Operand, i: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
-from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config, why_illegal
+from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config, Schedule, why_illegal
 from emitters.problem import GemmProblem
 
 # Measured on an H200 (perf/NOTES.md).
 _SMS = 132
 _SWAP_ROWS = ((4, 8), (10, 16), (20, 32), (40, 48))  # at most so many an expert: tiles of so many
-_SOME_ROWS = 128  # an expert: one 128-row tile holds it, and more CTAs than wide tiles would give
+_MANY_ROWS = 768  # an expert: pairs of CTAs have M tiles enough to share weights
 _EVICT_FIRST_BYTES = 300e6  # of active weights: more of them would only evict one another
 
 
@@ -42,12 +44,21 @@ def _one_wave(problem: GemmProblem) -> tuple[tuple[Config, ...], tuple[Config, .
 
 
 @lru_cache(maxsize=1024)
-def _many_rows(problem: GemmProblem) -> tuple[tuple[Config, ...], tuple[Config, ...]]:
-    """For up to _SOME_ROWS rows an expert, and more."""
-    return (
-        _first_legal(problem, *(GemmSm90Config(128, n) for n in (128, 64))),
-        _first_legal(problem, *(GemmSm90Config(128, n) for n in (256, 128, 64))),
-    )
+def _some_rows(problem: GemmProblem) -> tuple[Config, ...]:
+    return _widest(problem, 256, pingpong=True, group_m=16) or _widest(problem, 128)
+
+
+@lru_cache(maxsize=1024)
+def _many_rows(problem: GemmProblem) -> tuple[Config, ...]:
+    """With weights that pairs of CTAs share."""
+    pairs = _widest(problem, 256, pingpong=True, group_m=16, cluster_m=2)
+    return pairs or _some_rows(problem)
+
+
+def _widest(problem: GemmProblem, tile_n: int, **options: Any) -> tuple[Config, ...]:
+    """Of 64-row tiles the widest legal one up to tile_n, none wider than N asks for."""
+    widths = [n for n in (256, 192, 128, 64) if n <= tile_n and n < problem.n + 64]
+    return _first_legal(problem, *(GemmSm90Config(64, n, **options) for n in widths or [64]))
 
 
 def candidates(problem: GemmProblem) -> tuple[Config, ...]:
@@ -55,24 +66,40 @@ def candidates(problem: GemmProblem) -> tuple[Config, ...]:
     found = [*_one_wave(problem), _swap(problem, 8, True), _swap(problem, 8, False)]
     every = _weight_bytes(problem, problem.num_experts)
     found += [_swap(problem, m, every <= _EVICT_FIRST_BYTES) for _, m in _SWAP_ROWS[1:]]
-    return tuple(dict.fromkeys(c for family in (*found, *_many_rows(problem)) for c in family))
+    found += [_some_rows(problem), _many_rows(problem)]
+    return tuple(dict.fromkeys(config for family in found for config in family))
 
 
-def choose(problem: GemmProblem, num_tokens: int, rows_per_expert: float) -> Config:
+def choose(
+    problem: GemmProblem, num_tokens: int, rows_per_expert: float, schedule: str | None = None
+) -> Config:
     """The config for a call. num_tokens: rows of x. rows_per_expert: mean, or the caller's hint.
 
-    Raises ValueError, with the reason, where the problem has no legal config.
+    schedule: the caller's; only the template for many rows has a choice, so that it serves such a
+    call, whatever its rows, and a dynamic schedule has no clusters. Raises ValueError, with the
+    reason, where the problem has no legal config.
     """
-    family = _family(problem, rows_per_expert) or candidates(problem)[-1:]
+    if schedule is None:
+        family = _family(problem, rows_per_expert) or candidates(problem)[-1:]
+    else:
+        family = _scheduled(problem, rows_per_expert, Schedule(schedule))
     if not family:
         raise ValueError(why_illegal(problem) or f"no config of any template fits {problem}")
     return family[0]
 
 
+def _scheduled(
+    problem: GemmProblem, rows_per_expert: float, schedule: Schedule
+) -> tuple[Config, ...]:
+    clusters = schedule is not Schedule.DYNAMIC and rows_per_expert > _MANY_ROWS
+    family = _many_rows(problem) if clusters else _some_rows(problem)
+    return tuple(replace(c, schedule=schedule) for c in family if isinstance(c, GemmSm90Config))
+
+
 def _family(problem: GemmProblem, rows_per_expert: float) -> tuple[Config, ...]:
-    some, many = _many_rows(problem)
     if rows_per_expert > _SWAP_ROWS[-1][0]:
-        return some if rows_per_expert <= _SOME_ROWS else many
+        many = rows_per_expert > _MANY_ROWS
+        return _many_rows(problem) if many else _some_rows(problem)
     tile_m = next(m for rows, m in _SWAP_ROWS if rows_per_expert <= rows)
     experts = problem.num_experts
     if tile_m > 8:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe import kernels
-from cutlass_moe.arguments import Operands, check, check_out, pose
+from cutlass_moe.arguments import Operands, Options, check, check_out, pose
 from cutlass_moe.calls import announce_fallback, enqueue
 from cutlass_moe.launch import Kernel
 from cutlass_moe.ops import wants_gradient
@@ -163,13 +163,15 @@ class Executor:
         """Checks what the operands will be once they are joined; finds the problem, its kernel."""
         arguments, weights = self._arguments, self._weights
         operands, out = Operands(*map(stand_in, self._operands)), stand_in(self._out)
+        asked = (arguments.accumulation, arguments.expected_rows, arguments.num_sms)
+        options = Options(out.dtype, *asked)
         strides = {operands.weight.stride()}
         if isinstance(weights, list):
             strides = {(0, *weight.stride()) for weight in weights}
         for stride in strides:
             weight = operands.weight.new_empty_strided(operands.weight.shape, stride)
             operands = operands._replace(weight=weight)
-            check(operands, out.dtype, arguments.accumulation, arguments.num_sms)
+            check(operands, options)
         check_out(out, operands, out.dtype)
 
         problem = pose(operands, out.dtype, arguments.accumulation)
@@ -182,8 +184,7 @@ class Executor:
             index = self.device.index
             self._why_illegal = why_illegal(problem, arch=kernels.device_arch(index))
             if self._why_illegal is None:
-                hints = (arguments.expected_rows, arguments.num_sms)
-                self._launch = kernels.plan(problem, index, len(operands.x), len(out), *hints)
+                self._launch = kernels.plan(problem, index, len(operands.x), len(out), options)
                 if isinstance(weights, list):
                     self._table = self._plan.table(_tensor_maps(self._launch[0], weights))
         self.workspace_size = self._plan.size
@@ -371,7 +372,7 @@ def _tensor_maps(kernel: Kernel, weights: list[Tensor]) -> Tensor:
     for e, weight in enumerate(weights):
         if weight.data_ptr() % 16:
             raise ValueError(f"weight[{e}]: expected an address that is a multiple of 16 bytes")
-        entry = kernel.encode_tensor_map(weight.data_ptr(), (0, *weight.stride()))
+        entry = kernel.encode_weight(weight.data_ptr(), (0, *weight.stride()))
         ctypes.memmove(table[e].data_ptr(), int(entry.getPtr()), TENSOR_MAP_BYTES)
     return table
 

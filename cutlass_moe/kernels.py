@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -11,10 +13,12 @@ from functools import cache
 
 import torch
 
-from cutlass_moe import heuristics
-from cutlass_moe.cache import MissingImage, default_cache
+from cutlass_moe import heuristics, shapes
+from cutlass_moe.arguments import Options
+from cutlass_moe.cache import Cache, MissingImage, default_cache
 from cutlass_moe.compiler import build_command, compile_image
 from cutlass_moe.launch import Kernel
+from cutlass_moe.roots import Entry
 from emitters.config import Config
 from emitters.image import Image, build_identity, image_key
 from emitters.problem import GemmProblem
@@ -39,28 +43,56 @@ def find_image(problem: GemmProblem, config: Config, arch: str) -> Image:
     """
     key = image_key(problem, config, arch)
     cache = default_cache()
-    if os.environ.get("CUTLASS_MOE_JIT", "1") != "0":
-        identity = build_identity()
-        if identity is not None:
-            return cache.load_or_build(
-                arch, key, lambda: compile_image(problem, config, arch), identity
-            )
+    forbidden = os.environ.get("CUTLASS_MOE_JIT", "1") == "0"
+    identity = None if forbidden else build_identity()
+    if identity is not None:
+        return cache.load_or_build(
+            arch, key, lambda: compile_image(problem, config, arch), identity
+        )
     image = cache.load(arch, key)
     if image is None:
-        roots = os.pathsep.join(str(root) for root in cache.roots)
+        why = "CUTLASS_MOE_JIT=0" if forbidden else "nvidia-cutlass-dsl is not installed"
+        absent = {root for root in cache.roots if not os.path.exists(root)}
+        roots = ", ".join(f"{r}{' (does not exist)' * (r in absent)}" for r in cache.roots)
         raise MissingImage(
-            f"no image for {problem} with {config} in {roots}, and it can't be compiled here "
-            f"(CUTLASS_MOE_JIT=0, or nvidia-cutlass-dsl is not installed); build it with:\n"
-            f"{build_command(problem, config, arch)}"
+            f"no image for {problem} with {config} on {arch} in {roots}, and it may not be "
+            f"compiled here: {why}.\n{_nearest(cache, problem, config, arch)}\n"
+            f"Build it with:\n{build_command(problem, config, arch)}"
         )
     return image
 
 
-def load(problem: GemmProblem, config: Config, device: int) -> Kernel:
+def _nearest(cache: Cache, problem: GemmProblem, config: Config, arch: str) -> str:
+    """Which image comes closest: the fewest other fields of the problem, then of the config."""
+    asked = {"arch": arch, **problem.to_json()}, config.to_json()
+
+    def differences(entry: Entry) -> list[list[str]]:
+        there = {"arch": entry.arch, **entry.record.problem}, entry.record.config
+        return [
+            [
+                f"{name} {json.dumps(has.get(name))}, not {json.dumps(value)}"
+                for name, value in want.items()
+                if has.get(name) != value
+            ]
+            for want, has in zip(asked, there, strict=True)
+        ]
+
+    def distance(entry: Entry) -> tuple[int, ...]:
+        return tuple(map(len, differences(entry)))
+
+    nearest = min(cache.entries(), key=distance, default=None)
+    if nearest is None:
+        return "There are no images at all."
+    words = "; ".join(itertools.chain(*differences(nearest)))
+    return f"The nearest of the images there, {nearest.key[:12]}, is for {words}."
+
+
+def load(problem: GemmProblem, config: Config, device: int, image: Image | None = None) -> Kernel:
     """The kernel on CUDA device `device`, loaded at the first call.
 
-    Raises RuntimeError while a CUDA graph is captured, where loading is not possible, and what
-    `find_image` raises.
+    image: what `find_image` gives, where that is known. Raises RuntimeError while a CUDA graph is
+    captured, where loading is not possible, DriverError where the driver is too old for the image,
+    and what `find_image` raises.
     """
     kernel = _kernels.get((problem, config, device))
     if kernel is None:
@@ -69,7 +101,7 @@ def load(problem: GemmProblem, config: Config, device: int) -> Kernel:
                 f"a CUDA graph is being captured and the kernel for {problem} with {config} is not "
                 "loaded: call cutlass_moe.warmup with this problem, or run the op once, before"
             )
-        image = find_image(problem, config, device_arch(device))
+        image = image or find_image(problem, config, device_arch(device))
         with _lock:
             kernel = _kernels.get((problem, config, device))
             if kernel is None:
@@ -78,22 +110,41 @@ def load(problem: GemmProblem, config: Config, device: int) -> Kernel:
 
 
 def warmup(
-    problems: GemmProblem | Iterable[GemmProblem], device: int | torch.device | None = None
+    model_or_problems: str | GemmProblem | Iterable[GemmProblem],
+    device: int | torch.device | None = None,
+    dtype: str = "fp8",
 ) -> None:
     """Loads every kernel that calls of these problems may choose, so that none waits later.
 
-    What the cache lacks is compiled first, several at a time. `cutlass_moe.grouped_matmul_problem`
-    and `cutlass_moe.shapes.problems` say which problem a call or a model poses. device: default the
-    current one. Raises what `load` raises.
+    What the cache lacks is compiled first, several at a time. A model is a name that
+    `cutlass_moe.shapes.MODELS` has, and dtype ("fp8", "int8" or "bf16") that of its operands;
+    `cutlass_moe.grouped_matmul_problem` says which problem a call poses. device: default the
+    current one. Raises ValueError for another name or dtype, and what `load` raises.
     """
-    problems = [problems] if isinstance(problems, GemmProblem) else list(problems)
+    problems = _problems(model_or_problems, dtype)
     index = torch.cuda._utils._get_device_index(device, optional=True)
     arch = device_arch(index)
     wanted = [(p, c) for p in problems for c in heuristics.candidates(p)]
+    wanted = [(p, c) for p, c in wanted if (p, c, index) not in _kernels]
     with ThreadPoolExecutor() as pool:  # of several processes, one compiles an image
-        list(pool.map(lambda pair: find_image(pair[0], pair[1], arch), wanted))
-    for problem, config in wanted:
-        load(problem, config, index)
+        images = list(pool.map(lambda pair: find_image(pair[0], pair[1], arch), wanted))
+    for (problem, config), image in zip(wanted, images, strict=True):
+        load(problem, config, index, image)
+
+
+def _problems(
+    model_or_problems: str | GemmProblem | Iterable[GemmProblem], dtype: str
+) -> list[GemmProblem]:
+    if isinstance(model_or_problems, GemmProblem):
+        return [model_or_problems]
+    if not isinstance(model_or_problems, str):
+        return list(model_or_problems)
+    shape = shapes.MODELS.get(model_or_problems)
+    if shape is None:
+        raise ValueError(
+            f"expected a model of {', '.join(shapes.MODELS)}, got {model_or_problems!r}"
+        )
+    return list(shapes.problems(shape, dtype).values())
 
 
 @contextmanager
@@ -112,14 +163,14 @@ def plan(
     device: int,
     num_tokens: int,
     num_rows: int,
-    expected_rows: int | None = None,
-    num_sms: int | None = None,
+    options: Options,
 ) -> tuple[Kernel, int]:
     """The kernel of a call and the CTAs to launch. Raises what `load` raises."""
     experts = problem.num_experts
-    per_expert = expected_rows or num_rows / experts
-    config = forced or heuristics.choose(problem, num_tokens, per_expert)
+    per_expert = options.expected_rows or num_rows / experts
+    config = forced or heuristics.choose(problem, num_tokens, per_expert, options.schedule)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    clusters = max(1, min(num_sms or sms, sms) * config.ctas_per_sm // config.cluster)
+    ctas = min(options.num_sms or sms, sms) * config.ctas_per_sm
     most_tiles = (num_rows // config.tile_m + min(experts, num_rows)) * config.n_tiles(problem)
-    return load(problem, config, device), min(clusters, most_tiles) * config.cluster
+    clusters = max(1, min(ctas // config.cluster, most_tiles // config.cluster_m))
+    return load(problem, config, device), clusters * config.cluster

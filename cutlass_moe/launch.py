@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 import threading
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ _MAX_TENSOR_MAPS = 1024  # a kernel's cache of them; a model has one weight a la
 _MAP_DTYPES = {
     1: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
     2: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,  # only zeros are ever filled in
+    4: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT32,
 }
 _SWIZZLES = {128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B}
 _PROMOTIONS = {
@@ -26,14 +30,82 @@ _PROMOTIONS = {
 }
 
 
+_DRIVERS = {12: "R525", 13: "R580"}  # the first that runs cubins of a CUDA toolkit's major version
+
+
 class DriverError(RuntimeError):
-    """A call of the CUDA driver failed."""
+    """A call of the CUDA driver failed, or would fail."""
+
+
+def driver_cuda() -> int | None:
+    """The CUDA version that this machine's driver supports, 12040 for 12.4; None without one."""
+    try:
+        status, version = driver.cuDriverGetVersion()
+    except RuntimeError:  # libcuda.so is not there
+        return None
+    return int(version) if status == driver.CUresult.CUDA_SUCCESS else None
+
+
+def why_unloadable(build: str, cuda: int | None) -> str | None:
+    """None where a driver of this CUDA version loads images of a build, else the reason in words.
+
+    build: a build identity, whose word cu12 or cu13 names the toolkit. A driver loads cubins of its
+    own major version and of older ones; of an unknown one (None) nothing is said.
+    """
+    toolkit = re.search(r"\bcu(\d+)\b", build)
+    if toolkit is None or cuda is None or int(toolkit[1]) <= cuda // 1000:
+        return None
+    needed, (major, minor) = int(toolkit[1]), divmod(cuda, 1000)
+    instead = f", or build with the cu{major} toolchain" if major in _DRIVERS else ""
+    return (
+        f"it was compiled by CUDA {needed}, whose cubins need driver "
+        f"{_DRIVERS.get(needed, 'of a later branch')} or newer (CUDA {needed}.0), but this driver "
+        f"supports CUDA {major}.{minor // 10}: update it{instead}"
+    )
 
 
 def _checked(call: str, result: tuple[Any, ...]) -> Any:
     if result[0] != driver.CUresult.CUDA_SUCCESS:
         raise DriverError(f"{call} failed: {driver.CUresult(result[0]).name}")
     return result[1] if len(result) == 2 else result[1:]
+
+
+class Counters:
+    """Device memory of dynamic schedules: pairs of int32 that every launch leaves at zero.
+
+    Launches that may run at once never share a pair: eager ones have one a stream, captured ones
+    one each, for good.
+    """
+
+    CHUNK = 65_536
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._of_stream: dict[int, int] = {}
+        self._chunks: list[torch.Tensor] = []
+        self._free: list[int] = []
+        self._grow()
+
+    def _grow(self) -> None:
+        chunk = torch.zeros(self.CHUNK, 2, dtype=torch.int32, device=f"cuda:{self._device}")
+        torch.cuda.synchronize(self._device)  # zero for every stream
+        self._chunks.append(chunk)
+        self._free += range(chunk.data_ptr(), chunk.data_ptr() + chunk.nbytes, 8)
+
+    def address(self, stream: int) -> int:
+        """Of the pair for a launch on `stream`, the current one of this device."""
+        if torch.cuda.is_current_stream_capturing():
+            if not self._free:
+                raise RuntimeError(f"a graph captured more than {self.CHUNK // 2} dynamic launches")
+            return self._free.pop()
+        if len(self._free) < self.CHUNK // 2:
+            self._grow()
+        if stream not in self._of_stream:
+            self._of_stream[stream] = self._free.pop()
+        return self._of_stream[stream]
+
+
+_counters = cache(Counters)
 
 
 class Kernel:
@@ -48,12 +120,17 @@ class Kernel:
         self._problem = GemmProblem.from_json(image.record.problem)
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # the device's context exists and is current
+            reason = why_unloadable(self.record.build, driver_cuda())
+            if reason:
+                raise DriverError(f"the image of {self.record.problem} can't be loaded: {reason}")
             module = _checked("cuModuleLoadData", driver.cuModuleLoadData(image.cubin))
             symbol = self.record.symbol.encode()
             self._function = _checked(
                 "cuModuleGetFunction", driver.cuModuleGetFunction(module, symbol)
             )
         self._check_params(self.record.params)
+        dynamic = any(param.name == "counters" for param in self.record.params)
+        self._counters = _counters(device) if dynamic else None
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(
             "cuFuncSetAttribute",
@@ -65,10 +142,11 @@ class Kernel:
         first = ctypes.addressof(self._values)
         self._pointers = (ctypes.c_void_p * count)(*(first + i * _SLOT for i in range(count)))
         self._arguments = ctypes.addressof(self._pointers)
-        self._map_at = next(
-            (i for i, p in enumerate(self.record.params) if p.kind is ParamKind.TENSOR_MAP), -1
-        )
-        self._maps: dict[tuple[int, tuple[int, ...]], tuple[driver.CUtensorMap, int]] = {}
+        self._at = {
+            p.name: i for i, p in enumerate(self.record.params) if p.kind is ParamKind.TENSOR_MAP
+        }
+        self._boxes = {box.param: box for box in self.record.tensor_maps}
+        self._maps: dict[tuple[Any, ...], tuple[driver.CUtensorMap, int]] = {}
         self._grid = self._stream = 0
         self._lock = threading.Lock()
         self._config = driver.CUlaunchConfig()
@@ -97,18 +175,23 @@ class Kernel:
         self,
         values: list[int],
         weight: tuple[int, tuple[int, ...]] | None,
+        out: tuple[int, int],
         grid: int,
         stream: int,
     ) -> None:
         """Enqueues the kernel on a stream of the current device, which must be this kernel's.
 
-        values: addresses and integers in the order of record.params; what stands for a tensor map
-        is ignored. weight: pointer and strides of the [E, N, K] weights that such a map describes.
+        values: addresses and integers in the order of record.params, without the counters of a
+        dynamic schedule; what stands for a tensor map is ignored. weight: pointer and strides of
+        the [E, N, K] weights that such a map describes; out: pointer and rows of the output.
         """
         with self._lock:
+            if self._counters is not None:
+                values = [*values, self._counters.address(stream)]
             self._slots.pack_into(self._values, 0, *values)
             if weight is not None:
-                self._pointers[self._map_at] = self._tensor_map(weight)
+                self._pointers[self._at["weight"]] = self._tensor_map(weight, self.encode_weight)
+            self._pointers[self._at["out_map"]] = self._tensor_map(out, self._encode_out)
             if self._grid != grid or self._stream != stream:  # setting them is slow
                 self._config.gridDimX = self._grid = grid
                 self._config.hStream = self._stream = stream
@@ -116,35 +199,53 @@ class Kernel:
         if status != 0:
             raise DriverError(f"cuLaunchKernelEx failed: {driver.CUresult(status).name}")
 
-    def _tensor_map(self, weight: tuple[int, tuple[int, ...]]) -> int:
-        cached = self._maps.get(weight)
+    def _tensor_map(self, key: tuple[Any, ...], encode: Callable[..., driver.CUtensorMap]) -> int:
+        cached = self._maps.get(key)
         if cached is None:
             if len(self._maps) >= _MAX_TENSOR_MAPS:
                 self._maps.pop(next(iter(self._maps)))
-            map_ = self.encode_tensor_map(*weight)
-            cached = self._maps[weight] = (map_, int(map_.getPtr()))
+            map_ = encode(*key)
+            cached = self._maps[key] = (map_, int(map_.getPtr()))
         return cached[1]
 
-    def encode_tensor_map(self, pointer: int, strides: tuple[int, ...]) -> driver.CUtensorMap:
+    def encode_weight(self, pointer: int, strides: tuple[int, ...]) -> driver.CUtensorMap:
         """The tensor map through which the kernel reads weights [E, N, K] at `pointer`.
 
         strides: of E, N and K, in elements; K is dense. A map in a table describes one expert.
         Raises DriverError where pointer or strides are not multiples of 16 bytes.
         """
-        problem, box = self._problem, self.record.tensor_maps[0]
+        problem = self._problem
         experts = problem.num_experts if problem.weights is WeightStorage.STACKED else 1
         expert_stride, row_stride, _ = strides
         if experts == 1:
             expert_stride = row_stride  # never used, but checked
+        extents = (problem.k, problem.n, experts)
         size = problem.operand.bytes
+        return self._encode("weight", size, pointer, extents, (row_stride, expert_stride))
+
+    def _encode_out(self, pointer: int, rows: int) -> driver.CUtensorMap:
+        problem = self._problem
+        return self._encode("out_map", problem.out.bytes, pointer, (problem.n, rows), (problem.n,))
+
+    def _encode(
+        self,
+        param: str,
+        size: int,
+        pointer: int,
+        extents: tuple[int, ...],
+        strides: tuple[int, ...],
+    ) -> driver.CUtensorMap:
+        """extents: innermost first; strides: of all but the innermost. In elements of `size`."""
+        box = self._boxes[param]
+        rank = len(extents)
         result = driver.cuTensorMapEncodeTiled(
             _MAP_DTYPES[size],
-            3,
+            rank,
             pointer,
-            [driver.cuuint64_t(extent) for extent in (problem.k, problem.n, experts)],
-            [driver.cuuint64_t(stride * size) for stride in (row_stride, expert_stride)],
-            [driver.cuuint32_t(extent) for extent in (box.k, box.n, 1)],
-            [driver.cuuint32_t(1)] * 3,
+            [driver.cuuint64_t(extent) for extent in extents],
+            [driver.cuuint64_t(stride * size) for stride in strides],
+            [driver.cuuint32_t(extent) for extent in (box.columns, box.rows, 1)[:rank]],
+            [driver.cuuint32_t(1)] * rank,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             _SWIZZLES[box.swizzle],
             _PROMOTIONS[box.l2_promotion],

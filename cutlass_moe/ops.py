@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cutlass_moe.arguments import Operands, check, check_out, pose
+from cutlass_moe.arguments import Operands, Options, check, check_out, pose
 from cutlass_moe.calls import enqueue, find_call
 from cutlass_moe.reference import grouped_matmul_backward, grouped_matmul_reference_out
 from emitters.problem import GemmProblem
@@ -19,7 +19,8 @@ _TENSORS = (
     "Tensor? scale, Tensor? bias"
 )
 _INPUTS = (
-    f"{_TENSORS}, ScalarType? out_dtype, str? accumulation, SymInt? expected_rows, int? num_sms"
+    f"{_TENSORS}, ScalarType? out_dtype, str? accumulation, SymInt? expected_rows, int? num_sms, "
+    "str? schedule"
 )
 for _schema in (
     f"grouped_matmul({_INPUTS}) -> Tensor",
@@ -45,6 +46,7 @@ def grouped_matmul(
     accumulation: str | None = None,
     expected_rows: int | None = None,
     num_sms: int | None = None,
+    schedule: str | None = None,
 ) -> Tensor:
     """out[r] = per_token_scale[index[r]] * scale[e] * (x[index[r]] @ weight[e].T) + bias[e] for
     the rows r of expert e, which are offsets[e - 1] <= r < offsets[e].
@@ -63,15 +65,18 @@ def grouped_matmul(
       (promoted to float32 every 128 elements); others have one only.
     expected_rows: rows an expert is expected to have, where rows / E misleads; changes speed alone.
     num_sms: SMs to use (default all), the rest stay free for communication.
+    schedule: who computes which tile: "static" (equal runs of neighbours), "tile" (in turns) or
+      "dynamic" (whoever is free); changes speed alone, and None chooses.
 
     Returns [rows, N]; rows past offsets[-1] are undefined. Raises ValueError or TypeError, with
     what was expected and what came, for malformed arguments. bfloat16 and float16 are
     differentiable.
     """
     operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias)
+    options = Options(out_dtype, accumulation, expected_rows, num_sms, schedule)
     if _is_plain_eager(operands):
-        return _product(operands, out_dtype, accumulation, expected_rows, num_sms)
-    return _functional(*operands, out_dtype, accumulation, expected_rows, num_sms)
+        return _product(operands, options)
+    return _functional(*operands, *options)
 
 
 def grouped_matmul_out(
@@ -88,6 +93,7 @@ def grouped_matmul_out(
     accumulation: str | None = None,
     expected_rows: int | None = None,
     num_sms: int | None = None,
+    schedule: str | None = None,
 ) -> None:
     """`grouped_matmul` into out [rows, N], contiguous; rows past offsets[-1] are left untouched.
 
@@ -95,15 +101,16 @@ def grouped_matmul_out(
     would be lost.
     """
     operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias)
+    options = Options(out_dtype, accumulation, expected_rows, num_sms, schedule)
     if _is_plain_eager(operands) and not out.requires_grad:
-        _product_into(out, operands, out_dtype, accumulation, expected_rows, num_sms)
+        _product_into(out, operands, options)
         return
     if wants_gradient((out, *operands)):
         raise RuntimeError(
             "grouped_matmul_out has no gradient and an argument requires one: "
             "use grouped_matmul, or torch.no_grad()"
         )
-    _out_variant(out, *operands, out_dtype, accumulation, expected_rows, num_sms)
+    _out_variant(out, *operands, *options)
 
 
 def wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -145,26 +152,22 @@ def grouped_matmul_problem(
     accumulation: str | None = None,
     expected_rows: int | None = None,
     num_sms: int | None = None,
+    schedule: str | None = None,
 ) -> GemmProblem:
     """The problem that `grouped_matmul` with these arguments poses: what `warmup` takes.
 
     Raises as the op does.
     """
     operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias)
-    return pose(operands, check(operands, out_dtype, accumulation, num_sms), accumulation)
+    options = Options(out_dtype, accumulation, expected_rows, num_sms, schedule)
+    return pose(operands, check(operands, options), accumulation)
 
 
 # Implementations: CPU tensors take the reference, CUDA tensors a kernel.
 
 
-def _product(
-    operands: Operands,
-    out_dtype: torch.dtype | None,
-    accumulation: str | None,
-    expected_rows: int | None,
-    num_sms: int | None,
-) -> Tensor:
-    call = find_call(operands, None, out_dtype, accumulation, expected_rows, num_sms)
+def _product(operands: Operands, options: Options) -> Tensor:
+    call = find_call(operands, None, options)
     out = operands.x.new_empty(call.shape, dtype=call.dtype)
     if call.kernel is not None:
         enqueue(call.kernel, call.grid, out, operands)
@@ -173,15 +176,8 @@ def _product(
     return out
 
 
-def _product_into(
-    out: Tensor,
-    operands: Operands,
-    out_dtype: torch.dtype | None,
-    accumulation: str | None,
-    expected_rows: int | None,
-    num_sms: int | None,
-) -> None:
-    call = find_call(operands, out, out_dtype, accumulation, expected_rows, num_sms)
+def _product_into(out: Tensor, operands: Operands, options: Options) -> None:
+    call = find_call(operands, out, options)
     if call.kernel is not None:
         enqueue(call.kernel, call.grid, out, operands)
     else:
@@ -189,31 +185,29 @@ def _product_into(
 
 
 def _functional_impl(*arguments: Any) -> Tensor:
-    operands, options = _split(arguments)
-    return _product(operands, *options)
+    return _product(*_split(arguments))
 
 
 def _out_impl(out: Tensor, *arguments: Any) -> None:
-    operands, options = _split(arguments)
-    _product_into(out, operands, *options)
+    _product_into(out, *_split(arguments))
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[Operands, tuple[Any, ...]]:
-    return Operands(*arguments[:7]), arguments[7:]
+def _split(arguments: tuple[Any, ...]) -> tuple[Operands, Options]:
+    return Operands(*arguments[:7]), Options(*arguments[7:])
 
 
 # Fakes and gradients.
 
 
 def _functional_fake(*arguments: Any) -> Tensor:
-    operands, (out_dtype, accumulation, _, num_sms) = _split(arguments)
-    dtype = check(operands, out_dtype, accumulation, num_sms)
+    operands, options = _split(arguments)
+    dtype = check(operands, options)
     return operands.x.new_empty((operands.rows, operands.weight.shape[1]), dtype=dtype)
 
 
 def _out_fake(out: Tensor, *arguments: Any) -> None:
-    operands, (out_dtype, accumulation, _, num_sms) = _split(arguments)
-    dtype = check(operands, out_dtype or out.dtype, accumulation, num_sms)
+    operands, options = _split(arguments)
+    dtype = check(operands, options._replace(out_dtype=options.out_dtype or out.dtype))
     check_out(out, operands, dtype)
 
 
@@ -233,7 +227,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = [x, weight, per_token_scale, scale, bias]
     found = iter(_backward(grad.contiguous(), *operands, needs))
     gradients = [next(found) if need else None for need in needs]
-    return (*gradients[:2], None, None, *gradients[2:], None, None, None, None)
+    return (*gradients[:2], None, None, *gradients[2:], *(None for _ in Options._fields))
 
 
 def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
@@ -242,13 +236,13 @@ def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
 
 def _backward_impl(grad: Tensor, *arguments: Any) -> list[Tensor]:
     """Gradients of those of x, weight, per_token_scale, scale, bias that `needs` names."""
-    operands, (needs,) = _split(arguments)
+    operands, needs = Operands(*arguments[:7]), arguments[7]
     found = grouped_matmul_backward(grad, **operands._asdict(), needs=tuple(needs))
     return [gradient for gradient in found if gradient is not None]
 
 
 def _backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    operands, (needs,) = _split(arguments)
+    operands, needs = Operands(*arguments[:7]), arguments[7]
     x, weight, _, _, per_token_scale, scale, bias = operands
     inputs = zip((x, weight, per_token_scale, scale, bias), needs, strict=True)
     return [torch.empty_like(tensor) for tensor, need in inputs if need and tensor is not None]

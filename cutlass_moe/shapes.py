@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from emitters.problem import (
     ACCUMULATIONS,
+    Bias,
     ChannelScale,
     DType,
-    EpilogueNode,
     GemmProblem,
     PerTokenScale,
 )
@@ -27,13 +27,41 @@ class Gemm(NamedTuple):
 @dataclass(frozen=True)
 class MoeShape:
     """hidden: width of the layer's input and output; inter: width between the projections, of one
-    expert."""
+    expert; bias: whether both projections have one. Raises ValueError for values of other types and
+    sizes below 1."""
 
     name: str
     num_experts: int
     top_k: int
     hidden: int
     inter: int
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("num_experts", "top_k", "hidden", "inter"):
+            value = getattr(self, field)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{self.name}: {field} must be a positive integer, got {value!r}")
+        if type(self.name) is not str or type(self.bias) is not bool:
+            raise ValueError(f"expected a string as name and a bool as bias, got {self}")
+
+    def shard(self, tp: int = 1, ep: int = 1) -> MoeShape:
+        """What one rank holds of the layer: 1 / tp of each expert's inter, 1 / ep of the experts.
+
+        Its top_k is the mean number of local experts a token visits, rounded down, at least 1.
+        Raises ValueError where tp or ep does not divide.
+        """
+        if self.inter % tp:
+            raise ValueError(f"{self.name}: tp {tp} does not divide inter {self.inter}")
+        if self.num_experts % ep:
+            raise ValueError(f"{self.name}: ep {ep} does not divide {self.num_experts} experts")
+        return replace(
+            self,
+            name=self.name + (f"-tp{tp}" if tp > 1 else "") + (f"-ep{ep}" if ep > 1 else ""),
+            num_experts=self.num_experts // ep,
+            top_k=max(1, self.top_k // ep),
+            inter=self.inter // tp,
+        )
 
     @property
     def gemms(self) -> dict[str, Gemm]:
@@ -56,7 +84,7 @@ MODELS: dict[str, MoeShape] = {
         MoeShape("kimi-k2", 384, 8, 7168, 2048),
         MoeShape("glm-4.5-air", 128, 8, 4096, 1408),
         MoeShape("llama4-maverick", 128, 1, 5120, 8192),
-        MoeShape("gpt-oss-120b", 128, 4, 2880, 2880),
+        MoeShape("gpt-oss-120b", 128, 4, 2880, 2880, bias=True),
     )
 }
 
@@ -65,14 +93,14 @@ def problems(shape: MoeShape, dtype: str) -> dict[str, GemmProblem]:
     """The layer's problems, "up" (rows gathered) and "down" (rows in order), with bf16 output.
 
     dtype: "fp8" (e4m3), "int8" or "bf16"; the 8-bit ones have a per-token and a per-channel scale.
+    A bias is bf16; of the ranks that share an expert, all but one give zeros to the sum of down.
     Raises ValueError for another dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}")
     operand = DTYPES[dtype]
-    epilogue: tuple[EpilogueNode, ...] = (
-        (PerTokenScale(), ChannelScale()) if operand.quantized else ()
-    )
+    scales = (PerTokenScale(), ChannelScale()) if operand.quantized else ()
+    epilogue = (*scales, *((Bias(DType.BF16),) if shape.bias else ()))
     return {
         name: GemmProblem(
             operand=operand,

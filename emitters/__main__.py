@@ -1,8 +1,8 @@
 """The compile worker: a JSON request a line on stdin, a JSON answer a line on stdout.
 
-Request: {"problem": ..., "config": ..., "arch": ..., "output": DIRECTORY}. Answer: {"ok": true,
-"seconds": ...} once the directory holds kernel.cubin and launch.json, or {"ok": false,
-"error": ...}. Ends with its input.
+Request: {"problem": ..., "config": ..., "arch": ..., "toolchain": "cu12", "cu13" or null, "output":
+DIRECTORY}. Answer: {"ok": true, "seconds": ...} once the directory holds kernel.cubin and
+launch.json, or {"ok": false, "error": ...}. Ends with its input.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def _answer(line: str) -> dict[str, Any]:
 
 def _emit(request: dict[str, Any]) -> Image:
     problem = GemmProblem.from_json(request["problem"])
-    return emit(problem, config_from_json(request["config"]), request["arch"])
+    config = config_from_json(request["config"])
+    return emit(problem, config, request["arch"], request["toolchain"])
 
 
 def _write(directory: Path, image: Image) -> None:

@@ -18,7 +18,9 @@ ARCHS = ("sm_90a",)
 K_TILE_BYTES = 128  # one swizzle atom of K; the tile of K in bytes, whatever the element
 MAX_EXPERTS = 1024  # 32 lanes x 32 experts: the expert search is two ballots
 SLICE_BYTES = 128  # the epilogue stores a tile in slices of so many bytes of each row
-SLICE_PITCH = SLICE_BYTES + 16  # staging rows: 16-byte aligned, 8 rows hit 8 different bank groups
+SLICE_ROWS = 16  # a warp's share of a slice: one box of a TMA store
+SLOTS = 16  # posted units; more than MAX_STAGES + 3, see TileScheduler
+SLOT_WORDS = 8  # int32 of a posted unit
 WARPGROUP = 128
 _SMEM_PER_SM = 233_472  # 228 KiB, of which each CTA loses 1 KiB to the system
 _SMEM_RESERVED = 1024
@@ -26,20 +28,26 @@ _REGISTERS_PER_SM = 65_536
 
 
 class Schedule(Name):
-    """Who computes which tile."""
+    """Which cluster computes which units of work, in the order of the scheduler's numbers."""
 
-    STATIC = "static"  # CTA b takes tiles b, b + grid, b + 2 grid, ...
+    STATIC = "static"  # equal shares, each a run of neighbours
+    TILE = "tile"  # cluster c takes units c, c + clusters, c + 2 clusters, ...
+    DYNAMIC = "dynamic"  # so for two rounds, then whoever is free takes the next: an atomic counter
 
 
 @dataclass(frozen=True)
 class GemmSm90Config:
-    """The persistent SM90 grouped GEMM: one producer and tile_m / 64 consumer warpgroups."""
+    """The persistent SM90 grouped GEMM: a producer warpgroup, and consumers that run WGMMA.
+
+    Consumers share a tile, 64 rows each, or in ping-pong take whole tiles in turn: one's epilogue
+    runs under the other's WGMMA.
+    """
 
     tile_m: int = 128
     tile_n: int = 256
-    cluster_m: int = 1
-    cluster_n: int = 1
-    schedule: Schedule = Schedule.STATIC
+    pingpong: bool = False
+    cluster_m: int = 1  # CTAs that take M tiles side by side and share their weights by multicast
+    schedule: Schedule = Schedule.TILE
     group_m: int = 8  # M tiles that share each N tile's weights before the next N tile
     stages: int | None = None  # None: as many as shared memory holds, at most MAX_STAGES
     ctas_per_sm: int = 1
@@ -67,9 +75,18 @@ class GemmSm90Config:
     # What follows from a config and its problem, written once.
 
     @property
+    def warpgroups_per_tile(self) -> int:
+        return 1 if self.pingpong else self.tile_m // 64
+
+    @property
     def consumers(self) -> int:
-        """Warpgroups that run WGMMA, 64 rows of the tile each."""
-        return self.tile_m // 64
+        """Warpgroups that run WGMMA."""
+        return 2 if self.pingpong else self.tile_m // 64
+
+    @property
+    def warpgroup_rows(self) -> int:
+        """Rows of a tile in a consumer's accumulators."""
+        return self.tile_m // self.warpgroups_per_tile
 
     @property
     def threads(self) -> int:
@@ -77,7 +94,8 @@ class GemmSm90Config:
 
     @property
     def cluster(self) -> int:
-        return self.cluster_m * self.cluster_n
+        """CTAs of a cluster."""
+        return self.cluster_m
 
     @property
     def launch_registers(self) -> int:
@@ -113,13 +131,17 @@ class GemmSm90Config:
         return -(-problem.num_experts // 32) * 32
 
     def table_words(self, problem: GemmProblem) -> int:
-        """The scheduler's table: three int32 an expert, and the number of tiles."""
-        return 3 * self.table_entries(problem) + 4
+        """The scheduler's table: three int32 an expert; the units it has posted."""
+        return 3 * self.table_entries(problem) + SLOTS * SLOT_WORDS
+
+    @property
+    def staging_bytes(self) -> int:
+        """A slice on its way to global memory for each consumer warp."""
+        return 4 * self.consumers * SLICE_ROWS * SLICE_BYTES
 
     def fixed_smem_bytes(self, problem: GemmProblem) -> int:
-        """Shared memory besides the stages: staging rows, scheduler table, barriers, alignment."""
-        staging = self.tile_m * SLICE_PITCH
-        return staging + 4 * self.table_words(problem) + 16 * self.MAX_STAGES + _SMEM_RESERVED
+        """Shared memory besides the stages: staging rows, scheduler table, barriers."""
+        return self.staging_bytes + 4 * self.table_words(problem) + 16 * self.MAX_STAGES
 
     @property
     def smem_limit(self) -> int:
@@ -138,7 +160,7 @@ class GemmSm90Config:
     def accumulator_registers(self, problem: GemmProblem) -> int:
         """Per consumer thread; two-level accumulation keeps a second accumulator."""
         levels = 2 if problem.accumulation is Accumulation.TWO_LEVEL else 1
-        return levels * 64 * self.tile_n // WARPGROUP
+        return levels * self.warpgroup_rows * self.tile_n // WARPGROUP
 
 
 @dataclass(frozen=True)
@@ -155,6 +177,8 @@ class GemmSwapSm90Config:
     template: ClassVar[str] = "gemm_swap_sm90"
 
     MAX_STAGES: ClassVar[int] = 32
+    schedule: ClassVar[Schedule] = Schedule.TILE
+    cluster_m: ClassVar[int] = 1
     group_m: ClassVar[int] = 8  # M tiles that share each N tile's weights
     l2_promotion: ClassVar[int] = 128  # bytes that a read of weights brings into L2
 
@@ -186,6 +210,7 @@ class GemmSwapSm90Config:
 
     @property
     def cluster(self) -> int:
+        """CTAs of a cluster."""
         return self.split_k
 
     def k_tile(self, problem: GemmProblem) -> int:
@@ -208,8 +233,8 @@ class GemmSwapSm90Config:
         return -(-problem.num_experts // 32) * 32
 
     def table_words(self, problem: GemmProblem) -> int:
-        """The scheduler's table: three int32 an expert, and the number of tiles."""
-        return 3 * self.table_entries(problem) + 4
+        """The scheduler's table: three int32 an expert."""
+        return 3 * self.table_entries(problem)
 
     @property
     def part_rows(self) -> int:
@@ -229,10 +254,10 @@ class GemmSwapSm90Config:
         return (self.split_k - 1) * self.tile_m * self.tile_n * 4
 
     def fixed_smem_bytes(self, problem: GemmProblem) -> int:
-        """Shared memory besides the stages: staging, sums, table, barriers, alignment."""
+        """Shared memory besides the stages: staging, sums, table, number of tiles, barriers."""
         buffers = self.staging_bytes(problem) + self.partial_bytes
         barriers = 16 * (self.MAX_STAGES + 1)
-        return buffers + 4 * self.table_words(problem) + barriers + _SMEM_RESERVED
+        return buffers + 4 * self.table_words(problem) + 16 + barriers
 
     @property
     def smem_limit(self) -> int:
@@ -318,10 +343,14 @@ def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
     step = SLICE_BYTES // DType.BF16.bytes
     if c.tile_n % step or not step <= c.tile_n <= 256:
         return f"tile_n {c.tile_n}: a multiple of {step} up to 256 (WGMMA's N, whole store slices)"
-    if (c.cluster_m, c.cluster_n) != (1, 1):
-        return f"cluster {c.cluster_m}x{c.cluster_n}: this template runs single CTAs"
-    if c.group_m < 1:
-        return f"group_m {c.group_m}: it must be positive"
+    if c.pingpong and c.tile_m > 128:
+        return f"ping-pong tiles of {c.tile_m} rows: at most 128"
+    if c.cluster_m not in (1, 2):
+        return f"cluster_m {c.cluster_m}: 1 or 2"
+    if c.cluster_m > 1 and c.schedule is Schedule.DYNAMIC:
+        return "a dynamic schedule of clusters: the counter serves single CTAs"
+    if c.group_m < 1 or c.group_m % c.cluster_m:
+        return f"group_m {c.group_m}: a positive multiple of cluster_m"
     reason = _memory_reason(p, c)
     if reason:
         return reason

@@ -4,8 +4,8 @@ memory.
 A node knows its tensor, its load and its formula, and is called at two points of a tile, in the
 order of `problem.epilogue`:
 
-  load     before the last k-step is waited for, so that the last WGMMA hides the latency apply
-  slice by slice, on the float32 values of a thread's rows and columns; returns the new values
+  load     before the last k-step is waited for, so that the last WGMMA hides the latency
+  apply    on the float32 values of slice `part` of the thread's m-th 64 rows; returns new ones
 
 A new node is a dataclass in `problem`, a class here and its entry in `NODES`; the templates know
 none.
@@ -16,9 +16,12 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import cute_nvgpu
+from cutlass.cutlass_dsl import dsl_user_op
 from cutlass.experimental import primitives as prims
 
-from emitters.config import SLICE_BYTES, SLICE_PITCH, GemmSm90Config
+from emitters.config import SLICE_BYTES, SLICE_ROWS, GemmSm90Config
 from emitters.problem import (
     Bias,
     ChannelScale,
@@ -52,34 +55,44 @@ def vector(
     return cute.make_tensor(aligned, cute.make_layout(count))
 
 
+@dsl_user_op
+def tensor_map_address(atom, *, loc=None, ip=None):
+    """Address of the tensor map that a TMA atom carries as a kernel parameter."""
+    executable = cute_nvgpu.atom_make_exec_tma(atom._trait.value, loc=loc, ip=ip)
+    kind = ir.Type.parse("!cute.ptr<!cute_nvgpu.tma_descriptor_tiled, generic, align<128>>")
+    return cute_nvgpu.get_tma_desc_addr(kind, executable, loc=loc, ip=ip)
+
+
 class Fragment:
     """Which part of a tile a consumer thread's accumulator holds.
 
-    WGMMA gives a thread two rows, 8 apart, and of every 8 columns two neighbours: register
-    4 * block + 2 * half + c is row `row` + 8 * half, column 8 * block + `column` + c.
+    WGMMA gives a thread two rows of 64, 8 apart, and of every 8 columns two neighbours: register
+    m * tile_n / 2 + 4 * block + 2 * half + c is row 64 * m + 8 * half + `row`, column
+    8 * block + `column` + c.
     """
 
-    def __init__(self, problem: GemmProblem, config: GemmSm90Config, warp: Int32, lane: Int32):
-        self.warp_row = warp * 16  # first of the warp's 16 rows of the tile
+    def __init__(self, problem: GemmProblem, config: GemmSm90Config, warp_row: Int32, lane: Int32):
+        self.warp_row = warp_row  # first of the warp's 16 rows of the tile, or of every 64
         self.row = self.warp_row + lane // 4
+        self.m_blocks = config.warpgroup_rows // 64
         self.column = lane % 4 * 2
         self.blocks = config.tile_n // 8
         self.slice_blocks = SLICE_BYTES // problem.out.bytes // 8
         self.n = problem.n
         self.has_n_tail = problem.n % config.tile_n != 0
-        self.token_count = 2  # how many rows' tokens a thread reads
+        self.token_count = 2 * self.m_blocks  # rows whose tokens a thread reads
         self.channel_count = 2 * self.blocks  # columns of the tile that a thread holds
         self.part_channels = 2 * self.slice_blocks  # and of a slice
 
     def token_row(self, i: int):
         """Row of the tile whose token a thread reads as its i-th."""
-        return self.row + 8 * i
+        return self.row + i // 2 * 64 + i % 2 * 8
 
-    def by_row(self, values: cute.Tensor, part: int):
+    def by_row(self, values: cute.Tensor, m: int, part: int):
         """values[token_count] -> for each register of a slice, its row's."""
-        return [values[i // 2 % 2] for i in range(4 * self.slice_blocks)]
+        return [values[2 * m + i // 2 % 2] for i in range(4 * self.slice_blocks)]
 
-    def by_channel(self, values: cute.Tensor, part: int):
+    def by_channel(self, values: cute.Tensor, m: int, part: int):
         """values[channel_count] -> for each register of a slice, its column's."""
         first = part * self.part_channels
         return [values[first + i // 4 * 2 + i % 2] for i in range(4 * self.slice_blocks)]
@@ -125,8 +138,8 @@ class PerTokenScaleNode:
                 value = self.scale[tokens[i]]
             self.values[i] = value
 
-    def apply(self, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
-        for i, scale in enumerate(self.fragment.by_row(self.values, part)):
+    def apply(self, m: int, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
+        for i, scale in enumerate(self.fragment.by_row(self.values, m, part)):
             values[i] = values[i] * scale
         return values
 
@@ -139,8 +152,8 @@ class ChannelScaleNode:
     def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
         self.fragment.read_channels(self.scale, self.values, 0, expert, first_column)
 
-    def apply(self, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
-        for i, scale in enumerate(self.fragment.by_channel(self.values, part)):
+    def apply(self, m: int, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
+        for i, scale in enumerate(self.fragment.by_channel(self.values, m, part)):
             values[i] = values[i] * scale
         return values
 
@@ -153,7 +166,7 @@ class ExpertScaleNode:
     def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
         self.value[0] = self.scale[expert]
 
-    def apply(self, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
+    def apply(self, m: int, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
         for i in range(cute.size(values)):
             values[i] = values[i] * self.value[0]
         return values
@@ -172,12 +185,12 @@ class BiasNode:
         if not self.late:
             self.fragment.read_channels(self.bias, self.values, 0, expert, first_column)
 
-    def apply(self, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
+    def apply(self, m: int, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
         f = self.fragment
         if self.late:
             first = part * f.part_channels
             f.read_channels(self.bias, self.values, first, expert, first_column)
-        for i, bias in enumerate(f.by_channel(self.values, 0 if self.late else part)):
+        for i, bias in enumerate(f.by_channel(self.values, m, 0 if self.late else part)):
             values[i] = values[i] + bias.to(Float32)
         return values
 
@@ -198,10 +211,10 @@ def node_element(node) -> type:
 class Epilogue:
     """Runs the nodes over a consumer warp's part of a tile and stores it.
 
-    Slices of 128 bytes a row go through 16 staging rows of the warp's own (stmatrix, then 16 bytes
-    a lane, eight lanes a row), so stores are whole 128-byte lines and no other warp is waited for.
-    Rows past the expert's end and columns past N are not stored; a row whose index lies outside
-    [0, T) is stored as zeros.
+    Slices of 128 bytes a row go through 16 staging rows of the warp's own, in the 128-byte swizzle:
+    no other warp is waited for. A TMA store takes them from there. Where the expert ends within the
+    16 rows, lanes store them instead, 16 bytes each and eight lanes a row. Columns past N are not
+    stored; a row whose index lies outside [0, T) is stored as zeros.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSm90Config):
@@ -209,27 +222,29 @@ class Epilogue:
         self.element = ELEMENT[problem.out]
         self.slice_columns = SLICE_BYTES // problem.out.bytes
         self.slices = config.tile_n // self.slice_columns
-        self.staging_bytes = 16 * SLICE_PITCH  # of a warp
+        self.staging_bytes = SLICE_ROWS * SLICE_BYTES  # of a warp
 
     def make_fragment(self, warp: Int32, lane: Int32):
-        return Fragment(self.problem, self.config, warp, lane)
+        warp_of_tile = warp % (4 * self.config.warpgroups_per_tile)
+        return Fragment(self.problem, self.config, warp_of_tile * 16, lane)
 
-    def attach(self, node_tensors, out, index, num_tokens, staging, warp, lane):
-        """staging: staging_bytes of shared memory for each consumer warp. warp: its number
-        among them."""
+    def attach(self, node_tensors, out, out_map, index, num_tokens, staging, warp, lane):
+        """staging: staging_bytes of shared memory for each consumer warp. warp: its number among
+        them."""
         self.fragment = self.make_fragment(warp, lane)
         self.nodes = [
             NODES[type(node)](node, self.fragment, tensor)
             for node, tensor in zip(self.problem.epilogue, node_tensors or (), strict=True)
         ]
-        self.out, self.index, self.num_tokens, self.lane = out, index, num_tokens, lane
+        self.out, self.out_map = out, out_map
+        self.index, self.num_tokens, self.lane = index, num_tokens, lane
         self.staging = staging + warp * self.staging_bytes
         self.tokens = cute.make_rmem_tensor((self.fragment.token_count,), Int32)
 
     @cute.jit
     def begin(self, first_row: Int32, rows: Int32):
         """As a tile's main loop starts: asks for the tokens of the thread's rows."""
-        for i in range_constexpr(self.fragment.token_count):
+        for i in range_constexpr(cute.size(self.tokens)):
             row = self.fragment.token_row(i)
             token = Int32(-1)
             if row < rows:
@@ -241,7 +256,7 @@ class Epilogue:
     @cute.jit
     def load(self, expert: Int32, first_column: Int32):
         tokens = self.tokens
-        for i in range_constexpr(self.fragment.token_count):
+        for i in range_constexpr(cute.size(tokens)):
             if tokens[i] >= self.num_tokens:
                 tokens[i] = Int32(-1)
         for node in self.nodes:
@@ -251,35 +266,79 @@ class Epilogue:
     def store(
         self, acc: cute.Tensor, expert: Int32, first_row: Int32, rows: Int32, first_column: Int32
     ):
-        for part in range_constexpr(self.slices):
-            cute.arch.sync_warp()  # the slice before has left the staging rows
-            values = cute.make_rmem_tensor((4 * self.fragment.slice_blocks,), Float32)
-            for i in range_constexpr(cute.size(values)):
-                values[i] = acc[part * 4 * self.fragment.slice_blocks + i].to(Float32)
+        count = 4 * self.fragment.slice_blocks
+        for i in range_constexpr(self.fragment.m_blocks * self.slices):
+            m, part = i // self.slices, i % self.slices
+            values = cute.make_rmem_tensor((count,), Float32)
+            for j in range_constexpr(count):
+                values[j] = acc[i * count + j].to(Float32)
             for node in self.nodes:
-                values = node.apply(part, values, expert, first_column)
+                values = node.apply(m, part, values, expert, first_column)
             if const_expr(self.problem.gather):
-                self.clear_missing(values, part)
-            if const_expr(self.problem.out is DType.FP32):
-                self.stage_words(values)
-            else:
-                self.stage_matrices(values)
-            cute.arch.sync_warp()
-            self.copy_out(part, first_row, rows, first_column)
+                self.clear_missing(m, part, values)
+            self.put(m, part, values, first_row, rows, first_column)
 
     @cute.jit
-    def clear_missing(self, values: cute.Tensor, part: cutlass.Constexpr):
+    def put(
+        self,
+        m: cutlass.Constexpr,
+        part: cutlass.Constexpr,
+        values: cute.Tensor,
+        first_row: Int32,
+        rows: Int32,
+        first_column: Int32,
+    ):
+        """A slice by way of shared memory to its place."""
+        if self.lane == 0:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.sync_warp()  # the slice before has left shared memory
+        if const_expr(self.problem.out is DType.FP32):
+            self.stage_words(values)
+        else:
+            self.stage_matrices(values)
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        self.send(
+            first_row + m * 64 + self.fragment.warp_row,
+            rows - m * 64 - self.fragment.warp_row,
+            first_column + part * self.slice_columns,
+        )
+
+    @cute.jit
+    def finish(self):
+        """After the last tile: shared memory outlives the stores that read it."""
+        if self.lane == 0:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def send(self, first_row: Int32, rows: Int32, first_column: Int32):
+        """rows: from first_row to the expert's end."""
+        if rows >= SLICE_ROWS:
+            if self.lane == 0:
+                prims.cp_async_bulk_tensor_global_shared_cta(
+                    tensor_map_address(self.out_map).to_llvm_ptr(),
+                    self.staging.to_llvm_ptr(),
+                    [first_column, first_row],
+                )
+                cute.arch.cp_async_bulk_commit_group()
+        else:
+            self.copy_out(first_row, rows, first_column)
+
+    @cute.jit
+    def clear_missing(self, m: cutlass.Constexpr, part: cutlass.Constexpr, values: cute.Tensor):
         """Rows of an index outside [0, T): not even the weights' NaNs are left."""
-        tokens = self.fragment.by_row(self.tokens, part)
+        tokens = self.fragment.by_row(self.tokens, m, part)
         for i in range_constexpr(cute.size(values)):
             if tokens[i] < 0:
                 values[i] = Float32(0.0)
 
+    def chunk(self, row: Int32, chunk: Int32):
+        """Where 16 bytes of a slice lie: the 128-byte swizzle of a 1024-byte aligned buffer."""
+        return self.staging + (row * SLICE_BYTES + (chunk ^ (row % 8)) * CHUNK)
+
     @cute.jit
     def stage_matrices(self, values: cute.Tensor):
         """16-bit outputs: two blocks of 8 columns and both row halves in one stmatrix."""
-        column = self.lane // 16 * 16
-        target = self.staging + (self.lane % 16 * SLICE_PITCH + column)
         for pair in range_constexpr(self.fragment.slice_blocks // 2):
             part = cute.make_rmem_tensor((8,), Float32)
             packed = cute.make_rmem_tensor((8,), self.element)
@@ -287,8 +346,9 @@ class Epilogue:
                 part[i] = values[8 * pair + i]
             packed.store(part.load().to(self.element))
             words = cute.recast_tensor(packed, Int32)
+            target = self.chunk(self.lane % 16, 2 * pair + self.lane // 16)
             prims.stmatrix(
-                (target + pair * 32).to_llvm_ptr(),
+                target.to_llvm_ptr(),
                 [words[0], words[1], words[2], words[3]],
                 prims.MMALayout.ROW,
             )
@@ -303,23 +363,21 @@ class Epilogue:
                 for c in range_constexpr(2):
                     pair[c] = values[4 * block + 2 * half + c]
                 row = f.row - f.warp_row + 8 * half
-                target = self.staging + (row * SLICE_PITCH + (8 * block + f.column) * 4)
-                cute.autovec_copy(pair, vector(target, Float32, 2, SMEM))
+                target = self.chunk(row, 2 * block + f.column // 4)
+                cute.autovec_copy(pair, vector(target + f.column % 4 * 4, Float32, 2, SMEM))
 
     @cute.jit
-    def copy_out(self, part: cutlass.Constexpr, first_row: Int32, rows: Int32, first_column: Int32):
+    def copy_out(self, first_row: Int32, rows: Int32, first_column: Int32):
         chunk = self.lane % (SLICE_BYTES // CHUNK)
-        column = first_column + part * self.slice_columns
-        column += chunk * (CHUNK // self.problem.out.bytes)
-        for i in range_constexpr(4):
-            staged = self.lane // 8 + 4 * i
-            row = self.fragment.warp_row + staged
+        column = first_column + chunk * (CHUNK // self.problem.out.bytes)
+        for i in range_constexpr(SLICE_ROWS // 4):
+            row = self.lane // 8 + 4 * i
             store = row < rows
             if const_expr(self.fragment.has_n_tail):
                 store = store and column < self.problem.n
             if store:
-                source = self.staging + (staged * SLICE_PITCH + chunk * CHUNK)
                 words = cute.make_rmem_tensor((4,), Int32)
+                source = self.chunk(row, chunk)
                 cute.autovec_copy(vector(source, Int32, 4, SMEM), words)
                 target = self.out + (Int64(first_row + row) * self.problem.n + column)
                 cute.autovec_copy(words, vector(target, Int32, 4, GMEM))

@@ -6,27 +6,16 @@ import cutlass.pipeline as pipeline
 import cutlass.utils as utils
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32, Int64, Uint8, const_expr, range_constexpr
-from cutlass._mlir import ir
-from cutlass._mlir.dialects import cute_nvgpu
 from cutlass.cute.nvgpu import cpasync, warpgroup
-from cutlass.cutlass_dsl import dsl_user_op
 from cutlass.experimental import primitives as prims
 from cutlass.pipeline import PipelineUserType
 
-from emitters.config import K_TILE_BYTES, SLICE_PITCH, WARPGROUP, GemmSm90Config
+from emitters.config import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, WARPGROUP, GemmSm90Config
 from emitters.epilogue import ELEMENT, Epilogue
 from emitters.gather import GatherIterator
-from emitters.image import TENSOR_MAP_BYTES
 from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
 from emitters.tiles import TileScheduler
-
-
-@dsl_user_op
-def _tensor_map_address(atom, *, loc=None, ip=None):
-    """Address of the tensor map that a TMA atom carries as a kernel parameter."""
-    executable = cute_nvgpu.atom_make_exec_tma(atom._trait.value, loc=loc, ip=ip)
-    kind = ir.Type.parse("!cute.ptr<!cute_nvgpu.tma_descriptor_tiled, generic, align<128>>")
-    return cute_nvgpu.get_tma_desc_addr(kind, executable, loc=loc, ip=ip)
+from emitters.weights import find_weight_map
 
 
 class GemmSm90:
@@ -38,7 +27,13 @@ class GemmSm90:
       warps                       role             waits for   arrives at
       producer, warp 0, one lane  weights by TMA   empty[s]    full[s]: 1, with the box's bytes
       producer, 128 threads       x by cp.async    empty[s]    full[s]: 128, as the copies land
-      consumers, 64 rows each     WGMMA, epilogue  full[s]     empty[s]: 1 a warp, 4 a consumer
+      consumers                   WGMMA, epilogue  full[s]     empty[s]: 1 a warp
+
+    Consumers share a tile, 64 rows each; in ping-pong they take tiles in turn, and named barriers
+    1 and 2 order their main loops as the stages are filled. In a cluster of two CTAs each loads
+    half of the weights that both need and sends it to both: a stage is empty once the consumers
+    of both CTAs have read it. The producer's warp 1 is the scheduler's; named barrier 3 makes its
+    posts known to the producer, full[s] to the consumers.
 
     A stage holds 128 bytes of K: tile_m rows of x, then tile_n rows of weight, both in the
     128-byte swizzle. K's and N's tails are zeros: TMA fills what lies outside the tensor map, the
@@ -54,16 +49,19 @@ class GemmSm90:
         self.stages = config.pipeline_stages(problem)
         self.x_bytes = config.tile_m * K_TILE_BYTES
         self.weight_bytes = config.tile_n * K_TILE_BYTES
+        self.cluster = config.cluster_m
         self.scheduler = TileScheduler(problem, config)
         self.gather = GatherIterator(problem, config)
         self.epilogue = Epilogue(problem, config)
 
     @cute.jit
     def __call__(
-        self, weight, x, index, starts, ends, out, num_tokens, num_rows, node_tensors, grid, stream
-    ):
+        self, weight, x, index, starts, ends, out, out_map, num_tokens, num_rows, node_tensors,
+        counters, grid, stream,
+    ):  # fmt: skip
         """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps. index is None
-        where rows are taken in order. starts may be null, see TileScheduler.build."""
+        where rows are taken in order. starts may be null, and counters is None but for a dynamic
+        schedule: see TileScheduler."""
         if const_expr(self.problem.weights is WeightStorage.STACKED):
             # the atom reserves a parameter of 128 bytes: the host encodes the tensor map in it,
             # `load_weight` issues the copy
@@ -71,9 +69,29 @@ class GemmSm90:
             one_stage = cute.slice_(layout, (None, None, 0))
             copy = cpasync.CopyBulkTensorTileG2SOp()
             weight, _ = cpasync.make_tiled_tma_atom(copy, weight, one_stage, self.tile[1:])
-        self.kernel(weight, x, index, starts, ends, out, num_tokens, num_rows, node_tensors).launch(
+        box = (SLICE_ROWS, SLICE_BYTES // self.problem.out.bytes)
+        out_map, _ = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileS2GOp(),
+            out_map,
+            cute.make_layout(box, stride=(box[1], 1)),
+            box,
+        )
+        self.kernel(
+            weight,
+            x,
+            index,
+            starts,
+            ends,
+            out,
+            out_map,
+            num_tokens,
+            num_rows,
+            node_tensors,
+            counters,
+        ).launch(
             grid=[grid, 1, 1],
             block=[self.config.threads, 1, 1],
+            cluster=[self.cluster, 1, 1],
             min_blocks_per_mp=self.config.ctas_per_sm,
             preferred_smem_carveout=100,  # given, so that the compiler need not ask a driver
             stream=stream,
@@ -94,14 +112,14 @@ class GemmSm90:
 
         @cute.struct
         class Storage:
-            full: cute.struct.MemRange[Int64, self.stages]
-            empty: cute.struct.MemRange[Int64, self.stages]
-            table: cute.struct.MemRange[Int32, words]
-            staging: cute.struct.Align[cute.struct.MemRange[Uint8, tile_m * SLICE_PITCH], 16]
             x: cute.struct.Align[cute.struct.MemRange[self.operand, tile_m * per_stage_row], 1024]
             weight: cute.struct.Align[
                 cute.struct.MemRange[self.operand, tile_n * per_stage_row], 1024
             ]
+            staging: cute.struct.Align[cute.struct.MemRange[Uint8, self.config.staging_bytes], 1024]
+            full: cute.struct.MemRange[Int64, self.stages]
+            empty: cute.struct.MemRange[Int64, self.stages]
+            table: cute.struct.MemRange[Int32, words]
 
         return Storage
 
@@ -114,26 +132,34 @@ class GemmSm90:
         starts: cute.Pointer,
         ends: cute.Pointer,
         out: cute.Pointer,
+        out_map: cute.CopyAtom,
         num_tokens: Int32,
         num_rows: Int32,
         node_tensors: tuple | None,
+        counters: cute.Pointer | None,
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
         storage = utils.SmemAllocator().allocate(self.storage())
         full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
-        self.scheduler.attach(storage.table.data_ptr())
+        self.scheduler.attach(storage.table.data_ptr(), counters)
 
         if warp == 0:
             with cute.arch.elect_one():
                 for stage in range_constexpr(self.stages):
                     cute.arch.mbarrier_init(full + stage, 1 + WARPGROUP)
-                    cute.arch.mbarrier_init(empty + stage, 4 * self.config.consumers)
+                    cute.arch.mbarrier_init(
+                        empty + stage, 4 * self.config.warpgroups_per_tile * self.cluster
+                    )
             cute.arch.mbarrier_init_fence()
         if warp == 1:
-            self.scheduler.build(starts, ends, num_rows)
-        cute.arch.sync_threads()
+            self.scheduler.start(starts, ends, num_rows)
+        if warp == 2:
+            cpasync.prefetch_descriptor(out_map)
+            if const_expr(self.problem.weights is WeightStorage.STACKED):
+                cpasync.prefetch_descriptor(weight)
+        self.sync_cluster()
 
         if group == 0:
             cute.arch.setmaxregister_decrease(self.config.producer_registers)
@@ -143,27 +169,38 @@ class GemmSm90:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
             staging = storage.staging.data_ptr()
             self.epilogue.attach(
-                node_tensors, out, index, num_tokens, staging, warp - 4, thread % 32
+                node_tensors, out, out_map, index, num_tokens, staging, warp - 4, thread % 32
             )
             self.mma(storage, full, empty, group - 1, thread - WARPGROUP)
+        if const_expr(self.cluster > 1):
+            self.sync_cluster()  # the other CTA's copies and arrivals end here
+
+    def sync_cluster(self):
+        if self.cluster > 1:
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
 
     @cute.jit
     def load(self, weight, storage, full, empty, warp):
         """The producer warpgroup."""
         x_stages = cute.recast_ptr(storage.x.data_ptr(), dtype=Uint8)
         weight_stages = cute.recast_ptr(storage.weight.data_ptr(), dtype=Uint8)
-        tile, _, _ = cute.arch.block_idx()
-        step, _, _ = cute.arch.grid_dim()
-        total = self.scheduler.total[0]
         state = pipeline.make_pipeline_state(PipelineUserType.Producer, self.stages)
-        expert, row, rows, column = self.scheduler.locate(tile)
+        rank = self.scheduler.rank
+        expert, row, rows, column, shared = self.scheduler.read(Int32(0))
         self.gather.fetch(row, rows)
-        while tile < total:
+        j = Int32(1)  # the CTA's unit after this one
+        while expert >= 0:
             self.gather.advance()
-            tile += step
-            next_expert, row, rows, next_column = self.scheduler.locate(tile)
+            next_expert, row, rows, next_column, next_shared = self.scheduler.read(j)
             self.gather.fetch(row, rows)
-            weight_map = self.weight_map(weight, expert)
+            j += 1
+            if warp == 1:
+                self.scheduler.post(j)
+            cute.arch.barrier(barrier_id=3, number_of_threads=WARPGROUP)
+            weight_map = find_weight_map(self.problem, weight, expert)
             for k_tile in cutlass.range(self.k_tiles, unroll=1):
                 cute.arch.mbarrier_wait(empty + state.index, state.phase)
                 if warp == 0:
@@ -178,53 +215,74 @@ class GemmSm90:
                             column,
                             expert,
                             full + state.index,
+                            rank,
+                            shared,
                         )
                 self.gather.copy(x_stages + state.index * self.x_bytes, k_tile)
                 cute.arch.cp_async_mbarrier_arrive_noinc(full + state.index)
                 state.advance()
-            expert, column = next_expert, next_column
+            expert, column, shared = next_expert, next_column, next_shared
+        if warp == 1:
+            self.scheduler.finish()
 
     @cute.jit
-    def weight_map(self, weight, expert: Int32):
-        if const_expr(self.problem.weights is WeightStorage.STACKED):
-            return _tensor_map_address(weight)
-        entry = cute.make_ptr(
-            Uint8,
-            weight.toint() + expert * TENSOR_MAP_BYTES,
-            cute.AddressSpace.generic,
-            assumed_align=64,
-        )
-        # the table was written through the generic proxy
-        prims.fence_proxy_acquire(prims.MemScope.SYS, entry.to_llvm_ptr(), TENSOR_MAP_BYTES)
-        return entry
-
-    def load_weight(self, stage, weight_map, k_tile, column, expert, barrier):
-        """One box of tile_n rows by 128 bytes, by the calling thread."""
-        if self.problem.weights is WeightStorage.TABLE:
+    def load_weight(self, stage, weight_map, k_tile, column, expert, barrier, rank, shared):
+        """tile_n rows of 128 bytes, by the calling thread: where shared, half of them to both."""
+        if const_expr(self.problem.weights is WeightStorage.TABLE):
             expert = Int32(0)
+        k = k_tile * self.tile[2]
+        if const_expr(self.cluster == 1):
+            self.copy_box(stage, weight_map, [k, column, expert], barrier, None)
+        else:
+            half, half_bytes = self.tile[1] // 2, self.weight_bytes // 2
+            if shared != 0:
+                self.copy_box(
+                    stage + rank * half_bytes,
+                    weight_map,
+                    [k, column + rank * half, expert],
+                    barrier,
+                    cutlass.Int16(3),
+                )
+            else:
+                for i in range_constexpr(2):
+                    self.copy_box(
+                        stage + i * half_bytes,
+                        weight_map,
+                        [k, column + i * half, expert],
+                        barrier,
+                        None,
+                    )
+
+    def copy_box(self, stage, weight_map, coordinates, barrier, ctas):
         prims.cp_async_bulk_tensor_shared_cluster_global(
             stage.to_llvm_ptr(),
             weight_map.to_llvm_ptr(),
-            [k_tile * self.tile[2], column, expert],
+            coordinates,
             barrier.to_llvm_ptr(),
             [],
+            multicast_mask=ctas,
         )
 
     @cute.jit
     def mma(self, storage, full, empty, consumer, thread):
         """A consumer warpgroup. consumer: which one; thread: within all of them."""
         k_major = cute.nvgpu.OperandMajorMode.K
+        split = self.config.warpgroups_per_tile
         mma = sm90.make_trivial_tiled_mma(
             self.operand, self.operand, k_major, k_major, self.sum_type,
-            (self.config.consumers, 1, 1), tiler_mn=(64, self.config.tile_n),
+            (split, 1, 1), tiler_mn=(64, self.config.tile_n),
         )  # fmt: skip
         x_layout, weight_layout = self.stage_layouts()
         sA = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
         sB = storage.weight.get_tensor(weight_layout.outer, swizzle=weight_layout.inner)
-        group = mma.get_slice(cute.make_layout(self.config.consumers, stride=WARPGROUP)(consumer))
+        group = mma.get_slice(cute.make_layout(split, stride=WARPGROUP)(consumer % split))
         tCrA = mma.make_fragment_A(group.partition_A(sA))
         tCrB = mma.make_fragment_B(group.partition_B(sB))
-        shape = mma.get_slice(thread).partition_C(cute.make_identity_tensor(self.tile[:2])).shape
+        shape = (
+            mma.get_slice(thread % (split * WARPGROUP))
+            .partition_C(cute.make_identity_tensor(self.tile[:2]))
+            .shape
+        )
         acc = cute.make_rmem_tensor(shape, self.sum_type)
         k_blocks = cute.size(tCrA, mode=[2])
         two_level = self.problem.accumulation is Accumulation.TWO_LEVEL
@@ -232,13 +290,19 @@ class GemmSm90:
         if const_expr(two_level):
             sums = cute.make_rmem_tensor(shape, self.sum_type)
 
-        tile, _, _ = cute.arch.block_idx()
-        step, _, _ = cute.arch.grid_dim()
-        total = self.scheduler.total[0]
         state = pipeline.make_pipeline_state(PipelineUserType.Consumer, self.stages)
-        while tile < total:
-            expert, row, rows, column = self.scheduler.locate(tile)
+        j, turn = Int32(0), 1  # the CTA's unit, and how far it is to this consumer's next
+        if const_expr(self.config.pingpong):
+            turn = 2
+            if consumer == 1:
+                self.pass_turn(consumer, j)
+                j += 1
+                state.advance(self.k_tiles)  # the other consumer's
+        expert, row, rows, column, _ = self.scheduler.read(j)
+        while expert >= 0:
             self.epilogue.begin(row, rows)
+            if const_expr(self.config.pingpong):
+                cute.arch.barrier(barrier_id=1 + consumer, number_of_threads=2 * WARPGROUP)
             behind = state.clone()  # the stage of the k-step before: WGMMA still reads it
             if const_expr(two_level):
                 sums.fill(0)
@@ -260,6 +324,8 @@ class GemmSm90:
             self.epilogue.load(expert, column)
             cute.arch.mbarrier_wait(full + state.index, state.phase)
             self.issue(mma, acc, tCrA, tCrB, state.index, k_blocks)
+            if const_expr(self.config.pingpong):
+                self.pass_turn(consumer, j + 1)
             if const_expr(not two_level and self.k_tiles > 1):
                 warpgroup.wait_group(1)
                 self.release(empty + behind.index)
@@ -268,8 +334,19 @@ class GemmSm90:
                 self.promote(acc, sums)
             self.release(empty + state.index)
             state.advance()
+            if const_expr(self.config.pingpong):
+                state.advance(self.k_tiles)
             self.epilogue.store(sums, expert, row, rows, column)
-            tile += step
+            j += turn
+            expert, row, rows, column, _ = self.scheduler.read(j)
+        self.epilogue.finish()
+
+    @cute.jit
+    def pass_turn(self, consumer, j):
+        """Lets the other consumer start the main loop of the CTA's j-th unit, if there is one."""
+        expert, _, _, _, _ = self.scheduler.read(j)
+        if expert >= 0:
+            cute.arch.barrier_arrive(barrier_id=2 - consumer, number_of_threads=2 * WARPGROUP)
 
     def issue(self, mma, acc, tCrA, tCrB, stage, k_blocks):
         """Starts the WGMMAs of one stage."""
@@ -288,5 +365,10 @@ class GemmSm90:
 
     @cute.jit
     def release(self, barrier):
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(barrier)
+        if const_expr(self.cluster == 1):
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(barrier)
+        else:
+            lane = cute.arch.lane_idx()
+            if lane < self.cluster:
+                cute.arch.mbarrier_arrive(barrier, lane)

@@ -10,12 +10,14 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.experimental import primitives as prims
 from cutlass.pipeline import PipelineUserType
 
-from emitters.config import K_TILE_BYTES, WARPGROUP, GemmSwapSm90Config
+from emitters.config import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, WARPGROUP, GemmSwapSm90Config
 from emitters.epilogue import CHUNK, ELEMENT, GMEM, SMEM, Epilogue, vector
 from emitters.gather import GatherIterator
 from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
 from emitters.tiles import TileScheduler
-from emitters.weights import WeightBoxes
+from emitters.weights import find_weight_map
+
+_EVICT_FIRST = 0x12F0000000000000  # the L2 policy that createpolicy makes of evict_first
 
 
 class SwapFragment:
@@ -23,7 +25,7 @@ class SwapFragment:
 
     Of every 64 columns a thread has two, 8 apart, and of every 8 rows two neighbours: register
     4 * block + 2 * half + c of a part is row 8 * block + lane % 4 * 2 + c, column 8 * half +
-    lane / 4 of the warp's 16. Parts are `part_rows` rows of 64 columns, rows first.
+    lane / 4 of the warp's 16. Part `part` of the m-th 64 columns has `part_rows` rows.
 
     What belongs to rows is read by one lane a row, and passed on by shuffles.
     """
@@ -31,8 +33,8 @@ class SwapFragment:
     def __init__(self, problem: GemmProblem, config: GemmSwapSm90Config, warp: Int32, lane: Int32):
         self.lane = lane
         self.warp_column = warp * 16  # first of the warp's 16 of every 64 columns
+        self.m_blocks = config.tile_n // 64  # of WGMMA's M
         self.part_rows = config.part_rows
-        self.row_parts = config.tile_m // config.part_rows
         self.slice_blocks = config.part_rows // 8
         self.n = problem.n
         self.has_n_tail = problem.n % config.tile_n != 0
@@ -43,9 +45,9 @@ class SwapFragment:
         """Row of the tile whose token a thread reads as its i-th."""
         return self.lane + 32 * i
 
-    def by_row(self, values: cute.Tensor, part: int):
+    def by_row(self, values: cute.Tensor, m: int, part: int):
         """values[token_count] -> for each register of a part, its row's."""
-        first = part % self.row_parts * self.part_rows
+        first = part * self.part_rows
         found = {}
         for block in range(self.slice_blocks):
             row = first + 8 * block
@@ -55,10 +57,9 @@ class SwapFragment:
                 )
         return [found[i // 4, i % 2] for i in range(4 * self.slice_blocks)]
 
-    def by_channel(self, values: cute.Tensor, part: int):
+    def by_channel(self, values: cute.Tensor, m: int, part: int):
         """values[channel_count] -> for each register of a part, its column's."""
-        first = part // self.row_parts * 2
-        return [values[first + i // 2 % 2] for i in range(4 * self.slice_blocks)]
+        return [values[2 * m + i // 2 % 2] for i in range(4 * self.slice_blocks)]
 
     @cute.jit
     def read_channels(
@@ -90,12 +91,31 @@ class SwapEpilogue(Epilogue):
     def __init__(self, problem: GemmProblem, config: GemmSwapSm90Config):
         self.problem, self.config = problem, config
         self.element = ELEMENT[problem.out]
-        self.slices = config.tile_n // 64 * (config.tile_m // config.part_rows)
+        self.slices = config.tile_m // config.part_rows
         self.pitch = config.staging_pitch(problem)
         self.staging_bytes = config.staging_bytes(problem) // 4
 
     def make_fragment(self, warp: Int32, lane: Int32):
         return SwapFragment(self.problem, self.config, warp, lane)
+
+    @cute.jit
+    def put(
+        self,
+        m: cutlass.Constexpr,
+        part: cutlass.Constexpr,
+        values: cute.Tensor,
+        first_row: Int32,
+        rows: Int32,
+        first_column: Int32,
+    ):
+        cute.arch.sync_warp()  # the part before has left the staging rows
+        if const_expr(self.problem.out is DType.FP32):
+            self.stage_words(values)
+        else:
+            self.stage_matrices(values)
+        cute.arch.sync_warp()
+        skipped = part * self.config.part_rows
+        self.copy_out(first_row + skipped, rows - skipped, first_column + m * 64)
 
     @cute.jit
     def stage_matrices(self, values: cute.Tensor):
@@ -122,22 +142,20 @@ class SwapEpilogue(Epilogue):
             word[0] = values[i]
 
     @cute.jit
-    def copy_out(self, part: cutlass.Constexpr, first_row: Int32, rows: Int32, first_column: Int32):
+    def copy_out(self, first_row: Int32, rows: Int32, first_column: Int32):
         f = self.fragment
         chunks = 16 * self.problem.out.bytes // CHUNK
         chunk = self.lane % chunks
-        column = first_column + part // f.row_parts * 64 + f.warp_column
-        column += chunk * (CHUNK // self.problem.out.bytes)
+        column = first_column + f.warp_column + chunk * (CHUNK // self.problem.out.bytes)
         for i in range_constexpr(-(-f.part_rows * chunks // 32)):
-            staged = self.lane // chunks + i * (32 // chunks)
-            row = part % f.row_parts * f.part_rows + staged
+            row = self.lane // chunks + i * (32 // chunks)
             store = row < rows
             if const_expr(f.part_rows * chunks < 32):
-                store = store and staged < f.part_rows
+                store = store and row < f.part_rows
             if const_expr(f.has_n_tail):
                 store = store and column < self.problem.n
             if store:
-                source = self.staging + (staged * self.pitch + chunk * CHUNK)
+                source = self.staging + (row * self.pitch + chunk * CHUNK)
                 words = cute.make_rmem_tensor((4,), Int32)
                 cute.autovec_copy(vector(source, Int32, 4, SMEM), words)
                 target = self.out + (Int64(first_row + row) * self.problem.n + column)
@@ -173,24 +191,34 @@ class GemmSwapSm90:
         self.weight_bytes = config.tile_n * K_TILE_BYTES
         self.scheduler = TileScheduler(problem, config)
         self.gather = GatherIterator(problem, config)
-        self.weights = WeightBoxes(problem, config.evict_first)
         self.epilogue = SwapEpilogue(problem, config)
 
     @cute.jit
     def __call__(
-        self, weight, x, index, starts, ends, out, num_tokens, num_rows, node_tensors, grid, stream
-    ):
+        self, weight, x, index, starts, ends, out, out_map, num_tokens, num_rows, node_tensors,
+        counters, grid, stream,
+    ):  # fmt: skip
         """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps. index is None
-        where rows are taken in order. starts may be null, see TileScheduler.build."""
+        where rows are taken in order. starts may be null, see TileScheduler. out_map, which the
+        other template stores through, is not used; counters is None."""
         if const_expr(self.problem.weights is WeightStorage.STACKED):
             # the atom reserves a parameter of 128 bytes: the host encodes the tensor map in it,
-            # `WeightBoxes` issues the copies
+            # `load_weight` issues the copies
             layout, _ = self.stage_layouts()
             one_box = cute.slice_(layout, (None, None, 0))
             copy = cpasync.CopyBulkTensorTileG2SOp()
             box = (self.tile[0], self.tile[2])
             weight, _ = cpasync.make_tiled_tma_atom(copy, weight, one_box, box)
-        self.kernel(weight, x, index, starts, ends, out, num_tokens, num_rows, node_tensors).launch(
+        box = (SLICE_ROWS, SLICE_BYTES // self.problem.out.bytes)
+        out_map, _ = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileS2GOp(),
+            out_map,
+            cute.make_layout(box, stride=(box[1], 1)),
+            box,
+        )
+        self.kernel(
+            weight, x, index, starts, ends, out, out_map, num_tokens, num_rows, node_tensors
+        ).launch(
             grid=[grid, 1, 1],
             block=[self.config.threads, 1, 1],
             cluster=[self.config.split_k, 1, 1],
@@ -213,18 +241,19 @@ class GemmSwapSm90:
         per_row = tile_k * self.stages * self.config.k_boxes
         words = self.config.table_words(self.problem)
         staging_bytes = self.config.staging_bytes(self.problem)
-        partial_bytes = max(self.config.partial_bytes, 16)
+        partial_bytes = self.config.partial_bytes
 
         @cute.struct
         class Storage:
+            weight: cute.struct.Align[cute.struct.MemRange[self.operand, columns * per_row], 1024]
+            x: cute.struct.Align[cute.struct.MemRange[self.operand, rows * per_row], 1024]
+            partial: cute.struct.Align[cute.struct.MemRange[Uint8, partial_bytes], 16]
+            staging: cute.struct.Align[cute.struct.MemRange[Uint8, staging_bytes], 16]
             full: cute.struct.MemRange[Int64, self.stages]
             empty: cute.struct.MemRange[Int64, self.stages]
             sums: cute.struct.MemRange[Int64, 2]
             table: cute.struct.MemRange[Int32, words]
-            staging: cute.struct.Align[cute.struct.MemRange[Uint8, staging_bytes], 16]
-            partial: cute.struct.Align[cute.struct.MemRange[Uint8, partial_bytes], 16]
-            weight: cute.struct.Align[cute.struct.MemRange[self.operand, columns * per_row], 1024]
-            x: cute.struct.Align[cute.struct.MemRange[self.operand, rows * per_row], 1024]
+            tiles: cute.struct.MemRange[Int32, 1]
 
         return Storage
 
@@ -237,6 +266,7 @@ class GemmSwapSm90:
         starts: cute.Pointer,
         ends: cute.Pointer,
         out: cute.Pointer,
+        out_map: cute.CopyAtom,
         num_tokens: Int32,
         num_rows: Int32,
         node_tensors: tuple | None,
@@ -247,15 +277,16 @@ class GemmSwapSm90:
         full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
         sums = storage.sums.data_ptr()
         split = self.config.split_k
-        self.scheduler.attach(storage.table.data_ptr())
-        self.weights.attach(weight)
+        self.scheduler.attach(storage.table.data_ptr(), None)
+        tiles = storage.tiles.get_tensor(cute.make_layout(1))
 
         weight_warp = (WARPGROUP + self.config.gather_threads) // 32
         if warp == weight_warp:
-            self.scheduler.build(starts, ends, num_rows)
-        if warp == 4:
-            with cute.arch.elect_one():
-                self.weights.prefetch()
+            count = self.scheduler.build(starts, ends, num_rows)
+            if cute.arch.lane_idx() == 0:
+                tiles[0] = count
+        if warp == 4 and const_expr(self.problem.weights is WeightStorage.STACKED):
+            cpasync.prefetch_descriptor(weight)
         if warp == 0:
             with cute.arch.elect_one():
                 for stage in range_constexpr(self.stages):
@@ -273,23 +304,26 @@ class GemmSwapSm90:
 
         if warp < 4:
             staging = storage.staging.data_ptr()
-            self.epilogue.attach(node_tensors, out, index, num_tokens, staging, warp, thread % 32)
+            self.epilogue.attach(
+                node_tensors, out, None, index, num_tokens, staging, warp, thread % 32
+            )
             self.mma(storage, full, empty, sums, thread)
         elif warp < weight_warp:
             self.gather.attach(x, index, num_tokens, thread % WARPGROUP)
             self.load_x(storage, full, empty)
         else:
-            self.load_weights(storage, full, empty)
+            self.load_weights(weight, storage, full, empty)
         if const_expr(split > 1):  # others may still write to this CTA's shared memory
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
-    def tiles(self):
+    def share(self, storage):
         """-> first tile, end and step of this CTA's or cluster's."""
-        split = self.config.split_k
         block, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
-        return block // split, self.scheduler.total[0], grid // split
+        end = storage.tiles.get_tensor(cute.make_layout(1))[0]
+        self.scheduler.stop[0] = end
+        return block // self.config.split_k, end, grid // self.config.split_k
 
     def k_range(self):
         """First and last + 1 of the stages of K that this CTA takes."""
@@ -300,23 +334,23 @@ class GemmSwapSm90:
         return rank * steps // split, (rank + 1) * steps // split
 
     @cute.jit
-    def load_weights(self, storage, full, empty):
+    def load_weights(self, weight, storage, full, empty):
         """The weights' warp."""
         stages = cute.recast_ptr(storage.weight.data_ptr(), dtype=Uint8)
         boxes = self.config.k_boxes
-        tile, end, step = self.tiles()
+        tile, end, step = self.share(storage)
         first_k, end_k = self.k_range()
         state = pipeline.make_pipeline_state(PipelineUserType.Producer, self.stages)
         while tile < end:
-            expert, _, _, column = self.scheduler.locate(tile)
-            weight_map = self.weights.map_of(expert)
+            expert, _, _, column, _ = self.scheduler.locate(tile)
+            weight_map = find_weight_map(self.problem, weight, expert)
             for k in cutlass.range(first_k, end_k, unroll=1):
                 cute.arch.mbarrier_wait(empty + state.index, state.phase)
                 with cute.arch.elect_one():
                     barrier = full + state.index
                     cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.weight_bytes * boxes)
                     for i in range_constexpr(boxes):
-                        self.weights.load(
+                        self.load_weight(
                             stages + (state.index * boxes + i) * self.weight_bytes,
                             weight_map,
                             (k * boxes + i) * self.tile[2],
@@ -327,20 +361,33 @@ class GemmSwapSm90:
                 state.advance()
             tile += step
 
+    def load_weight(self, stage, weight_map, k, column, expert, barrier):
+        """The box at element k of K and at `column`, by the calling thread."""
+        if self.problem.weights is WeightStorage.TABLE:
+            expert = Int32(0)
+        prims.cp_async_bulk_tensor_shared_cluster_global(
+            stage.to_llvm_ptr(),
+            weight_map.to_llvm_ptr(),
+            [k, column, expert],
+            barrier.to_llvm_ptr(),
+            [],
+            l2_cache_hint=Int64(_EVICT_FIRST) if self.config.evict_first else None,
+        )
+
     @cute.jit
     def load_x(self, storage, full, empty):
         """The gather's warps."""
         stages = cute.recast_ptr(storage.x.data_ptr(), dtype=Uint8)
         boxes = self.config.k_boxes
-        tile, end, step = self.tiles()
+        tile, end, step = self.share(storage)
         first_k, end_k = self.k_range()
         state = pipeline.make_pipeline_state(PipelineUserType.Producer, self.stages)
-        _, row, rows, _ = self.scheduler.locate(tile)
+        _, row, rows, _, _ = self.scheduler.locate(tile)
         self.gather.fetch(row, rows)
         while tile < end:
             self.gather.advance()
             tile += step
-            _, row, rows, _ = self.scheduler.locate(tile)
+            _, row, rows, _, _ = self.scheduler.locate(tile)
             self.gather.fetch(row, rows)
             for k in cutlass.range(first_k, end_k, unroll=1):
                 cute.arch.mbarrier_wait(empty + state.index, state.phase)
@@ -371,12 +418,12 @@ class GemmSwapSm90:
         if const_expr(two_level):
             sums = cute.make_rmem_tensor(shape, self.sum_type)
 
-        tile, end, step = self.tiles()
+        tile, end, step = self.share(storage)
         first_k, end_k = self.k_range()
         state = pipeline.make_pipeline_state(PipelineUserType.Consumer, self.stages)
         cluster_state = pipeline.make_pipeline_state(PipelineUserType.Consumer, 1)
         while tile < end:
-            expert, row, rows, column = self.scheduler.locate(tile)
+            expert, row, rows, column, _ = self.scheduler.locate(tile)
             self.epilogue.begin(row, rows)
             if const_expr(two_level):
                 sums.fill(0)

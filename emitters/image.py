@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -12,8 +14,10 @@ from typing import Any
 from emitters.config import Config
 from emitters.problem import GemmProblem, Name
 
+TOOLCHAINS = {"cu13": 13, "cu12": 12}  # newest first; the CUDA a driver must support to run them
+_DSL = "nvidia-cutlass-dsl"
 TENSOR_MAP_BYTES = 128  # of a CUtensorMap
-IMAGE_ABI = 1  # raised when a launch record or a parameter changes its meaning
+IMAGE_ABI = 2  # raised when a launch record or a parameter changes its meaning
 
 
 class ParamKind(Name):
@@ -34,14 +38,15 @@ class Param:
 
 @dataclass(frozen=True)
 class TensorMapBox:
-    """What a tensor map of a [E, N, K] weight must say besides pointer, extents and strides.
+    """What a tensor map must say besides pointer, extents and strides.
 
-    k and n: elements of a box; swizzle and l2_promotion in bytes.
+    columns (along the dense dimension) and rows: elements of a box; swizzle and l2_promotion in
+    bytes.
     """
 
     param: str
-    k: int
-    n: int
+    columns: int
+    rows: int
     swizzle: int
     l2_promotion: int
 
@@ -101,22 +106,35 @@ def image_key(problem: GemmProblem, config: Config, arch: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def build_identity() -> str | None:
-    """DSL version, toolchain flavour, hash of the emitters' source; None where no DSL is installed.
+def build_identity(toolchain: str | None = None) -> str | None:
+    """DSL version, toolchain flavour, hash of the emitters' source; None where not installed.
 
-    Two equal identities write equal images. Of several flavours installed the DSL takes the newest.
+    toolchain: default `default_toolchain()`. Two equal identities write equal images.
     """
-    try:
-        version = metadata.version("nvidia-cutlass-dsl")
-    except metadata.PackageNotFoundError:
+    flavour = toolchain or default_toolchain()
+    if flavour not in installed_toolchains():
         return None
-    flavour = next(
-        (cuda for cuda in ("cu13", "cu12") if _installed(f"nvidia-cutlass-dsl-libs-{cuda}")), "?"
-    )
     source = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         source.update(path.name.encode() + b"\0" + path.read_bytes())
-    return f"nvidia-cutlass-dsl {version} {flavour} emitters {source.hexdigest()[:16]}"
+    version = metadata.version(_DSL)
+    return f"{_DSL} {version} {flavour} emitters {source.hexdigest()[:16]}"
+
+
+def default_toolchain() -> str | None:
+    """The newest flavour installed whose cubins this host's driver runs; without a driver, or with
+    one that runs none of them, the newest. None without the DSL."""
+    installed = installed_toolchains()
+    cuda = _driver_cuda()
+    runs = [name for name in installed if cuda is None or TOOLCHAINS[name] <= cuda]
+    return next(iter((*runs, *installed)), None)
+
+
+def installed_toolchains() -> tuple[str, ...]:
+    """The flavours of the DSL that are installed, newest first."""
+    if not _installed(_DSL):
+        return ()
+    return tuple(name for name in TOOLCHAINS if _installed(f"{_DSL}-libs-{name}"))
 
 
 def _installed(package: str) -> bool:
@@ -125,3 +143,15 @@ def _installed(package: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+@functools.cache
+def _driver_cuda() -> int | None:
+    """Major version of CUDA that the driver supports, None without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    failed = driver.cuDriverGetVersion(ctypes.byref(version))
+    return None if failed else version.value // 1000

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from emitters.config import Config
+from emitters.problem import GemmProblem
 from perf import cases as case_tables
-from perf.cases import GEMM_MODELS, GEMM_TOKENS, POWERS_OF_TWO, SUITES, Case
+from perf.cases import (
+    GEMM_MODELS,
+    GEMM_TOKENS,
+    POWERS_OF_TWO,
+    PREFILL_TOKENS,
+    ROUTINGS,
+    SCHEDULES,
+    SUITES,
+    Case,
+)
 
+TOKENS = {"all": POWERS_OF_TWO, "prefill": PREFILL_TOKENS}
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -20,14 +33,22 @@ def case_options(command: Any) -> Any:
     for option in reversed(
         (
             click.option("--suite", default="all", help=f"all, or of {', '.join(SUITES)}"),
-            click.option("--model", default=",".join(GEMM_MODELS), help="models of the gemm suite"),
+            click.option(
+                "--model", default=",".join(GEMM_MODELS), help="of the suites gemm and schedules"
+            ),
             click.option(
                 "--dtype", default="", help="of fp8, int8, bf16; default: each suite's own"
             ),
             click.option(
-                "--tokens", default=",".join(map(str, GEMM_TOKENS)), help="counts, or all"
+                "--tokens",
+                default=",".join(map(str, GEMM_TOKENS)),
+                help=f"of the gemm suite: counts, or {' or '.join(TOKENS)}",
             ),
-            click.option("--routing", default="balanced", help="of balanced, zipf, hot"),
+            click.option(
+                "--routing",
+                default="balanced",
+                help=f"of {', '.join(ROUTINGS)}; tutorial and schedules have their own",
+            ),
         )
     ):
         command = option(command)
@@ -40,7 +61,7 @@ commit_option = click.option("--commit", default="", help="name it where this is
 def selected(suite: str, model: str, dtype: str, tokens: str, routing: str) -> list[Case]:
     """The cases of the options, each a list separated by commas."""
     try:
-        counts = POWERS_OF_TWO if tokens == "all" else tuple(map(int, split(tokens)))
+        counts = TOKENS[tokens] if tokens in TOKENS else tuple(map(int, split(tokens)))
         return case_tables.select(
             SUITES if suite == "all" else split(suite),
             split(model),
@@ -71,7 +92,7 @@ def main() -> None:
 
 @main.command()
 @case_options
-@click.option("--system", default="all", help="all, or some: cutlass_moe, triton, torch ...")
+@click.option("--system", default="all", help="each suite's own, or of cutlass_moe, triton ...")
 @click.option("--budget", default=480.0, help="seconds after which no further case is begun")
 @commit_option
 @click.option("--out", type=click.Path(path_type=Path), help="results file")
@@ -85,7 +106,7 @@ def run(system: str, budget: float, commit: str, out: Path | None, **choice: str
     from perf.store import Store, default_path
 
     cases = selected(**choice)
-    systems = tuple(SYSTEMS) if system == "all" else split(system)
+    systems = () if system == "all" else split(system)
     if unknown := set(systems) - set(SYSTEMS):
         raise click.UsageError(f"unknown system {unknown}, expected of {', '.join(SYSTEMS)}")
     limits = ceilings()
@@ -140,10 +161,8 @@ def build(jobs: int | None, **choice: str) -> None:
     """Compile every image that a run of these cases may launch. Needs the DSL, no GPU."""
     from cutlass_moe.cache import default_cache
     from cutlass_moe.compiler import Request, build_images
-    from cutlass_moe.heuristics import candidates
 
-    problems = dict.fromkeys(case.problem for case in selected(**choice))
-    requests = [Request(p, config) for p in problems for config in candidates(p)]
+    requests = [Request(*pair) for pair in dict.fromkeys(images_of(selected(**choice)))]
     failed = 0
     for number, result in enumerate(build_images(default_cache(), requests, jobs), 1):
         failed += result.error is not None
@@ -156,6 +175,18 @@ def build(jobs: int | None, **choice: str) -> None:
         raise click.ClickException(f"{failed} of {len(requests)} images were not built")
 
 
+def images_of(cases: list[Case]) -> Iterator[tuple[GemmProblem, Config]]:
+    """Problem and config of the images that a run of these cases may launch, with repetitions."""
+    from cutlass_moe.heuristics import candidates, choose
+
+    for case in cases:
+        yield from ((case.problem, config) for config in candidates(case.problem))
+        if case.suite == "schedules":
+            rows = case.rows / case.num_experts
+            for schedule in SCHEDULES:
+                yield case.problem, choose(case.problem, case.x_rows, rows, schedule=schedule)
+
+
 @main.command()
 @click.option("--results", type=click.Path(path_type=Path, exists=True), help="results file")
 @click.option("--readme", type=click.Path(path_type=Path, exists=True), default=README)
@@ -163,14 +194,15 @@ def report(results: Path | None, readme: Path) -> None:
     """Write plots, the full table and the README's table from a results file."""
     from perf import store
     from perf.plots import write_plots
-    from perf.report import full_report, insert, published_cases, readme_table, rows_of
+    from perf.report import full_report, insert, readme_table
+    from perf.rows import load_published, rows_of
 
     found = [results] if results else sorted(store.RESULTS.glob("*.json"))
     if len(found) != 1:
         raise click.ClickException(f"expected one results file, found {len(found)}: name --results")
     path = found[0]
     contents = store.load(path)
-    rows = rows_of(contents, published_cases())
+    rows = rows_of(contents, load_published())
     try:
         text = insert(readme.read_text(), readme_table(contents, rows))
     except ValueError as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from cutlass_moe.shapes import DTYPES, MODELS
+from emitters.config import Schedule
 from emitters.problem import (
     ACCUMULATIONS,
     ChannelScale,
@@ -18,11 +19,14 @@ from emitters.problem import (
     PerTokenScale,
 )
 
-ROUTINGS = ("balanced", "zipf", "hot")
-SUITES = ("gemm", "seed", "deepgemm")
+ROUTINGS = ("balanced", "zipf", "half", "hot")
+SUITES = ("gemm", "seed", "deepgemm", "tutorial", "schedules")
 GEMM_MODELS = ("qwen3-30b", "mixtral", "dsv3-ep8")
-GEMM_TOKENS = (1, 16, 128, 1024, 8192)
+PREFILL_TOKENS = (1024, 2048, 4096, 8192, 16384)
+GEMM_TOKENS = (1, 16, 128, *PREFILL_TOKENS)
 POWERS_OF_TWO = tuple(2**i for i in range(16))
+RAGGED_ROWS = (156, 89, 201, 52, 134, 98, 187, 143)  # of the tutorial's experts
+SCHEDULES = tuple(map(str, Schedule))
 WGMMA_ROWS = 64  # rows a WGMMA works on, whether an expert fills them or not
 OUT = DType.BF16
 
@@ -129,11 +133,15 @@ class Ceilings:
 
 
 def gemm_cases(
-    models: Iterable[str], dtypes: Iterable[str], tokens: Sequence[int], routings: Sequence[str]
+    models: Iterable[str],
+    dtypes: Iterable[str],
+    tokens: Sequence[int],
+    routings: Sequence[str],
+    suite: str = "gemm",
 ) -> list[Case]:
     """Both products of each model's layer."""
     return [
-        Case("gemm", model, gemm, dtype, shape.num_experts, shape.top_k, n, k, t, routing)
+        Case(suite, model, gemm, dtype, shape.num_experts, shape.top_k, n, k, t, routing)
         for dtype in dtypes
         for model, shape in ((name, MODELS[name]) for name in models)
         for gemm, (n, k) in shape.gemms.items()
@@ -163,6 +171,22 @@ def deepgemm_cases(dtypes: Iterable[str], routings: Sequence[str]) -> list[Case]
     ]
 
 
+def tutorial_cases(dtypes: Iterable[str]) -> list[Case]:
+    """8 experts with about 4096 rows each, and with RAGGED_ROWS and 32 times as many."""
+    ragged = sum(RAGGED_ROWS)
+    return [
+        Case("tutorial", "e8", "4096x2048", dtype, 8, 1, 4096, 2048, tokens, routing)
+        for dtype in dtypes
+        for tokens, routing in ((32768, "balanced"), (ragged, "ragged"), (32 * ragged, "ragged"))
+    ]
+
+
+def schedule_cases(models: Iterable[str], dtypes: Iterable[str]) -> list[Case]:
+    """Both products of each model's layer on balanced and on skewed routing, at a few sizes."""
+    tokens, routings = PREFILL_TOKENS[::2], ("balanced", "zipf", "half")
+    return gemm_cases(models, dtypes, tokens, routings, "schedules")
+
+
 def select(
     suites: Sequence[str],
     models: Sequence[str] = GEMM_MODELS,
@@ -172,8 +196,9 @@ def select(
 ) -> list[Case]:
     """Cases of the suites, in the order they are to be measured in.
 
-    Without dtypes, all of them, but only fp8 of the DeepGEMM shapes. models and tokens select among
-    the gemm suite. Raises ValueError on an unknown name.
+    Without dtypes, all of them, but only fp8 of the DeepGEMM shapes and of the schedules. models
+    select among the suites gemm and schedules, tokens among gemm; tutorial and schedules have
+    routings of their own. Raises ValueError on an unknown name.
     """
     for what, asked, known in (
         ("suite", suites, SUITES),
@@ -191,27 +216,42 @@ def select(
         cases += seed_cases(dtypes or DTYPES, routings)
     if "deepgemm" in suites:
         cases += deepgemm_cases(dtypes or ("fp8",), routings)
+    if "tutorial" in suites:
+        cases += tutorial_cases(dtypes or DTYPES)
+    if "schedules" in suites:
+        cases += schedule_cases(models, dtypes or ("fp8",))
     if "gemm" in suites:
         cases += gemm_cases(models, dtypes or DTYPES, tokens, routings)
     return cases
 
 
 def draw_topk_ids(case: Case) -> torch.Tensor:
-    """int64 [tokens, top_k] on the CPU, the same on every machine; a token's experts are distinct.
+    """int64 [tokens, top_k] on the CPU, the same on every machine.
 
-    balanced: every expert as likely as another. zipf: the i-th most popular expert 1/i as likely
-    as the first. hot: every token takes one and the same expert, its others are balanced.
+    A token's experts are distinct, but for half. balanced: every expert as likely as another. zipf:
+    the i-th most popular expert 1/i as likely as the first. hot: every token takes one and the same
+    expert, its others are balanced. half: one expert has half of the (token, expert) pairs, several
+    of some tokens, the rest are balanced. ragged: one of 8 experts a token, their rows in the
+    proportion of RAGGED_ROWS.
     """
     generator = torch.Generator().manual_seed(case.seed)
+    if case.routing == "ragged":
+        base = torch.repeat_interleave(torch.arange(len(RAGGED_ROWS)), torch.tensor(RAGGED_ROWS))
+        place = torch.randperm(case.tokens, generator=generator) * len(base) // case.tokens
+        return base[place][:, None]
     weights = torch.ones(case.num_experts)
     if case.routing == "zipf":
         popularity = torch.randperm(case.num_experts, generator=generator)
         weights = 1.0 / (popularity + 1.0)
-    if case.routing == "hot":
+    if case.routing in ("hot", "half"):
         hot = torch.randint(case.num_experts, (1,), generator=generator)
-        weights[hot] = 1e9
+        weights[hot] = 1e9 if case.routing == "hot" else 1e-9
     chances = weights.expand(case.tokens, -1).contiguous()
-    return torch.multinomial(chances, case.top_k, generator=generator)
+    ids = torch.multinomial(chances, case.top_k, generator=generator)
+    if case.routing == "half":
+        pairs = torch.randperm(case.rows, generator=generator)[: case.rows // 2]
+        ids.view(-1)[pairs] = hot
+    return ids
 
 
 def workload(case: Case, topk_ids: torch.Tensor) -> Workload:
@@ -230,12 +270,15 @@ def moved_bytes(case: Case, load: Workload) -> int:
     return weight + case.x_rows * case.k * case.operand.bytes + case.rows * case.n * OUT.bytes
 
 
+def dense_us(case: Case, rows: int, ceilings: Ceilings) -> float:
+    """What a product of so many rows takes at the dense rate."""
+    return 2 * rows * case.n * case.k / (ceilings.tflops(case.dtype) * 1e6)
+
+
 def floor_us(case: Case, load: Workload, ceilings: Ceilings, round_rows: bool = False) -> float:
     """The longer of moving the bytes at the read rate and doing the products at the dense rate.
 
     With round_rows each expert's rows count as whole blocks of WGMMA_ROWS.
     """
-    rows = load.rows64 if round_rows else case.rows
     memory = moved_bytes(case, load) / (ceilings.read_gbs * 1e3)
-    compute = 2 * rows * case.n * case.k / (ceilings.tflops(case.dtype) * 1e6)
-    return max(memory, compute)
+    return max(memory, dense_us(case, load.rows64 if round_rows else case.rows, ceilings))

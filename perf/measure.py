@@ -12,7 +12,7 @@ import torch
 
 from perf.cases import Case, Ceilings, floor_us, moved_bytes, workload
 from perf.operands import WORST_ERROR, Operands, Weights, relative_error
-from perf.peers import SYSTEMS, Absent, Prepared
+from perf.peers import SYSTEMS, Absent, Prepared, usual_systems
 from perf.timing import (
     FLUSH_BYTES,
     Timing,
@@ -33,7 +33,10 @@ SECONDS = (0.2, 2.0)  # the least and the most that timing takes
 def measure_all(
     cases: Sequence[Case], systems: Sequence[str], ceilings: Ceilings, budget: float
 ) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """Each case with its record, as it is finished; begins no case after `budget` seconds."""
+    """Each case with its record, as it is finished; begins no case after `budget` seconds.
+
+    Without `systems`, each case's usual ones.
+    """
     start = time.monotonic()
     flush = flush_buffer()
     weights_id, weights = None, None
@@ -45,10 +48,9 @@ def measure_all(
             weights = None  # freed before the next ones are made
             weights_id, weights = case.weights_id, Weights.of(case)
         seconds = min(max(SHARE * left / (len(cases) - number), SECONDS[0]), SECONDS[1])
-        yield (
-            case,
-            Measurement(case, Operands.of(case, weights), flush).run(systems, ceilings, seconds),
-        )
+        asked = systems or usual_systems(case)
+        record = Measurement(case, Operands.of(case, weights), flush).run(asked, ceilings, seconds)
+        yield case, record
         torch.cuda.empty_cache()
 
 

@@ -8,16 +8,18 @@ before the clock starts. What is charged to whom is said in each function.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
 
 import cutlass_moe
 from cutlass_moe import heuristics
-from perf.cases import Case
+from perf.cases import SCHEDULES, Case
 from perf.operands import Operands
+from perf.timing import quick_us
 
 
 class Absent(Exception):
@@ -36,14 +38,17 @@ class Prepared:
     note: str = ""
 
 
-def ours(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
-    """This library, gather and scales in the kernel, as a user calls it."""
+def ours(
+    case: Case, operands: Operands, flush: torch.Tensor, schedule: str | None = None
+) -> Prepared:
+    """This library, gather and scales in the kernel, as a user calls it; may name a schedule."""
     out = poisoned(case.rows, operands)
+    named = {} if schedule is None else {"schedule": schedule}
 
     def launch(weight: torch.Tensor) -> None:
-        cutlass_moe.grouped_matmul_out(out, operands.x, weight, **operands.options)
+        cutlass_moe.grouped_matmul_out(out, operands.x, weight, **operands.options, **named)
 
-    config = heuristics.choose(case.problem, case.x_rows, case.rows / case.num_experts)
+    config = heuristics.choose(case.problem, case.x_rows, case.rows / case.num_experts, **named)
     note = " ".join(f"{name}={value}" for name, value in config.to_json().items())
     return Prepared(launch, lambda numbers: out[numbers], note)
 
@@ -117,15 +122,86 @@ def quack(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
     return Prepared(launch, lambda numbers: out[numbers])
 
 
+def padded_bmm(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
+    """A batched product, each expert's rows padded to the most of any: the fastest of torch's ways.
+
+    Gather and padding are not charged, nor are int8's scales, which torch's product leaves out.
+    """
+    device = operands.x.device
+    ends = operands.offsets.long()
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    most = -(-int(counts.max()) // 16) * 16  # each expert's scales begin on 16 bytes
+    names = torch.arange(case.num_experts, device=device)
+    experts = torch.repeat_interleave(names, counts)
+    shift = names * most - (ends - counts)
+    place = torch.arange(case.rows, device=device) + shift[experts]
+    rows_of_x, row_scale = gathered(operands)
+    x = operands.x.new_zeros((case.num_experts * most, case.k))
+    x.view(torch.uint8)[place] = rows_of_x.view(torch.uint8)
+    x_scale = None
+    if row_scale is not None:
+        x_scale = row_scale.new_zeros(len(x)).index_copy(0, place, row_scale)
+        x_scale = x_scale.view(case.num_experts, most)
+    ways = batched_products(case.dtype, x.view(-1, most, case.k), x_scale, operands.scale)
+    best = min(ways, key=lambda way: quick_us(partial(way, operands.weight), flush))
+    result: list[torch.Tensor] = []
+
+    def launch(weight: torch.Tensor) -> None:
+        result[:] = best(weight)
+
+    def rows(numbers: torch.Tensor) -> torch.Tensor:
+        out = torch.cat(result)[place[numbers]]
+        if case.dtype != "int8" or row_scale is None or operands.scale is None:
+            return out
+        return out * row_scale[numbers, None] * operands.scale[experts[numbers]]
+
+    return Prepared(launch, rows, f"{best.__name__}, {most} rows an expert")
+
+
+def batched_products(
+    dtype: str, x: torch.Tensor, x_scale: torch.Tensor | None, scale: torch.Tensor | None
+) -> list[Callable[[torch.Tensor], Iterable[torch.Tensor]]]:
+    """Functions of weight [E, N, K] that multiply x [E, M, K] with it, each expert's [M, N].
+
+    x_scale [E, M] and scale [E, N] for fp8; int8 gives int32 without scales.
+    """
+    options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+
+    def bmm(weight: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, weight.mT)
+
+    def int_mm(weight: torch.Tensor) -> list[torch.Tensor]:
+        return [torch._int_mm(a, b) for a, b in zip(x, weight.mT, strict=True)]
+
+    def scaled_mm(weight: torch.Tensor) -> list[torch.Tensor]:
+        each = zip(x, weight.mT, x_scale[:, :, None], scale[:, None], strict=True)
+        return [torch._scaled_mm(*operands, **options) for operands in each]
+
+    def scaled_grouped_mm(weight: torch.Tensor) -> torch.Tensor:
+        return torch._scaled_grouped_mm(x, weight.mT, x_scale, scale, **options)
+
+    return {"bf16": [bmm], "int8": [int_mm], "fp8": [scaled_mm, scaled_grouped_mm]}[dtype]
+
+
 OURS = "cutlass_moe"
 SYSTEMS: dict[str, Callable[[Case, Operands, torch.Tensor], Prepared]] = {
     OURS: ours,
+    **{schedule: partial(ours, schedule=schedule) for schedule in SCHEDULES},
     "triton": triton_gather,
     "torch": torch_grouped,
     "torch_gemm": torch_pregathered,
     "deepgemm": deepgemm,
     "quack": quack,
+    "padded_bmm": padded_bmm,
 }
+
+
+def usual_systems(case: Case) -> tuple[str, ...]:
+    """What a case is measured with unless a run names systems."""
+    if case.suite == "schedules":
+        return (OURS, *SCHEDULES)
+    unusual = SCHEDULES if case.suite == "tutorial" else (*SCHEDULES, "padded_bmm")
+    return tuple(name for name in SYSTEMS if name not in unusual)
 
 
 def require(module: str) -> ModuleType:

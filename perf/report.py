@@ -1,4 +1,4 @@
-"""Tables and plots from results. Figures come from the JSON alone; none is typed by hand.
+"""Tables from results. Figures come from the JSON alone; none is typed by hand.
 
 A system that could not be measured in the run is shown with its figure of published.json, marked
 with a dagger, and counts as a peer like the others.
@@ -6,89 +6,15 @@ with a dagger, and counts as a peer like the others.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from perf.cases import Case, Ceilings, Workload, floor_us, flops, moved_bytes
+from perf.cases import SCHEDULES, moved_bytes
+from perf.figures import HEADER as FIGURES_HEADER
+from perf.figures import figures
+from perf.rows import DAGGER, OURS, Row, load_published, ours_over_ours, rows_of
 
-OURS = "cutlass_moe"
-RIVALS = ("triton", "torch", "deepgemm", "quack")  # what a user could call instead
-PUBLISHED = Path(__file__).with_name("published.json")
 BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
-DAGGER = "†"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One case's figures in microseconds. published: systems whose time is not of the run."""
-
-    case: Case
-    floor: float
-    floor64: float
-    moved_bytes: int
-    us: dict[str, float]
-    graph_us: dict[str, float]
-    spread: float | None
-    published: frozenset[str]
-
-    @property
-    def name(self) -> str:
-        case = self.case
-        routing = "" if case.routing == "balanced" else f" {case.routing}"
-        return f"{case.model} {case.gemm} {case.dtype} {case.tokens}{routing}"
-
-    @property
-    def best_rival(self) -> str | None:
-        rivals = [name for name in RIVALS if name in self.us]
-        return min(rivals, key=lambda name: self.us[name]) if rivals else None
-
-    @property
-    def speedup(self) -> float | None:
-        """The best rival's time over ours; None where one of the two is missing."""
-        best = self.best_rival
-        return self.us[best] / self.us[OURS] if best and OURS in self.us else None
-
-    def tflops(self, system: str) -> float:
-        return flops(self.case) / self.us[system] / 1e6
-
-
-def rows_of(contents: dict[str, Any], published: dict[str, Any]) -> list[Row]:
-    """Rows of a results file, in its order. `published` is published.json's "cases"."""
-    return [
-        row_of(record, contents["runs"][record["run"]], published.get(case_id, {}))
-        for case_id, record in contents["cases"].items()
-    ]
-
-
-def row_of(record: dict[str, Any], run: dict[str, Any], published: dict[str, Any]) -> Row:
-    case = Case(**record["case"])
-    load = Workload(**record["workload"])
-    ceilings = Ceilings(**run["ceilings"])
-    measured = record["systems"]
-    us = {name: figures["us"] for name, figures in measured.items()}
-    missing = {name: figures for name, figures in published.items() if name not in us}
-    for name, figures in missing.items():
-        us[name] = figures["us"] if "us" in figures else flops(case) / figures["tflops"] / 1e6
-    graphs = {name: figures["graph_us"] for name, figures in measured.items()}
-    ours = measured.get(OURS)
-    return Row(
-        case=case,
-        floor=floor_us(case, load, ceilings),
-        floor64=floor_us(case, load, ceilings, round_rows=True),
-        moved_bytes=moved_bytes(case, load),
-        us=us,
-        graph_us={name: value for name, value in graphs.items() if value is not None},
-        spread=(max(ours["rounds"]) - min(ours["rounds"])) / ours["us"] if ours else None,
-        published=frozenset(missing),
-    )
-
-
-def published_cases() -> dict[str, Any]:
-    return json.loads(PUBLISHED.read_text())["cases"]
-
 
 HEADER = (
     "model gemm dtype tokens",
@@ -104,13 +30,15 @@ HEADER = (
     "torch",
     "no gath",
     "dg/qk",
+    "bmm",
     "floor%",
     "x",
 )
 LEGEND = (
     "us. ours +-%: largest less smallest round; graph, t.graph: a launch inside a graph, ours and "
-    "triton's; no gath: torch without its gather; dg/qk: DeepGEMM (fp8) or QuACK (bf16); floor%: "
-    f"floor of ours; x: best of the others over ours; {DAGGER}: published, not of this run"
+    "triton's; no gath: torch without its gather; dg/qk: DeepGEMM (fp8) or QuACK (bf16); bmm: "
+    "padded_bmm; floor%: floor of ours; x: best of the others over ours; "
+    f"{DAGGER}: published, not of this run"
 )
 
 
@@ -128,7 +56,7 @@ def cells(row: Row) -> list[str]:
         number(row.floor64),
         us(OURS),
         "-" if row.spread is None else f"{100 * row.spread:.1f}",
-        "-" if ours is None else f"{row.moved_bytes / ours / 1e3:.0f}",
+        "-" if ours is None else f"{moved_bytes(row.case, row.load) / ours / 1e3:.0f}",
         "-" if ours is None else f"{row.tflops(OURS):.0f}",
         number(row.graph_us.get(OURS)),
         us("triton"),
@@ -136,6 +64,7 @@ def cells(row: Row) -> list[str]:
         us("torch"),
         us("torch_gemm"),
         us("quack" if row.case.dtype == "bf16" else "deepgemm"),
+        us("padded_bmm"),
         "-" if ours is None else f"{100 * row.floor / ours:.0f}",
         "-" if row.speedup is None else f"{row.speedup:.2f}",
     ]
@@ -145,10 +74,40 @@ def number(us: float | None) -> str:
     return "-" if us is None else f"{us:.1f}" if us < 1000 else f"{us:.0f}"
 
 
-def text_table(rows: Sequence[Row]) -> str:
+SCHEDULES_HEADER = ("schedules", "most rows", "floor64", "ours", *SCHEDULES, "/ balanced")
+Table = tuple[Sequence[str], list[list[str]]]  # a header and lines under it
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """All cases, the schedules side by side, and what cases come to; none is empty."""
+    scheduled = [row for row in rows if row.case.suite == "schedules"]
+    found: list[Table] = [
+        (HEADER, [cells(row) for row in rows if row.case.suite != "schedules"]),
+        (SCHEDULES_HEADER, schedule_lines(scheduled)),
+        (FIGURES_HEADER, [figure.cells for figure in figures(rows)]),
+    ]
+    return [(header, lines) for header, lines in found if lines]
+
+
+def schedule_lines(rows: Sequence[Row]) -> list[list[str]]:
+    """Microseconds of our own choice and of each schedule, under SCHEDULES_HEADER."""
+    ratios = ours_over_ours(rows, routing="balanced")
+    return [
+        [
+            row.name,
+            str(row.load.max_rows),
+            number(row.floor64),
+            *(number(row.us.get(name)) for name in (OURS, *SCHEDULES)),
+            f"{ratios[row.name]:.2f}" if row.name in ratios else "-",
+        ]
+        for row in rows
+    ]
+
+
+def text_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """Columns as narrow as they can be: hundreds of rows fit what a terminal keeps."""
-    table = [list(HEADER), *(cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(HEADER))]
+    table = [header, *lines]
+    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
     return "\n".join(
         " ".join(
             [
@@ -169,9 +128,10 @@ def summary(contents: dict[str, Any], case_ids: Sequence[str], asked: int) -> st
     end = f"{len(records)} of {asked} cases"
     end += ", STOPPED by the budget" if len(records) < asked else ""
     end += f", {broken} kinds of FAILED or WRONG, see above the table" if broken else ""
-    table = text_table(rows_of({**contents, "cases": records}, published_cases()))
+    rows = rows_of({**contents, "cases": records}, load_published())
+    texts = (text_table(*table) for table in tables(rows))
     return "\n".join(
-        [*missing, *(describe(contents["runs"][name]) for name in runs), table, LEGEND, end]
+        [*missing, *(describe(contents["runs"][name]) for name in runs), LEGEND, *texts, end]
     )
 
 
@@ -199,7 +159,7 @@ def full_report(contents: dict[str, Any], rows: Sequence[Row]) -> str:
         *describe_host(contents.get("host", {})),
     ]
     parts.append(LEGEND + ".")
-    parts.append(markdown(HEADER, (cells(row) for row in rows)))
+    parts += [markdown(*table) for table in tables(rows)]
     missing = reasons(contents["cases"])
     parts += ["Not measured:", "\n".join(f"- {line}" for line in missing)] if missing else []
     return "\n\n".join(parts) + "\n"
@@ -233,12 +193,13 @@ def describe_host(host: dict[str, Any]) -> list[str]:
 
 def readme_table(contents: dict[str, Any], rows: Sequence[Row]) -> str:
     """What the README shows: ours against the best other system, tokens across."""
-    measured = [row for row in rows if row.speedup is not None and row.case.routing == "balanced"]
+    shown = ("balanced", "ragged")
+    measured = [row for row in rows if row.speedup is not None and row.case.routing in shown]
     if not measured:
         raise ValueError("no case has both our time and another system's")
-    used = {record["run"] for record in contents["cases"].values()}
+    used = sorted({record["run"] for record in contents["cases"].values()})
     parts = [
-        describe(contents["runs"][max(used)]),  # named by their dates
+        *(describe(contents["runs"][name]) for name in used),
         "Microseconds of one grouped product, gather and scales included, and in brackets how many "
         f"times as long the best of Triton, torch, DeepGEMM and QuACK takes ({DAGGER}: a published "
         "figure, not of the run).",
@@ -271,8 +232,9 @@ def shape_cells(row: Row) -> list[str]:
     case = row.case
     shape = f"{case.suite}: {case.dtype}, {case.num_experts} experts, {case.tokens} tokens"
     mark = DAGGER if best in row.published else ""
+    routing = "" if case.routing == "balanced" else f", {case.routing}"
     return [
-        f"{shape}, N {case.n}, K {case.k}",
+        f"{shape}{routing}, N {case.n}, K {case.k}",
         number(row.us[OURS]),
         f"{row.tflops(OURS):.0f}",
         f"{best} {number(row.us[best])}{mark}",

@@ -1,58 +1,21 @@
-"""The cache among threads, processes, kills, damage, read-only roots. Images are mere bytes."""
+"""The cache: lookup, layout, damage, builds, trust, default roots. Images are mere bytes."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
-import threading
-import time
-import warnings
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from cutlass_moe.cache import WORK, Cache, default_cache
-from emitters.image import IMAGE_ABI, Image, LaunchRecord, Param, ParamKind, TensorMapBox
-
-ARCH, KEY = "sm_90a", "5eed" * 16
-FORK = multiprocessing.get_context("fork")
-
-
-def make_image(build: str = "today", cubin: bytes = b"\x7fELF" * 100) -> Image:
-    record = LaunchRecord(
-        symbol="kernel",
-        params=(Param("x", ParamKind.POINTER, 128, 8),),
-        tensor_maps=(TensorMapBox("weight", 128, 256, 128, 128),),
-        smem_bytes=1024,
-        threads=384,
-        cluster=(1, 1, 1),
-        arch=ARCH,
-        abi=IMAGE_ABI,
-        registers=168,
-        spill_bytes=0,
-        build=build,
-        problem={"n": 2048},
-        config={"tile_m": 128},
-        cubin_sha256=hashlib.sha256(cubin).hexdigest(),
-    )
-    return Image(cubin, record)
-
-
-def never() -> Image:
-    raise AssertionError("built although it was there")
-
-
-def files_below(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+from cutlass_moe.cache import SCRAP_SECONDS, WORK, Cache, default_cache, package_roots
+from cutlass_moe.roots import CUBIN, RECORD, TRUST, UntrustedRoot
+from emitters.image import IMAGE_ABI, Image
+from tests.fake_images import ARCH, KEY, OTHER, cut, files_below, make_image, never
 
 
 @pytest.fixture
@@ -83,10 +46,6 @@ def test_second_load_comes_from_memory(filled):
     first = cache.load(ARCH, KEY)
     (filled / ARCH / KEY / "kernel.cubin").unlink()
     assert cache.load(ARCH, KEY) is first
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
 
 
 def flip(path: Path) -> None:
@@ -162,8 +121,28 @@ def test_writable_root_wants_the_exact_build(filled):
     assert Cache([filled]).load(ARCH, KEY, "tomorrow") is None
     assert Cache([filled]).load_or_build(ARCH, KEY, lambda: tomorrow, "tomorrow") == tomorrow
     assert Cache([filled]).load(ARCH, KEY) == tomorrow
-    assert Cache([filled]).load(ARCH, KEY, "today") is None
+
+
+@pytest.mark.parametrize("ask", ["load", "load_or_build"])
+def test_build_whose_place_another_took_comes_back(filled, ask):
+    tomorrow = make_image("tomorrow", b"better")
+    Cache([filled]).store(ARCH, KEY, tomorrow)
+    cache = Cache([filled])
+    if ask == "load":
+        assert cache.load(ARCH, KEY, "today") == make_image()
+    else:
+        assert cache.load_or_build(ARCH, KEY, never, "today") == make_image()
+    assert Cache([filled]).load(ARCH, KEY) == make_image()
+    assert Cache([filled]).load_or_build(ARCH, KEY, never, "tomorrow") == tomorrow
+    assert len(list((filled / WORK).glob("builds/*/*/*"))) == 1
     assert not list((filled / WORK).glob("old/*"))
+
+
+def test_image_of_the_same_build_is_replaced(filled):
+    other = make_image(cubin=b"other flags")
+    Cache([filled]).store(ARCH, KEY, other)
+    assert Cache([filled]).load(ARCH, KEY) == other
+    assert len(list(filled.rglob(CUBIN))) == 1
 
 
 def test_read_only_root_serves_any_build(filled, tmp_path_factory):
@@ -185,30 +164,76 @@ def test_roots_are_searched_in_order(tmp_path):
     first, second, writable = (tmp_path / name for name in ("first", "second", "writable"))
     for root in (first, second, writable):
         Cache([root]).store(ARCH, KEY, make_image(cubin=root.name.encode()))
-    Cache([second]).store(ARCH, "other", make_image(cubin=b"other"))
+    Cache([second]).store(ARCH, OTHER, make_image(cubin=b"other"))
     cache = Cache([first, second, writable])
     assert cache.load(ARCH, KEY).cubin == b"first"
-    assert cache.load(ARCH, "other").cubin == b"other"
+    assert cache.load(ARCH, OTHER).cubin == b"other"
     assert [(e.root, e.key) for e in cache.entries()] == [
         (first, KEY),
+        (second, OTHER),
         (second, KEY),
-        (second, "other"),
         (writable, KEY),
     ]
 
 
 def test_clear_empties_the_writable_root_only(filled, tmp_path_factory):
     cache = Cache([filled, tmp_path_factory.mktemp("writable")])
-    for key in ("a", "b"):
-        cache.store(ARCH, key, make_image())
+    for key in (KEY, OTHER):
+        cache.store(ARCH, key, make_image(cubin=b"mine"))
     mine = cache.root / "notes.txt"
     mine.write_text("kept")
-    cut(cache.root / ARCH / "b" / "launch.json")
-    assert cache.load(ARCH, "a") is not None
+    cut(cache.root / ARCH / OTHER / RECORD)
+    assert cache.load(ARCH, KEY) == make_image()
     assert cache.clear() == 2
-    assert cache.load(ARCH, "a") is None
     assert cache.load(ARCH, KEY) == make_image()
     assert files_below(cache.root) == {"notes.txt": b"kept"}
+
+
+def test_prune_removes_what_is_unwanted(filled):
+    cache = Cache([filled])
+    tomorrow = make_image("tomorrow", b"better")
+    cache.store(ARCH, KEY, tomorrow)  # today's is now out of the way
+    cache.store(ARCH, OTHER, tomorrow)
+
+    def old(entry):
+        return entry.record.build == "today"
+
+    before = files_below(filled)
+    assert [entry.key for entry in cache.prune(old, dry_run=True)] == [KEY]
+    assert files_below(filled) == before
+    (removed,) = cache.prune(old)
+    assert (removed.key, removed.record, removed.cubin_bytes) == (KEY, make_image().record, 400)
+    assert cache.prune(old) == []
+    assert Cache([filled]).load(ARCH, KEY, "today") is None
+    assert Cache([filled]).load(ARCH, KEY) == Cache([filled]).load(ARCH, OTHER) == tomorrow
+
+
+def test_prune_gives_what_is_kept_its_place_back(filled):
+    Cache([filled]).store(ARCH, KEY, make_image("tomorrow"))
+    assert len(Cache([filled]).prune(lambda entry: entry.record.build == "tomorrow")) == 1
+    assert [e.record.build for e in Cache([filled]).entries()] == ["today"]
+    assert not list((filled / WORK).glob("builds/*/*/*"))
+
+
+def test_prune_forgets_what_it_removed(filled):
+    cache = Cache([filled])
+    assert cache.load(ARCH, KEY) == make_image()
+    cache.prune(lambda entry: True)
+    assert cache.load(ARCH, KEY) is None
+
+
+def test_prune_removes_scraps_a_day_old(filled):
+    scraps = [filled / WORK / kind / "scrap" for kind in ("new", "old", "damaged")]
+    for scrap in scraps:
+        scrap.mkdir(parents=True)
+    Cache([filled]).prune(lambda entry: False)
+    assert all(scrap.exists() for scrap in scraps)
+    for scrap in scraps:
+        then = scrap.stat().st_mtime - SCRAP_SECONDS - 60
+        os.utime(scrap, (then, then))
+    Cache([filled]).prune(lambda entry: False)
+    assert not any(scrap.exists() for scrap in scraps)
+    assert Cache([filled]).load(ARCH, KEY) == make_image()
 
 
 @pytest.mark.parametrize(
@@ -236,168 +261,6 @@ def test_roots_must_be_a_list(roots):
         Cache(roots)
 
 
-def counting_build(log: Path) -> Image:
-    with log.open("a") as file:
-        file.write(f"{os.getpid()}\n")
-    time.sleep(0.2)  # long enough for the others to come by
-    return make_image()
-
-
-def load_or_build_at(root: Path, log: Path) -> Image:
-    return Cache([root]).load_or_build(ARCH, KEY, lambda: counting_build(log), "today")
-
-
-def _ask(root: Path, log: Path, gate) -> Image:
-    gate.wait()
-    return load_or_build_at(root, log)
-
-
-def test_sixteen_processes_build_once(tmp_path):
-    log = tmp_path / "log"
-    with FORK.Manager() as manager, ProcessPoolExecutor(16, mp_context=FORK) as pool:
-        gate = manager.Barrier(16)
-        futures = [pool.submit(_ask, tmp_path / "root", log, gate) for _ in range(16)]
-        images = [future.result() for future in futures]
-    assert images == [make_image()] * 16
-    assert len(log.read_text().splitlines()) == 1
-
-
-@pytest.mark.parametrize("shared", [True, False], ids=["one_cache", "a_cache_each"])
-def test_sixteen_threads_build_once(tmp_path, shared):
-    log, gate, cache = tmp_path / "log", threading.Barrier(16), Cache([tmp_path / "root"])
-
-    def ask(_: int) -> Image:
-        mine = cache if shared else Cache(cache.roots)
-        gate.wait()
-        return mine.load_or_build(ARCH, KEY, lambda: counting_build(log), "today")
-
-    with ThreadPoolExecutor(16) as pool:
-        assert list(pool.map(ask, range(16))) == [make_image()] * 16
-    assert len(log.read_text().splitlines()) == 1
-
-
-def _hang_in_build(root: Path, inside) -> None:
-    def build() -> Image:
-        inside.set()
-        signal.pause()
-        return never()
-
-    Cache([root]).load_or_build(ARCH, KEY, build, "today")
-
-
-@pytest.fixture
-def holder(tmp_path):
-    """A process that holds the image's lock and never lets go."""
-    inside = FORK.Event()
-    process = FORK.Process(target=_hang_in_build, args=(tmp_path, inside))
-    process.start()
-    assert inside.wait(60)
-    yield process
-    process.kill()
-    process.join()
-
-
-def test_killed_lock_holder_holds_nobody(tmp_path, holder):
-    os.kill(holder.pid, signal.SIGKILL)
-    assert load_or_build_at(tmp_path, tmp_path / "log") == make_image()
-
-
-def test_hanging_lock_holder_is_not_waited_for_forever(tmp_path, holder, monkeypatch):
-    monkeypatch.setattr("cutlass_moe.cache.LOCK_SECONDS", 0.1)
-    with pytest.warns(RuntimeWarning, match="no lock"):
-        assert load_or_build_at(tmp_path, tmp_path / "log") == make_image()
-
-
-def test_lost_race_is_no_error(tmp_path, monkeypatch):
-    """Without a lock, another process's image may appear at any time."""
-    cache = Cache([tmp_path])
-    rename = Path.rename
-
-    def late(path: Path, target: Path) -> Path:
-        if path.parent.name == "new":
-            monkeypatch.setattr(Path, "rename", rename)
-            Cache([tmp_path]).store(ARCH, KEY, make_image())
-        return rename(path, target)
-
-    monkeypatch.setattr(cache, "_lock_path", lambda arch, key: tmp_path / "another_lock")
-    monkeypatch.setattr(Path, "rename", late)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert cache.load_or_build(ARCH, KEY, make_image, "today") == make_image()
-    assert len(list(cache.entries())) == 1
-    assert not list((tmp_path / WORK).glob("new/*"))
-
-
-def test_full_disk_leaves_the_old_entry_and_no_scraps(filled, monkeypatch):
-    def full(path: Path, content: bytes) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("cutlass_moe.cache._write_file", full)
-    tomorrow = make_image("tomorrow")
-    with pytest.raises(OSError, match="No space"):
-        Cache([filled]).store(ARCH, KEY, tomorrow)
-    with pytest.warns(RuntimeWarning, match="stays in memory: .* No space"):
-        assert Cache([filled]).load_or_build(ARCH, KEY, lambda: tomorrow, "tomorrow") == tomorrow
-    assert Cache([filled]).load(ARCH, KEY) == make_image()
-    assert not list((filled / WORK).glob("new/*"))
-
-
-def _replace_again_and_again(root: Path, builds: int) -> None:
-    for i in range(builds):
-        image = make_image(f"build {i}", f"cubin {i}".encode() * 1000)
-        Cache([root]).load_or_build(ARCH, KEY, lambda image=image: image, image.record.build)
-
-
-def test_readers_see_old_or_new_while_an_entry_is_replaced(filled):
-    writer = FORK.Process(target=_replace_again_and_again, args=(filled, 100))
-    writer.start()
-    seen = set()
-    with warnings.catch_warnings():
-        # An entry that is exchanged between its two reads looks damaged; it is looked at again.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        while writer.is_alive():
-            image = Cache([filled]).load(ARCH, KEY)
-            assert image is not None
-            assert hashlib.sha256(image.cubin).hexdigest() == image.record.cubin_sha256
-            seen.add(image.record.build)
-    writer.join()
-    assert writer.exitcode == 0
-    assert len(seen) > 1
-
-
-def _drop_privileges() -> None:
-    if os.geteuid() == 0:
-        os.setuid(65534)
-
-
-def _use_read_only(root: Path) -> tuple[Image | None, Image, Image]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = Cache([root]).load(ARCH, KEY)
-        other_build = Cache([root]).load_or_build(ARCH, KEY, never, "tomorrow")
-    with pytest.warns(RuntimeWarning, match="stays in memory"):
-        cache = Cache([root])
-        built = cache.load_or_build(ARCH, "missing", make_image, "today")
-    assert cache.load_or_build(ARCH, "missing", never, "today") is built
-    return found, other_build, built
-
-
-def test_root_without_write_permission():
-    with tempfile.TemporaryDirectory() as directory:
-        root = Path(directory)
-        Cache([root]).store(ARCH, KEY, make_image())
-        (root / WORK).rename(root / "gone")
-        for path in (root, root / ARCH, root / ARCH / KEY):
-            path.chmod(0o555)
-        before = files_below(root)
-        with ProcessPoolExecutor(1, mp_context=FORK, initializer=_drop_privileges) as pool:
-            images = pool.submit(_use_read_only, root).result()
-        assert images == (make_image(),) * 3
-        assert files_below(root) == before
-        for path in (root, root / ARCH, root / ARCH / KEY):
-            path.chmod(0o755)
-
-
 def test_image_is_served_without_the_dsl(filled):
     program = f"""
         import sys
@@ -412,6 +275,60 @@ def test_image_is_served_without_the_dsl(filled):
     assert ended.stdout.split() == ["None", "kernel"]
 
 
+def _to_another_owner(path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    os.chown(path, 12345, -1)
+
+
+def _for_the_group(path: Path) -> None:
+    path.chmod(path.stat().st_mode | 0o020)
+
+
+def _for_everyone(path: Path) -> None:
+    path.chmod(path.stat().st_mode | 0o002)
+
+
+@pytest.mark.parametrize("name", [".", f"{ARCH}/{KEY}/{CUBIN}", f"{ARCH}/{KEY}/{RECORD}"])
+@pytest.mark.parametrize("open_up", [_to_another_owner, _for_the_group, _for_everyone])
+def test_root_that_others_can_write_is_refused(filled, monkeypatch, name, open_up):
+    open_up(filled / name)
+    cache = Cache([filled])
+    if name == ".":
+        with pytest.raises(UntrustedRoot, match="images are code"):
+            cache.load_or_build(ARCH, OTHER, never, "today")
+    for use in (
+        lambda: cache.load(ARCH, KEY),
+        lambda: cache.load_or_build(ARCH, KEY, never, "today"),
+        lambda: list(cache.entries()),
+    ):
+        with pytest.raises(UntrustedRoot, match=f"images are code, and {filled}.*{TRUST}=1"):
+            use()
+    monkeypatch.setenv(TRUST, "1")
+    assert cache.load(ARCH, KEY) == make_image()
+
+
+def test_image_out_of_sight_for_an_instant_is_looked_for_again(filled, monkeypatch):
+    """By one who can't lock: while another build takes its place, there is nothing in it."""
+    aside = filled / "aside"
+    (filled / ARCH / KEY).rename(aside)
+    monkeypatch.setattr(Cache, "writable", False)
+    monkeypatch.setattr("cutlass_moe.cache.time.sleep", lambda _: aside.rename(filled / ARCH / KEY))
+    assert Cache([filled]).load(ARCH, KEY) == make_image()
+
+
+def test_what_is_written_is_trusted_whatever_the_umask(tmp_path):
+    root = tmp_path / "parent" / "root"
+    before = os.umask(0)
+    try:
+        Cache([root]).store(ARCH, KEY, make_image())
+    finally:
+        os.umask(before)
+    assert Cache([root]).load(ARCH, KEY) == make_image()
+    made = [path for path in (tmp_path / "parent").rglob("*") if "locks" not in path.parts]
+    assert not any(path.stat().st_mode & 0o022 for path in made)
+
+
 @pytest.mark.parametrize(
     ("environment", "roots"),
     [
@@ -421,8 +338,9 @@ def test_image_is_served_without_the_dsl(filled):
         ({"HOME": "/h", "CUTLASS_MOE_CACHE_DIR": "/a"}, ["/a"]),
         ({"HOME": "/h", "CUTLASS_MOE_CACHE_DIR": "/a::~/b:"}, ["/a", "/h/b"]),
         ({"HOME": "/h", "CUTLASS_MOE_CACHE_DIR": ""}, ["/h/.cache/cutlass_moe"]),
+        ({"HOME": "/h", "CUTLASS_MOE_CACHE_DIR": "/a.zip:/b"}, ["/a.zip", "/b"]),
     ],
-    ids=["home", "xdg", "xdg_empty", "one", "list", "empty"],
+    ids=["home", "xdg", "xdg_empty", "one", "list", "empty", "archive"],
 )
 def test_default_cache(monkeypatch, environment, roots):
     for name in ("XDG_CACHE_HOME", "CUTLASS_MOE_CACHE_DIR"):
@@ -431,3 +349,42 @@ def test_default_cache(monkeypatch, environment, roots):
         monkeypatch.setenv(name, value)
     assert [str(root) for root in default_cache().roots] == roots
     assert default_cache() is default_cache()
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """A directory of installed packages."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(site)
+    package_roots.cache_clear()
+    yield site
+    package_roots.cache_clear()
+
+
+def install(site: Path, name: str, code: str) -> None:
+    (site / f"{name}.py").write_text(code)
+    info = site / f"{name}-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[cutlass_moe.kernels]\n{name} = {name}:ROOT\n")
+
+
+def test_packages_ship_roots(packages, tmp_path, monkeypatch):
+    Cache([tmp_path / "shipped"]).store(ARCH, KEY, make_image("theirs"))
+    install(packages, "their_kernels", f"ROOT = {str(tmp_path / 'shipped')!r}")
+    install(packages, "more_kernels", "import pathlib; ROOT = pathlib.Path('/more.zip')")
+    monkeypatch.setenv("CUTLASS_MOE_CACHE_DIR", f"/first:{tmp_path / 'mine'}")
+    roots = [str(root) for root in default_cache().roots]
+    assert roots == ["/first", "/more.zip", str(tmp_path / "shipped"), str(tmp_path / "mine")]
+    with pytest.warns(RuntimeWarning, match="more.zip.*No such file"):
+        assert default_cache().load_or_build(ARCH, KEY, never, "mine") == make_image("theirs")
+
+
+def test_package_that_fails_is_passed_over(packages, monkeypatch):
+    install(packages, "bad_kernels", "raise KeyError('bad day')")
+    install(packages, "odd_kernels", "ROOT = 7")
+    monkeypatch.setenv("CUTLASS_MOE_CACHE_DIR", "/mine")
+    with pytest.warns(RuntimeWarning) as told:
+        assert default_cache().roots == (Path("/mine"),)
+    assert ["bad day" in str(told[0].message), "odd_kernels" in str(told[1].message)] == [True] * 2

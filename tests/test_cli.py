@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shlex
 import shutil
 import subprocess
@@ -18,7 +20,7 @@ from cutlass_moe.compiler import build_command
 from cutlass_moe.heuristics import candidates
 from cutlass_moe.shapes import MODELS, MoeShape, problems
 from emitters.config import GemmSm90Config
-from emitters.image import build_identity, image_key
+from emitters.image import build_identity, default_toolchain, image_key
 
 needs_dsl = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
 TINY = MoeShape("tiny", 8, 2, 256, 128)
@@ -27,6 +29,10 @@ REQUESTS = [(p, c) for p in problems(TINY, "fp8").values() for c in candidates(p
 
 def call(*words: str | Path) -> Result:
     return CliRunner().invoke(cli.main, [str(word) for word in words])
+
+
+def keys(root: Path) -> set[str]:
+    return {entry.key for entry in Cache([root]).entries()}
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +62,8 @@ def filled(built, root):
 def test_build_of_a_model(built):
     root, result = built
     assert result.exit_code == 0, result.output
-    keys = {entry.key for entry in Cache([root]).entries()}
-    assert keys == {image_key(problem, config, "sm_90a") for problem, config in REQUESTS}
+    assert keys(root) == {image_key(problem, config, "sm_90a") for problem, config in REQUESTS}
+    assert len(json.loads((root / "manifest.json").read_text())["images"]) == len(REQUESTS)
     assert "e4m3 > bf16 E 8 N 256 K 256" in result.output
     assert "cached" not in result.output
 
@@ -71,13 +77,50 @@ def test_build_skips_what_exists(filled, monkeypatch):
 
 
 @needs_dsl
-def test_build_command_of_an_error_message_is_accepted(root):
+def test_build_command_of_an_error_message_is_accepted(root, tmp_path):
     problem, config = REQUESTS[0]
-    result = call(*shlex.split(build_command(problem, config))[1:])
+    command = shlex.split(build_command(problem, config))[1:]
+    more = ["--output", tmp_path / "output", "--toolchain", default_toolchain(), "--jobs", "1"]
+    for options, where in (([], root), (more, tmp_path / "output")):
+        result = call(*command, *options)
+        assert result.exit_code == 0, result.output
+        assert keys(where) == {image_key(problem, config, "sm_90a")}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The problems that a build would compile."""
+    asked = []
+
+    def build_nothing(cache, requests, jobs, toolchain):
+        for request in requests:
+            asked.append(request.problem)
+            yield compiler.Result(request, None, None)
+
+    monkeypatch.setattr(cli, "build_images", build_nothing)
+    return asked
+
+
+def test_build_of_files_and_names(asked, tmp_path):
+    """Several models at once, of every kind of source, sharded alike."""
+    config = {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 16}
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        config["num_experts"] *= 2
+        text = json.dumps({**config, "num_experts_per_tok": 2})
+        (tmp_path / name / "config.json").write_text(text)
+    listed = [MoeShape("c", 8, 2, 128, 64), MoeShape("d", 8, 2, 256, 64, bias=True)]
+    (tmp_path / "list.json").write_text(json.dumps([dataclasses.asdict(one) for one in listed]))
+    models = ("--model", tmp_path / "a", "--model", tmp_path / "b" / "config.json")
+    others = ("--model", "qwen3-30b", "--shapes", tmp_path / "list.json")
+    dtypes = ("--dtype", "int8", "--dtype", "bf16")
+    result = call("build", *models, *others, *dtypes, "--tp", "2", "--ep", "8")
     assert result.exit_code == 0, result.output
-    assert [entry.key for entry in Cache([root]).entries()] == [
-        image_key(problem, config, "sm_90a")
-    ]
+    shapes = [MoeShape("a", 32, 2, 512, 256), MoeShape("b", 64, 2, 512, 256), TINY, *listed]
+    ranks = [shape.shard(tp=2, ep=8) for shape in shapes]
+    expected = [problems(rank, dtype).values() for rank in ranks for dtype in ("int8", "bf16")]
+    assert set(asked) == {problem for pair in expected for problem in pair}
+    assert {problem.num_experts for problem in asked} == {4, 8, 1}
 
 
 @needs_dsl
@@ -107,6 +150,17 @@ REFUSED = [
     ("other_op", ("build", "--problem", '{"op": "sort"}'), 2, "grouped_gemm"),
     ("other_config", ("build", "--problem", PROBLEM % 256, "--config", "{}"), 2, "gemm_sm90"),
     ("illegal", ("build", "--problem", PROBLEM % 3), 1, "multiples of 16 bytes"),
+    ("tp_of_a_problem", ("build", "--problem", PROBLEM % 256, "--tp", "2"), 2, "either --model"),
+    ("tp", ("build", "--model", "mixtral", "--tp", "3"), 2, "tp 3 does not divide inter 14336"),
+    ("no_tp", ("build", "--model", "mixtral", "--tp", "0"), 2, "--tp"),
+    ("ep", ("build", "--model", "mixtral", "--ep", "16"), 2, "ep 16 does not divide 8 experts"),
+    ("illegal_rank", ("build", "--model", "gpt-oss-120b", "--tp", "8"), 1, "tp8 fp8 down: K 360"),
+    ("no_config", ("build", "--model", "/no/such/model"), 2, "'/no/such/model' is no config.json"),
+    ("no_moe", ("build", "--model", __file__), 2, "test_cli.py: Extra data"),
+    ("no_shapes", ("build", "--shapes", "/no/such/file"), 2, "does not exist"),
+    ("bad_shapes", ("build", "--shapes", __file__), 2, "test_cli.py: Extra data"),
+    ("toolchain", ("build", "--model", "mixtral", "--toolchain", "cu11"), 2, "cu13"),
+    ("file", ("build", "--model", "mixtral", "--output", __file__), 2, "or a .zip file, got"),
     ("no_such_root", ("list", "/no/such/root"), 2, "does not exist"),
     ("no_tokens", ("show-config", "mixtral", "--tokens", "0"), 2, "0"),
     ("no_routing", ("demo", "--topk-ids", "/no/such/file"), 2, "does not exist"),
@@ -131,8 +185,22 @@ def test_build_without_permission(monkeypatch):
     assert "no permission to write" in result.output
 
 
+def test_directory_in_the_way_of_an_archive(tmp_path):
+    (tmp_path / "a.zip").mkdir()
+    result = call("build", "--model", "mixtral", "--output", tmp_path / "a.zip")
+    assert result.exit_code == 2
+    assert "or a .zip file, got" in result.output
+
+
+def test_build_without_the_toolchain(monkeypatch):
+    monkeypatch.setattr("emitters.image._installed", lambda package: not package.endswith("cu13"))
+    result = call("build", "--model", "qwen3-30b", "--toolchain", "cu13")
+    assert result.exit_code == 1
+    assert "pip install 'cutlass-moe[jit-cu13]'" in result.output
+
+
 def test_build_without_the_dsl(monkeypatch):
-    monkeypatch.setattr(compiler, "build_identity", lambda: None)
+    monkeypatch.setattr("emitters.image._installed", lambda package: False)
     result = call("build", "--model", "qwen3-30b")
     assert result.exit_code == 1
     assert "pip install 'cutlass-moe[jit]'" in result.output
@@ -164,7 +232,7 @@ def test_clear_cache(filled):
 def test_show_config(model):
     result = call("show-config", model, "--tokens", "1", "--tokens", "4096", "--dtype", "int8")
     assert result.exit_code == 0, result.output
-    assert f"{model} up: int8 > bf16" in result.output
+    assert f"{MODELS[model].name} up: int8 > bf16" in result.output
     assert result.output.count(" 4096 ") >= 2
 
 
@@ -216,8 +284,10 @@ def test_demo_whose_results_are_wrong_fails(filled, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "int8", "bf16"])
-def test_demo_without_the_dsl_runs_the_reference(monkeypatch, dtype):
-    monkeypatch.setattr(compiler, "build_identity", lambda: None)
+@pytest.mark.parametrize("bias", [False, True])
+def test_demo_without_the_dsl_runs_the_reference(monkeypatch, dtype, bias):
+    monkeypatch.setitem(MODELS, "qwen3-30b", dataclasses.replace(TINY, bias=bias))
+    monkeypatch.setattr("emitters.image._installed", lambda package: False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = call("demo", "--dtype", dtype)
     assert result.exit_code == 0, result.output

@@ -23,9 +23,10 @@ from cutlass_moe.compiler import (
     build_images,
     compile_image,
     compile_images,
+    write_manifest,
 )
 from emitters.config import GemmSm90Config
-from emitters.image import build_identity
+from emitters.image import build_identity, default_toolchain, installed_toolchains
 from emitters.problem import Accumulation, ChannelScale, DType, GemmProblem, PerTokenScale
 
 GOOD = GemmProblem(
@@ -60,7 +61,7 @@ def processes(monkeypatch):
 
 @pytest.fixture
 def no_dsl(monkeypatch):
-    monkeypatch.setattr(compiler, "build_identity", lambda: None)
+    monkeypatch.setattr("emitters.image._installed", lambda package: False)
 
 
 @needs_dsl
@@ -95,12 +96,14 @@ def test_one_failure_leaves_the_others_alone(processes):
 
 @needs_dsl
 def test_a_dead_worker_is_replaced(processes):
-    workers = compiler._Workers()
+    workers = compiler._Workers(default_toolchain())
     try:
-        assert "tile_n 100" in workers.compile(Request(GOOD, ILLEGAL), timeout=60).error
+        with pytest.raises(CompileError, match="tile_n 100"):
+            workers.compile(Request(GOOD, ILLEGAL), timeout=60)
         processes[0].kill()
         processes[0].wait()
-        assert workers.compile(Request(GOOD, CONFIG), timeout=60).image is not None
+        image, _ = workers.compile(Request(GOOD, CONFIG), timeout=60)
+        assert image.record.config == CONFIG.to_json()
         assert len(processes) == 2
     finally:
         workers.close()
@@ -191,6 +194,7 @@ def test_build_images_compiles_what_the_cache_lacks(tmp_path):
 
 
 @needs_dsl
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the cache's own
 def test_image_that_cannot_be_written_is_a_failure(tmp_path):
     (tmp_path / "sm_90a").write_text("in the way")
     (result,) = build_images(Cache([tmp_path]), [Request(GOOD, CONFIG)])
@@ -204,6 +208,53 @@ def test_build_images_serves_what_is_there_without_the_dsl(tmp_path, no_dsl):
     assert list(build_images(Cache([tmp_path]), [])) == []
 
 
+@needs_dsl
+@pytest.mark.parametrize("toolchain", installed_toolchains())
+def test_build_images_of_a_toolchain(tmp_path, toolchain):
+    (result,) = build_images(Cache([tmp_path]), [Request(GOOD, CONFIG)], toolchain=toolchain)
+    assert result.image.record.build == build_identity(toolchain)
+    assert f" {toolchain} " in result.image.record.build
+    abi = result.image.cubin[8]  # the ELF header's byte for the ABI's version
+    assert abi == {"cu12": 7, "cu13": 8}[toolchain]
+
+
+def test_toolchain_that_is_not_installed(tmp_path, monkeypatch):
+    """It is an error even where images of another toolchain are there."""
+    monkeypatch.setattr("emitters.image._installed", lambda package: not package.endswith("cu13"))
+    for requests in ([Request(GOOD, CONFIG)], []):
+        with pytest.raises(CompilerNotInstalled, match=r"cu13 is not .*, cu12 is: .*\[jit-cu13\]"):
+            list(build_images(Cache([tmp_path]), requests, toolchain="cu13"))
+
+
+@needs_dsl
+def test_builds_side_by_side_compile_an_image_once(tmp_path):
+    def build():
+        return list(build_images(Cache([tmp_path]), [Request(GOOD, CONFIG)]))
+
+    with ThreadPoolExecutor() as pool:
+        builds = [pool.submit(build) for _ in range(3)]
+    results = [result for done in builds for result in done.result()]
+    assert [result.error for result in results] == [None] * 3
+    assert sorted(result.seconds is None for result in results) == [False, True, True]
+
+
+@needs_dsl
+def test_manifest(tmp_path):
+    for order in (1, -1):
+        root = tmp_path / str(order)
+        requests = [Request(GOOD, CONFIG), Request(GOOD, WIDER)][::order]
+        results = {r.request.config: r for r in build_images(Cache([root]), requests)}
+        manifest = write_manifest(root)
+    assert manifest.read_bytes() == (tmp_path / "1" / manifest.name).read_bytes()
+    listed = json.loads(manifest.read_text())["images"]
+    assert {image["key"] for image in listed} == {request.key for request in requests}
+    for image in listed:
+        built = results[GemmSm90Config.from_json(image["config"])]
+        assert GemmProblem.from_json(image["problem"]) == GOOD
+        assert image["bytes"] == len(built.image.cubin)
+        assert (image["arch"], image["build"]) == ("sm_90a", build_identity())
+
+
 def test_build_command_says_it_all():
     words = shlex.split(build_command(GOOD, CONFIG))
     assert words[:2] == ["cutlass-moe", "build"]
@@ -213,12 +264,15 @@ def test_build_command_says_it_all():
     assert options["--arch"] == "sm_90a"
 
 
+ASKED = {"problem": GOOD.to_json(), "config": CONFIG.to_json(), "arch": "sm_90a"}
+ASKED |= {"toolchain": "cu11", "output": "."}
 MALFORMED = [
     ("not_json", "nonsense", "JSONDecodeError"),
     ("empty", "{}", "KeyError"),
     ("list", "[]", "TypeError"),
     ("other_op", json.dumps({"problem": {"op": "sort"}}), "grouped_gemm"),
     ("no_config", json.dumps({"problem": GOOD.to_json()}), "config"),
+    ("toolchain", json.dumps(ASKED), "nvidia-cutlass-dsl-libs-cu11 is not installed"),
 ]
 
 

@@ -1,20 +1,19 @@
-"""Benchmarks, as far as a CPU can tell: cases, floors, checks, files, reports. Nothing is timed."""
+"""Benchmarks, as far as a CPU can tell: cases, floors, peers, checks. Nothing is timed."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from cutlass_moe import grouped_matmul_problem
-from perf import measure, report
-from perf.__main__ import main
+from perf import measure, peers
 from perf.cases import (
+    RAGGED_ROWS,
     ROUTINGS,
+    SCHEDULES,
     SUITES,
     Case,
     Ceilings,
@@ -26,8 +25,16 @@ from perf.cases import (
     workload,
 )
 from perf.operands import Operands, Weights, relative_error
-from perf.peers import SYSTEMS, Absent, Prepared, aligned_rows, ours
-from perf.store import Store, default_path, load
+from perf.peers import (
+    SYSTEMS,
+    Absent,
+    Prepared,
+    aligned_rows,
+    batched_products,
+    ours,
+    padded_bmm,
+    usual_systems,
+)
 from perf.timing import GRAPH_LAUNCHES, divided, launches_captured, launches_within, summarise
 
 H200 = Ceilings(4424, 4255, 1365, 906, 689, 2.0)
@@ -38,6 +45,7 @@ SMALL_CASES = {
     "one token": replace(SMALL, tokens=1),
     "hot": replace(SMALL, routing="hot"),
     "zipf": replace(SMALL, routing="zipf"),
+    "half": replace(SMALL, routing="half"),
     "every expert": replace(SMALL, top_k=5),
     "int8": replace(SMALL, dtype="int8"),
     "bf16": replace(SMALL, dtype="bf16"),
@@ -54,7 +62,7 @@ def operands_of(case: Case) -> Operands:
 
 def test_the_whole_table_has_distinct_names_and_shares_weights_among_neighbours() -> None:
     cases = select(SUITES)
-    assert len({case.id for case in cases}) == len(cases) == 6 + 8 + 90
+    assert len({case.id for case in cases}) == len(cases) == 6 + 8 + 9 + 54 + 144
     changes = sum(a.weights_id != b.weights_id for a, b in zip(cases, cases[1:], strict=False))
     assert changes + 1 == len({case.weights_id for case in cases})
 
@@ -81,7 +89,8 @@ def test_every_case_routes_each_token_to_distinct_experts(case: Case) -> None:
     ids = draw_topk_ids(few)
     assert ids.shape == (few.tokens, few.top_k)
     assert ids.min() >= 0 and ids.max() < few.num_experts
-    assert all(len(set(row)) == few.top_k for row in ids.tolist())
+    if case.routing != "half":
+        assert all(len(set(row)) == few.top_k for row in ids.tolist())
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -89,8 +98,32 @@ def test_routing_is_what_its_name_says(routing: str) -> None:
     case = replace(SMALL, num_experts=64, top_k=1, tokens=4096, routing=routing)
     ids = draw_topk_ids(case)
     assert torch.equal(ids, draw_topk_ids(replace(case, dtype="bf16")))
-    most = {"balanced": (64, 128), "zipf": (700, 1000), "hot": (4096, 4096)}[routing]
-    assert most[0] <= workload(case, ids).max_rows <= most[1]
+    least, most = {
+        "balanced": (64, 128),
+        "zipf": (700, 1000),
+        "half": (2048, 2048),
+        "hot": (4096, 4096),
+    }[routing]
+    assert least <= workload(case, ids).max_rows <= most
+
+
+@pytest.mark.parametrize("model", ["qwen3-30b", "mixtral", "dsv3-ep8"])
+def test_half_of_all_rows_whatever_the_tokens_take(model: str) -> None:
+    case = next(case for case in select(["schedules"], [model]) if case.routing == "half")
+    counts = torch.bincount(draw_topk_ids(case).flatten(), minlength=case.num_experts)
+    most, others = counts.max(), counts.sort().values[:-1]
+    assert most == case.rows / 2
+    assert others.sum() == case.rows / 2
+    assert others.max() < 3 * max(8, others.float().mean())
+
+
+@pytest.mark.parametrize("times", [1, 32])
+def test_ragged_rows_are_the_tutorials(times: int) -> None:
+    rows = tuple(times * row for row in RAGGED_ROWS)
+    case = next(case for case in select(["tutorial"]) if case.tokens == sum(rows))
+    ids = draw_topk_ids(case)
+    assert tuple(torch.bincount(ids.flatten()).tolist()) == rows
+    assert not torch.equal(ids, ids.sort(0).values)
 
 
 def test_workload_counts_active_experts_and_whole_blocks_of_rows() -> None:
@@ -206,6 +239,53 @@ def test_aligned_rows(counts: list[int]) -> None:
 
 
 @small_cases
+def test_padded_products_are_the_product(case: Case, monkeypatch) -> None:
+    monkeypatch.setattr(peers, "quick_us", lambda *_: 1.0)  # of fp8's ways, the one a CPU has
+    operands = operands_of(case)
+    prepared = padded_bmm(case, operands, torch.empty(0))
+    prepared.launch(operands.weight)
+    assert relative_error(prepared.rows(operands.sample), operands.expected()) < 1e-2
+    most = workload(case, operands.topk_ids).max_rows
+    assert int(prepared.note.split()[1]) - 16 < most <= int(prepared.note.split()[1])
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8", "bf16"])
+def test_every_way_of_a_padded_product_is_a_legal_call(dtype: str) -> None:
+    case = replace(SMALL, dtype=dtype)
+    weight, scale = Weights.of(case, "cpu").weight.to("meta"), torch.ones(5, 48, device="meta")
+    x = torch.empty(5, 208, 32, dtype=weight.dtype, device="meta")
+    for way in batched_products(dtype, x, torch.ones(5, 208, device="meta"), scale):
+        assert [tuple(product.shape) for product in way(weight)] == [(208, 48)] * 5
+
+
+def test_the_fastest_padded_product_is_taken(monkeypatch) -> None:
+    operands = operands_of(SMALL)
+    us = {"scaled_mm": 2.0, "scaled_grouped_mm": 1.0}
+    monkeypatch.setattr(peers, "quick_us", lambda call, flush: us[call.func.__name__])
+    assert padded_bmm(SMALL, operands, torch.empty(0)).note.startswith("scaled_grouped_mm")
+
+
+def test_schedules_and_padding_are_measured_in_their_suites_alone() -> None:
+    systems = {case.suite: set(usual_systems(case)) for case in select(SUITES)}
+    assert systems["schedules"] == {"cutlass_moe", *SCHEDULES}
+    assert systems["gemm"] == set(SYSTEMS) - {*SCHEDULES, "padded_bmm"}
+    assert systems["tutorial"] == systems["gemm"] | {"padded_bmm"}
+
+
+def test_a_named_schedule_reaches_the_call_and_the_note(monkeypatch) -> None:
+    seen = {}
+    config = peers.heuristics.choose(SMALL.problem, 37, 14.8)
+    monkeypatch.setattr(peers.heuristics, "choose", lambda *_, schedule: config)
+    monkeypatch.setattr(
+        peers.cutlass_moe, "grouped_matmul_out", lambda *_, **options: seen.update(options)
+    )
+    operands = operands_of(SMALL)
+    SYSTEMS["static"](SMALL, operands, torch.empty(0)).launch(operands.weight)
+    assert seen["schedule"] == "static"
+    assert seen["offsets"] is operands.offsets
+
+
+@small_cases
 def test_triton_blocks_hold_every_pair_once_with_its_expert(case: Case) -> None:
     align = pytest.importorskip("perf.triton_moe", exc_type=ImportError).align
     ids = draw_topk_ids(case)
@@ -241,159 +321,3 @@ def test_launches_fill_a_budget_within_bounds(seconds: float, us: float, launche
 def test_a_graph_takes_each_launch_as_often(distinct: int) -> None:
     assert launches_captured(distinct) % distinct == 0
     assert launches_captured(distinct) >= GRAPH_LAUNCHES
-
-
-# Files and reports
-
-
-ABOUT = {
-    "commit": "0123456789ab",
-    "command": "python -m perf run",
-    "versions": {"gpu": "Some GPU", "driver": "1", "cuda": "13.0", "torch": "2", "triton": "3"},
-    "ceilings": asdict(H200),
-}
-
-
-def record_of(case: Case, us: dict[str, float], absent: dict[str, str] | None = None) -> dict:
-    figures = {
-        name: {"us": value, "rounds": [value, 1.1 * value], "graph_us": 0.9 * value}
-        for name, value in us.items()
-    }
-    load_ = workload(case, draw_topk_ids(case))
-    return {
-        "case": asdict(case),
-        "workload": asdict(load_),
-        "systems": figures,
-        "absent": absent or {},
-    }
-
-
-@pytest.fixture
-def results(tmp_path):
-    """A results file with one model's fp8 and bf16 products and the shapes of another suite."""
-    store = Store(tmp_path / "some-gpu.json", ABOUT)
-    for case in select(SUITES, ["qwen3-30b"], ["fp8", "bf16"], (1, 1024)):
-        case = replace(case, tokens=min(case.tokens, 1024))
-        us = {"cutlass_moe": 10.0, "triton": 20.0, "torch": 15.0}
-        store.add_case(case.id, record_of(case, us, {"quack": "not importable"}))
-    store.add_host("call", {"call": 9.5, "rest": 1.5})
-    return store.path
-
-
-def test_store_keeps_the_latest_record_of_a_case_and_the_runs_in_use(tmp_path) -> None:
-    path = tmp_path / "deep" / "gpu.json"
-    other = replace(SMALL, dtype="bf16")
-    assert default_path("NVIDIA H200").name == "nvidia-h200.json"
-    first = Store(path, {**ABOUT, "commit": "first"})
-    first.run = "2000-01-01"
-    first.contents["runs"] = {"2000-01-01": {"commit": "first"}}
-    first.add_case(SMALL.id, record_of(SMALL, {"triton": 1.0}))
-    first.add_case(other.id, record_of(other, {"triton": 2.0}))
-
-    second = Store(path, {**ABOUT, "commit": "second"})
-    second.add_case(SMALL.id, record_of(SMALL, {"triton": 3.0}))
-    contents = load(path)
-    assert contents["cases"][SMALL.id]["systems"]["triton"]["us"] == 3.0
-    assert {run["commit"] for run in contents["runs"].values()} == {"first", "second"}
-    second.add_case(other.id, record_of(other, {"triton": 4.0}))
-    assert [run["commit"] for run in load(path)["runs"].values()] == ["second"]
-    assert [file.name for file in path.parent.iterdir()] == ["gpu.json"]
-
-
-def test_store_refuses_other_files(tmp_path) -> None:
-    path = tmp_path / "x.json"
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="expected results"):
-        load(path)
-
-
-def test_row_compares_with_the_best_other_system() -> None:
-    case = replace(SMALL, tokens=4096)
-    published = {"deepgemm": {"tflops": 1.0}, "triton": {"us": 1.0}}
-    record = record_of(case, {"cutlass_moe": 4.0, "triton": 12.0, "torch_gemm": 2.0})
-    row = report.row_of(record, ABOUT, published)
-    flops_us = 2 * case.rows * case.n * case.k / 1e6
-    assert row.us["deepgemm"] == pytest.approx(flops_us)
-    assert row.published == {"deepgemm"}  # triton was measured: the run's own figure stands
-    assert (row.best_rival, row.speedup) == ("triton", 3.0)
-    assert row.tflops("cutlass_moe") == pytest.approx(flops_us / 4)
-    lonely = report.row_of(record_of(case, {"triton": 12.0}), ABOUT, {})
-    assert (lonely.speedup, lonely.spread) == (None, None)
-    assert report.cells(lonely)[-1] == "-"
-
-
-def test_published_figures_name_cases_and_systems() -> None:
-    published = report.published_cases()
-    assert set(published) <= {case.id for case in select(SUITES)}
-    assert {name for systems in published.values() for name in systems} <= set(report.RIVALS)
-
-
-def test_the_full_table_fits_what_is_kept_of_a_long_output() -> None:
-    us = dict.fromkeys(("cutlass_moe", "triton", "torch", "torch_gemm", "deepgemm"), 3456.7)
-    tokens = (1, 16, 128, 1024, 1024)
-    cases = [c for t in tokens for c in select(["gemm"], tokens=(t,))]
-    table = report.text_table([report.row_of(record_of(c, us), ABOUT, {}) for c in cases])
-    assert len(table.splitlines()) == 91
-    assert len(table) < 11_000
-
-
-def test_summary_says_loudly_what_failed_and_ends_with_the_table(results) -> None:
-    contents = load(results)
-    ids = list(contents["cases"])[:3]
-    contents["cases"][ids[1]]["absent"]["torch"] = "WRONG: relative error 0.5"
-    lines = report.summary(contents, ids, 5).splitlines()
-    assert lines[0] == f"WRONG: relative error 0.5: torch (cases: 1, first {ids[1]})"
-    assert lines[1].startswith("not importable: quack (cases: 3")
-    assert [line.split()[0] for line in lines[-6:-2]] == ["model", "e8", "e64", "e8"]
-    assert lines[-1].startswith("3 of 5 cases, STOPPED by the budget, 1 kinds of FAILED")
-
-
-def test_readme_table_goes_between_the_markers() -> None:
-    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    assert report.insert(text, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
-    with pytest.raises(ValueError, match="markers"):
-        report.insert("nothing here", "new")
-
-
-def test_report_writes_readme_table_and_plots(results, tmp_path) -> None:
-    pytest.importorskip("matplotlib")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n{report.BEGIN}\n{report.END}\nend\n")
-    answer = CliRunner().invoke(
-        main, ["report", "--results", str(results), "--readme", str(readme)]
-    )
-    assert answer.exit_code == 0, answer.output
-    text = readme.read_text()
-    assert text.startswith("# Title\n") and text.endswith("end\n")
-    assert "| qwen3-30b up | 10.0 (1.50) | 10.0 (1.50) |" in text
-    assert "torch 15.0 | 1.50 |" in text
-    full = results.with_suffix(".md").read_text()
-    assert "qwen3-30b up fp8 1024" in full
-    assert "not importable: quack (cases: 28" in full
-    assert "call 9.5" in full
-    plots = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert plots == ["some-gpu-qwen3-30b-bf16.png", "some-gpu-qwen3-30b-fp8.png"]
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in plots)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["run", "--suite", "nope"], "suite 'nope'"),
-        (["build", "--tokens", "many"], "many"),
-        (["report"], "results"),
-    ],
-    ids=" ".join,
-)
-def test_command_line_says_what_is_wrong(arguments, message, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr("perf.__main__.need_gpu", lambda: None)
-    monkeypatch.setattr("perf.store.RESULTS", tmp_path)
-    answer = CliRunner().invoke(main, arguments)
-    assert answer.exit_code != 0
-    assert message in answer.output
-
-
-def test_published_json_states_its_source() -> None:
-    contents = json.loads(report.PUBLISHED.read_text())
-    assert "H200" in contents["source"]
-    assert contents["ceilings"]["read_gbs"] == 4424

@@ -33,7 +33,8 @@ def _on_gpu(run: Run, inputs: dict[str, Any]) -> Tensor:
     addresses |= {"starts": 0, "ends": addresses["offsets"], "out": out.data_ptr()}
     integers = {"num_tokens": len(inputs["x"]), "num_rows": len(out)}
     kernel = load(run.problem, run.config, torch.cuda.current_device())
-    values = [(addresses | integers)[param.name] for param in kernel.record.params]
+    given = addresses | integers
+    values = [given[param.name] for param in kernel.record.params if param.name != "counters"]
     weight = (on["weight"].data_ptr(), on["weight"].stride())
     kernel.launch(values, weight, run.grid, torch.cuda.current_stream().cuda_stream)
     return out.cpu()

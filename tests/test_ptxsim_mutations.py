@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from emitters.config import Config, GemmSm90Config
+from emitters.config import Config
 from emitters.image import build_identity
 from emitters.problem import Accumulation, GemmProblem, WeightStorage
 from tests.cases import Case, make_inputs
@@ -15,11 +15,11 @@ from tests.numerics import check
 from tests.ptxsim import launch
 from tests.ptxsim.mutations import MUTATIONS
 from tests.ptxsim.ptx import Fault
+from tests.ptxsim.runs import CLUSTER, PINGPONG, RUNS, SMALL
 from tests.ptxsim.schedule import MODES, Schedule
 
 pytestmark = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
 CASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=400, spare=3)
-SMALL = GemmSm90Config(tile_m=64, tile_n=64, stages=2)
 KERNELS: dict[str, tuple[Case, Config]] = {
     "base": (CASE, SMALL),
     "no_tails": (replace(CASE, n=64), SMALL),
@@ -29,6 +29,9 @@ KERNELS: dict[str, tuple[Case, Config]] = {
     "two_consumers": (CASE, replace(SMALL, tile_m=128)),
     "table": (CASE, SMALL),
     "outside": (replace(CASE, reads="outside"), SMALL),
+    "dynamic": (CASE, RUNS["dynamic"].config),
+    "cluster": (replace(CASE, counts=(140, 0, 33)), CLUSTER),
+    "pingpong": (CASE, PINGPONG),
     "many_experts": (replace(CASE, counts=(9, 0, 70, 3)), SMALL),
 }
 

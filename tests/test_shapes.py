@@ -43,9 +43,10 @@ def test_problems(dtype):
 
 
 @every_dtype
-def test_problems_are_those_that_calls_pose(dtype):
+@pytest.mark.parametrize("bias", [False, True])
+def test_problems_are_those_that_calls_pose(dtype, bias):
     """Else a build would compile images that no call asks for."""
-    shape = MoeShape("small", 4, 2, 64, 32)
+    shape = MoeShape("small", 4, 2, 64, 32, bias)
     for problem in problems(shape, dtype).values():
         operand = TORCH_DTYPES[dtype]
         scaled = operand != torch.bfloat16
@@ -56,8 +57,30 @@ def test_problems_are_those_that_calls_pose(dtype):
             offsets=torch.zeros(4, dtype=torch.int32),
             per_token_scale=torch.ones(3) if scaled else None,
             scale=torch.ones(4, problem.n) if scaled else None,
+            bias=torch.ones(4, problem.n, dtype=torch.bfloat16) if bias else None,
         )
         assert posed == problem
+
+
+def test_shard():
+    assert MODELS["dsv3"].shard(ep=8) == MODELS["dsv3-ep8"]
+    assert MODELS["mixtral"].shard() == MODELS["mixtral"]
+    sharded = MODELS["gpt-oss-120b"].shard(tp=2, ep=4)
+    assert sharded == MoeShape("gpt-oss-120b-tp2-ep4", 32, 1, 2880, 1440, bias=True)
+    assert sharded.gemms == {"up": (2880, 2880), "down": (2880, 1440)}
+
+
+def test_shard_must_divide():
+    with pytest.raises(ValueError, match="mixtral: tp 3 does not divide inter 14336"):
+        MODELS["mixtral"].shard(tp=3)
+    with pytest.raises(ValueError, match="mixtral: ep 16 does not divide 8 experts"):
+        MODELS["mixtral"].shard(ep=16)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.0, "8", True, None])
+def test_sizes_are_positive_integers(wrong):
+    with pytest.raises(ValueError, match="m: top_k must be a positive integer, got"):
+        MoeShape("m", 8, wrong, 64, 32)
 
 
 def test_unknown_dtype():

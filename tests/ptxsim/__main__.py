@@ -58,7 +58,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("image", type=Path, help="an image's directory in a cache: launch.json")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mode", choices=MODES, help="default: all of them")
-    parser.add_argument("--grid", type=int, default=2, help="CTAs")
+    parser.add_argument("--grid", type=int, default=2, help="CTAs, whole clusters")
     parser.add_argument("--tokens", type=int, default=30)
     parser.add_argument("--rows", type=int, nargs="+", help="of the experts, repeated")
     parser.add_argument("--trace", action="store_true", help="print every instruction")

@@ -174,12 +174,12 @@ def _move(one: Instruction, operands: Operands, kind: np.dtype) -> Op:
                 put(f, parts[:, i].copy())
 
         return split
-    put = operands.sink(to, kind)
     if source.startswith("{"):
+        put = operands.sink(to, kind)
         low, high = (operands.source(name, half) for name in braced(source))
         return lambda f: put(f, np.stack([low(f), high(f)], axis=1).view(kind)[:, 0])
-    read = operands.source(source, kind)
-    return lambda f: put(f, read(f))
+    hand, handed = operands.partial_sink(to, kind), operands.partial(source, kind)
+    return lambda f: hand(f, *handed(f))
 
 
 def _divide(one: Instruction, operands: Operands) -> Op:

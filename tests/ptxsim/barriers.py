@@ -1,4 +1,4 @@
-"""mbarriers: phases, pending arrivals, transaction bytes, and who has waited for what."""
+"""mbarriers with phases, arrivals and bytes; barriers of a CTA by name; barriers of a cluster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptxsim.order import GENERIC, Order, Threads
+from tests.ptxsim.order import GENERIC, Clock, Order, Threads
 from tests.ptxsim.ptx import Fault
 
 _MAX_COUNT = 2**20 - 1
@@ -24,18 +24,22 @@ class MBarrier:
         self.done = self.clock.copy()  # what a waiter for a completed phase learns
         self.waited = np.full(order.threads, -2, np.int64)  # last phase waited for, by thread
         self.waiters: list[Any] = []
-        self.creator, self.created = int(threads[0]), int(order.ticks[threads[0] // 32])
+        self.creator = int(threads[0])
+        order.known[GENERIC, self.creator, self.agent] = 1
         self.visible_to_copies = False  # fence.mbarrier_init, or a proxy fence, by its creator
 
     def check_created(self, threads: Threads) -> None:
-        known = self.order.known[GENERIC, threads, self.creator] >= self.created
-        if not known.all():
+        if not self.order.known[GENERIC, threads, self.agent].all():
             raise Fault(f"mbarrier {self.address} used: nothing orders that after its init")
 
-    def arrive(self, count: int, clock: np.ndarray | None) -> bool:
+    @property
+    def next_time(self) -> int:
+        """Of its agent, once the phase has completed."""
+        return self.phase + 2
+
+    def arrive(self, count: int, clock: Clock) -> bool:
         """True where that completes the phase. clock: what the arriving threads publish."""
-        if clock is not None:
-            np.maximum(self.clock, clock, out=self.clock)
+        np.maximum(self.clock, clock, out=self.clock)
         self.pending -= count
         if self.pending < 0:
             raise Fault(
@@ -61,24 +65,26 @@ class MBarrier:
     def _complete(self) -> bool:
         if self.pending or self.bytes:
             return False
+        np.maximum(self.done, self.clock, out=self.done)
+        self.done[GENERIC, self.agent] = self.next_time
         self.phase += 1
         self.pending = self.count
-        np.maximum(self.done, self.clock, out=self.done)
-        self.done[GENERIC, self.agent] = self.phase
         return True
 
     def wait(self, threads: Threads, parity: int) -> bool:
-        """Whether the phase of that parity has completed. A thread must wait for every phase, in
-        turn; its first may be the one "before" phase 0."""
+        """Whether the phase of that parity has completed: of the last one that a thread knows to
+        have, and the next, the one that it means. No phase may be waited for twice, nor one left
+        out that the thread does not know to have completed. The phase "before" phase 0 has."""
         self.check_created(threads)
         if parity not in (0, 1):
             raise Fault(f"parity {parity}")
+        known = self.order.known[GENERIC, threads, self.agent] - 1
+        target = np.where(known % 2 == parity, known, known - 1)
         last = self.waited[threads]
-        target = np.where(last == -2, -parity, last + 1)
-        if (target % 2 != parity).any():
+        if (target <= last).any():
             raise Fault(
                 f"phase waited for twice, or left out: mbarrier {self.address}, parity {parity}, "
-                f"last waited for phase {int(last[target % 2 != parity][0])}"
+                f"last waited for phase {int(last[target <= last][0])}"
             )
         complete = self.phase % 2 != parity
         if ((self.phase > target) != complete).any():
@@ -99,22 +105,86 @@ class MBarrier:
 
 
 class NamedBarrier:
-    """bar.sync: warps that have arrived, until they are as many threads as expected."""
+    """bar.sync and bar.arrive: warps that have come, until they are as many threads as expected."""
 
-    def __init__(self) -> None:
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self._clear()
+
+    def _clear(self) -> None:
         self.expected = 0
+        self.came: set[int] = set()  # warps
+        self.clock = np.zeros((2, self.order.agents), np.int32)
         self.parked: list[Any] = []
 
-    def arrive(self, fragment: Any, expected: int) -> list[Any]:
-        """The fragments that may go on; empty while some are missing."""
-        if self.parked and expected != self.expected:
-            raise Fault(f"bar.sync of {expected} threads, others expect {self.expected}")
+    def arrive(self, fragment: Any, expected: int, waits: bool) -> list[Any]:
+        """The fragments that may go on; empty while some are missing, or none waits."""
+        if self.came and expected != self.expected:
+            raise Fault(f"barrier of {expected} threads, others expect {self.expected}")
+        if expected % 32:
+            raise Fault(f"barrier of {expected} threads: no multiple of a warp")
+        if fragment.warp.index in self.came:
+            raise Fault("a warp comes to a barrier for the second time before it completes")
         self.expected = expected
-        self.parked.append(fragment)
-        count = 32 * len(self.parked)
+        self.came.add(fragment.warp.index)
+        np.maximum(self.clock, self.order.publish(fragment.threads), out=self.clock)
+        if waits:
+            self.parked.append(fragment)
+        count = 32 * len(self.came)
         if count > expected:
-            raise Fault(f"bar.sync of {expected} threads met by {count}")
+            raise Fault(f"barrier of {expected} threads met by {count}")
         if count < expected:
             return []
-        released, self.parked = self.parked, []
+        released, clock = self.parked, self.clock
+        self._clear()
+        for other in released:
+            self.order.acquire(other.threads, clock)
         return released
+
+
+_AWAY, _ARRIVED, _FREE = range(3)
+
+
+class ClusterBarrier:
+    """barrier.cluster: every thread of the cluster that has not exited arrives, then waits."""
+
+    def __init__(self, order: Order, threads: Threads):
+        self.order, self.first = order, int(threads[0])
+        self.state = np.full(len(threads), _AWAY, np.int8)
+        self.exited = np.zeros(len(threads), np.bool_)
+        self.clock = np.zeros((2, order.agents), np.int32)
+        self.done = self.clock.copy()
+        self.waiters: list[Any] = []
+
+    def arrive(self, threads: Threads, clock: Clock) -> list[Any]:
+        """The fragments that may go on."""
+        own = threads - self.first
+        if (self.state[own] != _AWAY).any():
+            raise Fault("barrier.cluster.arrive for the second time, without a wait in between")
+        self.state[own] = _ARRIVED
+        np.maximum(self.clock, clock, out=self.clock)
+        return self._complete()
+
+    def exit(self, threads: Threads) -> list[Any]:
+        """The same of threads that will never come."""
+        self.exited[threads - self.first] = True
+        return self._complete()
+
+    def _complete(self) -> list[Any]:
+        here = self.state == _ARRIVED
+        if not here.any() or not (here | self.exited).all():
+            return []
+        self.state[here] = _FREE
+        self.done, self.clock = self.clock, np.zeros_like(self.clock)
+        return self.waiters
+
+    def wait(self, threads: Threads) -> bool:
+        """Whether all have arrived."""
+        own = threads - self.first
+        if (self.state[own] == _AWAY).any():
+            raise Fault("barrier.cluster.wait without an arrive")
+        if (self.state[own] == _ARRIVED).any():
+            return False
+        self.state[own] = _AWAY
+        self.order.acquire(threads, self.done)
+        return True

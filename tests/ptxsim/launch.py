@@ -15,11 +15,12 @@ from emitters.emit import emit_ptx
 from emitters.image import LaunchRecord, ParamKind
 from emitters.problem import GemmProblem, WeightStorage
 from tests.numerics import poisoned
-from tests.ptxsim.machine import Code, Launch, Machine, Trace
-from tests.ptxsim.memory import GlobalMemory
+from tests.ptxsim.machine import Launch, Machine
+from tests.ptxsim.memory import WORKSPACE, GlobalMemory
 from tests.ptxsim.ptx import Fault, parse
 from tests.ptxsim.schedule import Schedule
 from tests.ptxsim.tensormap import TensorMap
+from tests.ptxsim.warp import Code, Trace
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,11 @@ class Arguments:
             "bias": self._add("bias", inputs.get("bias")),
         }
         values["expert_scale"] = values["channel_scale"]
-        values["out"] = self.memory.add("out", _bytes(out), writable=True)
+        self.counters = np.zeros(2, np.int32)  # of a dynamic schedule
+        if any(param.name == "counters" for param in self.record.params):
+            data = self.counters.view(np.uint8)
+            values["counters"] = self.memory.add("counters", data, WORKSPACE)
+        values["out"] = self.memory.add("out", _bytes(out), writer=0)
         self.parameters = self._pack(kernel, values, self._weight(inputs["weight"]))
 
     def _add(self, name: str, tensor: Tensor | None) -> int:
@@ -110,6 +115,8 @@ class Arguments:
 
     def check_writes(self, written: Tensor) -> None:
         """written: bool [rows], which rows of `out` must have been written, once; no other."""
+        if self.counters.any():
+            raise Fault(f"counters left at {self.counters.tolist()}, not zero")
         region = next(r for r in self.memory.regions if r.name == "out")
         rows = region.writes.reshape(len(self.out), -1) if len(self.out) else region.writes
         expected = written.numpy().astype(np.uint8)[:, None]
@@ -133,9 +140,10 @@ def simulate(
     arguments = Arguments(kernel, inputs, out)
     record = kernel.record
     launch = Launch(
-        grid, record.smem_bytes, record.registers, arguments.parameters, arguments.memory
-    )
-    Machine(kernel.code, launch, schedule, trace).run()
+        kernel.code, grid, record.smem_bytes, record.registers, arguments.parameters,
+        cluster=int(np.prod(record.cluster)),
+    )  # fmt: skip
+    Machine(arguments.memory, [launch], schedule, trace).run()
     arguments.check_writes(_owned(inputs, rows))
     return out
 

@@ -1,285 +1,178 @@
-"""CTAs, warps and lanes that execute a program, one scheduling decision at a time.
-
-A warp is a set of fragments: lanes that execute together. A branch parts a fragment; an
-instruction that needs the whole warp waits until its lanes have met again.
-"""
+"""CTAs, clusters and grids that execute programs, one scheduling decision at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
-from tests.ptxsim import alu, synchronisation, transfers
-from tests.ptxsim.barriers import MBarrier, NamedBarrier
-from tests.ptxsim.memory import GlobalMemory, SharedMemory
-from tests.ptxsim.operands import ALL, LANES, B, Op, Operands, Source
-from tests.ptxsim.order import Order
-from tests.ptxsim.outcome import AGAIN, DONE, GATHERING, READY, State
-from tests.ptxsim.ptx import Fault, Instruction, Program
+from tests.ptxsim.barriers import ClusterBarrier, MBarrier, NamedBarrier
+from tests.ptxsim.memory import Access, GlobalMemory
+from tests.ptxsim.order import GENERIC, Order, Threads
+from tests.ptxsim.ordered import OFFSET, RANK_BIT, shared_memory
+from tests.ptxsim.outcome import DONE, READY
+from tests.ptxsim.ptx import Fault, Instruction
 from tests.ptxsim.schedule import Schedule
-from tests.ptxsim.tensormap import TensorMap
-from tests.ptxsim.wgmma import Queue
-
-Trace = Callable[[str], None]
-
-
-class Code:
-    """A program as Python functions. Raises ValueError, naming it, for what is not modelled."""
-
-    def __init__(self, program: Program):
-        self.program, self.instructions = program, program.instructions
-        accumulators = {
-            program.registers[name.strip()]
-            for one in program.instructions
-            if one.opcode.startswith("wgmma.mma_async")
-            for name in one.operands[0].strip("{}").split(",")
-        }
-        self.operands = Operands(program, accumulators)
-        self.ops = [self._op(one) for one in self.instructions]
-        self.guards = [self._guard(one) for one in self.instructions]
-        self.plain = [
-            op is not None and not one.opcode.startswith(synchronisation.COLLECTIVES)
-            for one, op in zip(self.instructions, self.ops, strict=True)
-        ]
-
-    def _op(self, one: Instruction) -> Op | None:
-        """None: a branch or an exit, which the warp executes itself."""
-        if one.opcode in ("bra", "bra.uni", "ret"):
-            return None
-        for kind in (alu, transfers, synchronisation):
-            try:
-                op = kind.build(one, self.operands)
-            except (IndexError, KeyError) as error:
-                raise ValueError(f"{one.where()}: operands not understood ({error!r})") from error
-            if op is not None and one.guard is not None:
-                raise ValueError(f"{one.where()}: a guard on anything but a branch")
-            if op is not None:
-                return op
-        raise ValueError(f"{one.where()}: unknown instruction {one.opcode}")
-
-    def _guard(self, one: Instruction) -> Source | None:
-        return None if one.guard is None else self.operands.source(one.guard, B)
-
-
-@lru_cache(maxsize=4096)
-def _lanes(mask: int) -> tuple[np.ndarray, np.ndarray]:
-    active = (mask >> LANES & 1) == 1
-    return active, np.flatnonzero(active)
-
-
-class Fragment:
-    """Lanes of one warp at one instruction."""
-
-    def __init__(self, warp: Warp, mask: int, pc: int):
-        self.warp, self.pc = warp, pc
-        self.state: State = READY
-        self.waits_for = ""
-        self.become(mask)
-
-    def become(self, mask: int) -> None:
-        self.mask = mask
-        self.active, self.lanes = _lanes(mask)
-        self.threads = self.lanes + 32 * self.warp.number
-
-    def where(self) -> str:
-        code = self.warp.cta.code
-        lanes = "" if self.mask == ALL else f", lanes {self.lanes.tolist()}"
-        at = code.instructions[min(self.pc, len(code.instructions) - 1)].where()
-        return f"CTA {int(self.warp.cta.ctaid[0])}, warp {self.warp.number}{lanes}, {at}"
-
-
-class Warp:
-    def __init__(self, cta: Cta, number: int, registers: int):
-        self.cta, self.number, self.registers = cta, number, registers
-        self.tid = (LANES + 32 * number).astype(np.uint32)
-        count = len(cta.code.program.kinds)
-        self.values: list[np.ndarray | None] = [None] * count
-        self.valid = [0] * count
-        self.queue = Queue()
-        self.copies: list[tuple] = []  # cp.async that no arrive has taken up
-        self.acquired_maps: set[tuple[int, int]] = set()
-        self.multiplies = 0
-        self.fragments = [Fragment(self, ALL, 0)]
-
-    @property
-    def ready(self) -> bool:
-        return any(f.state is READY for f in self.fragments)
-
-    @property
-    def done(self) -> bool:
-        return all(f.state is DONE for f in self.fragments)
-
-    def check_alike(self, one: Instruction, operands: tuple) -> None:
-        """The warps of a warpgroup must issue the same WGMMAs."""
-        log = self.cta.multiplies.setdefault(self.number // 4, [])
-        if self.multiplies == len(log):
-            log.append((one, operands))
-        elif log[self.multiplies] != (one, operands):
-            other = log[self.multiplies][0].where()
-            raise Fault(f"the warps of a warpgroup issue different WGMMAs; another one: {other}")
-        self.multiplies += 1
-
-    def run(self) -> None:
-        """One fragment, for some instructions."""
-        schedule = self.cta.schedule
-        ready = [f for f in self.fragments if f.state is READY]
-        if len(ready) > 1:
-            ready.sort(key=lambda f: f.pc)
-        f = ready[0] if schedule.together else schedule.random.choice(ready)
-        self.cta.running = f
-        budget = schedule.quantum()
-        while budget > 0 and f.state is READY:
-            budget -= self._straight(f) if self.cta.code.plain[f.pc] else self._other(f)
-            if len(self.fragments) > 1 and schedule.together:
-                self._merge(f)
-                if f.pc > min(o.pc for o in self.fragments if o.state is READY or o is f):
-                    return
-
-    def _straight(self, f: Fragment) -> int:
-        """Plain instructions up to the next that is not, or where other lanes may be met."""
-        code = self.cta.code
-        ops, plain, trace = code.ops, code.plain, self.cta.trace
-        meet = code.program.labels if len(self.fragments) > 1 else ()
-        start = f.pc
-        while plain[f.pc]:
-            if trace:
-                trace(f.where())
-            outcome = ops[f.pc](f)  # type: ignore[misc]
-            if outcome is None:
-                f.pc += 1
-                if f.pc in meet:
-                    break
-                continue
-            if outcome is not AGAIN:
-                f.pc += 1
-            return 1 + 2 * (f.pc - start)
-        return f.pc - start
-
-    def _other(self, f: Fragment) -> int:
-        """A branch, a guarded or a collective instruction."""
-        code = self.cta.code
-        one, op, guard = code.instructions[f.pc], code.ops[f.pc], code.guards[f.pc]
-        if self.cta.trace:
-            self.cta.trace(f.where())
-        if op is None:
-            self._branch(f, one, guard)
-            return 1
-        if f.mask != ALL:
-            self._gather(f)
-            return 1
-        outcome = op(f)
-        if outcome is not AGAIN:
-            f.pc += 1
-        return 1 if outcome is None else 20
-
-    def _branch(self, f: Fragment, one: Instruction, guard: Source | None) -> None:
-        taken = f.mask
-        if guard is not None:
-            bits = int(np.packbits(guard(f), bitorder="little").view(np.uint32)[0])
-            taken &= ~bits if one.negated else bits
-        if one.opcode == "bra.uni" and taken not in (0, f.mask):
-            raise Fault("lanes part at bra.uni")
-        rest = f.mask & ~taken
-        if taken and rest:
-            other = Fragment(self, rest, f.pc + 1)
-            self.fragments.append(other)
-            f.become(taken)
-        if not taken:
-            f.pc += 1
-        elif one.opcode == "ret":
-            self._exit(f)
-        else:
-            f.pc = one.target
-
-    def _exit(self, f: Fragment) -> None:
-        if self.queue.groups or self.queue.open:
-            raise Fault("a warp exits with WGMMAs that no wait_group covered")
-        if any(f.active[lanes].any() for lanes, *_ in self.copies):
-            raise Fault("a thread exits with cp.async that nobody waits for")
-        f.state = DONE
-        waiting = [other for other in self.fragments if other.state is GATHERING]
-        if waiting and all(other.state in (GATHERING, DONE) for other in self.fragments):
-            raise Fault(f"divergent: these lanes exit, others wait at {waiting[0].where()}")
-
-    def _gather(self, f: Fragment) -> None:
-        """Waits for the warp's other lanes, and goes on with all of them."""
-        f.state, f.waits_for = GATHERING, "the other lanes of the warp"
-        if any(other.state not in (GATHERING, DONE) for other in self.fragments):
-            return
-        for other in self.fragments:
-            if other.pc != f.pc or other.state is DONE:
-                raise Fault(f"divergent: other lanes are at {other.where()} ({other.state.value})")
-        self.fragments = [f]
-        f.become(ALL)
-        f.state = READY
-
-    def _merge(self, f: Fragment) -> None:
-        """Lanes that meet at an instruction go on together."""
-        if f.state is not READY:
-            return
-        same = [o for o in self.fragments if o is not f and o.state is READY and o.pc == f.pc]
-        for other in same:
-            f.become(f.mask | other.mask)
-            self.fragments.remove(other)
+from tests.ptxsim.warp import Code, Fragment, Trace, Warp
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a host gives to a kernel; registers: of a thread, at launch."""
+    """What a host gives to a kernel. grid, cluster: CTAs; registers: of a thread, at launch."""
 
+    code: Code
     grid: int
     shared_bytes: int
     registers: int
     parameters: bytes
-    memory: GlobalMemory
+    cluster: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.cluster <= 8 or self.grid % self.cluster:
+            raise ValueError(f"a grid of {self.grid} CTAs in clusters of {self.cluster}")
+        required = self.code.program.cluster
+        if required not in (None, self.cluster):
+            raise ValueError(f"clusters of {self.cluster}, the PTX wants {required}")
 
 
 class Cta:
-    def __init__(
-        self, code: Code, launch: Launch, ctaid: int, schedule: Schedule, trace: Trace | None
-    ):
-        self.code, self.parameters, self.memory = code, launch.parameters, launch.memory
-        self.schedule, self.trace, self.leader = schedule, trace, schedule.leader
-        self.ctaid = np.full(32, ctaid, np.uint32)
-        self.nctaid = np.full(32, launch.grid, np.uint32)
-        self.order = Order(code.program.threads)
-        self.shared = SharedMemory(launch.shared_bytes, self.order)
+    """number: in its grid; rank: in its cluster; first: its first thread in the order."""
+
+    def __init__(self, cluster: Cluster, number: int, rank: int, first: int):
+        self.cluster, self.number, self.rank, self.grid = cluster, number, rank, cluster.grid
+        launch = cluster.grid.launch
+        self.code, self.parameters, self.order = launch.code, launch.parameters, cluster.order
+        self.shared = shared_memory(launch.shared_bytes, self.order)
         self.barriers: dict[int, MBarrier] = {}
         self.named: dict[int, NamedBarrier] = {}
         self.multiplies: dict[int, list] = {}
-        self.events: list[tuple[Callable[[], None], Instruction]] = []
         self.free_registers = 0
         self.wanting_registers: list[Fragment] = []
-        self.running: Fragment | None = None
-        self.blamed: Instruction | None = None
-        self.warps = [Warp(self, i, launch.registers) for i in range(self.order.warps)]
+        self.threads = np.arange(first, first + self.code.program.threads)
+        self.visits = np.zeros(self.order.threads, np.int32)  # latest access by other CTAs' threads
+        self.done = False
+        self.warps = [
+            Warp(self, i, first // 32 + i, launch.registers)
+            for i in range(self.code.program.threads // 32)
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.grid}CTA {self.number}"
+
+    def access(self, threads: Threads) -> Access:
+        if self.grid.before is None:
+            return Access(threads)
+        waited = self.order.known[GENERIC, threads, self.order.grid_before]
+        return Access(threads, self.grid.number, not waited.all())
+
+    def owner(self, threads: Threads, address: int) -> tuple[Cta, int]:
+        """Whose shared memory a shared::cluster address is in, and where; it is touched now."""
+        rank, offset = address >> RANK_BIT, address & OFFSET
+        cta = self if rank == 0 else self.cluster.cta(rank - 1)
+        if cta is not self:
+            cta.visited(threads)
+        return cta, offset
+
+    def visited(self, threads: Threads) -> None:
+        """By another CTA of the cluster."""
+        if self.done:
+            raise Fault(f"access to the shared memory of {self}, which has exited")
+        self.visits[threads] = self.order.ticks[threads // 32]
+
+    def exits(self, threads: Threads) -> None:
+        """After the last thread nobody may touch the CTA's shared memory."""
+        self.cluster.release(self.cluster.barrier.exit(threads))
+        self.done = all(warp.done for warp in self.warps)
+        if not self.done:
+            return
+        known = self.order.known[GENERIC, self.threads, : self.order.threads].max(axis=0)
+        late = np.flatnonzero(self.visits > known)
+        if len(late):
+            raise Fault(
+                f"{self} exits: nothing orders that after the access to its shared memory by "
+                f"{self.order.name(int(late[0]))} of its cluster"
+            )
+        for event in self.cluster.events:
+            if event.target is self:
+                raise Fault(f"{self} exits before a copy has landed, {event.issued.where()}")
+        self.grid.trigger(self)
 
     def barrier(self, f: Fragment, addresses: np.ndarray) -> MBarrier:
-        """The mbarrier that all lanes of a fragment name."""
+        """The CTA's mbarrier that all lanes of a fragment name."""
         own = addresses[f.lanes]
         if (own != own[0]).any():
             raise Fault("lanes name different mbarriers")
-        if int(own[0]) not in self.barriers:
-            raise Fault(f"no mbarrier was initialised at {int(own[0])}")
-        barrier = self.barriers[int(own[0])]
-        barrier.check_created(f.threads)
+        owner, barrier = self.barrier_at(f.threads, int(own[0]))
+        if owner is not self:
+            raise Fault("the mbarrier is another CTA's")
         return barrier
+
+    def barrier_at(self, threads: Threads, address: int) -> tuple[Cta, MBarrier]:
+        owner, offset = self.owner(threads, address)
+        if offset not in owner.barriers:
+            raise Fault(f"no mbarrier was initialised at {offset} of {owner}")
+        barrier = owner.barriers[offset]
+        barrier.check_created(threads)
+        return owner, barrier
+
+
+@dataclass
+class Event:
+    """A copy that will land in target's shared memory."""
+
+    land: Callable[[], None]
+    issued: Instruction
+    target: Cta
+
+
+class Cluster:
+    """CTAs that see each other's shared memory. first: its first thread in the order."""
+
+    def __init__(self, grid: Grid, number: int, order: Order, first: int):
+        self.grid, self.number, self.order = grid, number, order
+        self.schedule, self.trace, self.memory = grid.schedule, grid.trace, grid.memory
+        self.events: list[Event] = []
+        self.running: Fragment | None = None
+        self.blamed: Instruction | None = None
+        size, threads = grid.launch.cluster, grid.launch.code.program.threads
+        self.barrier = ClusterBarrier(order, np.arange(first, first + size * threads))
+        self.ctas = [
+            Cta(self, number * size + rank, rank, first + rank * threads) for rank in range(size)
+        ]
+        self.warps = [warp for cta in self.ctas for warp in cta.warps]
+
+    def cta(self, rank: int) -> Cta:
+        if rank >= len(self.ctas):
+            raise Fault(f"CTA {rank} of a cluster of {len(self.ctas)}")
+        return self.ctas[rank]
+
+    def address(self, address: int, rank: int) -> int:
+        """shared::cluster address of the same place in a CTA of the cluster."""
+        self.cta(rank)
+        return (address & OFFSET) | (rank + 1) << RANK_BIT
+
+    @property
+    def done(self) -> bool:
+        return all(cta.done for cta in self.ctas)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to do but to look again whether others have done something."""
+        return not self.events and all(warp.polls for warp in self.warps if warp.ready)
+
+    def later(self, land: Callable[[], None], issued: Instruction, target: Cta) -> None:
+        self.events.append(Event(land, issued, target))
+
+    def release(self, fragments: list[Fragment]) -> None:
+        for f in fragments:
+            f.state = READY
+        fragments.clear()
 
     def completed(self, barrier: MBarrier, complete: bool) -> None:
         if complete:
-            for f in barrier.waiters:
-                f.state = READY
-            barrier.waiters.clear()
-
-    def tensor_map(self, f: Fragment, address: int) -> TensorMap:
-        return transfers.decode_tensor_map(f, address)
-
-    def later(self, land: Callable[[], None], issued: Instruction) -> None:
-        self.events.append((land, issued))
+            self.release(barrier.waiters)
 
     @contextmanager
     def blaming(self, one: Instruction) -> Iterator[None]:
@@ -289,56 +182,108 @@ class Cta:
         self.blamed = outer
 
     def step(self) -> bool:
-        """One warp for a while, or one landing; False once the CTA has finished."""
+        """One warp for a while, or one landing; False where there is neither."""
         ready = [warp for warp in self.warps if warp.ready]
         if self.schedule.lands(len(self.events), len(ready)):
-            land, issued = self.events.pop(self.schedule.random.randrange(len(self.events)))
+            event = self.events.pop(self.schedule.random.randrange(len(self.events)))
             if self.trace:
-                self.trace(f"CTA {int(self.ctaid[0])} lands {issued.where()}")
-            with self.blaming(issued):
-                land()
+                self.trace(f"{event.target} lands {event.issued.where()}")
+            with self.blaming(event.issued):
+                event.land()
         elif ready:
             self.schedule.warp(ready).run()
-        elif all(warp.done for warp in self.warps):
-            return False
         else:
-            raise Fault("deadlock\n" + "\n".join(self._waiting()))
-        self._check_exit()
+            return False
         return True
 
-    def _check_exit(self) -> None:
-        if self.events and all(warp.done for warp in self.warps):
-            issued = self.events[0][1]
-            raise Fault(f"the CTA exits before a copy has landed, {issued.where()}")
-
-    def _waiting(self) -> Iterator[str]:
+    def waiting(self) -> Iterator[str]:
         for warp in self.warps:
             for f in warp.fragments:
                 if f.state is not DONE:
                     yield f"  {f.where()} waits for {f.waits_for}"
 
+    def place(self) -> str:
+        if self.blamed is not None:
+            return f"as it lands: {self.blamed.where()}"
+        return self.running.where() if self.running else "before the first instruction"
+
+
+class Grid:
+    """One launch. before: the grid that griddepcontrol.wait waits for."""
+
+    def __init__(
+        self, launch: Launch, number: int, before: Grid | None, memory: GlobalMemory,
+        schedule: Schedule, trace: Trace | None,
+    ):  # fmt: skip
+        self.launch, self.number, self.before = launch, number, before
+        self.memory, self.schedule, self.trace = memory, schedule, trace
+        self.clusters: list[Cluster] = []
+        self.triggered: set[int] = set()
+        self.waiters: list[Fragment] = []  # of the grid after
+
+    def __str__(self) -> str:
+        return f"grid {self.number}, " if self.number or self.before else ""
+
+    def trigger(self, cta: Cta) -> None:
+        self.triggered.add(cta.number)
+
+    @property
+    def next_may_start(self) -> bool:
+        return len(self.triggered) == self.launch.grid
+
+    @property
+    def done(self) -> bool:
+        return all(cluster.done for cluster in self.clusters)
+
 
 class Machine:
-    """A grid of CTAs that share global memory."""
+    """One grid, or two of which the second may start before the first has ended."""
 
-    def __init__(self, code: Code, launch: Launch, schedule: Schedule, trace: Trace | None = None):
+    def __init__(
+        self, memory: GlobalMemory, launches: Sequence[Launch], schedule: Schedule,
+        trace: Trace | None = None,
+    ):  # fmt: skip
         self.schedule = schedule
-        self.ctas = [Cta(code, launch, i, schedule, trace) for i in range(launch.grid)]
+        self.grids: list[Grid] = []
+        for number, launch in enumerate(launches):
+            before = self.grids[-1] if self.grids else None
+            self.grids.append(Grid(launch, number, before, memory, schedule, trace))
+        threads = [launch.grid * launch.code.program.threads for launch in launches]
+        together = len(launches) > 1 or bool(memory.workspaces)
+        order = Order(sum(threads), sum(launch.grid for launch in launches)) if together else None
+        if order:
+            memory.attach(order)
+        first = 0
+        for grid in self.grids:
+            launch = grid.launch
+            size = launch.cluster * launch.code.program.threads
+            for i in range(launch.grid // launch.cluster):
+                own = order or Order(size, launch.cluster)
+                grid.clusters.append(Cluster(grid, i, own, first if order else 0))
+                first += size
 
     def run(self) -> None:
         """Raises Fault, with its place, at the first defect."""
-        active = list(self.ctas)
+        current = self.grids[0]
+        active, stuck = list(current.clusters), list[Cluster]()
         with np.errstate(all="ignore"):
-            while active:
-                cta = self.schedule.random.choice(active)
+            while active or stuck:
+                if not active:
+                    lines = [line for cluster in stuck for line in cluster.waiting()]
+                    raise Fault("deadlock\n" + "\n".join([*lines, f"  {self.schedule}"]))
+                cluster = self.schedule.cluster(active)
                 try:
-                    if not cta.step():
-                        active.remove(cta)
+                    moved = cluster.step()
                 except Fault as fault:
-                    raise Fault(f"{fault}\n  {_place(cta)}\n  {self.schedule}") from None
-
-
-def _place(cta: Cta) -> str:
-    if cta.blamed is not None:
-        return f"CTA {int(cta.ctaid[0])}, as it lands: {cta.blamed.where()}"
-    return cta.running.where() if cta.running else "before the first instruction"
+                    place = f"{fault}\n  {cluster.place()}\n  {self.schedule}"
+                    raise Fault(place) from None
+                if not moved:
+                    active.remove(cluster)
+                    if not cluster.done:
+                        stuck.append(cluster)
+                    elif cluster.grid.done and cluster.grid.waiters:
+                        cluster.release(cluster.grid.waiters)
+                        active, stuck = active + stuck, []
+                if current is not self.grids[-1] and current.next_may_start:
+                    current = self.grids[current.number + 1]
+                    active += current.clusters

@@ -160,7 +160,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "staging_read_too_early": Mutation(consumer("bar.warp.sync -1;", "", 1), (_UNORDERED,)),
     "barrier_in_a_branch": Mutation(
-        setup(r"(st.shared.b32 \[%r\d+\+\d+\], %r\d+;)(?=\s+(?:\.loc[^\n]*\s+)*\$L__BB0_\d+:)",
+        setup(r"(st.shared.b32 \[%r\d+\+\d+\], 1;)(?=\s+(?:\.loc[^\n]*\s+)*\$L__BB0_\d+:)",
               r"bar.warp.sync -1; \1", -1),
         ("divergent", _DEADLOCK),
     ),
@@ -189,14 +189,13 @@ MUTATIONS: dict[str, Mutation] = {
                  r"setp.lt.s32 \1"),
         (_WRONG, "shared read", "uninitialised", "bytes", "phase", "mbarrier", _DEADLOCK),
     ),
-    "consumer_expert_search_off_by_one": Mutation(
-        consumer(r"setp.le.s32 (%p\d+, %r\d+, %r\d+;)(?=" + _LOC + r"\s+vote)",
-                 r"setp.lt.s32 \1"),
+    "first_expert_search_off_by_one": Mutation(
+        setup(r"setp.le.s32 (%p\d+, %r\d+, %r\d+;)(?=" + _LOC + r"\s+vote)", r"setp.lt.s32 \1"),
         (_WRONG, "shared read", "uninitialised", "bytes", "written", "mbarrier"),
     ),
     "weights_of_the_next_expert": Mutation(
-        producer(r"(popc.b32 (%r\d+), .*?add.s32 %r\d+, \2,) -1;".replace(".*?", r"[\s\S]*?"),
-                 r"\1 0;"),
+        producer(r"(cp.async.bulk.tensor[^{]*\{%r\d+, %r\d+,) (%r\d+)(\}[^;]*;)",
+                 r"{ .reg .b32 next; add.s32 next, \2, 1; \1 next\3 }"),
         (_WRONG,),
     ),
     "coordinates_swapped": Mutation(
@@ -237,13 +236,13 @@ MUTATIONS: dict[str, Mutation] = {
         "many_experts",
     ),
     "half_of_the_tiles": Mutation(
-        setup(r"shl.b32 (%r\d+), (%r\d+), 1;(?=" + _LOC + r"\s+st.shared)",
+        setup(r"shl.b32 (%r\d+), (%r\d+), 1;(?=" + _LOC + r"\s+shfl.sync.up)",
               r"mov.b32 \1, \2;"),
         ("never written",),
     ),
     "tiles_twice": Mutation(
-        consumer(r"mov.u32 (%r\d+), %nctaid.x;", r"mov.b32 \1, 1;"),
-        ("written twice", _DEADLOCK, "phase"),
+        setup(r"mov.u32 (%r\d+), %nctaid.x;", r"mov.b32 \1, 1;"),
+        ("written twice",),
     ),
     "misaligned_store": Mutation(
         consumer(r"(st.global.v4.b32 \[%rd\d+)\]", r"\1+4]"), ("misaligned", "bytes")
@@ -253,5 +252,62 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "table_entry_not_written": Mutation(
         setup(r"st.shared.b32 \[%r\d+\+\d+\], %r\d+;", ""), ("uninitialised",)
+    ),
+    # units that the producer posts
+    "posts_not_awaited": Mutation(
+        producer("bar.sync 3, 128;", ""), (_UNORDERED, "uninitialised"), "one_step"
+    ),
+    "units_counted_without_atomics": Mutation(
+        producer(r"atom.global.add.u32 (%r\d+), \[(%rd\d+)\], 1;",
+                 r"{ .reg .b32 more; ld.global.b32 \1, [\2]; add.s32 more, \1, 1; "
+                 r"st.global.b32 [\2], more; }"),
+        (_UNORDERED,),
+        "dynamic",
+    ),
+    "units_counted_for_each_cta": Mutation(
+        producer("atom.global.add", "atom.global.cta.add"), ("scope .cta",), "dynamic"
+    ),
+    "counters_reset_too_early": Mutation(
+        producer("atom.global.acq_rel", "atom.global.relaxed"), (_UNORDERED,), "dynamic"
+    ),
+    "counters_not_reset": Mutation(
+        producer(r"st.global.v2.b32 \[%rd\d+\], \{0, 0\};", ""), ("counters left",), "dynamic"
+    ),
+    # clusters
+    "empty_counts_one_cta": Mutation(
+        setup("(mov.b32 %r\\d+,) 8;", r"\1 4;"),
+        ("over-arrival", "phase", _READING, _PENDING, _UNORDERED),
+        "cluster",
+    ),
+    "released_to_oneself_only": Mutation(
+        consumer(r"(setp.gt.u32 %p\d+, %r\d+,) 1;", r"\1 0;"), (_DEADLOCK,), "cluster"
+    ),
+    "multicast_to_one_cta": Mutation(
+        producer(r"(mov.b16 %rs\d+,) 3;", r"\1 1;"), (_DEADLOCK, "phase"), "cluster"
+    ),
+    "multicast_where_nothing_is_shared": Mutation(
+        producer(r"(st.shared.v4[^;]*;" + _LOC + r"\s+st.shared.b32 [^;]*,) %r\d+;", r"\1 1;"),
+        (_WRONG,),
+        "cluster",
+    ),
+    "cta_barrier_for_the_cluster": Mutation(
+        setup(r"barrier.cluster.arrive;(?s:.*?)barrier.cluster.wait;", "bar.sync 0;"),
+        ("after its init", "no mbarrier"),
+        "cluster",
+    ),
+    "no_last_cluster_barrier": Mutation(
+        consumer(r"barrier.cluster.arrive;(?s:.*?)barrier.cluster.wait;", ""),
+        ("has exited", "exits: nothing", "exits before"),
+        "cluster",
+    ),
+    # ping-pong
+    "first_turn_not_passed": Mutation(
+        consumer(r"bar.arrive [^;]*;", ""), (_DEADLOCK,), "pingpong"
+    ),
+    "turn_not_passed": Mutation(consumer(r"bar.arrive [^;]*;", "", -1), (_DEADLOCK,), "pingpong"),
+    "turns_not_awaited": Mutation(
+        consumer(r"bar.sync %r\d+, 256;", ""),
+        ("phase", "for the second time", _READING, _UNORDERED),
+        "pingpong",
     ),
 }  # fmt: skip

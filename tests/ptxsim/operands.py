@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptxsim.memory import SHARED_BASE
+from tests.ptxsim.ordered import SHARED_BASE
 from tests.ptxsim.ptx import Fault, Program
-from tests.ptxsim.wgmma import BUSY
 
 ALL = (1 << 32) - 1
+BUSY = 1 << 40  # in place of a register's valid lanes while a WGMMA owns it
 B, U16, U32, I32, F32, U64, I64 = (
     np.dtype(t) for t in (np.bool_, np.uint16, np.uint32, np.int32, np.float32, np.uint64, np.int64)
 )
@@ -22,11 +22,22 @@ Sink = Callable[[Any, Lanes], None]
 Op = Callable[[Any], Any]
 LANES = np.arange(32)
 
+
+def _same(number: int) -> Lanes:
+    return np.full(32, number, np.uint32)
+
+
 _SPECIAL: dict[str, Callable[[Any], Lanes]] = {
     "%tid.x": lambda f: f.warp.tid,
     "%laneid": lambda f: LANES.astype(np.uint32),
-    "%ctaid.x": lambda f: f.warp.cta.ctaid,
-    "%nctaid.x": lambda f: f.warp.cta.nctaid,
+    "%ctaid.x": lambda f: _same(f.warp.cta.number),
+    "%nctaid.x": lambda f: _same(f.warp.cta.grid.launch.grid),
+    "%cluster_ctaid.x": lambda f: _same(f.warp.cta.rank),
+    "%cluster_ctarank": lambda f: _same(f.warp.cta.rank),
+    "%cluster_nctaid.x": lambda f: _same(len(f.warp.cta.cluster.ctas)),
+    "%cluster_nctarank": lambda f: _same(len(f.warp.cta.cluster.ctas)),
+    "%clusterid.x": lambda f: _same(f.warp.cta.number // len(f.warp.cta.cluster.ctas)),
+    "%nclusterid.x": lambda f: _same(len(f.warp.cta.grid.clusters)),
 }
 
 
@@ -119,6 +130,34 @@ class Operands:
                 warp.valid[number] |= f.mask
 
         return write
+
+    def partial(self, text: str, kind: np.dtype) -> Callable[[Any], tuple[Lanes, int]]:
+        """What is only handed on: 32 lanes, and a mask of those that hold a value."""
+        read = self.source(text, kind)
+        number = self.program.registers.get(text)
+        if number is None:
+            return lambda f: (read(f), ALL)
+
+        def handed(f: Any) -> tuple[Lanes, int]:
+            valid = f.warp.valid[number]
+            if valid == BUSY or valid & f.mask == f.mask:
+                return read(f), valid
+            value = f.warp.values[number]
+            return np.zeros(32, kind) if value is None else value.view(kind), valid
+
+        return handed
+
+    def partial_sink(self, text: str, kind: np.dtype) -> Callable[[Any, Lanes, int], None]:
+        """Writes what `partial` reads."""
+        write = self.sink(text, kind)
+        number = self.program.registers.get(text)
+
+        def hand(f: Any, value: Lanes, valid: int) -> None:
+            write(f, value)
+            if number is not None:
+                f.warp.valid[number] &= ~f.mask | valid
+
+        return hand
 
     def numbers(self, text: str) -> list[int]:
         """Of the registers in braces."""

@@ -41,6 +41,7 @@ class Instruction:
 class Program:
     parameters: list[Parameter]
     threads: int
+    cluster: int | None  # CTAs, where the PTX says so
     instructions: list[Instruction]
     registers: dict[str, int]  # name -> number
     kinds: list[np.dtype]  # by number
@@ -72,6 +73,7 @@ def parse(text: str) -> Program:
     threads = re.search(r"\.reqntid\s+(\d+)", head)
     if threads is None:
         raise ValueError("an entry without .reqntid")
+    cluster = re.search(r"\.reqnctapercluster\s+(\d+)", head)
     body = _Body(text, opening + 1, _closing(text, opening), files)
     for line, statement, source in body.statements():
         body.instruction(line, statement, source)
@@ -79,6 +81,7 @@ def parse(text: str) -> Program:
     return Program(
         _parameters(head),
         int(threads[1]),
+        int(cluster[1]) if cluster else None,
         body.instructions,
         body.registers,
         body.kinds,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config
+from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config, Schedule
 from emitters.problem import (
     ACCUMULATIONS,
     OUTPUTS,
@@ -23,12 +23,14 @@ from emitters.problem import (
 )
 from tests.cases import SCALES, Case, make_inputs
 from tests.numerics import check
-from tests.ptxsim import launch
-from tests.ptxsim.schedule import MODES, Schedule
+from tests.ptxsim import launch, schedule
 
 SMALL = GemmSm90Config(tile_m=64, tile_n=64, stages=2)
+PINGPONG = replace(SMALL, pingpong=True)
+CLUSTER = replace(SMALL, cluster_m=2)
 SWAP = GemmSwapSm90Config(stages=2)
 BASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=400, spare=3, reads="outside")
+PAIRS = replace(BASE, counts=(140, 0, 33))  # of M tiles: one, and one tile that is left over
 EPILOGUES: dict[str, tuple[EpilogueNode, ...]] = {
     "none": (),
     "token": (PerTokenScale(),),
@@ -100,6 +102,42 @@ SHAPES |= {
     ),
     "table": Run(BASE, storage=WeightStorage.TABLE),
     "table_two_consumers": Run(BASE, replace(SMALL, tile_m=128), storage=WeightStorage.TABLE),
+    "static": Run(BASE, replace(SMALL, schedule=Schedule.STATIC)),
+    "static_three_ctas": Run(
+        replace(BASE, counts=(70, 0, 33, 140), n=136), replace(SMALL, schedule=Schedule.STATIC), 3
+    ),
+    "dynamic": Run(BASE, replace(SMALL, schedule=Schedule.DYNAMIC)),
+    "dynamic_three_ctas": Run(
+        replace(BASE, counts=(70, 0, 33, 140), k=144), replace(SMALL, schedule=Schedule.DYNAMIC), 3
+    ),
+    "dynamic_one_step": Run(
+        replace(BASE, counts=(200, 0, 33), k=80), replace(SMALL, schedule=Schedule.DYNAMIC)
+    ),
+    "pingpong": Run(BASE, PINGPONG),
+    "pingpong_one_cta": Run(BASE, PINGPONG, grid=1),
+    "pingpong_128x64": Run(replace(BASE, counts=(200, 0, 140)), replace(PINGPONG, tile_m=128)),
+    "pingpong_64x128": Run(replace(BASE, n=264), replace(PINGPONG, tile_n=128, stages=3)),
+    "pingpong_one_step": Run(replace(BASE, k=80), PINGPONG),
+    "pingpong_two_steps": Run(replace(BASE, k=144), replace(PINGPONG, stages=5)),
+    "pingpong_many_stages": Run(replace(BASE, k=272), replace(PINGPONG, stages=8)),
+    "pingpong_two_level": Run(replace(BASE, accumulation=Accumulation.TWO_LEVEL), PINGPONG),
+    "pingpong_dynamic": Run(
+        replace(BASE, counts=(70, 0, 133)), replace(PINGPONG, schedule=Schedule.DYNAMIC)
+    ),
+    "pingpong_more_ctas_than_tiles": Run(replace(BASE, counts=(0, 5, 0), n=64), PINGPONG, grid=3),
+    "cluster": Run(PAIRS, CLUSTER),
+    "cluster_of_two_consumers": Run(
+        replace(PAIRS, counts=(300, 0, 33), n=136), replace(CLUSTER, tile_m=128, tile_n=128)
+    ),
+    "cluster_odd_tiles": Run(replace(PAIRS, counts=(70, 0, 33, 190), n=136), CLUSTER, grid=4),
+    "cluster_one_step": Run(replace(PAIRS, k=80), CLUSTER),
+    "cluster_two_level": Run(
+        replace(PAIRS, accumulation=Accumulation.TWO_LEVEL), replace(CLUSTER, stages=3)
+    ),
+    "cluster_static": Run(PAIRS, replace(CLUSTER, schedule=Schedule.STATIC), grid=4),
+    "cluster_table": Run(PAIRS, CLUSTER, storage=WeightStorage.TABLE),
+    "cluster_pingpong": Run(replace(PAIRS, counts=(270, 0, 33)), replace(CLUSTER, pingpong=True)),
+    "cluster_without_work": Run(replace(BASE, counts=(0, 5, 0), n=64), CLUSTER, grid=4),
     "one_cta": Run(BASE, grid=1),
     "three_ctas": Run(replace(BASE, counts=(70, 0, 33, 140)), grid=3),
     "more_ctas_than_tiles": Run(replace(BASE, counts=(0, 5, 0), n=64), grid=3),
@@ -154,8 +192,9 @@ def check_schedules(run: Run, seed: int) -> None:
     rounding."""
     kernel = launch.kernel(run.problem, run.config)
     for i in range(SCHEDULES):
-        schedule = Schedule(seed + i, list(MODES)[(seed + i) % len(MODES)])
+        modes = list(schedule.MODES)
+        order = schedule.Schedule(seed + i, modes[(seed + i) % len(modes)])
         exact = i < SCHEDULES - 1
         inputs = make_inputs(run.case, "cpu", exact=exact, seed=i)
-        out = launch.simulate(kernel, inputs, schedule, run.grid, rows=run.case.rows)
+        out = launch.simulate(kernel, inputs, order, run.grid, rows=run.case.rows)
         check(out, run.case, inputs, exact=exact)

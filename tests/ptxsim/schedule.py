@@ -13,6 +13,7 @@ MODES = {
     "slow_producer": "the first warpgroup runs when no other warp can",
     "slow_consumer": "the first warpgroup runs whenever it can",
     "starved_warp": "one warp runs when no other can",
+    "starved_cta": "one CTA runs when no other can",
     "apart": "lanes that a branch parts stay apart until a .sync brings them together",
 }
 
@@ -46,16 +47,26 @@ class Schedule:
             return False
         return self.mode == "early_copies" or self.random.random() < 0.3
 
+    def cluster(self, active: Sequence[Any]) -> Any:
+        if self.mode != "starved_cta" or len(active) == 1:
+            return self.random.choice(active)
+        starved = self.starved % len(active[0].grid.clusters)
+        preferred = [c for c in active if c.number != starved and not c.idle]
+        return self.random.choice(preferred or active)
+
     def warp(self, ready: Sequence[Any]) -> Any:
-        preferred = [warp for warp in ready if not self._last(warp)]
-        return self.random.choice(preferred or ready)
+        busy = [warp for warp in ready if not warp.polls] or ready
+        preferred = [warp for warp in busy if not self._last(warp)]
+        return self.random.choice(preferred or busy)
 
     def _last(self, warp: Any) -> bool:
         if self.mode == "slow_producer":
             return warp.number < 4
         if self.mode == "slow_consumer":
             return warp.number >= 4
-        return self.mode == "starved_warp" and warp.number == self.starved % warp.cta.order.warps
+        if self.mode == "starved_cta":
+            return warp.cta.rank == self.starved % len(warp.cta.cluster.ctas)
+        return self.mode == "starved_warp" and warp.number == self.starved % len(warp.cta.warps)
 
     def quantum(self) -> int:
         """Instructions until another warp may run."""

@@ -1,4 +1,4 @@
-"""Barriers, collectives of a warp, fences, WGMMA and registers: what orders and what exchanges."""
+"""Barriers, collectives of a warp, fences, grids and registers: what orders and what exchanges."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from typing import Any
 import numpy as np
 
 from tests.ptxsim.barriers import MBarrier, NamedBarrier
-from tests.ptxsim.operands import ALL, LANES, U32, U64, B, Op, Operands, integer
-from tests.ptxsim.outcome import AGAIN, PARKED, READY, WAITING, YIELD
+from tests.ptxsim.operands import ALL, LANES, U32, B, Op, Operands, integer
+from tests.ptxsim.order import ASYNC, GENERIC, Clock
+from tests.ptxsim.outcome import AGAIN, PARKED, WAITING, YIELD
 from tests.ptxsim.ptx import Fault, Instruction
-from tests.ptxsim.wgmma import BUSY, Multiply, Shape
 
-COLLECTIVES = (
-    "elect.sync", "shfl.sync", "vote.sync", "bar.warp.sync", "bar.sync", "stmatrix.sync",
-    "wgmma.", "setmaxnreg.",
+_COLLECTIVES = (
+    "elect.sync", "shfl.sync", "vote.sync", "bar.warp.sync", "bar.sync", "bar.arrive",
+    "stmatrix.sync", "wgmma.", "setmaxnreg.",
 )  # fmt: skip
 
 
+def is_collective(opcode: str) -> bool:
+    """Whether all lanes of a warp must execute it together."""
+    return opcode.startswith(_COLLECTIVES) or ".aligned" in opcode
+
+
 def build(one: Instruction, operands: Operands) -> Op | None:
-    if one.opcode.startswith("wgmma.mma_async"):
-        return _multiply(one, operands)
+    """None where the opcode orders and exchanges nothing."""
     builders: dict[str, Callable[[Instruction, Operands], Op]] = {
         "elect.sync": _elect,
         "shfl.sync.idx.b32": _shuffle,
@@ -29,15 +33,23 @@ def build(one: Instruction, operands: Operands) -> Op | None:
         "vote.sync.ballot.b32": _ballot,
         "bar.warp.sync": _warp_barrier,
         "bar.sync": _named_barrier,
+        "bar.arrive": _named_barrier,
+        "barrier.cluster.arrive": _cluster_arrive,
+        "barrier.cluster.arrive.aligned": _cluster_arrive,
+        "barrier.cluster.arrive.relaxed": _cluster_arrive,
+        "barrier.cluster.arrive.relaxed.aligned": _cluster_arrive,
+        "barrier.cluster.wait": lambda *_: _cluster_wait,
+        "barrier.cluster.wait.aligned": lambda *_: _cluster_wait,
         "mbarrier.init.shared.b64": _init,
         "mbarrier.arrive.shared.b64": _arrive,
         "mbarrier.arrive.expect_tx.shared.b64": _arrive,
+        "mbarrier.arrive.shared::cluster.b64": _arrive,
+        "mapa.shared::cluster.u32": _map_address,
         "mbarrier.try_wait.parity.shared.b64": _try_wait,
         "fence.mbarrier_init.release.cluster": lambda *_: _fence_init,
         "fence.proxy.async.shared::cta": lambda *_: _fence_proxy,
-        "wgmma.fence.sync.aligned": lambda *_: _fence_registers,
-        "wgmma.commit_group.sync.aligned": lambda *_: _commit,
-        "wgmma.wait_group.sync.aligned": _wait_group,
+        "griddepcontrol.launch_dependents": lambda *_: _launch_dependents,
+        "griddepcontrol.wait": lambda *_: _wait_for_grid,
         "setmaxnreg.inc.sync.aligned.u32": _set_registers,
         "setmaxnreg.dec.sync.aligned.u32": _set_registers,
     }
@@ -49,6 +61,11 @@ def _whole_warp(one: Instruction, mask: str) -> None:
         raise ValueError(f"{one.where()}: membermask {mask}, only whole warps are modelled")
 
 
+def _bits(lanes: np.ndarray) -> int:
+    """A bit for each of 32 lanes."""
+    return int(np.packbits(lanes, bitorder="little").view(np.uint32)[0])
+
+
 def _elect(one: Instruction, operands: Operands) -> Op:
     """PTX promises the same leader each time, not which."""
     _whole_warp(one, one.operands[1])
@@ -56,7 +73,7 @@ def _elect(one: Instruction, operands: Operands) -> Op:
     put_lane, put = operands.sink(lane_name, U32), operands.sink(predicate_name, B)
 
     def elect(f: Any) -> None:
-        leader = f.warp.cta.leader
+        leader = f.warp.cta.cluster.schedule.leader
         put_lane(f, np.full(32, leader, np.uint32))
         put(f, leader == LANES)
 
@@ -65,7 +82,8 @@ def _elect(one: Instruction, operands: Operands) -> Op:
 
 def _shuffle(one: Instruction, operands: Operands) -> Op:
     _whole_warp(one, one.operands[4])
-    put, value = operands.sink(one.operands[0], U32), operands.source(one.operands[1], U32)
+    hand = operands.partial_sink(one.operands[0], U32)
+    handed = operands.partial(one.operands[1], U32)
     by, bound = operands.source(one.operands[2], U32), integer(one.operands[3])
     segment, clamp = bound >> 8 & 31, bound & 31
     first = LANES & segment
@@ -80,7 +98,8 @@ def _shuffle(one: Instruction, operands: Operands) -> Op:
             last = first | clamp & ~segment
             lane = first | step & ~segment
             lane = np.where(lane <= last, lane, LANES)
-        put(f, value(f)[lane])
+        value, valid = handed(f)
+        hand(f, value[lane], valid if valid == ALL else _bits(valid >> lane & 1 == 1))
 
     return shuffle
 
@@ -90,8 +109,7 @@ def _ballot(one: Instruction, operands: Operands) -> Op:
     put, predicate = operands.sink(one.operands[0], U32), operands.source(one.operands[1], B)
 
     def ballot(f: Any) -> None:
-        bits = int(np.packbits(predicate(f), bitorder="little").view(np.uint32)[0])
-        put(f, np.full(32, bits, np.uint32))
+        put(f, np.full(32, _bits(predicate(f)), np.uint32))
 
     return ballot
 
@@ -108,20 +126,56 @@ def _warp_barrier(one: Instruction, operands: Operands) -> Op:
 
 def _named_barrier(one: Instruction, operands: Operands) -> Op:
     number = operands.source(one.operands[0], U32)
-    count = integer(one.operands[1]) if len(one.operands) > 1 else operands.program.threads
+    count = operands.source(
+        one.operands[1] if len(one.operands) > 1 else str(operands.program.threads), U32
+    )
+    waits = one.opcode == "bar.sync"
 
-    def sync(f: Any) -> Any:
+    def come(f: Any) -> Any:
+        cta, name = f.warp.cta, int(number(f)[0])
+        if name > 15:
+            raise Fault(f"barrier {name} of 0 to 15")
+        barrier = cta.named.setdefault(name, NamedBarrier(cta.order))
+        if waits:
+            f.state, f.waits_for = WAITING, f"bar.sync {name}"
+        released = barrier.arrive(f, int(count(f)[0]), waits)
+        parked = waits and not released
+        cta.cluster.release(released)
+        return PARKED if parked else YIELD
+
+    return come
+
+
+def _cluster_arrive(one: Instruction, operands: Operands) -> Op:
+    relaxed = ".relaxed" in one.opcode
+
+    def arrive(f: Any) -> Any:
         cta = f.warp.cta
-        barrier = cta.named.setdefault(int(number(f)[0]), NamedBarrier())
-        f.state, f.waits_for = WAITING, f"bar.sync {int(number(f)[0])}"
-        released = barrier.arrive(f, count)
-        if released:
-            cta.order.join(np.concatenate([other.threads for other in released]))
-        for other in released:
-            other.state = READY
-        return YIELD if released else PARKED
+        clock = _relaxed_clock(f) if relaxed else cta.order.publish(f.threads)
+        cta.cluster.release(cta.cluster.barrier.arrive(f.threads, clock))
+        return YIELD
 
-    return sync
+    return arrive
+
+
+def _relaxed_clock(f: Any) -> Clock:
+    """What fences of the threads have released: mbarriers' inits, and all before an acq_rel."""
+    cta = f.warp.cta
+    clocks = [cta.order.behind_fences(thread, everywhere=False) for thread in f.threads.tolist()]
+    clock = np.max(clocks, axis=0)
+    for barrier in cta.barriers.values():
+        if barrier.creator in f.threads and barrier.visible_to_copies:
+            clock[GENERIC, barrier.agent] = max(clock[GENERIC, barrier.agent], 1)
+    return clock
+
+
+def _cluster_wait(f: Any) -> Any:
+    barrier = f.warp.cta.cluster.barrier
+    if barrier.wait(f.threads):
+        return YIELD
+    f.state, f.waits_for = WAITING, "barrier.cluster.wait"
+    barrier.waiters.append(f)
+    return AGAIN
 
 
 def _init(one: Instruction, operands: Operands) -> Op:
@@ -158,16 +212,34 @@ def _arrive(one: Instruction, operands: Operands) -> Op:
     expects = "expect_tx" in one.opcode
 
     def arrive(f: Any) -> Any:
-        cta = f.warp.cta
-        barrier = cta.barrier(f, address(f))
-        each = number(f)[f.lanes].astype(np.int64)
-        if expects:
-            barrier.expect(int(each.sum()))
-        count = len(f.lanes) if expects else int(each.sum())
-        cta.completed(barrier, barrier.arrive(count, cta.order.publish(f.threads)))
+        cta, where = f.warp.cta, address(f)[f.lanes]
+        numbers = number(f)[f.lanes].astype(np.int64)
+        for at in np.unique(where):
+            own = where == at
+            threads, count = f.threads[own], int(numbers[own].sum())
+            _, barrier = cta.barrier_at(threads, int(at))
+            if expects:
+                barrier.expect(count)
+                count = len(threads)
+            complete = barrier.arrive(count, cta.order.publish(threads))
+            cta.cluster.completed(barrier, complete)
         return YIELD
 
     return arrive
+
+
+def _map_address(one: Instruction, operands: Operands) -> Op:
+    put = operands.sink(one.operands[0], U32)
+    address, rank = (operands.source(text, U32) for text in one.operands[1:])
+
+    def map_address(f: Any) -> None:
+        mapped = np.zeros(32, np.uint32)
+        wanted = rank(f)
+        for lane in f.lanes:
+            mapped[lane] = f.warp.cta.cluster.address(int(address(f)[lane]), int(wanted[lane]))
+        put(f, mapped)
+
+    return map_address
 
 
 def _try_wait(one: Instruction, operands: Operands) -> Op:
@@ -184,7 +256,7 @@ def _try_wait(one: Instruction, operands: Operands) -> Op:
         if barrier.wait(f.threads, int(wanted[0])):
             put(f, np.ones(32, np.bool_))
             return YIELD
-        if cta.schedule.gives_up():
+        if cta.cluster.schedule.gives_up():
             put(f, np.zeros(32, np.bool_))
             return YIELD
         f.state, f.waits_for = WAITING, f"parity {wanted[0]} of {barrier.state()}"
@@ -192,92 +264,6 @@ def _try_wait(one: Instruction, operands: Operands) -> Op:
         return AGAIN
 
     return wait
-
-
-def _multiply(one: Instruction, operands: Operands) -> Op:
-    shape = Shape.parse(one.opcode)
-    registers = operands.numbers(one.operands[0])
-    a, b = (operands.source(name, U64) for name in one.operands[1:3])
-    accumulate = operands.source(one.operands[3], B)
-    if len(registers) != shape.n // 2:
-        raise ValueError(f"{one.where()}: {shape.n // 2} accumulators expected")
-    rest = one.operands[4:]
-    expected = [] if shape.integer else ["1", "1"] + (["0", "0"] if "16" in shape.a else [])
-    if rest != expected:
-        raise ValueError(f"{one.where()}: scales and transpositions {rest}, modelled: {expected}")
-
-    def multiply(f: Any) -> Any:
-        warp = f.warp
-        first = (int(a(f)[0]), int(b(f)[0]), bool(accumulate(f)[0]))
-        for source, value in zip((a, b, accumulate), first, strict=True):
-            if (source(f) != value).any():
-                raise Fault("operands differ among the lanes of a warp")
-        warp.check_alike(one, first)
-        part = Multiply(shape, warp.number % 4, *first, registers)
-        _own(warp, part)
-        queue = warp.queue
-        queue.issued += 1
-        part.number = queue.issued
-        for chunks in part.chunks():
-            warp.cta.shared.queue_read(warp.number, part.number, chunks)
-        queue.open.append(part)
-        if warp.cta.schedule.reads_early():
-            part.fetch(warp.cta.shared)
-        return YIELD
-
-    return multiply
-
-
-def _own(warp: Any, part: Multiply) -> None:
-    """The accumulators belong to the WGMMA until a wait_group covers it."""
-    queue = warp.queue
-    if not queue.fenced:
-        raise Fault("WGMMA before the first wgmma.fence")
-    touched = queue.touched.intersection(part.registers)
-    if touched:
-        raise Fault("accumulators touched since the last wgmma.fence")
-    for number in part.registers:
-        if part.accumulate and not queue.owned.get(number) and warp.valid[number] != ALL:
-            raise Fault("accumulators added to before they have values")
-        queue.owned[number] = queue.owned.get(number, 0) + 1
-        warp.valid[number] = BUSY
-
-
-def _fence_registers(f: Any) -> None:
-    f.warp.queue.touched.clear()
-    f.warp.queue.fenced = True
-
-
-def _commit(f: Any) -> None:
-    queue = f.warp.queue
-    queue.groups.append(queue.open)
-    queue.open = []
-
-
-def _wait_group(one: Instruction, operands: Operands) -> Op:
-    remaining = integer(one.operands[0])
-
-    def wait(f: Any) -> Any:
-        warp, queue = f.warp, f.warp.queue
-        while len(queue.groups) > remaining:
-            for part in queue.groups.pop(0):
-                _retire(warp, part)
-        return YIELD
-
-    return wait
-
-
-def _retire(warp: Any, part: Multiply) -> None:
-    cta, queue = warp.cta, warp.queue
-    part.fetch(cta.shared)
-    values = part.result([warp.values[n] for n in part.registers] if part.accumulate else [])
-    for number, value in zip(part.registers, values, strict=True):
-        warp.values[number] = value
-        queue.owned[number] -= 1
-        if not queue.owned[number]:
-            warp.valid[number] = ALL
-    threads = cta.order.everyone[warp.number * 32 : warp.number * 32 + 32]
-    cta.order.known[0, threads, cta.order.queue(warp.number)] = part.number
 
 
 def _set_registers(one: Instruction, operands: Operands) -> Op:
@@ -297,9 +283,29 @@ def _set_registers(one: Instruction, operands: Operands) -> Op:
             return AGAIN
         cta.free_registers -= needed
         warp.registers = count
-        for other in cta.wanting_registers:
-            other.state = READY
-        cta.wanting_registers.clear()
+        cta.cluster.release(cta.wanting_registers)
         return YIELD
 
     return change
+
+
+def _launch_dependents(f: Any) -> Any:
+    f.warp.cta.grid.trigger(f.warp.cta)
+    return YIELD
+
+
+def _wait_for_grid(f: Any) -> Any:
+    """All that the grid before has done is known then, to all proxies."""
+    order, before = f.warp.cta.order, f.warp.cta.grid.before
+    if before is None:
+        return YIELD
+    if not before.done:
+        f.state, f.waits_for = WAITING, "the grid before to end"
+        before.waiters.append(f)
+        return AGAIN
+    threads = np.concatenate([cta.threads for cluster in before.clusters for cta in cluster.ctas])
+    clock = order.known[:, threads].max(axis=1)
+    clock[ASYNC] = clock[GENERIC]
+    clock[GENERIC, order.grid_before] = 1
+    order.acquire(f.threads, clock)
+    return YIELD

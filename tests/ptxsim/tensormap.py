@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.ptxsim.memory import GlobalMemory
+from tests.ptxsim.memory import Access, GlobalMemory
 from tests.ptxsim.ptx import Fault
 
 _MAGIC = 0x70616D74
@@ -70,8 +70,9 @@ class TensorMap:
         dims, strides, box = rest[:rank], rest[5 : 4 + rank], rest[9 : 9 + rank]
         return cls(pointer, element_bytes, tuple(dims), tuple(strides), tuple(box), swizzle)
 
-    def read_box(self, memory: GlobalMemory, corner: list[int]) -> np.ndarray:
-        """The box at `corner` (may lie outside), uint8 [chunks, 16], zeros out of bounds."""
+    def _inside(self, corner: list[int]) -> tuple[np.ndarray, slice, np.ndarray]:
+        """Of the box at `corner`: which of its rows lie inside, which of their bytes, and the
+        addresses of those parts."""
         inside = [
             (c + np.arange(b) >= 0) & (c + np.arange(b) < d)
             for c, b, d in zip(corner, self.box, self.dims, strict=True)
@@ -81,16 +82,28 @@ class TensorMap:
             step = (corner[i] + np.arange(self.box[i])) * self.strides[i - 1]
             start = (start[:, None] + step).ravel()
             row_inside = (row_inside[:, None] & inside[i]).ravel()
-        rows = np.zeros((len(start), self.box[0] * self.element_bytes), np.uint8)
         columns = np.flatnonzero(inside[0])
-        if len(columns) and row_inside.any():
-            first, count = int(columns[0]), len(columns)
-            address = self.pointer + start[row_inside] + (corner[0] + first) * self.element_bytes
-            size = count * self.element_bytes
-            data = memory.read_bytes(address, size)
-            offset = first * self.element_bytes
-            rows[row_inside, offset : offset + size] = data
+        if not len(columns) or not row_inside.any():
+            return np.zeros(len(start), np.bool_), slice(0, 0), np.zeros(0, np.int64)
+        first, size = int(columns[0]), self.element_bytes
+        part = slice(first * size, (first + len(columns)) * size)
+        return row_inside, part, self.pointer + start[row_inside] + (corner[0] + first) * size
+
+    def read_box(self, memory: GlobalMemory, by: Access, corner: list[int]) -> np.ndarray:
+        """The box at `corner` (may lie outside), uint8 [chunks, 16], zeros out of bounds."""
+        row_inside, part, addresses = self._inside(corner)
+        rows = np.zeros((len(row_inside), self.box[0] * self.element_bytes), np.uint8)
+        if len(addresses):
+            rows[row_inside, part] = memory.read_bytes(by, addresses, part.stop - part.start)
         return rows.reshape(-1, 16)
+
+    def write_box(
+        self, memory: GlobalMemory, by: Access, corner: list[int], chunks: np.ndarray
+    ) -> None:
+        """chunks: as `read_box` returns them; what lies out of bounds is dropped."""
+        row_inside, part, addresses = self._inside(corner)
+        if len(addresses):
+            memory.write_bytes(by, addresses, chunks.reshape(len(row_inside), -1)[row_inside, part])
 
     def targets(self, address: int) -> np.ndarray:
         """Shared addresses of the box's 16-byte chunks, [chunks]."""

@@ -1,49 +1,64 @@
-"""Loads, stores, asynchronous copies and their tensor maps."""
+"""Loads, stores and cp.async."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tests.ptxsim.memory import PARAM_WINDOW, SHARED_WINDOW
-from tests.ptxsim.operands import I32, U16, U32, U64, Op, Operands, braced, integer
-from tests.ptxsim.order import ASYNC, GENERIC
+from tests.ptxsim.memory import Access, GlobalMemory
+from tests.ptxsim.operands import U16, U32, U64, Op, Operands, braced, integer
+from tests.ptxsim.order import GENERIC
+from tests.ptxsim.ordered import OFFSET, PARAM_WINDOW, RANK_BIT, SHARED_WINDOW
 from tests.ptxsim.outcome import YIELD
 from tests.ptxsim.ptx import Fault, Instruction
-from tests.ptxsim.tensormap import TensorMap
 
-_ACCESS = re.compile(r"(ld|st)\.(global|shared|param)(?:\.v([24]))?\.([bus](?:16|32|64)|f32)$")
-_KINDS = {"16": U16, "32": U32, "64": U64}
-_BULK = re.compile(
-    r"cp\.async\.bulk\.tensor\.([1-5])d\.shared::cluster\.global\.tile"
-    r"\.mbarrier::complete_tx::bytes(?:\.L2::cache_hint)?$"
+_ACCESS = re.compile(
+    r"(ld|st)\.(global|shared|shared::cluster|param)(?:\.v([24]))?\.([bus](?:16|32|64)|f32)$"
 )
+_KINDS = {"16": U16, "32": U32, "64": U64}
 _CVTA = {"cvta.shared.u64": SHARED_WINDOW, "cvta.param.u64": PARAM_WINDOW}
 _TO_SHARED = ("cvta.to.shared.u64", "cvta.to.shared::cluster.u64")
 
-Copies = tuple[Any, ...]  # lanes, shared addresses, global addresses, sizes; the instruction
+
+@dataclass
+class Copies:
+    """One cp.async: arrays of its lanes, where to in shared memory, where from, how many bytes,
+    and the lane's group, -1 while that is open."""
+
+    lanes: np.ndarray
+    to: np.ndarray
+    origin: np.ndarray
+    count: np.ndarray
+    group: np.ndarray
+    by: Access
+    issued: Instruction
+
+    def part(self, of: np.ndarray) -> Copies:
+        lanes, to, origin = self.lanes[of], self.to[of], self.origin[of]
+        return Copies(lanes, to, origin, self.count[of], self.group[of], self.by, self.issued)
 
 
 def build(one: Instruction, operands: Operands) -> Op | None:
     """None where the opcode moves no data."""
     access = _ACCESS.match(one.opcode)
-    bulk = _BULK.match(one.opcode)
     if access:
         return _access(one, operands, access)
-    if bulk:
-        return _bulk_tensor(one, operands, int(bulk[1]))
     if one.opcode in _CVTA or one.opcode in _TO_SHARED:
         return _convert_address(one, operands)
     others = {
         "cp.async.cg.shared.global": _copy_async,
         "cp.async.mbarrier.arrive.noinc.shared.b64": _arrive_noinc,
+        "cp.async.commit_group": lambda *_: _commit,
+        "cp.async.wait_group": _wait_group,
+        "cp.async.wait_all": _wait_group,
         "stmatrix.sync.aligned.m8n8.x4.shared.b16": _store_matrices,
         "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16": _store_matrices,
         "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16": _store_matrices,
         "prefetch.tensormap": _prefetch,
-        "fence.proxy.tensormap::generic.acquire.sys": _acquire_tensor_map,
     }
     return others[one.opcode](one, operands) if one.opcode in others else None
 
@@ -61,10 +76,12 @@ def _access(one: Instruction, operands: Operands, match: re.Match[str]) -> Op:
         raise ValueError(f"{one.where()}: unknown instruction {one.opcode}")
     if space == "param":
         return _load_parameter(operands, names[0], text, kind)
+    if space != "global" and kind is U16:
+        raise ValueError(f"{one.where()}: {one.opcode}: shared memory is tracked by 4 bytes")
     address = operands.address(text, U64 if space == "global" else U32)
     size = count * kind.itemsize
     if load:
-        return _load(operands, names, address, size, kind, space == "global")
+        return _load(operands, names, address, size, kind, space)
     sources = [operands.source(name, kind) for name in names]
 
     def store(f: Any) -> None:
@@ -73,24 +90,42 @@ def _access(one: Instruction, operands: Operands, match: re.Match[str]) -> Op:
         data = data.reshape(len(f.lanes), size)
         where = address(f)[f.lanes]
         if space == "global":
-            f.warp.cta.memory.write(where, data)
-        else:
+            f.warp.cta.cluster.memory.write(f.access(), where, data)
+        elif space == "shared":
             f.warp.cta.shared.write(f.threads, where, data)
+        else:
+            for owner, own, offsets in _owners(f, where):
+                owner.shared.write(f.threads[own], offsets, data[own])
 
     return store
 
 
+def _owners(f: Any, where: np.ndarray) -> list[tuple[Any, np.ndarray, np.ndarray]]:
+    """CTAs of the cluster, which of the fragment's lanes address them, and where in them."""
+    rank = where >> RANK_BIT
+    found = []
+    for one in np.unique(rank):
+        own = rank == one
+        owner, _ = f.warp.cta.owner(f.threads[own], int(where[own][0]))
+        found.append((owner, own, where[own] & OFFSET))
+    return found
+
+
 def _load(
-    operands: Operands, names: list[str], address: Any, size: int, kind: np.dtype, from_global: bool
+    operands: Operands, names: list[str], address: Any, size: int, kind: np.dtype, space: str
 ) -> Op:
     puts = [operands.sink(name, kind) for name in names]
 
     def load(f: Any) -> None:
         where, cta = address(f)[f.lanes], f.warp.cta
-        if from_global:
-            data = cta.memory.read(where, size)
-        else:
+        if space == "global":
+            data = cta.cluster.memory.read(f.access(), where, size)
+        elif space == "shared":
             data = cta.shared.read(f.threads, where, size)
+        else:
+            data = np.zeros((len(where), size), np.uint8)
+            for owner, own, offsets in _owners(f, where):
+                data[own] = owner.shared.read(f.threads[own], offsets, size)
         values = np.zeros((32, len(puts)), kind)
         values[f.lanes] = data.view(kind)
         for i, put in enumerate(puts):
@@ -132,7 +167,8 @@ def _copy_async(one: Instruction, operands: Operands) -> Op:
             raise Fault(f"cp.async of {int(count.max())} bytes of 16")
         origin = source(f)[f.lanes]
         f.warp.cta.shared.begin_write(f.threads, where, 16, GENERIC)
-        f.warp.copies.append((f.lanes, where, origin, count, one))
+        none = np.full(len(where), -1)
+        f.warp.copies.append(Copies(f.lanes, where, origin, count, none, f.access(), one))
         return YIELD
 
     return copy
@@ -145,105 +181,76 @@ def _arrive_noinc(one: Instruction, operands: Operands) -> Op:
     def arrive(f: Any) -> Any:
         cta, count = f.warp.cta, len(f.lanes)
         barrier = cta.barrier(f, address(f))
-        copies = _take_copies(f)
+        taken = _take(f.warp, lambda copies: f.active[copies.lanes])
         clock = cta.order.publish(f.threads)
 
         def land() -> None:
-            for _, where, origin, size, issued in copies:
-                with cta.blaming(issued):
-                    data = _gathered(cta.memory, origin, size)
-                    cta.shared.land(where, data, barrier.agent, barrier.phase + 1)
-            cta.completed(barrier, barrier.arrive(count, clock))
+            for copies in taken:
+                with cta.cluster.blaming(copies.issued):
+                    data = _gathered(cta.cluster.memory, copies)
+                    cta.shared.land(copies.to, data, barrier.agent, barrier.next_time)
+            cta.cluster.completed(barrier, barrier.arrive(count, clock))
 
-        cta.later(land, one)
+        cta.cluster.later(land, one, cta)
         return YIELD
 
     return arrive
 
 
-def _take_copies(f: Any) -> list[Copies]:
-    """The fragment's share of the copies that its warp has issued."""
-    mine, kept = [], []
-    for *columns, issued in f.warp.copies:
-        own = f.active[columns[0]]
-        mine.append((*(column[own] for column in columns), issued))
+def _take(warp: Any, which: Callable[[Copies], np.ndarray]) -> list[Copies]:
+    """Those of the warp's copies that `which` selects, which are the warp's no longer."""
+    taken, kept = [], []
+    for copies in warp.copies:
+        own = which(copies)
+        if own.any():
+            taken.append(copies.part(own))
         if not own.all():
-            kept.append((*(column[~own] for column in columns), issued))
-    f.warp.copies = kept
-    return mine
+            kept.append(copies.part(~own))
+    warp.copies = kept
+    return taken
 
 
-def _gathered(memory: Any, origin: np.ndarray, count: np.ndarray) -> np.ndarray:
-    data = np.zeros((len(origin), 16), np.uint8)
-    for size in np.unique(count[count > 0]):
-        rows = count == size
-        if (origin[rows] % 16 != 0).any():
-            raise Fault("misaligned cp.async source")
-        data[rows, :size] = memory.read_bytes(origin[rows], int(size))
-    return data
+def _commit(f: Any) -> None:
+    """Each lane's copies so far are a group, be they none."""
+    warp = f.warp
+    for copies in warp.copies:
+        fresh = f.active[copies.lanes] & (copies.group < 0)
+        copies.group = np.where(fresh, warp.groups[copies.lanes], copies.group)
+    warp.groups[f.lanes] += 1
 
 
-def _bulk_tensor(one: Instruction, operands: Operands, rank: int) -> Op:
-    """A box from global to shared memory, by one thread."""
-    to, barrier_at = operands.address(one.operands[0]), operands.address(one.operands[2])
-    map_text, _, corner_text = one.operands[1].strip("[]").partition(",")
-    map_at = operands.source(map_text.strip(), U64)
-    corner = [operands.source(name, I32) for name in braced(corner_text)]
-    if len(corner) != rank:
-        raise ValueError(f"{one.where()}: {rank} coordinates expected")
+def _wait_group(one: Instruction, operands: Operands) -> Op:
+    """Copies land for their own thread at its wait; for others once that is ordered before."""
+    every = one.opcode.endswith("wait_all")
+    remaining = 0 if every else integer(one.operands[0])
 
-    def copy(f: Any) -> Any:
-        cta = f.warp.cta
-        if len(f.lanes) != 1:
-            raise Fault(f"the same bulk copy by {len(f.lanes)} threads")
-        lane = f.lanes[0]
-        barrier = cta.barrier(f, barrier_at(f))
-        if not barrier.visible_to_copies:
-            raise Fault(f"mbarrier {barrier.address}: no fence after its init makes copies see it")
-        tensor_map = cta.tensor_map(f, int(map_at(f)[lane]))
-        if len(tensor_map.dims) != rank:
-            raise Fault(f"{rank} coordinates into a tensor map of {len(tensor_map.dims)} dims")
-        where = int(to(f)[lane])
-        if where % 128:
-            raise Fault(f"bulk tensor copy to {where}, which is no multiple of 128")
-        targets = tensor_map.targets(where)
-        cta.shared.begin_write(f.threads, targets, 16, ASYNC)
-        at = [int(c(f)[lane]) for c in corner]
+    def wait(f: Any) -> Any:
+        warp, cta = f.warp, f.warp.cta
+        if every:
+            _commit(f)
 
-        def land() -> None:
-            data = tensor_map.read_box(cta.memory, at)
-            cta.shared.land(targets, data, barrier.agent, barrier.phase + 1)
-            cta.completed(barrier, barrier.land(tensor_map.box_bytes))
+        def due(copies: Copies) -> np.ndarray:
+            old = copies.group < warp.groups[copies.lanes] - remaining
+            return f.active[copies.lanes] & (copies.group >= 0) & old
 
-        cta.later(land, one)
+        for copies in _take(warp, due):
+            with cta.cluster.blaming(copies.issued):
+                data = _gathered(cta.cluster.memory, copies)
+                threads = (copies.lanes + 32 * warp.index)[:, None]
+                cta.shared.land(copies.to, data, threads, int(cta.order.ticks[warp.index]))
         return YIELD
 
-    return copy
+    return wait
 
 
-def _acquire_tensor_map(one: Instruction, operands: Operands) -> Op:
-    address = operands.address(one.operands[0], U64)
-    if integer(one.operands[1]) != 128:
-        raise ValueError(f"{one.where()}: a tensor map has 128 bytes")
-
-    def acquire(f: Any) -> None:
-        for lane in f.lanes:
-            f.warp.acquired_maps.add((int(lane), int(address(f)[lane])))
-
-    return acquire
-
-
-def decode_tensor_map(f: Any, address: int) -> TensorMap:
-    """A kernel's parameter, or 128 bytes of global memory that the thread has acquired."""
-    cta = f.warp.cta
-    if address % 64:
-        raise Fault(f"tensor map at {address:#x}, which is no multiple of 64")
-    if PARAM_WINDOW <= address < SHARED_WINDOW:
-        offset = address - PARAM_WINDOW
-        return TensorMap.decode(cta.parameters[offset : offset + 128])
-    if (int(f.lanes[0]), address) not in f.warp.acquired_maps:
-        raise Fault("tensor map in global memory used without fence.proxy.tensormap")
-    return TensorMap.decode(cta.memory.read_bytes(np.array([address]), 128).tobytes())
+def _gathered(memory: GlobalMemory, copies: Copies) -> np.ndarray:
+    data = np.zeros((len(copies.to), 16), np.uint8)
+    for size in np.unique(copies.count[copies.count > 0]):
+        rows = copies.count == size
+        if (copies.origin[rows] % 16 != 0).any():
+            raise Fault("misaligned cp.async source")
+        data[rows, :size] = memory.read_bytes(copies.by, copies.origin[rows], int(size))
+    return data
 
 
 def _store_matrices(one: Instruction, operands: Operands) -> Op:

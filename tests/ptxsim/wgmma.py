@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
-from tests.ptxsim.memory import SharedMemory
-from tests.ptxsim.ptx import Fault
+from tests.ptxsim.operands import ALL, BUSY, U64, B, Op, Operands, integer
+from tests.ptxsim.ordered import OrderedMemory
+from tests.ptxsim.outcome import YIELD
+from tests.ptxsim.ptx import Fault, Instruction
 from tests.ptxsim.tensormap import swizzled
 
-BUSY = 1 << 40  # in place of a register's valid lanes while a WGMMA owns it
 _SHAPE = re.compile(
     r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)(\.satfinite)?\.(\w+)\.(\w+)\.(\w+)$"
 )
@@ -100,7 +102,7 @@ class Multiply:
             operand_chunks(self.b, 0, self.shape.n),
         )
 
-    def fetch(self, memory: SharedMemory) -> None:
+    def fetch(self, memory: OrderedMemory) -> None:
         """Takes the operands' bytes as they are now."""
         if self.operands is None:
             a, b = (
@@ -136,3 +138,101 @@ class Queue:
     owned: dict[int, int] = field(default_factory=dict)  # register -> multiplies in flight on it
     fenced: bool = False
     touched: set[int] = field(default_factory=set)  # accumulators accessed since wgmma.fence
+
+
+def build(one: Instruction, operands: Operands) -> Op | None:
+    """None where the opcode is no WGMMA's."""
+    if one.opcode.startswith("wgmma.mma_async"):
+        return _multiply(one, operands)
+    if one.opcode == "wgmma.wait_group.sync.aligned":
+        return _wait_group(one, operands)
+    return {
+        "wgmma.fence.sync.aligned": _fence_registers,
+        "wgmma.commit_group.sync.aligned": _commit,
+    }.get(one.opcode)
+
+
+def _multiply(one: Instruction, operands: Operands) -> Op:
+    shape = Shape.parse(one.opcode)
+    registers = operands.numbers(one.operands[0])
+    a, b = (operands.source(name, U64) for name in one.operands[1:3])
+    accumulate = operands.source(one.operands[3], B)
+    if len(registers) != shape.n // 2:
+        raise ValueError(f"{one.where()}: {shape.n // 2} accumulators expected")
+    rest = one.operands[4:]
+    expected = [] if shape.integer else ["1", "1"] + (["0", "0"] if "16" in shape.a else [])
+    if rest != expected:
+        raise ValueError(f"{one.where()}: scales and transpositions {rest}, modelled: {expected}")
+
+    def multiply(f: Any) -> Any:
+        warp = f.warp
+        first = (int(a(f)[0]), int(b(f)[0]), bool(accumulate(f)[0]))
+        for source, value in zip((a, b, accumulate), first, strict=True):
+            if (source(f) != value).any():
+                raise Fault("operands differ among the lanes of a warp")
+        warp.check_alike(one, first)
+        part = Multiply(shape, warp.number % 4, *first, registers)
+        _own(warp, part)
+        queue = warp.queue
+        queue.issued += 1
+        part.number = queue.issued
+        for chunks in part.chunks():
+            warp.cta.shared.queue_read(warp.index, part.number, chunks)
+        queue.open.append(part)
+        if warp.cta.cluster.schedule.reads_early():
+            part.fetch(warp.cta.shared)
+        return YIELD
+
+    return multiply
+
+
+def _own(warp: Any, part: Multiply) -> None:
+    """The accumulators belong to the WGMMA until a wait_group covers it."""
+    queue = warp.queue
+    if not queue.fenced:
+        raise Fault("WGMMA before the first wgmma.fence")
+    touched = queue.touched.intersection(part.registers)
+    if touched:
+        raise Fault("accumulators touched since the last wgmma.fence")
+    for number in part.registers:
+        if part.accumulate and not queue.owned.get(number) and warp.valid[number] != ALL:
+            raise Fault("accumulators added to before they have values")
+        queue.owned[number] = queue.owned.get(number, 0) + 1
+        warp.valid[number] = BUSY
+
+
+def _fence_registers(f: Any) -> None:
+    f.warp.queue.touched.clear()
+    f.warp.queue.fenced = True
+
+
+def _commit(f: Any) -> None:
+    queue = f.warp.queue
+    queue.groups.append(queue.open)
+    queue.open = []
+
+
+def _wait_group(one: Instruction, operands: Operands) -> Op:
+    remaining = integer(one.operands[0])
+
+    def wait(f: Any) -> Any:
+        warp, queue = f.warp, f.warp.queue
+        while len(queue.groups) > remaining:
+            for part in queue.groups.pop(0):
+                _retire(warp, part)
+        return YIELD
+
+    return wait
+
+
+def _retire(warp: Any, part: Multiply) -> None:
+    cta, queue = warp.cta, warp.queue
+    part.fetch(cta.shared)
+    values = part.result([warp.values[n] for n in part.registers] if part.accumulate else [])
+    for number, value in zip(part.registers, values, strict=True):
+        warp.values[number] = value
+        queue.owned[number] -= 1
+        if not queue.owned[number]:
+            warp.valid[number] = ALL
+    threads = cta.order.everyone[warp.index * 32 : warp.index * 32 + 32]
+    cta.order.known[0, threads, cta.order.queue(warp.index)] = part.number

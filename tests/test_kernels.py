@@ -1,0 +1,166 @@
+"""From a problem to an image, and what is said where there is none or the driver is too old."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shlex
+
+import pytest
+
+import cutlass_moe
+from cutlass_moe import kernels, launch
+from cutlass_moe.cache import Cache, MissingImage
+from cutlass_moe.compiler import build_command
+from cutlass_moe.launch import DriverError, Kernel, driver_cuda, why_unloadable
+from cutlass_moe.shapes import MODELS, problems
+from emitters.config import GemmSm90Config
+from tests.fake_images import ARCH, image_for
+
+PROBLEM = problems(MODELS["mixtral"], "fp8")["up"]
+CONFIG = GemmSm90Config(128, 256)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUTLASS_MOE_CACHE_DIR", str(tmp_path / "root"))
+    monkeypatch.setattr(kernels, "compile_image", None)
+    monkeypatch.setattr(kernels, "build_identity", lambda: "today")
+    return tmp_path / "root"
+
+
+def store(root, problem=PROBLEM, config=CONFIG):
+    key, image = image_for(problem, config)
+    Cache([root]).store(ARCH, key, image)
+    return key, image
+
+
+def test_image_is_compiled_on_a_miss_once(root, monkeypatch):
+    _, image = image_for(PROBLEM, CONFIG)
+    compiled = []
+    monkeypatch.setattr(kernels, "compile_image", lambda *asked: compiled.append(asked) or image)
+    for _ in range(2):
+        assert kernels.find_image(PROBLEM, CONFIG, ARCH) == image
+    assert compiled == [(PROBLEM, CONFIG, ARCH)]
+
+
+def test_image_that_is_there_needs_no_jit(root, monkeypatch):
+    _, image = store(root)
+    monkeypatch.setenv("CUTLASS_MOE_JIT", "0")
+    assert kernels.find_image(PROBLEM, CONFIG, ARCH) == image
+
+
+NEAREST = [
+    ("nothing", [], "There are no images at all."),
+    ("config", [(PROBLEM, GemmSm90Config(64, 256))], "is for tile_m 64, not 128."),
+    (
+        "problem_before_config",
+        [
+            (dataclasses.replace(PROBLEM, k=256), CONFIG),
+            (PROBLEM, GemmSm90Config(64, 128, group_m=4)),
+        ],
+        "is for tile_m 64, not 128; tile_n 128, not 256; group_m 4, not 8.",
+    ),
+    (
+        "fewest_fields",
+        [
+            (dataclasses.replace(PROBLEM, k=256, n=512), CONFIG),
+            (dataclasses.replace(PROBLEM, gather=False), CONFIG),
+        ],
+        "is for gather false, not true.",
+    ),
+    (
+        "epilogue",
+        [(dataclasses.replace(PROBLEM, epilogue=()), CONFIG)],
+        'is for epilogue [], not [{"kind": "per_token_scale"}, {"kind": "channel_scale"}].',
+    ),
+]
+
+
+@pytest.mark.parametrize(("there", "words"), [n[1:] for n in NEAREST], ids=[n[0] for n in NEAREST])
+def test_missing_image_is_an_error_that_says_what_to_do(root, monkeypatch, there, words):
+    for problem, config in there:
+        store(root, problem, config)
+    monkeypatch.setenv("CUTLASS_MOE_JIT", "0")
+    with pytest.raises(MissingImage) as raised:
+        kernels.find_image(PROBLEM, CONFIG, ARCH)
+    told = str(raised.value)
+    for part in (repr(PROBLEM), repr(CONFIG), str(root), "CUTLASS_MOE_JIT=0", words):
+        assert part in told
+    assert ("(does not exist)" in told) == (not there)
+    command = told.splitlines()[-1]
+    assert command == build_command(PROBLEM, CONFIG, ARCH)
+    assert shlex.split(command)[:2] == ["cutlass-moe", "build"]
+
+
+def test_missing_image_without_the_compiler(root, monkeypatch):
+    monkeypatch.setattr(kernels, "build_identity", lambda: None)
+    with pytest.raises(MissingImage, match="nvidia-cutlass-dsl is not installed"):
+        kernels.find_image(PROBLEM, CONFIG, ARCH)
+
+
+@pytest.mark.parametrize(
+    ("build", "cuda", "words"),
+    [
+        ("nvidia-cutlass-dsl 4.8.1 cu13 emitters 12ab", 12080, "CUDA 12.8: update it, or build"),
+        ("nvidia-cutlass-dsl 4.8.1 cu13 emitters 12ab", 12080, "R580 or newer (CUDA 13.0)"),
+        ("nvidia-cutlass-dsl 4.8.1 cu13 emitters 12ab", 12080, "with the cu12 toolchain"),
+        (
+            "nvidia-cutlass-dsl 4.8.1 cu12 emitters 12ab",
+            11040,
+            "supports CUDA 11.4: update it",
+        ),
+        ("nvidia-cutlass-dsl 5.1 cu14 emitters 12ab", 13020, "a later branch"),
+        ("nvidia-cutlass-dsl 4.8.1 cu13 emitters 12ab", 13000, None),
+        ("nvidia-cutlass-dsl 4.8.1 cu12 emitters cu99", 12000, None),
+        ("nvidia-cutlass-dsl 4.8.1 cu13 emitters 12ab", None, None),
+        ("another compiler", 12000, None),
+    ],
+)
+def test_driver_of_an_image(build, cuda, words):
+    reason = why_unloadable(build, cuda)
+    assert reason is None if words is None else words in reason
+
+
+def test_machine_without_a_driver(monkeypatch):
+    def none() -> None:
+        raise RuntimeError("libcuda.so.1 not found")
+
+    monkeypatch.setattr(launch.driver, "cuDriverGetVersion", none)
+    assert driver_cuda() is None
+
+
+def test_kernel_for_a_newer_driver_is_not_even_loaded(monkeypatch):
+    _, image = image_for(PROBLEM, CONFIG, "nvidia-cutlass-dsl 4.8.1 cu13 emitters 0")
+    monkeypatch.setattr(launch, "driver_cuda", lambda: 12040)
+    monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: None)
+    monkeypatch.setattr(launch.driver, "cuModuleLoadData", None)
+    with pytest.raises(DriverError, match=r"n.: 28672.*R580 or newer .*CUDA 12\.4"):
+        Kernel(image, 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "options", "words"),
+    [("bert", {}, "qwen3-30b.*'bert'"), ("mixtral", {"dtype": "fp4"}, "int8.*'fp4'")],
+)
+def test_warmup_of_an_unknown_model_or_dtype(asked, options, words):
+    with pytest.raises(ValueError, match=words):
+        cutlass_moe.warmup(asked, **options)
+
+
+@pytest.mark.parametrize("model", [True, False], ids=["model", "problems"])
+def test_warmup_loads_every_candidate_once(root, monkeypatch, model):
+    asked = problems(MODELS["mixtral"], "bf16").values()
+    wanted = [(p, c) for p in asked for c in kernels.heuristics.candidates(p)]
+    images = dict(store(root, *pair) for pair in wanted)
+    loaded = []
+    monkeypatch.setenv("CUTLASS_MOE_JIT", "0")
+    monkeypatch.setattr(kernels, "_kernels", {})
+    monkeypatch.setattr(kernels, "device_arch", lambda device: ARCH)
+    monkeypatch.setattr(kernels, "Kernel", lambda image, device: loaded.append((image, device)))
+    monkeypatch.setattr("torch.cuda._utils._get_device_index", lambda device, optional: 3)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
+    for _ in range(2):
+        cutlass_moe.warmup("mixtral" if model else asked, 3, **({"dtype": "bf16"} if model else {}))
+    assert loaded == [(image, 3) for image in images.values()]

@@ -1,0 +1,66 @@
+"""Warmup on a GPU, from an archive and with compiling forbidden."""
+
+from __future__ import annotations
+
+import pytest
+from cuda.bindings import driver
+
+import cutlass_moe as cm
+from cutlass_moe import kernels
+from cutlass_moe.archive import write
+from cutlass_moe.heuristics import candidates
+from cutlass_moe.shapes import MODELS, problems
+from emitters.config import ARCHS, Config
+from emitters.image import image_key
+from emitters.problem import GemmProblem
+from tests.cases import Case, make_inputs, skewed
+from tests.numerics import check, poisoned
+
+pytestmark = pytest.mark.gpu
+
+MODEL, DTYPE = "qwen3-30b", "fp8"
+PROBLEMS = problems(MODELS[MODEL], DTYPE)
+
+
+def images() -> set[tuple[GemmProblem, Config]]:
+    """Every (problem, config) that these tests load."""
+    return {(problem, config) for problem in PROBLEMS.values() for config in candidates(problem)}
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """An archive of the model's images, which alone is searched; nothing is loaded or compiled."""
+    path, arch = tmp_path / "images.zip", ARCHS[0]
+    found = [(p, c, kernels.find_image(p, c, arch)) for p, c in images()]
+    write(path, ((arch, image_key(p, c, arch), image) for p, c, image in found))
+    monkeypatch.setenv("CUTLASS_MOE_CACHE_DIR", str(path))
+    monkeypatch.setenv("CUTLASS_MOE_JIT", "0")
+    monkeypatch.setattr(kernels, "_kernels", {})
+    return path
+
+
+def test_warmup_leaves_nothing_to_load(archive):
+    cm.warmup(MODEL, dtype=DTYPE)
+    assert {(problem, config) for problem, config, _ in kernels._kernels} == images()
+    loaded = driver.CUfunctionLoadingState.CU_FUNCTION_LOADING_STATE_LOADED
+    for kernel in kernels._kernels.values():
+        assert driver.cuFuncIsLoaded(kernel._function) == (driver.CUresult.CUDA_SUCCESS, loaded)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_calls_after_warmup_find_their_kernels(archive, monkeypatch, name):
+    problem = PROBLEMS[name]
+    cm.warmup(problem)
+    archive.unlink()
+    monkeypatch.setattr(kernels, "find_image", None)
+    used = set()
+    for tokens in (1, 16, 256, 1024, 4096):
+        counts = skewed(problem.num_experts, tokens * MODELS[MODEL].top_k)
+        case = Case(tokens, counts, problem.n, problem.k, gather=problem.gather, spare=0)
+        assert case.problem == problem
+        used.add(case.config)
+        inputs = make_inputs(case, "cuda")
+        out = poisoned(case.rows, case.n, inputs["out_dtype"], "cuda")
+        cm.grouped_matmul_out(out, **inputs)
+        check(out, case, inputs)
+    assert used == set(candidates(problem))
