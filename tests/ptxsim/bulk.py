@@ -36,6 +36,7 @@ def build(one: Instruction, operands: Operands) -> Op | None:
         "cp.async.bulk.wait_group": _wait_group,
         "cp.async.bulk.wait_group.read": _wait_group,
         "fence.proxy.tensormap::generic.acquire.sys": _acquire_tensor_map,
+        "prefetch.tensormap": _prefetch_tensor_map,
     }
     return others[one.opcode](one, operands) if one.opcode in others else None
 
@@ -215,6 +216,16 @@ def _acquire_tensor_map(one: Instruction, operands: Operands) -> Op:
             f.warp.acquired_maps.add((int(lane), int(address(f)[lane])))
 
     return acquire
+
+
+def _prefetch_tensor_map(one: Instruction, operands: Operands) -> Op:
+    address = operands.address(one.operands[0], U64)
+
+    def prefetch(f: Any) -> None:
+        for lane in f.lanes:
+            _decode_tensor_map(f, int(lane), int(address(f)[lane]))
+
+    return prefetch
 
 
 def _decode_tensor_map(f: Any, lane: int, address: int) -> TensorMap:
