@@ -58,7 +58,6 @@ def build(one: Instruction, operands: Operands) -> Op | None:
         "stmatrix.sync.aligned.m8n8.x4.shared.b16": _store_matrices,
         "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16": _store_matrices,
         "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16": _store_matrices,
-        "prefetch.tensormap": _prefetch,
     }
     return others[one.opcode](one, operands) if one.opcode in others else None
 
@@ -271,9 +270,3 @@ def _store_matrices(one: Instruction, operands: Operands) -> Op:
         f.warp.cta.shared.write(f.threads[: count * 8], address(f)[: count * 8], rows)
 
     return store
-
-
-def _prefetch(one: Instruction, operands: Operands) -> Op:
-    """Changes no data."""
-    operands.source(one.operands[0].strip("[]"), U64)
-    return lambda f: None
