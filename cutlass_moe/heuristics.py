@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from math import ceil
 from typing import Any
 
 from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config, Schedule, why_illegal
@@ -22,15 +23,18 @@ def _first_legal(problem: GemmProblem, *configs: Config) -> tuple[Config, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _swap(problem: GemmProblem, tile_m: int, evict_first: bool) -> tuple[Config, ...]:
+def _swap(problem: GemmProblem, tile_m: int, tile_n: int, evict_first: bool) -> tuple[Config, ...]:
     """Two CTAs an SM, with about 128 kB of weights on their way: more delay the rows of x."""
     narrow = GemmSwapSm90Config(
-        tile_m, 64, k_boxes=2, stages=4, ctas_per_sm=2, evict_first=evict_first
+        tile_m,
+        64,
+        k_boxes=2,
+        stages=4 if tile_m == 8 else 3,
+        ctas_per_sm=2,
+        evict_first=evict_first,
     )
-    wide = GemmSwapSm90Config(
-        tile_m, 128, k_boxes=2, stages=2, ctas_per_sm=2, evict_first=evict_first
-    )
-    return _first_legal(problem, *((narrow,) if tile_m == 8 else (wide, narrow)))
+    wide = replace(narrow, tile_n=128, stages=2)
+    return _first_legal(problem, *((wide, narrow) if tile_n == 128 else (narrow,)))
 
 
 @lru_cache(maxsize=1024)
@@ -63,9 +67,10 @@ def _widest(problem: GemmProblem, tile_n: int, **options: Any) -> tuple[Config, 
 
 def candidates(problem: GemmProblem) -> tuple[Config, ...]:
     """Every config that `choose` may return for this problem: what a build compiles."""
-    found = [*_one_wave(problem), _swap(problem, 8, True), _swap(problem, 8, False)]
-    every = _weight_bytes(problem, problem.num_experts)
-    found += [_swap(problem, m, every <= _EVICT_FIRST_BYTES) for _, m in _SWAP_ROWS[1:]]
+    found = [*_one_wave(problem), _swap(problem, 8, 64, True), _swap(problem, 8, 64, False)]
+    every = _evict_first(problem, problem.num_experts)
+    for rows, tile_m in (*_SWAP_ROWS[1:], (_swap_rows(problem), _SWAP_ROWS[-1][1])):
+        found.append(_swap(problem, tile_m, _swap_columns(problem, tile_m, rows), every))
     found += [_some_rows(problem), _many_rows(problem)]
     return tuple(dict.fromkeys(config for family in found for config in family))
 
@@ -97,21 +102,35 @@ def _scheduled(
 
 
 def _family(problem: GemmProblem, rows_per_expert: float) -> tuple[Config, ...]:
-    if rows_per_expert > _SWAP_ROWS[-1][0]:
+    experts = problem.num_experts
+    if rows_per_expert > _swap_rows(problem):
         many = rows_per_expert > _MANY_ROWS
         return _many_rows(problem) if many else _some_rows(problem)
-    tile_m = next(m for rows, m in _SWAP_ROWS if rows_per_expert <= rows)
-    experts = problem.num_experts
+    tile_m = next((m for rows, m in _SWAP_ROWS if rows_per_expert <= rows), _SWAP_ROWS[-1][1])
     if tile_m > 8:
-        return _swap(problem, tile_m, _weight_bytes(problem, experts) <= _EVICT_FIRST_BYTES)
+        columns = _swap_columns(problem, tile_m, rows_per_expert)
+        return _swap(problem, tile_m, columns, _evict_first(problem, experts))
     rows = rows_per_expert * experts
     tiles = min(experts, rows) * -(-problem.n // 64)
     quarter, half = _one_wave(problem)
     if tiles <= _SMS / 2:
         return quarter if tiles <= _SMS / 4 else half
     active = experts * (1 - (1 - 1 / experts) ** rows)  # of a balanced routing
-    return _swap(problem, 8, _weight_bytes(problem, active) <= _EVICT_FIRST_BYTES)
+    return _swap(problem, 8, 64, _evict_first(problem, active))
 
 
-def _weight_bytes(problem: GemmProblem, experts: float) -> float:
-    return experts * problem.n * problem.k * problem.operand.bytes
+def _swap_rows(problem: GemmProblem) -> float:
+    """Rows an expert that swap-AB is for: more where 256 columns a tile would leave SMs idle."""
+    idle = problem.num_experts * -(-problem.n // 256) <= _SMS
+    return _SWAP_ROWS[-1][0] * (2 if idle else 1)
+
+
+def _swap_columns(problem: GemmProblem, tile_m: int, rows_per_expert: float) -> int:
+    """Columns of a tile: 128, but 64 where the wide ones would all run at once, the last alone."""
+    tiles = problem.num_experts * ceil(rows_per_expert / tile_m) * -(-problem.n // 128)
+    return 64 if tiles <= 2 * _SMS else 128
+
+
+def _evict_first(problem: GemmProblem, experts: float) -> bool:
+    weight_bytes = experts * problem.n * problem.k * problem.operand.bytes
+    return weight_bytes <= _EVICT_FIRST_BYTES

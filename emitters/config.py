@@ -364,8 +364,8 @@ def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
 
 
 def _swap_reason(p: GemmProblem, c: GemmSwapSm90Config) -> str | None:
-    if c.tile_m != 8 and (c.tile_m % 16 or not 16 <= c.tile_m <= 128):
-        return f"tile_m {c.tile_m}: 8, or a multiple of 16 up to 128 (WGMMA's N)"
+    if c.tile_m != 8 and (c.tile_m % 16 or not 16 <= c.tile_m <= 96):
+        return f"tile_m {c.tile_m}: 8, or a multiple of 16 up to 96 (WGMMA's N)"
     if c.tile_n not in (64, 128):
         return f"tile_n {c.tile_n}: 64 or 128 (blocks of 64 columns, WGMMA's M)"
     if c.k_boxes not in (1, 2, 4):

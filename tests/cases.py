@@ -224,7 +224,7 @@ def legal_configs(problem: GemmProblem) -> list[Config]:
     ]
     configs += [
         GemmSwapSm90Config(tile_m=m, tile_n=n, ctas_per_sm=ctas)
-        for m, n, ctas in itertools.product((8, 16, 48, 96, 128), (64, 128), (1, 2))
+        for m, n, ctas in itertools.product((8, 16, 48, 96), (64, 128), (1, 2))
     ]
     configs += [
         GemmSwapSm90Config(tile_m=16, k_boxes=boxes, evict_first=boxes == 2) for boxes in (1, 2, 4)

@@ -168,7 +168,7 @@ def test_illegal_configs_have_a_reason(changes: dict, reason: str) -> None:
 
 SWAP_REASONS = [
     ("24 rows", {"tile_m": 24}, "multiple of 16"),
-    ("more rows than WGMMA has", {"tile_m": 144}, "up to 128"),
+    ("many rows", {"tile_m": 112}, "up to 96"),
     ("columns between blocks", {"tile_n": 96}, "64 or 128"),
     ("three boxes", {"k_boxes": 3}, "1, 2 or 4"),
     ("a cluster of three", {"split_k": 3}, "1, 2, 4 or 8"),
@@ -176,7 +176,7 @@ SWAP_REASONS = [
     ("three CTAs", {"ctas_per_sm": 3}, "1 or 2"),
     ("one stage", {"stages": 1}, "between 2 and"),
     ("more stages than fit", {"stages": 30}, "bytes of shared memory"),
-    ("registers", {"tile_m": 128, "tile_n": 128, "ctas_per_sm": 2}, "registers a thread"),
+    ("registers", {"tile_m": 96, "tile_n": 128, "ctas_per_sm": 2}, "registers a thread"),
 ]
 
 

@@ -165,7 +165,7 @@ for _m, _n, _boxes in (
     (48, 128, 1),
     (64, 64, 2),
     (96, 64, 1),
-    (128, 128, 1),
+    (96, 128, 1),
 ):
     _case = replace(BASE, counts=(_m + 5, 0, 3), n=_n + 24)
     SWAPPED[f"swap_{_m}x{_n}_boxes_{_boxes}"] = Run(
