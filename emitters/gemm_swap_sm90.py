@@ -14,7 +14,7 @@ from emitters.config import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, WARPGROUP, Ge
 from emitters.epilogue import CHUNK, ELEMENT, GMEM, SMEM, Epilogue, vector
 from emitters.gather import GatherIterator
 from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
-from emitters.tiles import TileScheduler
+from emitters.tiles import VECTOR, TileScheduler
 from emitters.weights import find_weight_map
 
 _EVICT_FIRST = 0x12F0000000000000  # the L2 policy that createpolicy makes of evict_first
@@ -71,7 +71,7 @@ class SwapFragment:
         first_column: Int32,
     ):
         """[E, N] values of the thread's columns from its `first` on; past N none are read."""
-        table = cute.make_tensor(pointer, cute.make_layout(1 << 30))
+        table = cute.make_tensor(pointer, cute.make_layout(VECTOR))
         for i in range_constexpr(cute.size(values)):
             block, half = (first + i) // 2, (first + i) % 2
             column = first_column + 64 * block + self.warp_column + 8 * half + self.lane // 4
@@ -285,8 +285,6 @@ class GemmSwapSm90:
             count = self.scheduler.build(starts, ends, num_rows)
             if cute.arch.lane_idx() == 0:
                 tiles[0] = count
-        if warp == 4 and const_expr(self.problem.weights is WeightStorage.STACKED):
-            cpasync.prefetch_descriptor(weight)
         if warp == 0:
             with cute.arch.elect_one():
                 for stage in range_constexpr(self.stages):
@@ -296,6 +294,8 @@ class GemmSwapSm90:
                     cute.arch.mbarrier_init(sums, 1)
                     cute.arch.mbarrier_init(sums + 1, 4)
             cute.arch.mbarrier_init_fence()
+            if const_expr(self.problem.weights is WeightStorage.STACKED):
+                cpasync.prefetch_descriptor(weight)
         if const_expr(split > 1):
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
