@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.heuristics import candidates, choose
-from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config, why_illegal
+from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config, Schedule, why_illegal
 from emitters.problem import (
     ACCUMULATIONS,
     Accumulation,
@@ -217,11 +217,16 @@ SPLIT_CONFIGS = tuple(GemmSwapSm90Config(tile_m=16, split_k=split) for split in 
 
 
 def legal_configs(problem: GemmProblem) -> list[Config]:
-    every = itertools.product((64, 128, 192), (64, 128, 192, 256), (1, 2), (1, 3))
+    """Of every shape of tile, cluster and kind of consumers; schedules and groups in turn."""
+    shapes = itertools.product((64, 128, 192), (64, 128, 192, 256), (1, 2), (1, 2), (False, True))
+    turns = itertools.cycle(itertools.product(Schedule, (2, 1, 4)))
     configs: list[Config] = [
-        GemmSm90Config(tile_m=m, tile_n=n, ctas_per_sm=ctas, group_m=group_m)
-        for m, n, ctas, group_m in every
-    ]
+        GemmSm90Config(
+            tile_m=m, tile_n=n, ctas_per_sm=ctas, cluster_m=cluster, pingpong=pingpong,
+            schedule=schedule, group_m=group_m,
+        )
+        for (m, n, ctas, cluster, pingpong), (schedule, group_m) in zip(shapes, turns)
+    ]  # fmt: skip
     configs += [
         GemmSwapSm90Config(tile_m=m, tile_n=n, ctas_per_sm=ctas)
         for m, n, ctas in itertools.product((8, 16, 48, 96), (64, 128), (1, 2))
