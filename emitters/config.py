@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, TypeVar
 
 from emitters.problem import (
     ACCUMULATIONS,
@@ -35,8 +35,70 @@ class Schedule(Name):
     DYNAMIC = "dynamic"  # so for two rounds, then whoever is free takes the next: an atomic counter
 
 
+_C = TypeVar("_C", bound="_Sm90Config")
+
+
 @dataclass(frozen=True)
-class GemmSm90Config:
+class _Sm90Config:
+    """What the configs of both templates hold and derive alike."""
+
+    # None: as many as shared memory holds, at most MAX_STAGES
+    stages: int | None = field(default=None, kw_only=True)
+    ctas_per_sm: int = field(default=1, kw_only=True)
+    template: ClassVar[str]
+    MAX_STAGES: ClassVar[int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"template": self.template, **asdict(self)}
+
+    @classmethod
+    def from_json(cls: type[_C], plain: dict[str, Any]) -> _C:
+        """Inverse of `to_json`. Raises ValueError on an unknown template, field or value."""
+        rest = dict(plain)
+        if rest.pop("template", None) != cls.template:
+            raise ValueError(
+                f"expected a config of {cls.template!r}, got {plain.get('template')!r}"
+            )
+        try:
+            if "schedule" in rest:
+                rest["schedule"] = Schedule(rest["schedule"])
+            return cls(**rest)
+        except TypeError as error:
+            raise ValueError(f"not a {cls.template} config: {error}") from error
+
+    def k_tile(self, problem: GemmProblem) -> int:
+        """Elements of K in 128 bytes, a box of weights."""
+        return K_TILE_BYTES // problem.operand.bytes
+
+    def table_entries(self, problem: GemmProblem) -> int:
+        """Experts in the scheduler's table: num_experts rounded up to the warp's 32 lanes."""
+        return -(-problem.num_experts // 32) * 32
+
+    @property
+    def stage_bytes(self) -> int:
+        raise NotImplementedError
+
+    def fixed_smem_bytes(self, problem: GemmProblem) -> int:
+        """Shared memory besides the stages."""
+        raise NotImplementedError
+
+    @property
+    def smem_limit(self) -> int:
+        """Bytes of shared memory that a CTA may have."""
+        return _SMEM_PER_SM // self.ctas_per_sm - _SMEM_RESERVED
+
+    def pipeline_stages(self, problem: GemmProblem) -> int:
+        if self.stages is not None:
+            return self.stages
+        fit = (self.smem_limit - self.fixed_smem_bytes(problem)) // self.stage_bytes
+        return max(0, min(fit, self.MAX_STAGES))
+
+    def smem_bytes(self, problem: GemmProblem) -> int:
+        return self.fixed_smem_bytes(problem) + self.pipeline_stages(problem) * self.stage_bytes
+
+
+@dataclass(frozen=True)
+class GemmSm90Config(_Sm90Config):
     """The persistent SM90 grouped GEMM: a producer warpgroup, and consumers that run WGMMA.
 
     Consumers share a tile, 64 rows each, or in ping-pong take whole tiles in turn: one's epilogue
@@ -49,28 +111,10 @@ class GemmSm90Config:
     cluster_m: int = 1  # CTAs that take M tiles side by side and share their weights by multicast
     schedule: Schedule = Schedule.TILE
     group_m: int = 8  # M tiles that share each N tile's weights before the next N tile
-    stages: int | None = None  # None: as many as shared memory holds, at most MAX_STAGES
-    ctas_per_sm: int = 1
     template: ClassVar[str] = "gemm_sm90"
 
     MAX_STAGES: ClassVar[int] = 8
     l2_promotion: ClassVar[int] = 256  # bytes that a read of weights brings into L2
-
-    def to_json(self) -> dict[str, Any]:
-        return {"template": self.template, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> GemmSm90Config:
-        """Inverse of `to_json`. Raises ValueError on an unknown template, field or value."""
-        rest = dict(plain)
-        if rest.pop("template", None) != cls.template:
-            raise ValueError(
-                f"expected a config of {cls.template!r}, got {plain.get('template')!r}"
-            )
-        try:
-            return cls(schedule=Schedule(rest.pop("schedule")), **rest)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a {cls.template} config: {error}") from error
 
     # What follows from a config and its problem, written once.
 
@@ -112,10 +156,6 @@ class GemmSm90Config:
         pool = self.launch_registers * (1 + self.consumers) - self.producer_registers
         return min(pool // self.consumers // 8 * 8, 240)
 
-    def k_tile(self, problem: GemmProblem) -> int:
-        """Elements of K a stage holds."""
-        return K_TILE_BYTES // problem.operand.bytes
-
     def k_tiles(self, problem: GemmProblem) -> int:
         return -(-problem.k // self.k_tile(problem))
 
@@ -125,10 +165,6 @@ class GemmSm90Config:
     @property
     def stage_bytes(self) -> int:
         return (self.tile_m + self.tile_n) * K_TILE_BYTES
-
-    def table_entries(self, problem: GemmProblem) -> int:
-        """Experts in the scheduler's table: num_experts rounded up to the warp's 32 lanes."""
-        return -(-problem.num_experts // 32) * 32
 
     def table_words(self, problem: GemmProblem) -> int:
         """The scheduler's table: three int32 an expert; the units it has posted."""
@@ -143,20 +179,6 @@ class GemmSm90Config:
         """Shared memory besides the stages: staging rows, scheduler table, barriers."""
         return self.staging_bytes + 4 * self.table_words(problem) + 16 * self.MAX_STAGES
 
-    @property
-    def smem_limit(self) -> int:
-        """Bytes of shared memory that a CTA may have."""
-        return _SMEM_PER_SM // self.ctas_per_sm - _SMEM_RESERVED
-
-    def pipeline_stages(self, problem: GemmProblem) -> int:
-        if self.stages is not None:
-            return self.stages
-        fit = (self.smem_limit - self.fixed_smem_bytes(problem)) // self.stage_bytes
-        return max(0, min(fit, self.MAX_STAGES))
-
-    def smem_bytes(self, problem: GemmProblem) -> int:
-        return self.fixed_smem_bytes(problem) + self.pipeline_stages(problem) * self.stage_bytes
-
     def accumulator_registers(self, problem: GemmProblem) -> int:
         """Per consumer thread; two-level accumulation keeps a second accumulator."""
         levels = 2 if problem.accumulation is Accumulation.TWO_LEVEL else 1
@@ -164,15 +186,13 @@ class GemmSm90Config:
 
 
 @dataclass(frozen=True)
-class GemmSwapSm90Config:
+class GemmSwapSm90Config(_Sm90Config):
     """The SM90 grouped GEMM for few rows an expert: weights are WGMMA's M operand, rows its N."""
 
     tile_m: int = 8  # rows of the product, WGMMA's N
     tile_n: int = 64  # columns, WGMMA's M
     k_boxes: int = 1  # weight boxes of 128 bytes of K a stage
     split_k: int = 1  # CTAs of a cluster that share a tile's K
-    stages: int | None = None  # None: as many as shared memory holds, at most MAX_STAGES
-    ctas_per_sm: int = 1
     evict_first: bool = False  # weights leave L2 before what was there
     template: ClassVar[str] = "gemm_swap_sm90"
 
@@ -181,22 +201,6 @@ class GemmSwapSm90Config:
     cluster_m: ClassVar[int] = 1
     group_m: ClassVar[int] = 8  # M tiles that share each N tile's weights
     l2_promotion: ClassVar[int] = 128  # bytes that a read of weights brings into L2
-
-    def to_json(self) -> dict[str, Any]:
-        return {"template": self.template, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> GemmSwapSm90Config:
-        """Inverse of `to_json`. Raises ValueError on an unknown template, field or value."""
-        rest = dict(plain)
-        if rest.pop("template", None) != cls.template:
-            raise ValueError(
-                f"expected a config of {cls.template!r}, got {plain.get('template')!r}"
-            )
-        try:
-            return cls(**rest)
-        except TypeError as error:
-            raise ValueError(f"not a {cls.template} config: {error}") from error
 
     @property
     def gather_threads(self) -> int:
@@ -213,10 +217,6 @@ class GemmSwapSm90Config:
         """CTAs of a cluster."""
         return self.split_k
 
-    def k_tile(self, problem: GemmProblem) -> int:
-        """Elements of K in a weight box."""
-        return K_TILE_BYTES // problem.operand.bytes
-
     def k_steps(self, problem: GemmProblem) -> int:
         """Stages that K takes."""
         return -(-problem.k // (self.k_tile(problem) * self.k_boxes))
@@ -227,10 +227,6 @@ class GemmSwapSm90Config:
     @property
     def stage_bytes(self) -> int:
         return (self.tile_m + self.tile_n) * K_TILE_BYTES * self.k_boxes
-
-    def table_entries(self, problem: GemmProblem) -> int:
-        """Experts in the scheduler's table: num_experts rounded up to the warp's 32 lanes."""
-        return -(-problem.num_experts // 32) * 32
 
     def table_words(self, problem: GemmProblem) -> int:
         """The scheduler's table: three int32 an expert."""
@@ -258,20 +254,6 @@ class GemmSwapSm90Config:
         buffers = self.staging_bytes(problem) + self.partial_bytes
         barriers = 16 * (self.MAX_STAGES + 1)
         return buffers + 4 * self.table_words(problem) + 16 + barriers
-
-    @property
-    def smem_limit(self) -> int:
-        """Bytes of shared memory that a CTA may have."""
-        return _SMEM_PER_SM // self.ctas_per_sm - _SMEM_RESERVED
-
-    def pipeline_stages(self, problem: GemmProblem) -> int:
-        if self.stages is not None:
-            return self.stages
-        fit = (self.smem_limit - self.fixed_smem_bytes(problem)) // self.stage_bytes
-        return max(0, min(fit, self.MAX_STAGES))
-
-    def smem_bytes(self, problem: GemmProblem) -> int:
-        return self.fixed_smem_bytes(problem) + self.pipeline_stages(problem) * self.stage_bytes
 
     @property
     def registers(self) -> int:
