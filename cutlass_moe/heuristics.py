@@ -80,25 +80,20 @@ def choose(
 ) -> Config:
     """The config for a call. num_tokens: rows of x. rows_per_expert: mean, or the caller's hint.
 
-    schedule: the caller's; only the template for many rows has a choice, so that it serves such a
-    call, whatever its rows, and a dynamic schedule has no clusters. Raises ValueError, with the
-    reason, where the problem has no legal config.
+    schedule: the caller's; where it is not the chosen config's, the template for many rows serves
+    the call, and a dynamic schedule has no clusters. Raises ValueError, with the reason, where the
+    problem has no legal config.
     """
-    if schedule is None:
-        family = _family(problem, rows_per_expert) or candidates(problem)[-1:]
-    else:
-        family = _scheduled(problem, rows_per_expert, Schedule(schedule))
+    family = _family(problem, rows_per_expert) or candidates(problem)[-1:]
     if not family:
         raise ValueError(why_illegal(problem) or f"no config of any template fits {problem}")
-    return family[0]
-
-
-def _scheduled(
-    problem: GemmProblem, rows_per_expert: float, schedule: Schedule
-) -> tuple[Config, ...]:
-    clusters = schedule is not Schedule.DYNAMIC and rows_per_expert > _MANY_ROWS
-    family = _many_rows(problem) if clusters else _some_rows(problem)
-    return tuple(replace(c, schedule=schedule) for c in family if isinstance(c, GemmSm90Config))
+    config = family[0]
+    if schedule is None or config.schedule == schedule:
+        return config
+    clusters = rows_per_expert > _MANY_ROWS and schedule != Schedule.DYNAMIC
+    (config,) = _many_rows(problem) if clusters else _some_rows(problem)
+    assert isinstance(config, GemmSm90Config)
+    return replace(config, schedule=Schedule(schedule))
 
 
 def _family(problem: GemmProblem, rows_per_expert: float) -> tuple[Config, ...]:

@@ -230,7 +230,7 @@ def test_choices_are_candidates(rows: float) -> None:
             named = heuristics.choose(problem, 1, rows, str(schedule))
             assert named.schedule is schedule
             assert why_illegal(problem, named) is None
-            assert named.tile_m == config.tile_m
+            assert named.tile_m == config.tile_m or isinstance(config, GemmSwapSm90Config)
 
 
 def test_keys_tell_problems_configs_and_archs_apart() -> None:
