@@ -148,7 +148,7 @@ class GemmSm90Config(_Sm90Config):
 
     @property
     def producer_registers(self) -> int:
-        return 56
+        return 32 + self.tile_m // 8  # for two tokens of every 16 rows, and addresses
 
     @property
     def consumer_registers(self) -> int:

@@ -4,7 +4,7 @@ memory.
 A node knows its tensor, its load and its formula, and is called at two points of a tile, in the
 order of `problem.epilogue`:
 
-  load     before the last k-step is waited for, so that the last WGMMA hides the latency
+  load     some k-steps before the last, whose WGMMAs hide the latency
   apply    on the float32 values of slice `part` of the thread's m-th 64 rows; returns new ones
 
 A new node is a dataclass in `problem`, a class here and its entry in `NODES`; the templates know
@@ -267,6 +267,7 @@ class Epilogue:
         self, acc: cute.Tensor, expert: Int32, first_row: Int32, rows: Int32, first_column: Int32
     ):
         count = 4 * self.fragment.slice_blocks
+        missing = self.some_missing()
         for i in range_constexpr(self.fragment.m_blocks * self.slices):
             m, part = i // self.slices, i % self.slices
             values = cute.make_rmem_tensor((count,), Float32)
@@ -275,7 +276,7 @@ class Epilogue:
             for node in self.nodes:
                 values = node.apply(m, part, values, expert, first_column)
             if const_expr(self.problem.gather):
-                self.clear_missing(m, part, values)
+                self.clear_missing(m, part, missing, values)
             self.put(m, part, values, first_row, rows, first_column)
 
     @cute.jit
@@ -324,13 +325,27 @@ class Epilogue:
         else:
             self.copy_out(first_row, rows, first_column)
 
+    def some_missing(self):
+        """Not zero where a row of the warp has no token."""
+        missing = self.tokens[0] < 0
+        for i in range(1, cute.size(self.tokens)):
+            missing = missing | (self.tokens[i] < 0)
+        return cute.arch.vote_ballot_sync(missing)
+
     @cute.jit
-    def clear_missing(self, m: cutlass.Constexpr, part: cutlass.Constexpr, values: cute.Tensor):
+    def clear_missing(
+        self,
+        m: cutlass.Constexpr,
+        part: cutlass.Constexpr,
+        missing: Int32,
+        values: cute.Tensor,
+    ):
         """Rows of an index outside [0, T): not even the weights' NaNs are left."""
-        tokens = self.fragment.by_row(self.tokens, m, part)
-        for i in range_constexpr(cute.size(values)):
-            if tokens[i] < 0:
-                values[i] = Float32(0.0)
+        if missing != 0:
+            tokens = self.fragment.by_row(self.tokens, m, part)
+            for i in range_constexpr(cute.size(values)):
+                if tokens[i] < 0:
+                    values[i] = Float32(0.0)
 
     def chunk(self, row: Int32, chunk: Int32):
         """Where 16 bytes of a slice lie: the 128-byte swizzle of a 1024-byte aligned buffer."""

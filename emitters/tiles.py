@@ -99,16 +99,14 @@ class TileScheduler:
             next_[0] = cute.arch.atomic_add(self.counters, Int32(1), sem="relaxed", scope="gpu")
 
     @cute.jit
-    def finish(self):
-        """After the last unit: the last CTA of the grid leaves the counters at zero."""
-        if const_expr(self.schedule is Schedule.DYNAMIC):
-            lane = cute.arch.lane_idx()
-            if lane == 0:
-                counters = cute.make_tensor(self.counters, cute.make_layout(2))
-                done = cute.arch.atomic_add(self.counters + 1, Int32(1), sem="acq_rel", scope="gpu")
-                if done == self.clusters - 1:
-                    counters[0] = Int32(0)
-                    counters[1] = Int32(0)
+    def finish(self, warp: Int32):
+        """After the last unit of a dynamic schedule: the grid's last CTA leaves zeros."""
+        if warp == 1 and cute.arch.lane_idx() == 0:
+            counters = cute.make_tensor(self.counters, cute.make_layout(2))
+            done = cute.arch.atomic_add(self.counters + 1, Int32(1), sem="acq_rel", scope="gpu")
+            if done == self.clusters - 1:
+                counters[0] = Int32(0)
+                counters[1] = Int32(0)
 
     @cute.jit
     def write(self, j: Int32, unit: Int32):

@@ -225,9 +225,7 @@ def legal_configs(problem: GemmProblem) -> list[Config]:
             tile_m=m, tile_n=n, ctas_per_sm=ctas, cluster_m=cluster, pingpong=pingpong,
             schedule=schedule, group_m=group_m,
         )
-        for (m, n, ctas, cluster, pingpong), (schedule, group_m) in zip(
-            shapes, turns, strict=False
-        )
+        for (m, n, ctas, cluster, pingpong), (schedule, group_m) in zip(shapes, turns, strict=False)
     ]  # fmt: skip
     configs += [
         GemmSwapSm90Config(tile_m=m, tile_n=n, ctas_per_sm=ctas)
