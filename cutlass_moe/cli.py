@@ -29,7 +29,7 @@ from cutlass_moe.compiler import (
 from cutlass_moe.heuristics import candidates, choose
 from cutlass_moe.models import find_shape, read_shapes
 from cutlass_moe.shapes import DTYPES, MODELS, MoeShape, problems
-from emitters.config import ARCHS, Config, config_from_json, why_illegal
+from emitters.config import ARCHS, Config, GemmSwapSm90Config, config_from_json, why_illegal
 from emitters.image import TOOLCHAINS, LaunchRecord, image_key
 from emitters.problem import GemmProblem
 
@@ -208,12 +208,12 @@ def show_config(model: MoeShape, dtype: str, tokens: tuple[int, ...]) -> None:
                 config.pipeline_stages(problem),
                 config.smem_bytes(problem),
                 config.threads,
-                f"{config.producer_registers} / {config.consumer_registers}",
+                _registers(config),
                 image_key(problem, config, ARCHS[0])[:12],
             )
             table.add_row(*map(str, cells))
         _console.print(table)
-    _console.print("smem in bytes; registers a thread: producer / consumer")
+    _console.print("smem in bytes; registers a thread: producer / consumer, or everyone's")
 
 
 @main.command("clear-cache")
@@ -242,8 +242,16 @@ def _problem_words(problem: dict[str, Any]) -> str:
     return " ".join([f"{problem['operand']} > {problem['out']}", size, *gather, *nodes])
 
 
+def _registers(config: Config) -> str:
+    if isinstance(config, GemmSwapSm90Config):
+        return str(config.registers)
+    return f"{config.producer_registers} / {config.consumer_registers}"
+
+
 def _config_words(config: dict[str, Any]) -> str:
     tile = f"{config['tile_m']}x{config['tile_n']}"
+    if config["template"] == GemmSwapSm90Config.template:
+        return f"swap {tile} K/{config['split_k']} {config['ctas_per_sm']}/SM"
     return f"{tile} group {config['group_m']} {config['ctas_per_sm']}/SM"
 
 

@@ -18,11 +18,11 @@ from emitters.config import (
     GemmSm90Config,
     Schedule,
 )
-from emitters.epilogue import ELEMENT, Epilogue, tensor_map_address
+from emitters.epilogue import ELEMENT, Epilogue
 from emitters.gather import GatherIterator
-from emitters.image import TENSOR_MAP_BYTES
 from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
 from emitters.tiles import TileScheduler
+from emitters.weights import find_weight_map
 
 LOAD_AHEAD = 2  # k-steps before the last, under which the epilogue's operands are loaded
 
@@ -209,7 +209,7 @@ class GemmSm90:
             if warp == 1:
                 self.scheduler.post(j)
             cute.arch.barrier(barrier_id=3, number_of_threads=WARPGROUP)
-            weight_map = self.weight_map(weight, expert)
+            weight_map = find_weight_map(self.problem, weight, expert)
             for k_tile in cutlass.range(self.k_tiles, unroll=1):
                 cute.arch.mbarrier_wait(empty + state.index, state.phase)
                 if warp == 0:
@@ -233,20 +233,6 @@ class GemmSm90:
             expert, column, shared = next_expert, next_column, next_shared
         if const_expr(self.config.schedule is Schedule.DYNAMIC):
             self.scheduler.finish(warp)
-
-    @cute.jit
-    def weight_map(self, weight, expert: Int32):
-        if const_expr(self.problem.weights is WeightStorage.STACKED):
-            return tensor_map_address(weight)
-        entry = cute.make_ptr(
-            Uint8,
-            weight.toint() + expert * TENSOR_MAP_BYTES,
-            cute.AddressSpace.generic,
-            assumed_align=64,
-        )
-        # the table was written through the generic proxy
-        prims.fence_proxy_acquire(prims.MemScope.SYS, entry.to_llvm_ptr(), TENSOR_MAP_BYTES)
-        return entry
 
     @cute.jit
     def load_weight(self, stage, weight_map, k_tile, column, expert, barrier, rank, shared):

@@ -10,7 +10,13 @@ import pytest
 
 from cutlass_moe import heuristics, shapes
 from cutlass_moe.compiler import Request, Result, compile_image, compile_images
-from emitters.config import GemmSm90Config, Schedule, config_from_json, why_illegal
+from emitters.config import (
+    GemmSm90Config,
+    GemmSwapSm90Config,
+    Schedule,
+    config_from_json,
+    why_illegal,
+)
 from emitters.cubin import read_cubin
 from emitters.emit import param_kinds
 from emitters.image import Image, LaunchRecord, build_identity, image_key
@@ -174,6 +180,37 @@ def test_illegal_configs_have_a_reason(changes: dict, reason: str) -> None:
     assert reason in (why_illegal(PROBLEM, GemmSm90Config(**changes)) or "")
 
 
+SWAP_REASONS = [
+    ("24 rows", {"tile_m": 24}, "multiple of 16"),
+    ("many rows", {"tile_m": 112}, "up to 96"),
+    ("columns between blocks", {"tile_n": 96}, "64 or 128"),
+    ("three boxes", {"k_boxes": 3}, "1, 2 or 4"),
+    ("a cluster of three", {"split_k": 3}, "1, 2, 4 or 8"),
+    ("more CTAs than steps of K", {"split_k": 8, "k_boxes": 4}, "4 steps to share"),
+    ("three CTAs", {"ctas_per_sm": 3}, "1 or 2"),
+    ("one stage", {"stages": 1}, "between 2 and"),
+    ("more stages than fit", {"stages": 30}, "bytes of shared memory"),
+    ("registers", {"tile_m": 96, "tile_n": 128, "ctas_per_sm": 2}, "registers a thread"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [r[1:] for r in SWAP_REASONS], ids=[r[0] for r in SWAP_REASONS]
+)
+def test_illegal_swap_configs_have_a_reason(changes: dict, reason: str) -> None:
+    assert why_illegal(PROBLEM, GemmSwapSm90Config()) is None
+    assert reason in (why_illegal(PROBLEM, GemmSwapSm90Config(**changes)) or "")
+
+
+@pytest.mark.parametrize("config", [GemmSm90Config(group_m=3), GemmSwapSm90Config(split_k=2)])
+def test_configs_round_trip(config: GemmSm90Config | GemmSwapSm90Config) -> None:
+    plain = json.loads(json.dumps(config.to_json()))
+    assert config_from_json(plain) == config
+    for wrong in ({**plain, "template": "gemm"}, {**plain, "tile": 1}):
+        with pytest.raises(ValueError, match="config"):
+            config_from_json(wrong)
+
+
 def test_other_architectures_have_a_reason() -> None:
     assert "sm_80" in (why_illegal(PROBLEM, arch="sm_80") or "")
 
@@ -193,7 +230,7 @@ def test_choices_are_candidates(rows: float) -> None:
             named = heuristics.choose(problem, 1, rows, str(schedule))
             assert named.schedule is schedule
             assert why_illegal(problem, named) is None
-            assert named.tile_m == config.tile_m
+            assert named.tile_m == config.tile_m or isinstance(config, GemmSwapSm90Config)
 
 
 def test_keys_tell_problems_configs_and_archs_apart() -> None:

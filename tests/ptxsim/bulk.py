@@ -18,7 +18,7 @@ from tests.ptxsim.tensormap import TensorMap
 
 _LOAD = re.compile(
     r"cp\.async\.bulk(?:\.tensor\.([1-5])d)?\.shared::cluster\.global(\.tile)?"
-    r"\.mbarrier::complete_tx::bytes(\.multicast::cluster)?$"
+    r"\.mbarrier::complete_tx::bytes(\.multicast::cluster)?(?:\.L2::cache_hint)?$"
 )
 _STORE = re.compile(
     r"cp\.async\.bulk(?:\.tensor\.([1-5])d)?\.global\.shared::cta(\.tile)?\.bulk_group$"
@@ -88,6 +88,8 @@ def _load(one: Instruction, operands: Operands, rank: int) -> Op:
         origin, size = operands.address(one.operands[1], U64), operands.source(rest.pop(0), U32)
     barrier_at = operands.address(rest.pop(0))
     mask = operands.source(rest.pop(0), U16) if ".multicast" in one.opcode else None
+    if ".L2::cache_hint" in one.opcode:
+        rest.pop()  # changes no data
     if rest:
         raise ValueError(f"{one.where()}: operands {rest}")
 
