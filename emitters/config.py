@@ -336,7 +336,15 @@ def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
     reason = _memory_reason(p, c)
     if reason:
         return reason
-    needed = c.accumulator_registers(p) + 80  # addresses, scales, one store slice
+    needed = c.tile_n // 2 + 26  # of one WGMMA, before registers change hands
+    if needed > c.launch_registers:
+        return (
+            f"about {needed} registers a thread for one WGMMA where {c.launch_registers} are there "
+            "at launch"
+        )
+    kinds = {node.kind for node in p.epilogue}
+    scaled_bias = {"channel_scale", "bias"} <= kinds and p.n % c.tile_n  # with a tail: predicates
+    needed = c.accumulator_registers(p) + (112 if scaled_bias else 80)  # addresses, scales, a slice
     if needed > c.consumer_registers:
         return (
             f"about {needed} registers a consumer thread ({c.accumulator_registers(p)} of them "

@@ -168,7 +168,8 @@ CONFIG_REASONS = [
     ("three CTAs", {"ctas_per_sm": 3}, "1 or 2"),
     ("one stage", {"stages": 1}, "between 2 and"),
     ("more stages than fit", {"stages": 5}, "bytes of shared memory"),
-    ("registers", {"tile_m": 192}, "registers a consumer thread"),
+    ("registers at launch", {"tile_m": 192}, "for one WGMMA where 128 are there"),
+    ("registers", {"tile_n": 192, "pingpong": True}, "registers a consumer thread"),
 ]
 
 
