@@ -44,7 +44,7 @@ from cutlass_moe.compiler import (
 )
 from cutlass_moe.heuristics import candidates, choose, estimate
 from cutlass_moe.roots import UntrustedRoot
-from emitters.config import ARCHS, Config, config_from_json, why_illegal
+from emitters.config import ARCHS, Config, GemmSwapSm90Config, config_from_json, why_illegal
 from emitters.image import TOOLCHAINS, image_key
 from emitters.problem import GemmProblem
 
@@ -257,12 +257,12 @@ def show_config(model: str, dtype: str, tokens: tuple[int, ...]) -> None:
                 config.pipeline_stages(problem),
                 config.smem_bytes(problem),
                 config.threads,
-                f"{config.producer_registers} / {config.consumer_registers}",
+                _registers(config),
                 image_key(problem, config, ARCHS[0])[:12],
             )
             table.add_row(*map(str, cells))
         console.print(table)
-    console.print("smem in bytes; registers a thread: producer / consumer")
+    console.print("smem in bytes; registers a thread: producer / consumer, or everyone's")
 
 
 for _command in COMMANDS:
@@ -278,6 +278,12 @@ def clear_cache() -> None:
     except OSError as error:
         raise click.ClickException(f"{cache.root}: {error}") from error
     console.print(f"{count} images removed from {cache.root}", markup=False)
+
+
+def _registers(config: Config) -> str:
+    if isinstance(config, GemmSwapSm90Config):
+        return str(config.registers)
+    return f"{config.producer_registers} / {config.consumer_registers}"
 
 
 def _requests(

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from cutlass_moe.models import find_shape, read_shapes
 from cutlass_moe.shapes import DTYPES, MODELS, MoeShape, problems
+from emitters.config import GemmSwapSm90Config
 from emitters.image import LaunchRecord
 from emitters.problem import GemmProblem
 
@@ -100,6 +101,8 @@ def problem_words(problem: dict[str, Any]) -> str:
 
 def config_words(config: dict[str, Any]) -> str:
     tile = f"{config['tile_m']}x{config['tile_n']}"
+    if config["template"] == GemmSwapSm90Config.template:
+        return f"swap {tile} K/{config['split_k']} {config['ctas_per_sm']}/SM"
     pingpong = ["ping-pong"] if config["pingpong"] else []
     cluster = [f"cluster {config['cluster_m']}"] if config["cluster_m"] > 1 else []
     group = f"group {config['group_m']}"

@@ -4,41 +4,70 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from math import ceil
+from typing import Any
 
 from cutlass_moe import tuned
-from emitters.config import Config, GemmSm90Config, Schedule, why_illegal
+from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config, Schedule, why_illegal
 from emitters.problem import GemmProblem
 
 GPU = "NVIDIA H200"  # what calls are planned for where no GPU is asked
 
 # Measured on an H200 (perf/NOTES.md), at powers of two: the limits lie between them.
 _SMS = 132
-_FEW_ROWS = 45  # an expert: two CTAs an SM, as many loads in flight as can be: weights are the cost
+_SWAP_ROWS = ((4, 8), (10, 16), (20, 32), (40, 48))  # at most so many an expert: tiles of so many
 _ONE_TILE_ROWS = 90  # an expert: one 128-row tile holds them, where many need two of 64 rows
-_SOME_ROWS = {192: 180, 256: 768}  # an expert, by tile_n: above, pairs of M tiles share weights
+_MANY_ROWS = {192: 180, 256: 768}  # an expert, by tile_n: above, pairs of CTAs share weights
+_EVICT_FIRST_BYTES = 300e6  # of active weights: more of them would only evict one another
 
 
-class _Families(NamedTuple):
-    lone: Config  # less than a tile an SM
-    few: Config  # rows an expert, and so on
-    one_tile: Config
-    some: Config
-    many: Config
+def _first_legal(problem: GemmProblem, *configs: Config) -> tuple[Config, ...]:
+    """The first of them that can be built, or nothing."""
+    return tuple(c for c in configs if why_illegal(problem, c) is None)[:1]
+
+
+@lru_cache(maxsize=4096)
+def _swap(problem: GemmProblem, tile_m: int, tile_n: int, evict_first: bool) -> tuple[Config, ...]:
+    """Two CTAs an SM, with about 128 kB of weights on their way: more delay the rows of x."""
+    narrow = GemmSwapSm90Config(
+        tile_m,
+        64,
+        k_boxes=2,
+        stages=4 if tile_m == 8 else 3,
+        ctas_per_sm=2,
+        evict_first=evict_first,
+    )
+    wide = replace(narrow, tile_n=128, stages=2)
+    return _first_legal(problem, *((wide, narrow) if tile_n == 128 else (narrow,)))
 
 
 @lru_cache(maxsize=1024)
-def _families(problem: GemmProblem) -> _Families | None:
-    """None where nothing is legal."""
-    found = (
-        _widest(problem, 64, 128),
-        _widest(problem, 64, 128, ctas_per_sm=2),
-        _widest(problem, 128, 128, pingpong=True, group_m=16),
-        _widest(problem, 64, _wide(problem), pingpong=True, group_m=16),
-        _widest(problem, 64, _wide(problem), pingpong=True, group_m=16, cluster_m=2),
+def _one_wave(problem: GemmProblem) -> tuple[tuple[Config, ...], tuple[Config, ...]]:
+    """For tiles that fill at most a quarter, and half, of the SMs."""
+    shared = GemmSwapSm90Config(
+        8, 64, k_boxes=2, split_k=4, stages=4, ctas_per_sm=2, evict_first=True
     )
-    legal = [config for config in found if config is not None]
-    return _Families(*(config or legal[0] for config in found)) if legal else None
+    alone = GemmSwapSm90Config(8, 64, k_boxes=4, stages=4, evict_first=True)
+    return _first_legal(problem, shared, alone), _first_legal(problem, alone)
+
+
+@lru_cache(maxsize=1024)
+def _one_tile(problem: GemmProblem) -> tuple[Config, ...]:
+    """With 128 rows, which hold an expert's."""
+    return _widest(problem, 128, 128, pingpong=True, group_m=16) or _some_rows(problem)
+
+
+@lru_cache(maxsize=1024)
+def _some_rows(problem: GemmProblem) -> tuple[Config, ...]:
+    wide = _widest(problem, 64, _wide(problem), pingpong=True, group_m=16)
+    return wide or _widest(problem, 64, 128)
+
+
+@lru_cache(maxsize=1024)
+def _many_rows(problem: GemmProblem) -> tuple[Config, ...]:
+    """With weights that pairs of CTAs share."""
+    pairs = _widest(problem, 64, _wide(problem), pingpong=True, group_m=16, cluster_m=2)
+    return pairs or _some_rows(problem)
 
 
 def _wide(problem: GemmProblem) -> int:
@@ -46,16 +75,25 @@ def _wide(problem: GemmProblem) -> int:
     return 192 if problem.n % 256 and problem.n % 192 == 0 else 256
 
 
-def _widest(problem: GemmProblem, tile_m: int, tile_n: int, **options: Any) -> Config | None:
+def _widest(problem: GemmProblem, tile_m: int, tile_n: int, **options: Any) -> tuple[Config, ...]:
     """The widest legal config up to tile_n, none wider than N asks for."""
     widths = [n for n in (256, 192, 128, 64) if n <= tile_n and n < problem.n + 64]
-    configs = (GemmSm90Config(tile_m, n, **options) for n in widths or [64])
-    return next((c for c in configs if why_illegal(problem, c) is None), None)
+    return _first_legal(problem, *(GemmSm90Config(tile_m, n, **options) for n in widths or [64]))
 
 
 def candidates(problem: GemmProblem) -> tuple[Config, ...]:
     """Every config that `choose` may return for this problem: what a build compiles."""
-    return tuple(dict.fromkeys((*tuned.configs(problem), *(_families(problem) or ()))))
+    return tuple(dict.fromkeys((*tuned.configs(problem), *_estimates(problem))))
+
+
+def _estimates(problem: GemmProblem) -> tuple[Config, ...]:
+    """Every config that `estimate` may return."""
+    found = [*_one_wave(problem), _swap(problem, 8, 64, True), _swap(problem, 8, 64, False)]
+    every = _evict_first(problem, problem.num_experts)
+    for rows, tile_m in (*_SWAP_ROWS[1:], (_swap_rows(problem), _SWAP_ROWS[-1][1])):
+        found.append(_swap(problem, tile_m, _swap_columns(problem, tile_m, rows), every))
+    found += [_one_tile(problem), _some_rows(problem), _many_rows(problem)]
+    return tuple(dict.fromkeys(config for family in found for config in family))
 
 
 def choose(
@@ -67,26 +105,65 @@ def choose(
 ) -> Config:
     """The config for a call: a tuning table's where one knows GPU and problem, else an estimate.
 
-    num_tokens: rows of x. rows_per_expert: mean, or the caller's hint. schedule: the caller's; all
-    else stays, but that a dynamic one has no clusters. Raises ValueError, with the reason, where
-    the problem has no legal config.
+    num_tokens: rows of x. rows_per_expert: mean, or the caller's hint. schedule: the caller's;
+    where it is not the chosen config's, the template for many rows serves the call, and a dynamic
+    schedule has no clusters. Raises ValueError, with the reason, where the problem has no legal
+    config.
     """
     config = tuned.lookup(problem, gpu, rows_per_expert)
     config = config or estimate(problem, num_tokens, rows_per_expert)
-    if schedule is None:
+    if schedule is None or config.schedule == schedule:
         return config
-    cluster_m = 1 if schedule == Schedule.DYNAMIC else config.cluster_m
-    return replace(config, schedule=Schedule(schedule), cluster_m=cluster_m)
+    clusters = _are_many(problem, rows_per_expert) and schedule != Schedule.DYNAMIC
+    (config,) = _many_rows(problem) if clusters else _some_rows(problem)
+    assert isinstance(config, GemmSm90Config)
+    return replace(config, schedule=Schedule(schedule))
 
 
 def estimate(problem: GemmProblem, num_tokens: int, rows_per_expert: float) -> Config:
     """What `choose` returns where there is no table."""
-    found = _families(problem)
-    if found is None:
-        raise ValueError(why_illegal(problem) or f"no config of the SM90 template fits {problem}")
-    if rows_per_expert <= _FEW_ROWS:
-        experts = min(problem.num_experts, rows_per_expert * problem.num_experts)
-        return found.lone if experts * found.lone.n_tiles(problem) <= _SMS else found.few
-    if rows_per_expert <= _ONE_TILE_ROWS:
-        return found.one_tile
-    return found.some if rows_per_expert <= _SOME_ROWS[_wide(problem)] else found.many
+    family = _family(problem, rows_per_expert) or _estimates(problem)[-1:]
+    if not family:
+        raise ValueError(why_illegal(problem) or f"no config of any template fits {problem}")
+    return family[0]
+
+
+def _are_many(problem: GemmProblem, rows_per_expert: float) -> bool:
+    return rows_per_expert > _MANY_ROWS[_wide(problem)]
+
+
+def _family(problem: GemmProblem, rows_per_expert: float) -> tuple[Config, ...]:
+    experts = problem.num_experts
+    if rows_per_expert > _swap_rows(problem):
+        if rows_per_expert <= _ONE_TILE_ROWS:
+            return _one_tile(problem)
+        many = _are_many(problem, rows_per_expert)
+        return _many_rows(problem) if many else _some_rows(problem)
+    tile_m = next((m for rows, m in _SWAP_ROWS if rows_per_expert <= rows), _SWAP_ROWS[-1][1])
+    if tile_m > 8:
+        columns = _swap_columns(problem, tile_m, rows_per_expert)
+        return _swap(problem, tile_m, columns, _evict_first(problem, experts))
+    rows = rows_per_expert * experts
+    tiles = min(experts, rows) * -(-problem.n // 64)
+    quarter, half = _one_wave(problem)
+    if tiles <= _SMS / 2:
+        return quarter if tiles <= _SMS / 4 else half
+    active = experts * (1 - (1 - 1 / experts) ** rows)  # of a balanced routing
+    return _swap(problem, 8, 64, _evict_first(problem, active))
+
+
+def _swap_rows(problem: GemmProblem) -> float:
+    """Rows an expert that swap-AB is for: more where 256 columns a tile would leave SMs idle."""
+    idle = problem.num_experts * -(-problem.n // 256) <= _SMS
+    return _SWAP_ROWS[-1][0] * (2 if idle else 1)
+
+
+def _swap_columns(problem: GemmProblem, tile_m: int, rows_per_expert: float) -> int:
+    """Columns of a tile: 128, but 64 where the wide ones would all run at once, the last alone."""
+    tiles = problem.num_experts * ceil(rows_per_expert / tile_m) * -(-problem.n // 128)
+    return 64 if tiles <= 2 * _SMS else 128
+
+
+def _evict_first(problem: GemmProblem, experts: float) -> bool:
+    weight_bytes = experts * problem.n * problem.k * problem.operand.bytes
+    return weight_bytes <= _EVICT_FIRST_BYTES

@@ -179,5 +179,5 @@ def plan(
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     ctas = min(options.num_sms or sms, sms) * config.ctas_per_sm
     most_tiles = (num_rows // config.tile_m + min(experts, num_rows)) * config.n_tiles(problem)
-    clusters = max(1, min(ctas, most_tiles) // config.cluster_m)
-    return load(problem, config, device), clusters * config.cluster_m
+    clusters = max(1, min(ctas // config.cluster, most_tiles // config.cluster_m))
+    return load(problem, config, device), clusters * config.cluster

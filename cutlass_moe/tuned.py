@@ -20,7 +20,7 @@ from emitters.config import Config, config_from_json, why_illegal
 from emitters.problem import GemmProblem
 
 VARIABLE = "CUTLASS_MOE_TUNING"
-FAR = 2.0
+FAR = 1.5  # a little more than half of a power of two, the steps of `tune`
 _SHIPPED = tuple(sorted(map(str, Path(__file__).with_name("tables").glob("*.json"))))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, TypeVar
 
 from emitters.problem import (
     ACCUMULATIONS,
@@ -35,8 +35,70 @@ class Schedule(Name):
     DYNAMIC = "dynamic"  # so for two rounds, then whoever is free takes the next: an atomic counter
 
 
+_C = TypeVar("_C", bound="_Sm90Config")
+
+
 @dataclass(frozen=True)
-class GemmSm90Config:
+class _Sm90Config:
+    """What the configs of both templates hold and derive alike."""
+
+    # None: as many as shared memory holds, at most MAX_STAGES
+    stages: int | None = field(default=None, kw_only=True)
+    ctas_per_sm: int = field(default=1, kw_only=True)
+    template: ClassVar[str]
+    MAX_STAGES: ClassVar[int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"template": self.template, **asdict(self)}
+
+    @classmethod
+    def from_json(cls: type[_C], plain: dict[str, Any]) -> _C:
+        """Inverse of `to_json`. Raises ValueError on an unknown template, field or value."""
+        rest = dict(plain)
+        if rest.pop("template", None) != cls.template:
+            raise ValueError(
+                f"expected a config of {cls.template!r}, got {plain.get('template')!r}"
+            )
+        try:
+            if "schedule" in rest:
+                rest["schedule"] = Schedule(rest["schedule"])
+            return cls(**rest)
+        except TypeError as error:
+            raise ValueError(f"not a {cls.template} config: {error}") from error
+
+    def k_tile(self, problem: GemmProblem) -> int:
+        """Elements of K in 128 bytes, a box of weights."""
+        return K_TILE_BYTES // problem.operand.bytes
+
+    def table_entries(self, problem: GemmProblem) -> int:
+        """Experts in the scheduler's table: num_experts rounded up to the warp's 32 lanes."""
+        return -(-problem.num_experts // 32) * 32
+
+    @property
+    def stage_bytes(self) -> int:
+        raise NotImplementedError
+
+    def fixed_smem_bytes(self, problem: GemmProblem) -> int:
+        """Shared memory besides the stages."""
+        raise NotImplementedError
+
+    @property
+    def smem_limit(self) -> int:
+        """Bytes of shared memory that a CTA may have."""
+        return _SMEM_PER_SM // self.ctas_per_sm - _SMEM_RESERVED
+
+    def pipeline_stages(self, problem: GemmProblem) -> int:
+        if self.stages is not None:
+            return self.stages
+        fit = (self.smem_limit - self.fixed_smem_bytes(problem)) // self.stage_bytes
+        return max(0, min(fit, self.MAX_STAGES))
+
+    def smem_bytes(self, problem: GemmProblem) -> int:
+        return self.fixed_smem_bytes(problem) + self.pipeline_stages(problem) * self.stage_bytes
+
+
+@dataclass(frozen=True)
+class GemmSm90Config(_Sm90Config):
     """The persistent SM90 grouped GEMM: a producer warpgroup, and consumers that run WGMMA.
 
     Consumers share a tile, 64 rows each, or in ping-pong take whole tiles in turn: one's epilogue
@@ -49,27 +111,10 @@ class GemmSm90Config:
     cluster_m: int = 1  # CTAs that take M tiles side by side and share their weights by multicast
     schedule: Schedule = Schedule.TILE
     group_m: int = 8  # M tiles that share each N tile's weights before the next N tile
-    stages: int | None = None  # None: as many as shared memory holds, at most MAX_STAGES
-    ctas_per_sm: int = 1
     template: ClassVar[str] = "gemm_sm90"
 
     MAX_STAGES: ClassVar[int] = 8
-
-    def to_json(self) -> dict[str, Any]:
-        return {"template": self.template, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> GemmSm90Config:
-        """Inverse of `to_json`. Raises ValueError on an unknown template, field or value."""
-        rest = dict(plain)
-        if rest.pop("template", None) != cls.template:
-            raise ValueError(
-                f"expected a config of {cls.template!r}, got {plain.get('template')!r}"
-            )
-        try:
-            return cls(schedule=Schedule(rest.pop("schedule")), **rest)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a {cls.template} config: {error}") from error
+    l2_promotion: ClassVar[int] = 256  # bytes that a read of weights brings into L2
 
     # What follows from a config and its problem, written once.
 
@@ -92,23 +137,24 @@ class GemmSm90Config:
         return WARPGROUP * (1 + self.consumers)
 
     @property
+    def cluster(self) -> int:
+        """CTAs of a cluster."""
+        return self.cluster_m
+
+    @property
     def launch_registers(self) -> int:
         """Registers a thread at launch: what the CTAs of an SM may have, in steps of 8."""
         return min(_REGISTERS_PER_SM // (self.threads * self.ctas_per_sm) // 8 * 8, 248)
 
     @property
     def producer_registers(self) -> int:
-        return 56
+        return 32 + self.tile_m // 8  # for two tokens of every 16 rows, and addresses
 
     @property
     def consumer_registers(self) -> int:
         """What the producer gives back at `setmaxnreg`, shared out among the consumers."""
         pool = self.launch_registers * (1 + self.consumers) - self.producer_registers
         return min(pool // self.consumers // 8 * 8, 240)
-
-    def k_tile(self, problem: GemmProblem) -> int:
-        """Elements of K a stage holds."""
-        return K_TILE_BYTES // problem.operand.bytes
 
     def k_tiles(self, problem: GemmProblem) -> int:
         return -(-problem.k // self.k_tile(problem))
@@ -119,10 +165,6 @@ class GemmSm90Config:
     @property
     def stage_bytes(self) -> int:
         return (self.tile_m + self.tile_n) * K_TILE_BYTES
-
-    def table_entries(self, problem: GemmProblem) -> int:
-        """Experts in the scheduler's table: num_experts rounded up to the warp's 32 lanes."""
-        return -(-problem.num_experts // 32) * 32
 
     def table_words(self, problem: GemmProblem) -> int:
         """The scheduler's table: three int32 an expert; the units it has posted."""
@@ -137,31 +179,105 @@ class GemmSm90Config:
         """Shared memory besides the stages: staging rows, scheduler table, barriers."""
         return self.staging_bytes + 4 * self.table_words(problem) + 16 * self.MAX_STAGES
 
-    @property
-    def smem_limit(self) -> int:
-        """Bytes of shared memory that a CTA may have."""
-        return _SMEM_PER_SM // self.ctas_per_sm - _SMEM_RESERVED
-
-    def pipeline_stages(self, problem: GemmProblem) -> int:
-        if self.stages is not None:
-            return self.stages
-        fit = (self.smem_limit - self.fixed_smem_bytes(problem)) // self.stage_bytes
-        return max(0, min(fit, self.MAX_STAGES))
-
-    def smem_bytes(self, problem: GemmProblem) -> int:
-        return self.fixed_smem_bytes(problem) + self.pipeline_stages(problem) * self.stage_bytes
-
     def accumulator_registers(self, problem: GemmProblem) -> int:
         """Per consumer thread; two-level accumulation keeps a second accumulator."""
         levels = 2 if problem.accumulation is Accumulation.TWO_LEVEL else 1
         return levels * self.warpgroup_rows * self.tile_n // WARPGROUP
 
 
-Config = GemmSm90Config
+@dataclass(frozen=True)
+class GemmSwapSm90Config(_Sm90Config):
+    """The SM90 grouped GEMM for few rows an expert: weights are WGMMA's M operand, rows its N."""
+
+    tile_m: int = 8  # rows of the product, WGMMA's N
+    tile_n: int = 64  # columns, WGMMA's M
+    k_boxes: int = 1  # weight boxes of 128 bytes of K a stage
+    split_k: int = 1  # CTAs of a cluster that share a tile's K
+    evict_first: bool = False  # weights leave L2 before what was there
+    template: ClassVar[str] = "gemm_swap_sm90"
+
+    MAX_STAGES: ClassVar[int] = 32
+    schedule: ClassVar[Schedule] = Schedule.TILE
+    cluster_m: ClassVar[int] = 1
+    group_m: ClassVar[int] = 8  # M tiles that share each N tile's weights
+    l2_promotion: ClassVar[int] = 128  # bytes that a read of weights brings into L2
+
+    @property
+    def gather_threads(self) -> int:
+        """Of x: 16 bytes each of a row's 128."""
+        return min(WARPGROUP, self.tile_m * K_TILE_BYTES // 16)
+
+    @property
+    def threads(self) -> int:
+        """A consumer warpgroup, the gather's, a warp for the weights."""
+        return WARPGROUP + 32 + self.gather_threads
+
+    @property
+    def cluster(self) -> int:
+        """CTAs of a cluster."""
+        return self.split_k
+
+    def k_steps(self, problem: GemmProblem) -> int:
+        """Stages that K takes."""
+        return -(-problem.k // (self.k_tile(problem) * self.k_boxes))
+
+    def n_tiles(self, problem: GemmProblem) -> int:
+        return -(-problem.n // self.tile_n)
+
+    @property
+    def stage_bytes(self) -> int:
+        return (self.tile_m + self.tile_n) * K_TILE_BYTES * self.k_boxes
+
+    def table_words(self, problem: GemmProblem) -> int:
+        """The scheduler's table: three int32 an expert."""
+        return 3 * self.table_entries(problem)
+
+    @property
+    def part_rows(self) -> int:
+        """Rows of a tile that the epilogue stages at a time."""
+        return min(self.tile_m, 16)
+
+    def staging_pitch(self, problem: GemmProblem) -> int:
+        """Bytes between staging rows: a warp's 16 columns, and 16 that keep banks apart."""
+        return 16 * problem.out.bytes + 16
+
+    def staging_bytes(self, problem: GemmProblem) -> int:
+        return 4 * self.part_rows * self.staging_pitch(problem)
+
+    @property
+    def partial_bytes(self) -> int:
+        """Sums of a tile that the other CTAs of a cluster send to its first."""
+        return (self.split_k - 1) * self.tile_m * self.tile_n * 4
+
+    def fixed_smem_bytes(self, problem: GemmProblem) -> int:
+        """Shared memory besides the stages: staging, sums, table, number of tiles, barriers."""
+        buffers = self.staging_bytes(problem) + self.partial_bytes
+        barriers = 16 * (self.MAX_STAGES + 1)
+        return buffers + 4 * self.table_words(problem) + 16 + barriers
+
+    @property
+    def registers(self) -> int:
+        """A thread's, in steps of 8."""
+        return min(_REGISTERS_PER_SM // (self.threads * self.ctas_per_sm) // 8 * 8, 248)
+
+    def accumulator_registers(self, problem: GemmProblem) -> int:
+        """Per consumer thread; two-level accumulation keeps a second accumulator."""
+        levels = 2 if problem.accumulation is Accumulation.TWO_LEVEL else 1
+        return levels * self.tile_m * self.tile_n // WARPGROUP
+
+
+Config = GemmSm90Config | GemmSwapSm90Config
+_CONFIGS: dict[str, type[GemmSm90Config] | type[GemmSwapSm90Config]] = {
+    c.template: c for c in (GemmSm90Config, GemmSwapSm90Config)
+}
 
 
 def config_from_json(plain: dict[str, Any]) -> Config:
-    return GemmSm90Config.from_json(plain)
+    """Raises ValueError on an unknown template, field or value."""
+    template = plain.get("template")
+    if template not in _CONFIGS:
+        raise ValueError(f"expected a config of one of {sorted(_CONFIGS)}, got {template!r}")
+    return _CONFIGS[template].from_json(plain)
 
 
 def why_illegal(
@@ -174,7 +290,11 @@ def why_illegal(
     """
     if arch not in ARCHS:
         return f"no template for {arch}: supported are {', '.join(ARCHS)}"
-    return _problem_reason(problem) or (_config_reason(problem, config) if config else None)
+    if config is None or _problem_reason(problem):
+        return _problem_reason(problem)
+    if isinstance(config, GemmSwapSm90Config):
+        return _swap_reason(problem, config) or _memory_reason(problem, config)
+    return _config_reason(problem, config)
 
 
 def _problem_reason(p: GemmProblem) -> str | None:
@@ -213,6 +333,47 @@ def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
         return "a dynamic schedule of clusters: the counter serves single CTAs"
     if c.group_m < 1 or c.group_m % c.cluster_m:
         return f"group_m {c.group_m}: a positive multiple of cluster_m"
+    reason = _memory_reason(p, c)
+    if reason:
+        return reason
+    needed = c.tile_n // 2 + 26  # of one WGMMA, before registers change hands
+    if needed > c.launch_registers:
+        return (
+            f"about {needed} registers a thread for one WGMMA where {c.launch_registers} are there "
+            "at launch"
+        )
+    kinds = {node.kind for node in p.epilogue}
+    scaled_bias = {"channel_scale", "bias"} <= kinds and p.n % c.tile_n  # with a tail: predicates
+    needed = c.accumulator_registers(p) + (112 if scaled_bias else 80)  # addresses, scales, a slice
+    if needed > c.consumer_registers:
+        return (
+            f"about {needed} registers a consumer thread ({c.accumulator_registers(p)} of them "
+            f"accumulators) where {c.consumer_registers} are to be had"
+        )
+    return None
+
+
+def _swap_reason(p: GemmProblem, c: GemmSwapSm90Config) -> str | None:
+    if c.tile_m != 8 and (c.tile_m % 16 or not 16 <= c.tile_m <= 96):
+        return f"tile_m {c.tile_m}: 8, or a multiple of 16 up to 96 (WGMMA's N)"
+    if c.tile_n not in (64, 128):
+        return f"tile_n {c.tile_n}: 64 or 128 (blocks of 64 columns, WGMMA's M)"
+    if c.k_boxes not in (1, 2, 4):
+        return f"k_boxes {c.k_boxes}: 1, 2 or 4"
+    if c.split_k not in (1, 2, 4, 8):
+        return f"split_k {c.split_k}: 1, 2, 4 or 8 CTAs of a cluster"
+    if c.split_k > c.k_steps(p):
+        return f"split_k {c.split_k}: K {p.k} has {c.k_steps(p)} steps to share"
+    needed = c.accumulator_registers(p) + 64  # addresses, scales, one part of the epilogue
+    if needed > c.registers:
+        return (
+            f"about {needed} registers a thread ({c.accumulator_registers(p)} of them "
+            f"accumulators) where {c.registers} are to be had"
+        )
+    return None
+
+
+def _memory_reason(p: GemmProblem, c: Config) -> str | None:
     if c.ctas_per_sm not in (1, 2):
         return f"ctas_per_sm {c.ctas_per_sm}: 1 or 2"
     stages = c.pipeline_stages(p)
@@ -221,10 +382,4 @@ def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
     smem = c.smem_bytes(p)
     if smem > c.smem_limit:
         return f"{smem} bytes of shared memory: {c.ctas_per_sm} CTAs an SM have {c.smem_limit} each"
-    needed = c.accumulator_registers(p) + 80  # addresses, scales, one store slice
-    if needed > c.consumer_registers:
-        return (
-            f"about {needed} registers a consumer thread ({c.accumulator_registers(p)} of them "
-            f"accumulators) where {c.consumer_registers} are to be had"
-        )
     return None

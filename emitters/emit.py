@@ -10,7 +10,15 @@ import hashlib
 import os
 import tempfile
 
-from emitters.config import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, Config, Schedule, why_illegal
+from emitters.config import (
+    K_TILE_BYTES,
+    SLICE_BYTES,
+    SLICE_ROWS,
+    Config,
+    GemmSwapSm90Config,
+    Schedule,
+    why_illegal,
+)
 from emitters.cubin import CubinFacts, read_cubin
 from emitters.image import (
     IMAGE_ABI,
@@ -66,7 +74,7 @@ def _emit(
         columns=config.k_tile(problem),
         rows=config.tile_n // config.cluster_m,
         swizzle=K_TILE_BYTES,
-        l2_promotion=256,
+        l2_promotion=config.l2_promotion,
     )
     out = TensorMapBox(
         "out_map",
@@ -81,7 +89,7 @@ def _emit(
         tensor_maps=(weight, out),
         smem_bytes=config.smem_bytes(problem),
         threads=config.threads,
-        cluster=(config.cluster_m, 1, 1),
+        cluster=(config.cluster, 1, 1),
         arch=arch,
         abi=IMAGE_ABI,
         registers=facts.registers,
@@ -130,14 +138,16 @@ def _compile(
 
     from emitters.epilogue import ELEMENT, node_element
     from emitters.gemm_sm90 import GemmSm90
+    from emitters.gemm_swap_sm90 import GemmSwapSm90
 
     def pointer(element: type, align: int) -> cute.Pointer:
         return make_ptr(element, align, cute.AddressSpace.gmem, assumed_align=align)
 
     shape = (problem.n, problem.k, problem.num_experts)
     stacked = problem.weights is WeightStorage.STACKED
-    template = GemmSm90(problem, config)
-    GemmSm90.kernel.set_name_prefix(f"cutlass_moe_{config.template}", keep_mangled_name=False)
+    kind = GemmSwapSm90 if isinstance(config, GemmSwapSm90Config) else GemmSm90
+    template = kind(problem, config)
+    kind.kernel.set_name_prefix(f"cutlass_moe_{config.template}", keep_mangled_name=False)
     # dump file names do not tell one compile from another
     with tempfile.TemporaryDirectory() as dump:
         compiled = cute.compile(

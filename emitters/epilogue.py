@@ -4,7 +4,7 @@ memory.
 A node knows its tensor, its load and its formula, and is called at two points of a tile, in the
 order of `problem.epilogue`:
 
-  load     before the last k-step is waited for, so that the last WGMMA hides the latency
+  load     some k-steps before the last, whose WGMMAs hide the latency
   apply    on the float32 values of slice `part` of the thread's m-th 64 rows; returns new ones
 
 A new node is a dataclass in `problem`, a class here and its entry in `NODES`; the templates know
@@ -40,11 +40,12 @@ ELEMENT = {
     DType.FP16: cutlass.Float16,
     DType.FP32: cutlass.Float32,
 }
-_CHUNK = 16  # bytes of one global store
-_GMEM, _SMEM = cute.AddressSpace.gmem, cute.AddressSpace.smem
+CHUNK = 16  # bytes of one global store
+_FEW_CHANNELS = 8  # that a thread keeps of a bias from `load` on
+GMEM, SMEM = cute.AddressSpace.gmem, cute.AddressSpace.smem
 
 
-def _vector(
+def vector(
     pointer: cute.Pointer, element: type, count: int, space: cute.AddressSpace
 ) -> cute.Tensor:
     """count elements at an address that is aligned to all of them."""
@@ -79,69 +80,81 @@ class Fragment:
         self.slice_blocks = SLICE_BYTES // problem.out.bytes // 8
         self.n = problem.n
         self.has_n_tail = problem.n % config.tile_n != 0
+        self.token_count = 2 * self.m_blocks  # rows whose tokens a thread reads
+        self.channel_count = 2 * self.blocks  # columns of the tile that a thread holds
+        self.part_channels = 2 * self.slice_blocks  # and of a slice
+
+    def token_row(self, i: int):
+        """Row of the tile whose token a thread reads as its i-th."""
+        return self.row + i // 2 * 64 + i % 2 * 8
+
+    def by_row(self, values: cute.Tensor, m: int, part: int):
+        """values[token_count] -> for each register of a slice, its row's."""
+        return [values[2 * m + i // 2 % 2] for i in range(4 * self.slice_blocks)]
+
+    def by_channel(self, values: cute.Tensor, m: int, part: int):
+        """values[channel_count] -> for each register of a slice, its column's."""
+        first = part * self.part_channels
+        return [values[first + i // 4 * 2 + i % 2] for i in range(4 * self.slice_blocks)]
+
+    @cute.jit
+    def read_channels(
+        self,
+        pointer: cute.Pointer,
+        values: cute.Tensor,
+        first: cutlass.Constexpr,
+        expert: Int32,
+        first_column: Int32,
+    ):
+        """[E, N] values of the thread's columns from its `first` on, two neighbours at a time.
+
+        Columns past N are not read.
+        """
+        for block in range_constexpr(cute.size(values) // 2):
+            column = first_column + (first // 2 + block) * 8 + self.column
+            pair = cute.make_rmem_tensor((2,), pointer.dtype)
+            pair.fill(0)
+            source = pointer + (expert * self.n + column)
+            if const_expr(self.has_n_tail):
+                if column < self.n:
+                    cute.autovec_copy(vector(source, pointer.dtype, 2, GMEM), pair)
+            else:
+                cute.autovec_copy(vector(source, pointer.dtype, 2, GMEM), pair)
+            values[2 * block] = pair[0]
+            values[2 * block + 1] = pair[1]
 
 
 class PerTokenScaleNode:
     def __init__(self, node: PerTokenScale, fragment: Fragment, scale: cute.Pointer):
+        self.fragment = fragment
         self.scale = cute.make_tensor(scale, cute.make_layout(VECTOR))
-        self.values = cute.make_rmem_tensor((2 * fragment.m_blocks,), Float32)
+        self.values = cute.make_rmem_tensor((fragment.token_count,), Float32)
 
     @cute.jit
     def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
-        for i in range_constexpr(cute.size(tokens)):
+        for i in range_constexpr(self.fragment.token_count):
             value = Float32(0.0)
             if tokens[i] >= 0:
                 value = self.scale[tokens[i]]
             self.values[i] = value
 
     def apply(self, m: int, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
-        for i in range(cute.size(values)):
-            values[i] = values[i] * self.values[2 * m + i // 2 % 2]
+        for i, scale in enumerate(self.fragment.by_row(self.values, m, part)):
+            values[i] = values[i] * scale
         return values
 
 
-class _PerChannel:
-    """Loads [E, N] values of the thread's columns, two neighbours at a time."""
-
-    def __init__(self, fragment: Fragment, pointer: cute.Pointer):
-        self.fragment, self.pointer = fragment, pointer
-
-    @cute.jit
-    def read(
-        self,
-        values: cute.Tensor,
-        first_block: cutlass.Constexpr,
-        expert: Int32,
-        first_column: Int32,
-    ):
-        """values: registers of consecutive blocks, two each. Columns past N are not read."""
-        f = self.fragment
-        for block in range_constexpr(cute.size(values) // 2):
-            column = first_column + (first_block + block) * 8 + f.column
-            pair = cute.make_rmem_tensor((2,), self.pointer.dtype)
-            pair.fill(0)
-            source = self.pointer + (expert * f.n + column)
-            if const_expr(f.has_n_tail):
-                if column < f.n:
-                    cute.autovec_copy(_vector(source, self.pointer.dtype, 2, _GMEM), pair)
-            else:
-                cute.autovec_copy(_vector(source, self.pointer.dtype, 2, _GMEM), pair)
-            values[2 * block] = pair[0]
-            values[2 * block + 1] = pair[1]
-
-
-class ChannelScaleNode(_PerChannel):
+class ChannelScaleNode:
     def __init__(self, node: ChannelScale, fragment: Fragment, scale: cute.Pointer):
-        super().__init__(fragment, scale)
-        self.values = cute.make_rmem_tensor((2 * fragment.blocks,), Float32)
+        self.fragment, self.scale = fragment, scale
+        self.values = cute.make_rmem_tensor((fragment.channel_count,), Float32)
 
     def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
-        self.read(self.values, 0, expert, first_column)
+        self.fragment.read_channels(self.scale, self.values, 0, expert, first_column)
 
     def apply(self, m: int, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
-        first = part * 2 * self.fragment.slice_blocks
-        for i in range(cute.size(values)):
-            values[i] = values[i] * self.values[first + i // 4 * 2 + i % 2]
+        for i, scale in enumerate(self.fragment.by_channel(self.values, m, part)):
+            values[i] = values[i] * scale
         return values
 
 
@@ -159,20 +172,26 @@ class ExpertScaleNode:
         return values
 
 
-class BiasNode(_PerChannel):
-    """Read slice by slice: registers do not hold a tile's bias beside its scales."""
+class BiasNode:
+    """Read slice by slice where registers do not hold a tile's bias beside its scales."""
 
     def __init__(self, node: Bias, fragment: Fragment, bias: cute.Pointer):
-        super().__init__(fragment, bias)
-        self.values = cute.make_rmem_tensor((2 * fragment.slice_blocks,), bias.dtype)
+        self.fragment, self.bias = fragment, bias
+        self.late = fragment.channel_count > _FEW_CHANNELS
+        count = fragment.part_channels if self.late else fragment.channel_count
+        self.values = cute.make_rmem_tensor((count,), bias.dtype)
 
     def load(self, tokens: cute.Tensor, expert: Int32, first_column: Int32):
-        pass
+        if not self.late:
+            self.fragment.read_channels(self.bias, self.values, 0, expert, first_column)
 
     def apply(self, m: int, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
-        self.read(self.values, part * self.fragment.slice_blocks, expert, first_column)
-        for i in range(cute.size(values)):
-            values[i] = values[i] + self.values[i // 4 * 2 + i % 2].to(Float32)
+        f = self.fragment
+        if self.late:
+            first = part * f.part_channels
+            f.read_channels(self.bias, self.values, first, expert, first_column)
+        for i, bias in enumerate(f.by_channel(self.values, m, 0 if self.late else part)):
+            values[i] = values[i] + bias.to(Float32)
         return values
 
 
@@ -203,25 +222,30 @@ class Epilogue:
         self.element = ELEMENT[problem.out]
         self.slice_columns = SLICE_BYTES // problem.out.bytes
         self.slices = config.tile_n // self.slice_columns
+        self.staging_bytes = SLICE_ROWS * SLICE_BYTES  # of a warp
+
+    def make_fragment(self, warp: Int32, lane: Int32):
+        warp_of_tile = warp % (4 * self.config.warpgroups_per_tile)
+        return Fragment(self.problem, self.config, warp_of_tile * 16, lane)
 
     def attach(self, node_tensors, out, out_map, index, num_tokens, staging, warp, lane):
-        """staging: a slice of shared memory for each consumer warp. warp: its number among them."""
-        warp_of_tile = warp % (4 * self.config.warpgroups_per_tile)
-        self.fragment = Fragment(self.problem, self.config, warp_of_tile * 16, lane)
+        """staging: staging_bytes of shared memory for each consumer warp. warp: its number among
+        them."""
+        self.fragment = self.make_fragment(warp, lane)
         self.nodes = [
             NODES[type(node)](node, self.fragment, tensor)
             for node, tensor in zip(self.problem.epilogue, node_tensors or (), strict=True)
         ]
         self.out, self.out_map = out, out_map
         self.index, self.num_tokens, self.lane = index, num_tokens, lane
-        self.staging = staging + warp * (SLICE_ROWS * SLICE_BYTES)
-        self.tokens = cute.make_rmem_tensor((2 * self.fragment.m_blocks,), Int32)
+        self.staging = staging + warp * self.staging_bytes
+        self.tokens = cute.make_rmem_tensor((self.fragment.token_count,), Int32)
 
     @cute.jit
     def begin(self, first_row: Int32, rows: Int32):
         """As a tile's main loop starts: asks for the tokens of the thread's rows."""
         for i in range_constexpr(cute.size(self.tokens)):
-            row = self.fragment.row + i // 2 * 64 + i % 2 * 8
+            row = self.fragment.token_row(i)
             token = Int32(-1)
             if row < rows:
                 token = first_row + row
@@ -243,6 +267,7 @@ class Epilogue:
         self, acc: cute.Tensor, expert: Int32, first_row: Int32, rows: Int32, first_column: Int32
     ):
         count = 4 * self.fragment.slice_blocks
+        missing = self.some_missing()
         for i in range_constexpr(self.fragment.m_blocks * self.slices):
             m, part = i // self.slices, i % self.slices
             values = cute.make_rmem_tensor((count,), Float32)
@@ -251,21 +276,34 @@ class Epilogue:
             for node in self.nodes:
                 values = node.apply(m, part, values, expert, first_column)
             if const_expr(self.problem.gather):
-                self.clear_missing(m, values)
-            if self.lane == 0:
-                cute.arch.cp_async_bulk_wait_group(0, read=True)
-            cute.arch.sync_warp()  # the slice before has left shared memory
-            if const_expr(self.problem.out is DType.FP32):
-                self.stage_words(values)
-            else:
-                self.stage_matrices(values)
-            cute.arch.fence_view_async_shared()
-            cute.arch.sync_warp()
-            self.send(
-                first_row + m * 64 + self.fragment.warp_row,
-                rows - m * 64 - self.fragment.warp_row,
-                first_column + part * self.slice_columns,
-            )
+                self.clear_missing(m, part, missing, values)
+            self.put(m, part, values, first_row, rows, first_column)
+
+    @cute.jit
+    def put(
+        self,
+        m: cutlass.Constexpr,
+        part: cutlass.Constexpr,
+        values: cute.Tensor,
+        first_row: Int32,
+        rows: Int32,
+        first_column: Int32,
+    ):
+        """A slice by way of shared memory to its place."""
+        if self.lane == 0:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.sync_warp()  # the slice before has left shared memory
+        if const_expr(self.problem.out is DType.FP32):
+            self.stage_words(values)
+        else:
+            self.stage_matrices(values)
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        self.send(
+            first_row + m * 64 + self.fragment.warp_row,
+            rows - m * 64 - self.fragment.warp_row,
+            first_column + part * self.slice_columns,
+        )
 
     @cute.jit
     def finish(self):
@@ -287,16 +325,31 @@ class Epilogue:
         else:
             self.copy_out(first_row, rows, first_column)
 
+    def some_missing(self):
+        """Not zero where a row of the warp has no token."""
+        missing = self.tokens[0] < 0
+        for i in range(1, cute.size(self.tokens)):
+            missing = missing | (self.tokens[i] < 0)
+        return cute.arch.vote_ballot_sync(missing)
+
     @cute.jit
-    def clear_missing(self, m: cutlass.Constexpr, values: cute.Tensor):
+    def clear_missing(
+        self,
+        m: cutlass.Constexpr,
+        part: cutlass.Constexpr,
+        missing: Int32,
+        values: cute.Tensor,
+    ):
         """Rows of an index outside [0, T): not even the weights' NaNs are left."""
-        for i in range_constexpr(cute.size(values)):
-            if self.tokens[2 * m + i // 2 % 2] < 0:
-                values[i] = Float32(0.0)
+        if missing != 0:
+            tokens = self.fragment.by_row(self.tokens, m, part)
+            for i in range_constexpr(cute.size(values)):
+                if tokens[i] < 0:
+                    values[i] = Float32(0.0)
 
     def chunk(self, row: Int32, chunk: Int32):
         """Where 16 bytes of a slice lie: the 128-byte swizzle of a 1024-byte aligned buffer."""
-        return self.staging + (row * SLICE_BYTES + (chunk ^ (row % 8)) * _CHUNK)
+        return self.staging + (row * SLICE_BYTES + (chunk ^ (row % 8)) * CHUNK)
 
     @cute.jit
     def stage_matrices(self, values: cute.Tensor):
@@ -326,12 +379,12 @@ class Epilogue:
                     pair[c] = values[4 * block + 2 * half + c]
                 row = f.row - f.warp_row + 8 * half
                 target = self.chunk(row, 2 * block + f.column // 4)
-                cute.autovec_copy(pair, _vector(target + f.column % 4 * 4, Float32, 2, _SMEM))
+                cute.autovec_copy(pair, vector(target + f.column % 4 * 4, Float32, 2, SMEM))
 
     @cute.jit
     def copy_out(self, first_row: Int32, rows: Int32, first_column: Int32):
-        chunk = self.lane % (SLICE_BYTES // _CHUNK)
-        column = first_column + chunk * (_CHUNK // self.problem.out.bytes)
+        chunk = self.lane % (SLICE_BYTES // CHUNK)
+        column = first_column + chunk * (CHUNK // self.problem.out.bytes)
         for i in range_constexpr(SLICE_ROWS // 4):
             row = self.lane // 8 + 4 * i
             store = row < rows
@@ -340,6 +393,6 @@ class Epilogue:
             if store:
                 words = cute.make_rmem_tensor((4,), Int32)
                 source = self.chunk(row, chunk)
-                cute.autovec_copy(_vector(source, Int32, 4, _SMEM), words)
+                cute.autovec_copy(vector(source, Int32, 4, SMEM), words)
                 target = self.out + (Int64(first_row + row) * self.problem.n + column)
-                cute.autovec_copy(words, _vector(target, Int32, 4, _GMEM))
+                cute.autovec_copy(words, vector(target, Int32, 4, GMEM))

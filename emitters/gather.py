@@ -28,7 +28,7 @@ class GatherIterator:
     def __init__(self, problem: GemmProblem, config: GemmSm90Config):
         self.gather = problem.gather
         self.row_bytes = problem.k * problem.operand.bytes
-        self.passes = config.tile_m // _ROWS_PER_PASS
+        self.passes = -(-config.tile_m // _ROWS_PER_PASS)
 
     def attach(self, x: cute.Pointer, index: cute.Pointer | None, num_tokens: Int32, thread: Int32):
         """x: bytes of [T, K] in global memory. thread: 0 .. 127 within the producer warpgroup."""

@@ -10,12 +10,21 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.experimental import primitives as prims
 from cutlass.pipeline import PipelineUserType
 
-from emitters.config import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, WARPGROUP, GemmSm90Config
-from emitters.epilogue import ELEMENT, Epilogue, tensor_map_address
+from emitters.config import (
+    K_TILE_BYTES,
+    SLICE_BYTES,
+    SLICE_ROWS,
+    WARPGROUP,
+    GemmSm90Config,
+    Schedule,
+)
+from emitters.epilogue import ELEMENT, Epilogue
 from emitters.gather import GatherIterator
-from emitters.image import TENSOR_MAP_BYTES
 from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
 from emitters.tiles import TileScheduler
+from emitters.weights import find_weight_map
+
+LOAD_AHEAD = 2  # k-steps before the last, under which the epilogue's operands are loaded
 
 
 class GemmSm90:
@@ -200,7 +209,7 @@ class GemmSm90:
             if warp == 1:
                 self.scheduler.post(j)
             cute.arch.barrier(barrier_id=3, number_of_threads=WARPGROUP)
-            weight_map = self.weight_map(weight, expert)
+            weight_map = find_weight_map(self.problem, weight, expert)
             for k_tile in cutlass.range(self.k_tiles, unroll=1):
                 cute.arch.mbarrier_wait(empty + state.index, state.phase)
                 if warp == 0:
@@ -222,22 +231,8 @@ class GemmSm90:
                 cute.arch.cp_async_mbarrier_arrive_noinc(full + state.index)
                 state.advance()
             expert, column, shared = next_expert, next_column, next_shared
-        if warp == 1:
-            self.scheduler.finish()
-
-    @cute.jit
-    def weight_map(self, weight, expert: Int32):
-        if const_expr(self.problem.weights is WeightStorage.STACKED):
-            return tensor_map_address(weight)
-        entry = cute.make_ptr(
-            Uint8,
-            weight.toint() + expert * TENSOR_MAP_BYTES,
-            cute.AddressSpace.generic,
-            assumed_align=64,
-        )
-        # the table was written through the generic proxy
-        prims.fence_proxy_acquire(prims.MemScope.SYS, entry.to_llvm_ptr(), TENSOR_MAP_BYTES)
-        return entry
+        if const_expr(self.config.schedule is Schedule.DYNAMIC):
+            self.scheduler.finish(warp)
 
     @cute.jit
     def load_weight(self, stage, weight_map, k_tile, column, expert, barrier, rank, shared):
@@ -304,6 +299,8 @@ class GemmSm90:
         if const_expr(two_level):
             sums = cute.make_rmem_tensor(shape, self.sum_type)
 
+        last = self.k_tiles - 1
+        steps = (0, max(last - LOAD_AHEAD, 0), last)  # the last one is apart
         state = pipeline.make_pipeline_state(PipelineUserType.Consumer, self.stages)
         j, turn = Int32(0), 1  # the CTA's unit, and how far it is to this consumer's next
         if const_expr(self.config.pingpong):
@@ -321,21 +318,23 @@ class GemmSm90:
             if const_expr(two_level):
                 sums.fill(0)
             mma.set(warpgroup.Field.ACCUMULATE, False)
-            for k_tile in cutlass.range(self.k_tiles - 1, unroll=1):
-                cute.arch.mbarrier_wait(full + state.index, state.phase)
-                self.issue(mma, acc, tCrA, tCrB, state.index, k_blocks)
-                if const_expr(two_level):
-                    warpgroup.wait_group(0)
-                    self.release(empty + state.index)
-                    self.promote(acc, sums)
-                    mma.set(warpgroup.Field.ACCUMULATE, False)
-                else:
-                    warpgroup.wait_group(1)
-                    if k_tile > 0:
-                        self.release(empty + behind.index)
-                        behind.advance()
-                state.advance()
-            self.epilogue.load(expert, column)
+            for part in range_constexpr(2):
+                for k_tile in cutlass.range(steps[part], steps[part + 1], unroll=1):
+                    cute.arch.mbarrier_wait(full + state.index, state.phase)
+                    self.issue(mma, acc, tCrA, tCrB, state.index, k_blocks)
+                    if const_expr(two_level):
+                        warpgroup.wait_group(0)
+                        self.release(empty + state.index)
+                        self.promote(acc, sums)
+                        mma.set(warpgroup.Field.ACCUMULATE, False)
+                    else:
+                        warpgroup.wait_group(1)
+                        if k_tile > 0:
+                            self.release(empty + behind.index)
+                            behind.advance()
+                    state.advance()
+                if const_expr(part == 0):
+                    self.epilogue.load(expert, column)
             cute.arch.mbarrier_wait(full + state.index, state.phase)
             self.issue(mma, acc, tCrA, tCrB, state.index, k_blocks)
             if const_expr(self.config.pingpong):

@@ -99,16 +99,14 @@ class TileScheduler:
             next_[0] = cute.arch.atomic_add(self.counters, Int32(1), sem="relaxed", scope="gpu")
 
     @cute.jit
-    def finish(self):
-        """After the last unit: the last CTA of the grid leaves the counters at zero."""
-        if const_expr(self.schedule is Schedule.DYNAMIC):
-            lane = cute.arch.lane_idx()
-            if lane == 0:
-                counters = cute.make_tensor(self.counters, cute.make_layout(2))
-                done = cute.arch.atomic_add(self.counters + 1, Int32(1), sem="acq_rel", scope="gpu")
-                if done == self.clusters - 1:
-                    counters[0] = Int32(0)
-                    counters[1] = Int32(0)
+    def finish(self, warp: Int32):
+        """After the last unit of a dynamic schedule: the grid's last CTA leaves zeros."""
+        if warp == 1 and cute.arch.lane_idx() == 0:
+            counters = cute.make_tensor(self.counters, cute.make_layout(2))
+            done = cute.arch.atomic_add(self.counters + 1, Int32(1), sem="acq_rel", scope="gpu")
+            if done == self.clusters - 1:
+                counters[0] = Int32(0)
+                counters[1] = Int32(0)
 
     @cute.jit
     def write(self, j: Int32, unit: Int32):
@@ -133,17 +131,28 @@ class TileScheduler:
         given_starts = cute.make_tensor(starts, cute.make_layout(VECTOR))
         given_ends = cute.make_tensor(ends, cute.make_layout(VECTOR))
         before = cute.make_rmem_tensor((self.per_lane,), Int32)
+        first_row = cute.make_rmem_tensor((self.per_lane,), Int32)
+        end_row = cute.make_rmem_tensor((self.per_lane,), Int32)
+        # all loads before the first use of one
+        for i in range_constexpr(self.per_lane):
+            end_row[i] = given_ends[cutlass.min(lane * self.per_lane + i, self.experts - 1)]
+        if starts.toint() != 0:
+            for i in range_constexpr(self.per_lane):
+                expert = cutlass.min(lane * self.per_lane + i, self.experts - 1)
+                first_row[i] = given_starts[expert]
+        else:
+            for i in range_constexpr(1, self.per_lane):
+                first_row[i] = end_row[i - 1]
+            first_row[0] = cute.arch.shuffle_sync_up(end_row[self.per_lane - 1], 1)
+            if lane == 0:
+                first_row[0] = Int32(0)
         total = Int32(0)
         for i in range_constexpr(self.per_lane):
             expert = lane * self.per_lane + i
-            start = Int32(0)
-            end = Int32(0)
-            if expert < self.experts:
-                end = given_ends[expert]
-                if starts.toint() != 0:
-                    start = given_starts[expert]
-                elif expert > 0:
-                    start = given_ends[expert - 1]
+            start = first_row[i]
+            end = end_row[i]
+            if expert >= self.experts:
+                end = start
             start = cutlass.min(cutlass.max(start, Int32(0)), num_rows)
             end = cutlass.min(cutlass.max(end, start), num_rows)
             self.row[expert] = start

@@ -183,6 +183,17 @@ def batched_products(
     return {"bf16": [bmm], "int8": [int_mm], "fp8": [scaled_mm, scaled_grouped_mm]}[dtype]
 
 
+def stream(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
+    """No peer but the yardstick: reads the active weights, which is checked by their sum, and
+    computes nothing. Its rows are the reference's."""
+    require("triton")
+    from perf.stream import fastest
+
+    expected = operands.expected()
+    launch, share = fastest(operands, flush)
+    return Prepared(launch, lambda numbers: expected, str(share))
+
+
 OURS = "cutlass_moe"
 SYSTEMS: dict[str, Callable[[Case, Operands, torch.Tensor], Prepared]] = {
     OURS: ours,
@@ -193,6 +204,7 @@ SYSTEMS: dict[str, Callable[[Case, Operands, torch.Tensor], Prepared]] = {
     "deepgemm": deepgemm,
     "quack": quack,
     "padded_bmm": padded_bmm,
+    "stream": stream,
 }
 
 
@@ -200,7 +212,11 @@ def usual_systems(case: Case) -> tuple[str, ...]:
     """What a case is measured with unless a run names systems."""
     if case.suite == "schedules":
         return (OURS, *SCHEDULES)
-    unusual = SCHEDULES if case.suite == "tutorial" else (*SCHEDULES, "padded_bmm")
+    unusual = {*SCHEDULES, "padded_bmm", "stream"}
+    if case.suite == "tutorial":
+        unusual.remove("padded_bmm")
+    if case.suite == "gemm":
+        unusual.remove("stream")
     return tuple(name for name in SYSTEMS if name not in unusual)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.heuristics import candidates, choose
-from emitters.config import Config, GemmSm90Config, why_illegal
+from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config, Schedule, why_illegal
 from emitters.problem import (
     ACCUMULATIONS,
     Accumulation,
@@ -211,13 +211,28 @@ EVERY_CANDIDATE = (
 )
 # Run with every legal config.
 EVERY_LEGAL = ("n_264", "n_264_two_level")
+# Run with CTAs that share a tile's K.
+SPLIT = ("k_7168", "k_7168_two_level", "k_2064")
+SPLIT_CONFIGS = tuple(GemmSwapSm90Config(tile_m=16, split_k=split) for split in (2, 4, 8))
 
 
 def legal_configs(problem: GemmProblem) -> list[Config]:
-    every = itertools.product((64, 128, 192), (64, 128, 192, 256), (1, 2), (1, 3))
-    configs = [
-        GemmSm90Config(tile_m=m, tile_n=n, ctas_per_sm=ctas, group_m=group_m)
-        for m, n, ctas, group_m in every
+    """Of every shape of tile, cluster and kind of consumers; schedules and groups in turn."""
+    shapes = itertools.product((64, 128, 192), (64, 128, 192, 256), (1, 2), (1, 2), (False, True))
+    turns = itertools.cycle(itertools.product(Schedule, (2, 1, 4)))
+    configs: list[Config] = [
+        GemmSm90Config(
+            tile_m=m, tile_n=n, ctas_per_sm=ctas, cluster_m=cluster, pingpong=pingpong,
+            schedule=schedule, group_m=group_m,
+        )
+        for (m, n, ctas, cluster, pingpong), (schedule, group_m) in zip(shapes, turns, strict=False)
+    ]  # fmt: skip
+    configs += [
+        GemmSwapSm90Config(tile_m=m, tile_n=n, ctas_per_sm=ctas)
+        for m, n, ctas in itertools.product((8, 16, 48, 96), (64, 128), (1, 2))
+    ]
+    configs += [
+        GemmSwapSm90Config(tile_m=16, k_boxes=boxes, evict_first=boxes == 2) for boxes in (1, 2, 4)
     ]
     return [config for config in configs if why_illegal(problem, config) is None]
 
@@ -230,7 +245,7 @@ def config_cases() -> list[tuple[str, Config]]:
     pairs += [
         (name, config) for name in EVERY_LEGAL for config in legal_configs(CASES[name].problem)
     ]
-    return pairs
+    return pairs + list(itertools.product(SPLIT, SPLIT_CONFIGS))
 
 
 def images() -> set[tuple[GemmProblem, Config]]:

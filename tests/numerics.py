@@ -146,7 +146,7 @@ def check(out: Tensor, case: Case, inputs: dict[str, Any], exact: bool = False) 
 
 SCHEMA_ORDER = (
     "x", "weight", "index", "offsets", "per_token_scale", "scale", "bias",
-    "out_dtype", "accumulation", "expected_rows", "num_sms",
+    "out_dtype", "accumulation", "expected_rows", "num_sms", "schedule",
 )  # fmt: skip
 _CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 

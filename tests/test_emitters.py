@@ -10,7 +10,13 @@ import pytest
 
 from cutlass_moe import heuristics, shapes
 from cutlass_moe.compiler import Request, Result, compile_image, compile_images
-from emitters.config import GemmSm90Config, config_from_json, why_illegal
+from emitters.config import (
+    GemmSm90Config,
+    GemmSwapSm90Config,
+    Schedule,
+    config_from_json,
+    why_illegal,
+)
 from emitters.cubin import read_cubin
 from emitters.emit import param_kinds
 from emitters.image import Image, LaunchRecord, build_identity, image_key
@@ -92,7 +98,9 @@ def test_parameters_are_the_cubins_own(compiled: list[Result]) -> None:
         record, facts = result.image.record, read_cubin(result.image.cubin)
         assert facts.symbol == record.symbol
         assert tuple((p.offset, p.size) for p in record.params) == facts.params
-        assert [(p.name, p.kind) for p in record.params] == param_kinds(result.request.problem)
+        asked = result.request
+        kinds = param_kinds(asked.problem, asked.config)
+        assert [(p.name, p.kind) for p in record.params] == kinds
 
 
 def test_records_say_what_was_asked(compiled: list[Result]) -> None:
@@ -116,9 +124,12 @@ def test_two_builds_are_identical() -> None:
 
 @pytest.mark.parametrize("gather", [True, False])
 def test_parameters_follow_the_problem(gather: bool) -> None:
-    names = [name for name, _ in param_kinds(dataclasses.replace(PROBLEM, gather=gather))]
+    problem = dataclasses.replace(PROBLEM, gather=gather)
+    names = [name for name, _ in param_kinds(problem, GemmSm90Config())]
     assert ("index" in names) == gather
     assert names[-2:] == ["per_token_scale", "channel_scale"]
+    dynamic = param_kinds(problem, GemmSm90Config(schedule=Schedule.DYNAMIC))
+    assert [name for name, _ in dynamic] == [*names, "counters"]
 
 
 PROBLEM_REASONS = [
@@ -150,11 +161,15 @@ CONFIG_REASONS = [
     ("32 rows", {"tile_m": 32}, "64 rows a consumer"),
     ("N between slices", {"tile_n": 96}, "multiple of 64"),
     ("N beyond WGMMA", {"tile_n": 320}, "up to 256"),
-    ("cluster", {"cluster_m": 2}, "single CTAs"),
+    ("cluster of four", {"cluster_m": 4}, "1 or 2"),
+    ("half a pair in a group", {"cluster_m": 2, "group_m": 3}, "multiple of cluster_m"),
+    ("dynamic pairs", {"cluster_m": 2, "schedule": Schedule.DYNAMIC}, "single CTAs"),
+    ("ping-pong of 192 rows", {"tile_m": 192, "tile_n": 64, "pingpong": True}, "at most 128"),
     ("three CTAs", {"ctas_per_sm": 3}, "1 or 2"),
     ("one stage", {"stages": 1}, "between 2 and"),
     ("more stages than fit", {"stages": 5}, "bytes of shared memory"),
-    ("registers", {"tile_m": 192}, "registers a consumer thread"),
+    ("registers at launch", {"tile_m": 192}, "for one WGMMA where 128 are there"),
+    ("registers", {"tile_n": 192, "pingpong": True}, "registers a consumer thread"),
 ]
 
 
@@ -164,6 +179,37 @@ CONFIG_REASONS = [
 def test_illegal_configs_have_a_reason(changes: dict, reason: str) -> None:
     assert why_illegal(PROBLEM, GemmSm90Config()) is None
     assert reason in (why_illegal(PROBLEM, GemmSm90Config(**changes)) or "")
+
+
+SWAP_REASONS = [
+    ("24 rows", {"tile_m": 24}, "multiple of 16"),
+    ("many rows", {"tile_m": 112}, "up to 96"),
+    ("columns between blocks", {"tile_n": 96}, "64 or 128"),
+    ("three boxes", {"k_boxes": 3}, "1, 2 or 4"),
+    ("a cluster of three", {"split_k": 3}, "1, 2, 4 or 8"),
+    ("more CTAs than steps of K", {"split_k": 8, "k_boxes": 4}, "4 steps to share"),
+    ("three CTAs", {"ctas_per_sm": 3}, "1 or 2"),
+    ("one stage", {"stages": 1}, "between 2 and"),
+    ("more stages than fit", {"stages": 30}, "bytes of shared memory"),
+    ("registers", {"tile_m": 96, "tile_n": 128, "ctas_per_sm": 2}, "registers a thread"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [r[1:] for r in SWAP_REASONS], ids=[r[0] for r in SWAP_REASONS]
+)
+def test_illegal_swap_configs_have_a_reason(changes: dict, reason: str) -> None:
+    assert why_illegal(PROBLEM, GemmSwapSm90Config()) is None
+    assert reason in (why_illegal(PROBLEM, GemmSwapSm90Config(**changes)) or "")
+
+
+@pytest.mark.parametrize("config", [GemmSm90Config(group_m=3), GemmSwapSm90Config(split_k=2)])
+def test_configs_round_trip(config: GemmSm90Config | GemmSwapSm90Config) -> None:
+    plain = json.loads(json.dumps(config.to_json()))
+    assert config_from_json(plain) == config
+    for wrong in ({**plain, "template": "gemm"}, {**plain, "tile": 1}):
+        with pytest.raises(ValueError, match="config"):
+            config_from_json(wrong)
 
 
 def test_other_architectures_have_a_reason() -> None:
@@ -179,7 +225,13 @@ def test_two_level_accumulation_does_not_fit_wide_tiles() -> None:
 @pytest.mark.parametrize("rows", [0.0, 0.1, 8.0, 64.0, 500.0, 1e6])
 def test_choices_are_candidates(rows: float) -> None:
     for problem in every_problem():
-        assert heuristics.choose(problem, 1, rows) in heuristics.candidates(problem)
+        config = heuristics.choose(problem, 1, rows)
+        assert config in heuristics.candidates(problem)
+        for schedule in Schedule:
+            named = heuristics.choose(problem, 1, rows, str(schedule))
+            assert named.schedule is schedule
+            assert why_illegal(problem, named) is None
+            assert named.tile_m == config.tile_m or isinstance(config, GemmSwapSm90Config)
 
 
 def test_keys_tell_problems_configs_and_archs_apart() -> None:

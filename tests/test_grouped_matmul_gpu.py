@@ -23,6 +23,7 @@ from tests.cases import (
     CASES,
     FLOAT,
     RAGGED,
+    SPLIT_CONFIGS,
     Case,
     alternate,
     config_cases,
@@ -59,7 +60,7 @@ def test_offsets_beyond_31_bits(case: Case) -> None:
 def _config_id(value: object) -> str:
     if not isinstance(value, Config):
         return str(value)
-    return f"{value.tile_m}x{value.tile_n}-{value.ctas_per_sm}-{value.group_m}"
+    return "-".join(str(field) for field in value.to_json().values())
 
 
 @pytest.mark.parametrize("num_sms", [None, 3], ids=["all_sms", "3_sms"])
@@ -90,6 +91,14 @@ def test_expected_rows_is_a_hint_only(expected_rows: int) -> None:
 def test_two_runs_give_the_same_bytes(name: str) -> None:
     inputs = make_inputs(CASES[name], "cuda")
     assert same_bits(launch(CASES[name], inputs), launch(CASES[name], inputs))
+
+
+@pytest.mark.parametrize("config", SPLIT_CONFIGS, ids=_config_id)
+def test_split_k_adds_in_the_same_order_every_time(config: Config) -> None:
+    inputs = make_inputs(CASES["k_7168"], "cuda")
+    with kernels.forced_config(config):
+        first, *others = (launch(CASES["k_7168"], inputs) for _ in range(20))
+    assert all(same_bits(first, other) for other in others)
 
 
 def test_only_what_the_routing_names_is_read() -> None:

@@ -159,6 +159,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "accumulation: expected fast or two_level for torch.float8_e4m3fn, got 'exact'",
     ),
     "num_sms": ({"num_sms": 0}, ValueError, "num_sms: expected .* got 0"),
+    "schedule": ({"schedule": "fair"}, ValueError, "schedule: expected .*tile.* got 'fair'"),
 }
 ERROR_TABLE = pytest.mark.parametrize(
     ("change", "error", "message"), ERRORS.values(), ids=ERRORS.keys()
@@ -243,7 +244,9 @@ def test_cases(name: str) -> None:
 
 def _absent(inputs: dict[str, Any]) -> dict[str, None]:
     """What the schema, which has no defaults, wants besides."""
-    names = ("per_token_scale", "scale", "bias", "accumulation", "expected_rows", "num_sms")
+    names = (
+        "per_token_scale", "scale", "bias", "accumulation", "expected_rows", "num_sms", "schedule"
+    )  # fmt: skip
     return {name: None for name in names if name not in inputs}
 
 
@@ -262,7 +265,7 @@ def test_scale_of_an_expert_is_that_of_all_its_channels() -> None:
 
 def test_hints_change_nothing() -> None:
     inputs = make_inputs(SMALL, "cpu")
-    got = cm.grouped_matmul(**inputs, expected_rows=1000, num_sms=3)
+    got = cm.grouped_matmul(**inputs, expected_rows=1000, num_sms=3, schedule="dynamic")
     assert torch.equal(got, cm.grouped_matmul(**inputs))
 
 

@@ -11,7 +11,7 @@ import torch
 from emitters.image import build_identity
 from tests.cases import Case, make_inputs
 from tests.ptxsim import launch
-from tests.ptxsim.runs import BASE, NUMBERS, SCHEDULES, SHAPES, SMALL, check_schedules
+from tests.ptxsim.runs import BASE, NUMBERS, SCHEDULES, SHAPES, SMALL, SWAPPED, check_schedules
 from tests.ptxsim.schedule import Schedule
 
 pytestmark = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
@@ -20,6 +20,11 @@ pytestmark = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-c
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernels_are_right(name: str) -> None:
     check_schedules(SHAPES[name], SCHEDULES * (len(NUMBERS) + list(SHAPES).index(name)))
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_swapped_kernels_are_right(name: str) -> None:
+    check_schedules(SWAPPED[name], SCHEDULES * list(SWAPPED).index(name))
 
 
 def _simulate(inputs: dict[str, Any], case: Case) -> torch.Tensor:

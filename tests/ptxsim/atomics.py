@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptxsim.operands import F32, I32, U32, Op, Operands
+from tests.ptxsim.operands import F32, I32, U32, U64, Op, Operands
 from tests.ptxsim.ordered import Location, OrderedMemory
 from tests.ptxsim.outcome import YIELD
 from tests.ptxsim.ptx import Fault, Instruction
@@ -145,7 +145,7 @@ def _change(
 
 
 def _address(operands: Operands, text: str, space: str) -> Any:
-    return operands.address(text, np.dtype(np.uint64) if space == "global" else U32)
+    return operands.address(text, U64 if space == "global" else U32)
 
 
 def _access(

@@ -18,7 +18,7 @@ from tests.ptxsim.tensormap import TensorMap
 
 _LOAD = re.compile(
     r"cp\.async\.bulk(?:\.tensor\.([1-5])d)?\.shared::cluster\.global(\.tile)?"
-    r"\.mbarrier::complete_tx::bytes(\.multicast::cluster)?$"
+    r"\.mbarrier::complete_tx::bytes(\.multicast::cluster)?(?:\.L2::cache_hint)?$"
 )
 _STORE = re.compile(
     r"cp\.async\.bulk(?:\.tensor\.([1-5])d)?\.global\.shared::cta(\.tile)?\.bulk_group$"
@@ -36,6 +36,7 @@ def build(one: Instruction, operands: Operands) -> Op | None:
         "cp.async.bulk.wait_group": _wait_group,
         "cp.async.bulk.wait_group.read": _wait_group,
         "fence.proxy.tensormap::generic.acquire.sys": _acquire_tensor_map,
+        "prefetch.tensormap": _prefetch_tensor_map,
     }
     return others[one.opcode](one, operands) if one.opcode in others else None
 
@@ -87,6 +88,8 @@ def _load(one: Instruction, operands: Operands, rank: int) -> Op:
         origin, size = operands.address(one.operands[1], U64), operands.source(rest.pop(0), U32)
     barrier_at = operands.address(rest.pop(0))
     mask = operands.source(rest.pop(0), U16) if ".multicast" in one.opcode else None
+    if ".L2::cache_hint" in one.opcode:
+        rest.pop()  # changes no data
     if rest:
         raise ValueError(f"{one.where()}: operands {rest}")
 
@@ -213,6 +216,16 @@ def _acquire_tensor_map(one: Instruction, operands: Operands) -> Op:
             f.warp.acquired_maps.add((int(lane), int(address(f)[lane])))
 
     return acquire
+
+
+def _prefetch_tensor_map(one: Instruction, operands: Operands) -> Op:
+    address = operands.address(one.operands[0], U64)
+
+    def prefetch(f: Any) -> None:
+        for lane in f.lanes:
+            _decode_tensor_map(f, int(lane), int(address(f)[lane]))
+
+    return prefetch
 
 
 def _decode_tensor_map(f: Any, lane: int, address: int) -> TensorMap:

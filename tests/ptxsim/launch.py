@@ -71,7 +71,8 @@ class Arguments:
             data = self.counters.view(np.uint8)
             values["counters"] = self.memory.add("counters", data, WORKSPACE)
         values["out"] = self.memory.add("out", _bytes(out), writer=0)
-        self.parameters = self._pack(kernel, values, self._weight(inputs["weight"]))
+        maps = {"weight": self._weight(inputs["weight"]), "out_map": self._out_map(values["out"])}
+        self.parameters = self._pack(kernel, values, maps)
 
     def _add(self, name: str, tensor: Tensor | None) -> int:
         return 0 if tensor is None else self.memory.add(name, _bytes(tensor))
@@ -88,7 +89,7 @@ class Arguments:
                 element_bytes=size,
                 dims=(p.k, p.n, p.num_experts if stacked else 1),
                 strides=(weight.stride(1) * size, weight.stride(0) * size),
-                box=(box.k, box.n, 1),
+                box=(box.columns, box.rows, 1),
                 swizzle=box.swizzle,
             ).encode()
             for expert in range(1 if stacked else p.num_experts)
@@ -98,14 +99,25 @@ class Arguments:
         table = np.frombuffer(b"".join(maps), np.uint8)
         return self.memory.add("tensor maps", table).to_bytes(8, "little")
 
-    def _pack(self, kernel: Kernel, values: dict[str, int], weight: bytes) -> bytes:
+    def _out_map(self, pointer: int) -> bytes:
+        n, size, box = self.problem.n, self.problem.out.bytes, self.record.tensor_maps[1]
+        return TensorMap(
+            pointer=pointer,
+            element_bytes=size,
+            dims=(n, len(self.out)),
+            strides=(n * size,),
+            box=(box.columns, box.rows),
+            swizzle=box.swizzle,
+        ).encode()
+
+    def _pack(self, kernel: Kernel, values: dict[str, int], maps: dict[str, bytes]) -> bytes:
         program = kernel.code.program
         packed = bytearray(program.parameter_bytes)
         for param, declared in zip(kernel.record.params, program.parameters, strict=True):
             if param.size != declared.size:
                 raise ValueError(f"{param.name}: {param.size} bytes, the PTX has {declared.size}")
-            if param.name == "weight":
-                data = weight
+            if param.name in maps:
+                data = maps[param.name]
             elif param.kind is ParamKind.INT32:
                 data = values[param.name].to_bytes(4, "little", signed=True)
             else:

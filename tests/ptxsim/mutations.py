@@ -133,10 +133,11 @@ MUTATIONS: dict[str, Mutation] = {
         consumer(r"mbarrier.arrive.shared.b64 %rd\d+, \[%r\d+\], %r\d+;", "", -1), (_DEADLOCK,)
     ),
     "copies_never_arrive": Mutation(
-        producer(r"cp.async.mbarrier.arrive.noinc.shared.b64 \[%r\d+\];", ""), (_DEADLOCK,)
+        producer(r"cp.async.mbarrier.arrive.noinc[^;]*;", ""), (_DEADLOCK,)
     ),
     "copies_arrive_elsewhere": Mutation(
-        producer(r"(arrive.noinc.shared.b64 \[%r\d+)\];", r"\1+8];"),
+        producer(r"(cp.async.mbarrier.arrive.noinc\S+) \[(%r\d+)([^]]*)\];",
+                 r"{ .reg .b32 next; add.s32 next, \2, 8; \1 [next\3]; }"),
         ("over-arrival", _DEADLOCK, "no mbarrier", "phase", _PENDING),
     ),
     "registers_not_given_back": Mutation(
@@ -217,9 +218,8 @@ MUTATIONS: dict[str, Mutation] = {
         producer(r"(shl.b32 %r\d+, %r\d+,) 13;", r"\1 12;"),
         (_WRONG, _PENDING, _UNORDERED, _READING, "uninitialised"),
     ),
-    "staging_pitch": Mutation(
-        consumer(r"(mad.lo.s32 %r\d+, %r\d+,) 144,", r"\1 128,"),
-        (_WRONG, "uninitialised", _UNORDERED),
+    "staging_address": Mutation(
+        consumer(r"(stmatrix\S+ \[%r\d+)\]", r"\1+16]"), (_WRONG, "uninitialised", _UNORDERED)
     ),
     "index_of_the_next_row": Mutation(
         producer(r"(ld.global.b32 %r\d+, \[%rd\d+)\+64\];", r"\1+68];"), (_WRONG, "bytes")
@@ -252,6 +252,26 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "table_entry_not_written": Mutation(
         setup(r"st.shared.b32 \[%r\d+\+\d+\], %r\d+;", ""), ("uninitialised",)
+    ),
+    # bulk stores
+    "staging_reused_before_it_is_stored": Mutation(
+        consumer("cp.async.bulk.wait_group.read 0;", ""), ("a bulk store may still",)
+    ),
+    "exit_while_stores_read": Mutation(
+        consumer("cp.async.bulk.wait_group.read 0;", "", -1), ("exits with bulk stores",)
+    ),
+    "stores_not_committed": Mutation(
+        consumer("cp.async.bulk.commit_group;", ""), ("a bulk store may still", "exits with")
+    ),
+    "no_proxy_fence_before_stores": Mutation(
+        consumer("fence.proxy.async.shared::cta;", "", -1), ("no fence.proxy.async",)
+    ),
+    "stored_before_all_lanes_have_written": Mutation(
+        consumer("bar.warp.sync -1;", "", -1), (_UNORDERED, "uninitialised", "no fence")
+    ),
+    "tail_rows_stored": Mutation(
+        consumer(r"(setp.lt.s32 %p\d+, %r\d+,) 16;", r"\1 0;"),
+        ("written twice", "belongs to no expert"),
     ),
     # units that the producer posts
     "posts_not_awaited": Mutation(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from emitters.config import GemmSm90Config, Schedule
+from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config, Schedule
 from emitters.problem import (
     ACCUMULATIONS,
     OUTPUTS,
@@ -28,6 +28,7 @@ from tests.ptxsim import launch, schedule
 SMALL = GemmSm90Config(tile_m=64, tile_n=64, stages=2)
 PINGPONG = replace(SMALL, pingpong=True)
 CLUSTER = replace(SMALL, cluster_m=2)
+SWAP = GemmSwapSm90Config(stages=2)
 BASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=400, spare=3, reads="outside")
 PAIRS = replace(BASE, counts=(140, 0, 33))  # of M tiles: one, and one tile that is left over
 EPILOGUES: dict[str, tuple[EpilogueNode, ...]] = {
@@ -44,7 +45,7 @@ EPILOGUES: dict[str, tuple[EpilogueNode, ...]] = {
 @dataclass(frozen=True)
 class Run:
     case: Case
-    config: GemmSm90Config = SMALL
+    config: Config = SMALL
     grid: int = 2
     storage: WeightStorage = WeightStorage.STACKED
 
@@ -147,7 +148,42 @@ SHAPES |= {
     "no_tokens": Run(replace(BASE, tokens=0)),
     "one_row": Run(replace(BASE, tokens=1, counts=(0, 0, 1), spare=0, reads="any")),
 }
-RUNS = NUMBERS | SHAPES
+FEW = replace(BASE, counts=(11, 0, 3))
+SWAPPED: dict[str, Run] = {}  # the template for few rows
+for _i, (_operand, _accumulation) in enumerate(
+    (o, a) for o, al in ACCUMULATIONS.items() for a in al
+):
+    _case = replace(FEW, operand=_operand, accumulation=_accumulation, out=OUTPUTS[_i % 3])
+    _config = replace(SWAP, tile_m=(8, 16)[_i % 2], k_boxes=(1, 1, 2)[_i % 3])
+    SWAPPED[f"swap_{_operand}_{_accumulation}"] = Run(_k(_case, 3.125), _config)
+for _name, _epilogue in EPILOGUES.items():
+    _case = replace(FEW, epilogue=_epilogue, operand=DType.FP16, out=DType.FP16)
+    SWAPPED[f"swap_epilogue_{_name}"] = Run(_k(_case, 2.25), replace(SWAP, tile_m=32, tile_n=128))
+for _m, _n, _boxes in (
+    (8, 128, 4),
+    (16, 64, 1),
+    (48, 128, 1),
+    (64, 64, 2),
+    (96, 64, 1),
+    (96, 128, 1),
+):
+    _case = replace(BASE, counts=(_m + 5, 0, 3), n=_n + 24)
+    SWAPPED[f"swap_{_m}x{_n}_boxes_{_boxes}"] = Run(
+        _case, replace(SWAP, tile_m=_m, tile_n=_n, k_boxes=_boxes)
+    )
+SWAPPED |= {
+    "swap_all_stages": Run(_k(FEW, 40), replace(SWAP, stages=None, ctas_per_sm=2)),
+    "swap_evict_first": Run(FEW, replace(SWAP, evict_first=True)),
+    "swap_one_step": Run(replace(FEW, k=16), SWAP),
+    "swap_no_index": Run(replace(FEW, gather=False, reads="any"), SWAP),
+    "swap_table": Run(FEW, SWAP, storage=WeightStorage.TABLE),
+    "swap_three_ctas": Run(replace(FEW, counts=(9, 0, 33, 1)), SWAP, grid=3),
+    "swap_more_ctas_than_tiles": Run(replace(FEW, counts=(0, 5, 0), n=64), SWAP, grid=3),
+    "swap_experts_33": Run(replace(FEW, counts=(0,) * 30 + (9, 0, 5), k=144), SWAP),
+    "swap_no_rows": Run(replace(FEW, counts=(0, 0, 0)), SWAP),
+    "swap_no_tokens": Run(replace(FEW, tokens=0), SWAP),
+}
+RUNS = NUMBERS | SHAPES | SWAPPED
 SCHEDULES = 5  # of each run
 
 

@@ -56,6 +56,8 @@ def build(one: Instruction, operands: Operands) -> Op | None:
         "cp.async.wait_group": _wait_group,
         "cp.async.wait_all": _wait_group,
         "stmatrix.sync.aligned.m8n8.x4.shared.b16": _store_matrices,
+        "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16": _store_matrices,
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16": _store_matrices,
     }
     return others[one.opcode](one, operands) if one.opcode in others else None
 
@@ -251,15 +253,20 @@ def _gathered(memory: GlobalMemory, copies: Copies) -> np.ndarray:
 
 
 def _store_matrices(one: Instruction, operands: Operands) -> Op:
-    """Four 8x8 matrices of 16 bits; lane i gives the address of row i % 8 of matrix i // 8."""
+    """8x8 matrices of 16 bits; lane i gives the address of row i % 8 of matrix i // 8."""
     address = operands.address(one.operands[0])
     sources = [operands.source(name, U32) for name in braced(one.operands[1])]
-    if len(sources) != 4:
-        raise ValueError(f"{one.where()}: 4 registers expected")
+    count = 2 if ".x2." in one.opcode else 4
+    if len(sources) != count:
+        raise ValueError(f"{one.where()}: {count} registers expected")
 
     def store(f: Any) -> None:
         # register m of lane 4 * row + pair holds columns 2 * pair and 2 * pair + 1 of matrix m
-        words = np.stack([s(f) for s in sources]).reshape(32, 4)
-        f.warp.cta.shared.write(f.threads, address(f), words.view(np.uint8))
+        words = np.ascontiguousarray(np.stack([s(f) for s in sources]))
+        matrices = words.view(np.uint16).reshape(count, 8, 8)
+        if ".trans." in one.opcode:
+            matrices = matrices.transpose(0, 2, 1)
+        rows = np.ascontiguousarray(matrices).reshape(count * 8, 8).view(np.uint8)
+        f.warp.cta.shared.write(f.threads[: count * 8], address(f)[: count * 8], rows)
 
     return store
