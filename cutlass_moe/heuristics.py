@@ -107,8 +107,7 @@ def choose(
 
     num_tokens: rows of x. rows_per_expert: mean, or the caller's hint. schedule: the caller's;
     where swap-AB was chosen, which has one only, the template for many rows serves the call, and a
-    dynamic schedule has no clusters. Raises ValueError, with the reason, where the problem has no legal
-    config.
+    dynamic schedule has no clusters. Raises ValueError, with the reason, where no config is legal.
     """
     config = tuned.lookup(problem, gpu, rows_per_expert)
     config = config or estimate(problem, num_tokens, rows_per_expert)
