@@ -106,18 +106,18 @@ def choose(
     """The config for a call: a tuning table's where one knows GPU and problem, else an estimate.
 
     num_tokens: rows of x. rows_per_expert: mean, or the caller's hint. schedule: the caller's;
-    where it is not the chosen config's, the template for many rows serves the call, and a dynamic
-    schedule has no clusters. Raises ValueError, with the reason, where the problem has no legal
-    config.
+    where swap-AB was chosen, which has one only, the template for many rows serves the call, and a
+    dynamic schedule has no clusters. Raises ValueError, with the reason, where no config is legal.
     """
     config = tuned.lookup(problem, gpu, rows_per_expert)
     config = config or estimate(problem, num_tokens, rows_per_expert)
     if schedule is None or config.schedule == schedule:
         return config
-    clusters = _are_many(problem, rows_per_expert) and schedule != Schedule.DYNAMIC
-    (config,) = _many_rows(problem) if clusters else _some_rows(problem)
-    assert isinstance(config, GemmSm90Config)
-    return replace(config, schedule=Schedule(schedule))
+    if not isinstance(config, GemmSm90Config):
+        (config,) = _some_rows(problem)
+        assert isinstance(config, GemmSm90Config)
+    cluster_m = 1 if schedule == Schedule.DYNAMIC else config.cluster_m
+    return replace(config, schedule=Schedule(schedule), cluster_m=cluster_m)
 
 
 def estimate(problem: GemmProblem, num_tokens: int, rows_per_expert: float) -> Config:
@@ -128,16 +128,12 @@ def estimate(problem: GemmProblem, num_tokens: int, rows_per_expert: float) -> C
     return family[0]
 
 
-def _are_many(problem: GemmProblem, rows_per_expert: float) -> bool:
-    return rows_per_expert > _MANY_ROWS[_wide(problem)]
-
-
 def _family(problem: GemmProblem, rows_per_expert: float) -> tuple[Config, ...]:
     experts = problem.num_experts
     if rows_per_expert > _swap_rows(problem):
         if rows_per_expert <= _ONE_TILE_ROWS:
             return _one_tile(problem)
-        many = _are_many(problem, rows_per_expert)
+        many = rows_per_expert > _MANY_ROWS[_wide(problem)]
         return _many_rows(problem) if many else _some_rows(problem)
     tile_m = next((m for rows, m in _SWAP_ROWS if rows_per_expert <= rows), _SWAP_ROWS[-1][1])
     if tile_m > 8:

@@ -68,16 +68,11 @@ def configs(problem: GemmProblem) -> tuple[Config, ...]:
 
 @lru_cache(maxsize=4096)
 def _entries(problem: GemmProblem, gpu: str, files: str) -> tuple[Entry, ...]:
+    """Of the first table that has any, those that this output and epilogue allow."""
     name = name_of(problem)
-    for table in _tables(files):
-        entries = table.get(gpu, {}).get(name, ())
-        for entry in entries:
-            reason = why_illegal(problem, entry.config)
-            if reason:
-                raise ValueError(f"a tuning table's config for {name} on {gpu}: {reason}")
-        if entries:
-            return entries
-    return ()
+    known = (table.get(gpu, {}).get(name, ()) for table in _tables(files))
+    entries = next(filter(None, known), ())
+    return tuple(entry for entry in entries if why_illegal(problem, entry.config) is None)
 
 
 @lru_cache(maxsize=16)
