@@ -38,8 +38,14 @@ def words(tmp_path) -> list[str]:
 
 
 def start(words: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """Ctrl-C reaches it even where this process was started to ignore it."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def finish(words: list[str]) -> int:

@@ -24,6 +24,7 @@ KERNELS: dict[str, tuple[Case, Config]] = {
     "base": (CASE, SMALL),
     "no_tails": (replace(CASE, n=64), SMALL),
     "one_step": (replace(CASE, k=64), SMALL),
+    "six_steps": (replace(CASE, k=656), SMALL),
     "two_slices": (CASE, replace(SMALL, tile_n=128)),
     "two_level": (replace(CASE, accumulation=Accumulation.TWO_LEVEL), SMALL),
     "two_consumers": (CASE, replace(SMALL, tile_m=128)),

@@ -101,7 +101,7 @@ MUTATIONS: dict[str, Mutation] = {
         producer(r"xor.b32 (%r\d+), \1, %r\d+;", r"xor.b32 \1, \1, 0;"), ("phase", _DEADLOCK)
     ),
     "consumer_never_flips_its_phase": Mutation(
-        consumer(r"xor.b32 (%r\d+), \1, %r\d+;", r"xor.b32 \1, \1, 0;", 1), ("phase", _DEADLOCK)
+        consumer(r"xor.b32 (%r\d+), \1, %r\d+;", r"xor.b32 \1, \1, 0;"), ("phase", _DEADLOCK)
     ),
     "one_stage_too_many": Mutation(
         producer(r"(setp.eq.b32 %p\d+, %r\d+,) 2;", r"\1 3;"), ("no mbarrier", "phase", "mbarrier")
@@ -121,7 +121,7 @@ MUTATIONS: dict[str, Mutation] = {
         consumer(_TRY_WAIT, _PASSED, -1), (_PENDING, _UNORDERED, _READING)
     ),
     "released_before_the_wait": Mutation(
-        consumer("wgmma.wait_group.sync.aligned 1;", ""), (_READING,)
+        consumer("wgmma.wait_group.sync.aligned 1;", "", 1), (_READING,)
     ),
     "last_stage_released_before_the_wait": Mutation(
         consumer("wgmma.wait_group.sync.aligned 0;", ""), (_READING, "read while a WGMMA")
@@ -141,7 +141,7 @@ MUTATIONS: dict[str, Mutation] = {
         ("over-arrival", _DEADLOCK, "no mbarrier", "phase", _PENDING),
     ),
     "registers_not_given_back": Mutation(
-        replace_nth("setmaxnreg.dec.sync.aligned.u32 56;", ""), (_DEADLOCK,), "two_consumers"
+        replace_nth(r"setmaxnreg.dec.sync.aligned.u32 \d+;", ""), (_DEADLOCK,), "two_consumers"
     ),
     # fences and order
     "no_proxy_fence": Mutation(
@@ -182,7 +182,7 @@ MUTATIONS: dict[str, Mutation] = {
         ("written", "bytes", _WRONG),
     ),
     "wrong_swizzle": Mutation(
-        producer(r"(and.b32 %r\d+, %r\d+,) 112;", r"\1 96;"),
+        producer(r"(and.b32 %r\d+, %r\d+,) 112;", r"\1 96;", 1),
         (_WRONG, "two lanes write", "uninitialised"),
     ),
     "expert_search_off_by_one": Mutation(
@@ -210,6 +210,7 @@ MUTATIONS: dict[str, Mutation] = {
     "a_step_too_few": Mutation(
         consumer(r"(setp.ne.b32 %p\d+, %r\d+,) 3;(?=[\s\S]{0,400}bra)", r"\1 2;", -1),
         (_WRONG, _DEADLOCK, "phase", _READING, _PENDING, _UNORDERED, "exits"),
+        "six_steps",
     ),
     "descriptor_not_advanced": Mutation(
         consumer(r"(add.s32 %r\d+, %r\d+,) 4;", r"\1 2;"), (_WRONG,)
