@@ -33,6 +33,7 @@ KERNELS: dict[str, tuple[Case, Config]] = {
     "dynamic": (CASE, RUNS["dynamic"].config),
     "cluster": (replace(CASE, counts=(140, 0, 33)), CLUSTER),
     "pingpong": (CASE, PINGPONG),
+    "split": (replace(CASE, counts=(9, 0, 5), n=136), RUNS["swap_split_2"].config),
     "many_experts": (replace(CASE, counts=(9, 0, 70, 3)), SMALL),
 }
 

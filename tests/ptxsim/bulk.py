@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from tests.ptxsim.operands import I32, U16, U32, U64, Op, Operands, Source, braced, integer
-from tests.ptxsim.order import ASYNC, Threads
-from tests.ptxsim.ordered import PARAM_WINDOW, SHARED_WINDOW
+from tests.ptxsim.order import ASYNC, GENERIC, Threads
+from tests.ptxsim.ordered import OFFSET, PARAM_WINDOW, SHARED_WINDOW
 from tests.ptxsim.outcome import YIELD
 from tests.ptxsim.ptx import Fault, Instruction
 from tests.ptxsim.tensormap import TensorMap
@@ -37,6 +37,7 @@ def build(one: Instruction, operands: Operands) -> Op | None:
         "cp.async.bulk.wait_group.read": _wait_group,
         "fence.proxy.tensormap::generic.acquire.sys": _acquire_tensor_map,
         "prefetch.tensormap": _prefetch_tensor_map,
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32": _store_async,
     }
     return others[one.opcode](one, operands) if one.opcode in others else None
 
@@ -137,6 +138,32 @@ def _landing(
         target.cluster.completed(barrier, barrier.land(16 * len(chunks)))
 
     return land
+
+
+def _store_async(one: Instruction, operands: Operands) -> Op:
+    """16 bytes a lane to a CTA's shared memory, counted by an mbarrier there."""
+    to, barrier_at = operands.address(one.operands[0]), operands.address(one.operands[2])
+    sources = [operands.source(name, U32) for name in braced(one.operands[1])]
+    if len(sources) != 4:
+        raise ValueError(f"{one.where()}: 4 registers expected")
+
+    def store(f: Any) -> Any:
+        cta, where, arrives = f.warp.cta, to(f)[f.lanes], barrier_at(f)[f.lanes]
+        words = np.stack([source(f)[f.lanes] for source in sources], axis=1)
+        data = np.ascontiguousarray(words).view(np.uint8).reshape(len(f.lanes), 16)
+        for place in np.unique(arrives):
+            own = arrives == place
+            owner, barrier = cta.barrier_at(f.threads[own], int(place))
+            targets = {cta.owner(f.threads[own], int(address))[0] for address in where[own]}
+            if targets != {owner}:
+                raise Fault("st.async to one CTA, its mbarrier in another")
+            offsets = where[own] & OFFSET
+            owner.shared.begin_write(f.threads[own], offsets, 16, GENERIC)
+            arrived = _landing(owner, barrier, offsets, lambda part=data[own]: part)
+            cta.cluster.later(arrived, one, owner)
+        return YIELD
+
+    return store
 
 
 @dataclass

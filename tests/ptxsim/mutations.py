@@ -59,6 +59,12 @@ def initial_phase(ptx: str) -> str:
     return producer(f"mov.b32 {parity[1]}, 1;", f"mov.b32 {parity[1]}, 0;")(ptx)
 
 
+def _pass_before(ptx: str, text: str) -> str:
+    """The last wait before `text` lets everybody pass."""
+    at = list(re.finditer(_TRY_WAIT.replace(" ", r"\s+"), ptx[: ptx.index(text)]))[-1]
+    return ptx[: at.start()] + _PASSED + ptx[at.end() :]
+
+
 @dataclass(frozen=True)
 class Mutation:
     """expects: of these texts, one must be in what the simulator says. kernel: which one of
@@ -170,6 +176,23 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "tensor_map_not_acquired": Mutation(
         producer(r"fence.proxy.tensormap::generic.acquire.sys [^;]*;", ""), ("tensormap",), "table"
+    ),
+    # split K: sums from CTA to CTA
+    "sums_expect_half_the_bytes": Mutation(
+        replace_nth(r"(mov.b32 %r\d+,) 2048;", r"\1 1024;"),
+        (_PENDING, _DEADLOCK, "phase", _UNORDERED),
+        "split",
+    ),
+    "sums_are_not_asked_for_again": Mutation(
+        replace_nth(r"mbarrier.arrive.shared::cluster.b64 _, [^;]*;", ""), (_DEADLOCK,), "split"
+    ),
+    "sums_sent_to_their_sender": Mutation(
+        replace_nth(r"(mapa.shared::cluster.u32 %r\d+, %r\d+,) 0;", r"\1 1;"),
+        ("its mbarrier in another",),
+        "split",
+    ),
+    "sums_sent_before_they_are_asked_for": Mutation(
+        lambda ptx: _pass_before(ptx, "st.async"), (_UNORDERED, _PENDING, "phase"), "split"
     ),
     # addresses, tails, arithmetic
     "row_tail_dropped": Mutation(

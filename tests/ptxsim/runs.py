@@ -182,6 +182,14 @@ SWAPPED |= {
     "swap_experts_33": Run(replace(FEW, counts=(0,) * 30 + (9, 0, 5), k=144), SWAP),
     "swap_no_rows": Run(replace(FEW, counts=(0, 0, 0)), SWAP),
     "swap_no_tokens": Run(replace(FEW, tokens=0), SWAP),
+    "swap_split_2": Run(_k(FEW, 3.125), replace(SWAP, split_k=2), grid=4),
+    "swap_split_4": Run(_k(FEW, 9), replace(SWAP, split_k=4, tile_m=16, k_boxes=2), grid=4),
+    "swap_split_int8": Run(
+        _k(replace(FEW, operand=DType.INT8), 5), replace(SWAP, split_k=4, tile_n=128), grid=4
+    ),
+    "swap_split_two_level": Run(
+        _k(replace(FEW, accumulation=Accumulation.TWO_LEVEL), 4), replace(SWAP, split_k=2), grid=2
+    ),
 }
 RUNS = NUMBERS | SHAPES | SWAPPED
 SCHEDULES = 5  # of each run
