@@ -70,7 +70,7 @@ class GemmSm90:
     ):  # fmt: skip
         """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps. index is None
         where rows are taken in order. starts may be null, and counters is None but for a dynamic
-        schedule: see TileScheduler."""
+        schedule: see TileScheduler. out_map: [16, N], stands for the output's tensor map."""
         if const_expr(self.problem.weights is WeightStorage.STACKED):
             # the atom reserves a parameter of 128 bytes: the host encodes the tensor map in it,
             # `load_weight` issues the copy
