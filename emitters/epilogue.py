@@ -16,9 +16,6 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
-from cutlass._mlir import ir
-from cutlass._mlir.dialects import cute_nvgpu
-from cutlass.cutlass_dsl import dsl_user_op
 from cutlass.experimental import primitives as prims
 
 from emitters.config import SLICE_BYTES, SLICE_ROWS, GemmSm90Config
@@ -30,6 +27,7 @@ from emitters.problem import (
     GemmProblem,
     PerTokenScale,
 )
+from emitters.tensor_maps import tensor_map_address
 from emitters.tiles import VECTOR
 
 ELEMENT = {
@@ -53,14 +51,6 @@ def vector(
         element, pointer.toint(), space, assumed_align=count * element.width // 8
     )
     return cute.make_tensor(aligned, cute.make_layout(count))
-
-
-@dsl_user_op
-def tensor_map_address(atom, *, loc=None, ip=None):
-    """Address of the tensor map that a TMA atom carries as a kernel parameter."""
-    executable = cute_nvgpu.atom_make_exec_tma(atom._trait.value, loc=loc, ip=ip)
-    kind = ir.Type.parse("!cute.ptr<!cute_nvgpu.tma_descriptor_tiled, generic, align<128>>")
-    return cute_nvgpu.get_tma_desc_addr(kind, executable, loc=loc, ip=ip)
 
 
 class Fragment:

@@ -12,8 +12,6 @@ from cutlass.pipeline import PipelineUserType
 
 from emitters.config import (
     K_TILE_BYTES,
-    SLICE_BYTES,
-    SLICE_ROWS,
     WARPGROUP,
     GemmSm90Config,
     Schedule,
@@ -21,8 +19,8 @@ from emitters.config import (
 from emitters.epilogue import ELEMENT, Epilogue
 from emitters.gather import GatherIterator
 from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
+from emitters.tensor_maps import find_weight_map, make_out_map
 from emitters.tiles import TileScheduler
-from emitters.weights import find_weight_map
 
 LOAD_AHEAD = 2  # k-steps before the last, under which the epilogue's operands are loaded
 
@@ -78,13 +76,7 @@ class GemmSm90:
             one_stage = cute.slice_(layout, (None, None, 0))
             copy = cpasync.CopyBulkTensorTileG2SOp()
             weight, _ = cpasync.make_tiled_tma_atom(copy, weight, one_stage, self.tile[1:])
-        box = (SLICE_ROWS, SLICE_BYTES // self.problem.out.bytes)
-        out_map, _ = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileS2GOp(),
-            out_map,
-            cute.make_layout(box, stride=(box[1], 1)),
-            box,
-        )
+        out_map = make_out_map(self.problem, out_map)
         self.kernel(
             weight,
             x,

@@ -10,12 +10,12 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.experimental import primitives as prims
 from cutlass.pipeline import PipelineUserType
 
-from emitters.config import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, WARPGROUP, GemmSwapSm90Config
+from emitters.config import K_TILE_BYTES, WARPGROUP, GemmSwapSm90Config
 from emitters.epilogue import CHUNK, ELEMENT, GMEM, SMEM, Epilogue, vector
 from emitters.gather import GatherIterator
 from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
+from emitters.tensor_maps import find_weight_map, make_out_map
 from emitters.tiles import VECTOR, TileScheduler
-from emitters.weights import find_weight_map
 
 _EVICT_FIRST = 0x12F0000000000000  # the L2 policy that createpolicy makes of evict_first
 
@@ -209,13 +209,7 @@ class GemmSwapSm90:
             copy = cpasync.CopyBulkTensorTileG2SOp()
             box = (self.tile[0], self.tile[2])
             weight, _ = cpasync.make_tiled_tma_atom(copy, weight, one_box, box)
-        box = (SLICE_ROWS, SLICE_BYTES // self.problem.out.bytes)
-        out_map, _ = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileS2GOp(),
-            out_map,
-            cute.make_layout(box, stride=(box[1], 1)),
-            box,
-        )
+        out_map = make_out_map(self.problem, out_map)
         self.kernel(
             weight, x, index, starts, ends, out, out_map, num_tokens, num_rows, node_tensors
         ).launch(
