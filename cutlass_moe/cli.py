@@ -18,7 +18,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"no module {missing.name!r}: pip install 'cutlass-moe[cli]'") from missing
 
 from cutlass_moe import tuned, tuning
-from cutlass_moe.archive import pack
+from cutlass_moe.archive import SUFFIX, pack
 from cutlass_moe.cache import Cache, default_cache
 from cutlass_moe.cache_cli import COMMANDS
 from cutlass_moe.cli_common import (
@@ -309,7 +309,7 @@ def _destination(output: Path | None) -> Cache:
     """Where to build: the directory of an archive stays beside it, for the next build."""
     cache = default_cache()
     if output:
-        archive = output.suffix == ".zip"
+        archive = output.suffix == SUFFIX
         root = Path(f"{output}.build") if archive else output
         if (archive and output.is_dir()) or (root.exists() and not root.is_dir()):
             raise click.UsageError(f"--output: expected a directory or a .zip file, got {output}")
@@ -323,7 +323,7 @@ def _finish(root: Path, output: Path, built: bool) -> None:
     """The manifest and, where all could be built, the archive."""
     try:
         console.print(f"They are listed in {write_manifest(root)}", markup=False)
-        if built and output.suffix == ".zip":
+        if built and output.suffix == SUFFIX:
             console.print(f"{pack(root, output)} images packed into {output}", markup=False)
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error

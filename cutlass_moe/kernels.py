@@ -133,8 +133,12 @@ def warmup(
     asked = _problems(model_or_problems, dtype)
     index = torch.cuda._utils._get_device_index(device, optional=True)
     arch = device_arch(index)
-    wanted = [(p, c) for p in asked for c in heuristics.candidates(p)]
-    wanted = [(p, c) for p, c in wanted if (p, c, index) not in _kernels]
+    wanted = [
+        (problem, config)
+        for problem in asked
+        for config in heuristics.candidates(problem)
+        if (problem, config, index) not in _kernels
+    ]
     default_cache()  # once, not in every thread
     with ThreadPoolExecutor() as pool:  # of several processes, one compiles an image
         images = list(pool.map(lambda pair: find_image(pair[0], pair[1], arch), wanted))

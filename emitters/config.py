@@ -344,13 +344,8 @@ def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
         )
     kinds = {node.kind for node in p.epilogue}
     scaled_bias = {"channel_scale", "bias"} <= kinds and p.n % c.tile_n  # with a tail: predicates
-    needed = c.accumulator_registers(p) + (112 if scaled_bias else 80)  # addresses, scales, a slice
-    if needed > c.consumer_registers:
-        return (
-            f"about {needed} registers a consumer thread ({c.accumulator_registers(p)} of them "
-            f"accumulators) where {c.consumer_registers} are to be had"
-        )
-    return None
+    others = 112 if scaled_bias else 80  # addresses, scales, one store slice
+    return _register_reason(p, c, others, c.consumer_registers, "a consumer thread")
 
 
 def _swap_reason(p: GemmProblem, c: GemmSwapSm90Config) -> str | None:
@@ -364,13 +359,18 @@ def _swap_reason(p: GemmProblem, c: GemmSwapSm90Config) -> str | None:
         return f"split_k {c.split_k}: 1, 2, 4 or 8 CTAs of a cluster"
     if c.split_k > c.k_steps(p):
         return f"split_k {c.split_k}: K {p.k} has {c.k_steps(p)} steps to share"
-    needed = c.accumulator_registers(p) + 64  # addresses, scales, one part of the epilogue
-    if needed > c.registers:
-        return (
-            f"about {needed} registers a thread ({c.accumulator_registers(p)} of them "
-            f"accumulators) where {c.registers} are to be had"
-        )
-    return None
+    return _register_reason(p, c, 64, c.registers, "a thread")  # 64: as above, fewer scales
+
+
+def _register_reason(p: GemmProblem, c: Config, others: int, there: int, whose: str) -> str | None:
+    """others: registers that are needed besides accumulators."""
+    accumulators = c.accumulator_registers(p)
+    if accumulators + others <= there:
+        return None
+    return (
+        f"about {accumulators + others} registers {whose} ({accumulators} of them accumulators) "
+        f"where {there} are to be had"
+    )
 
 
 def _memory_reason(p: GemmProblem, c: Config) -> str | None:

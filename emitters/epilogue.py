@@ -283,10 +283,7 @@ class Epilogue:
         if self.lane == 0:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
         cute.arch.sync_warp()  # the slice before has left shared memory
-        if const_expr(self.problem.out is DType.FP32):
-            self.stage_words(values)
-        else:
-            self.stage_matrices(values)
+        self.stage(values)
         cute.arch.fence_view_async_shared()
         cute.arch.sync_warp()
         self.send(
@@ -294,6 +291,13 @@ class Epilogue:
             rows - m * 64 - self.fragment.warp_row,
             first_column + part * self.slice_columns,
         )
+
+    def stage(self, values: cute.Tensor):
+        """Into the warp's own part of shared memory."""
+        if self.problem.out is DType.FP32:
+            self.stage_words(values)
+        else:
+            self.stage_matrices(values)
 
     @cute.jit
     def finish(self):

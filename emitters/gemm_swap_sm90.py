@@ -109,10 +109,7 @@ class SwapEpilogue(Epilogue):
         first_column: Int32,
     ):
         cute.arch.sync_warp()  # the part before has left the staging rows
-        if const_expr(self.problem.out is DType.FP32):
-            self.stage_words(values)
-        else:
-            self.stage_matrices(values)
+        self.stage(values)
         cute.arch.sync_warp()
         skipped = part * self.config.part_rows
         self.copy_out(first_row + skipped, rows - skipped, first_column + m * 64)

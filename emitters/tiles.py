@@ -34,9 +34,7 @@ class TileScheduler:
         self.n_tiles = config.n_tiles(problem)
         self.cluster_m = config.cluster_m
         self.schedule = config.schedule
-        self.group = (
-            config.group_m // config.cluster_m
-        )  # units that share an N tile's weights in L2
+        self.group = config.group_m // config.cluster_m  # units that share weights in L2
 
     def attach(self, table: cute.Pointer, counters: cute.Pointer | None):
         """table: shared memory, `table_words` int32. counters: of a dynamic schedule, two int32 in
