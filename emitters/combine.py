@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
+from cutlass import Float32, Int32, Int64, range_constexpr
 from cutlass.cute.math import fma
 
 from emitters.arguments import integer, pointer
@@ -46,7 +46,7 @@ class Combine:
         """residual may be null. weights and inverse are read before the grid before this one is
         waited for.
 
-        grid: num_tokens * N / 8 threads, rounded up.
+        grid: `CombineProblem.ctas`.
         """
         self.kernel(rows, weights, inverse, residual, out, num_rows, num_tokens).launch(
             grid=[grid, 1, 1],

@@ -11,11 +11,9 @@ from cutlass.cute.math import fma
 from emitters.arguments import integer, pointer
 from emitters.epilogue import ELEMENT, GMEM, vector
 from emitters.problem import DType
-from emitters.steps import ROW_VECTOR, QuantizeProblem, StepConfig
+from emitters.steps import LARGEST, ROW_VECTOR, QuantizeProblem, StepConfig
 from emitters.tiles import VECTOR
 
-LARGEST = {DType.E4M3: 448.0, DType.E5M2: 57344.0, DType.INT8: 127.0}
-_VECTORS = 4  # of a row that a thread should hold: 64 bytes of 16-bit elements in flight
 _MAGIC = 12582912.0  # 1.5 * 2^23: a sum with it has the rounded integer in its low bits
 
 
@@ -36,13 +34,9 @@ class Quantize:
     def __init__(self, problem: QuantizeProblem, config: StepConfig):
         self.problem, self.config = problem, config
         self.source, self.target = ELEMENT[problem.source], ELEMENT[problem.target]
-        vectors = problem.k // ROW_VECTOR
-        threads = 1
-        while threads * _VECTORS < vectors and threads * 2 <= config.threads:
-            threads *= 2
-        self.row_threads = threads
-        self.row_vectors = vectors
-        self.vectors = -(-vectors // threads)  # of a thread
+        self.row_threads = threads = problem.row_threads(config.threads)
+        self.row_vectors = problem.k // ROW_VECTOR
+        self.vectors = -(-self.row_vectors // threads)  # of a thread
         self.words = ROW_VECTOR * problem.source.bytes // 4  # of a vector
         self.rows = config.threads // threads  # of a CTA
         self.smem_bytes = 4 * config.threads // 32 if threads > 32 else 0
@@ -67,7 +61,7 @@ class Quantize:
         is read before the grid before this one is waited for. early: not 0 where the source is
         complete and nobody reads q and scale by then: they are written before that wait too.
 
-        grid: num_rows / rows, rounded up.
+        grid: `QuantizeProblem.ctas`.
         """
         self.kernel(source, end, q, scale, num_rows, early).launch(
             grid=[grid, 1, 1], block=[self.config.threads, 1, 1], stream=stream
@@ -174,7 +168,7 @@ class Quantize:
         return largest
 
     def narrow(self, elements: cute.Tensor):
-        """Eight float32 quotients -> two words of the target's elements, the nearest, ties to even."""
+        """Eight quotients -> two words of the target's elements: the nearest, ties to even."""
         words = cute.make_rmem_tensor((2,), Int32)
         if self.problem.target is DType.INT8:
             for j in range(ROW_VECTOR):
@@ -190,7 +184,7 @@ class Quantize:
 
 
 def power_towards_one(value: Float32):
-    """The power of two that brings a positive number into [1, 2), a subnormal one into [2^-22, 2)."""
+    """The power of two that brings a normal number into [1, 2), a subnormal one into [2^-22, 2)."""
     bits = cute.make_rmem_tensor((1,), Float32)
     bits[0] = value
     exponent = cute.recast_tensor(bits, Int32)[0] >> 23

@@ -12,6 +12,7 @@ from emitters.problem import OUTPUTS, DType, GemmProblem
 ROW_VECTOR = 8  # elements of a row that a thread takes at a time: 16 bytes of 16-bit ones
 MAX_ROW = 32_768
 MAX_TOP_K = 32
+LARGEST = {DType.E4M3: 448.0, DType.E5M2: 57344.0, DType.INT8: 127.0}  # a row's after quantisation
 
 _S = TypeVar("_S", bound="Step")
 
@@ -75,6 +76,17 @@ class QuantizeProblem(Step):
     source_scale: float = 1.0
     op: ClassVar[str] = "quantize"
 
+    def row_threads(self, threads: int) -> int:
+        """Of a CTA's threads those that take a row, a power of two: 32 elements each, if so many
+        threads are there."""
+        found = 1
+        while found * 4 * ROW_VECTOR < self.k and found * 2 <= threads:
+            found *= 2
+        return found
+
+    def ctas(self, rows: int, threads: int) -> int:
+        return -(-rows * self.row_threads(threads) // threads)
+
     def why_illegal(self) -> str | None:
         if self.source not in OUTPUTS:
             return f"rows of {self.source}: supported are {', '.join(OUTPUTS)}"
@@ -97,6 +109,9 @@ class CombineProblem(Step):
     n: int
     top_k: int
     op: ClassVar[str] = "combine"
+
+    def ctas(self, tokens: int, threads: int) -> int:
+        return -(-tokens * self.n // (ROW_VECTOR * threads))
 
     def why_illegal(self) -> str | None:
         if self.dtype not in OUTPUTS:
