@@ -50,9 +50,7 @@ class PairSorter:
 
     @cute.jit
     def clear(self):
-        counts = cute.make_tensor(
-            self.before.iterator, cute.make_layout(self.warps * self.experts)
-        )
+        counts = cute.make_tensor(self.before.iterator, cute.make_layout(self.warps * self.experts))
         for i in cutlass.range(self.thread, self.warps * self.experts, self.warps * 32):
             counts[i] = Int32(0)
 
@@ -261,6 +259,4 @@ class Route:
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        self.sorter.sort(
-            ids, expert_map, num_ids, choices, capacity, index, offsets, inverse
-        )
+        self.sorter.sort(ids, expert_map, num_ids, choices, capacity, index, offsets, inverse)
