@@ -119,7 +119,7 @@ def announce_fallback(reason: str) -> None:
     """Once a reason: a warning. Under capture, or with CUTLASS_MOE_STRICT=1: an error."""
     if os.environ.get("CUTLASS_MOE_STRICT") == "1":
         raise RuntimeError(f"no kernel for this problem (CUTLASS_MOE_STRICT=1): {reason}")
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"no kernel for this problem, and the torch path cannot be captured: {reason}"
         )
