@@ -132,8 +132,8 @@ class MoeFeedForward(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] -> the same shape and dtype: that of the parameters, except under
-        autocast; quantised layers take bfloat16, float16 and float32.
+        """hidden [..., D] -> the same shape and dtype: that of the parameters, or any floating one
+        under autocast and where the layer is quantised.
 
         Raises TypeError or ValueError for other inputs, RuntimeError where a gradient through a
         quantised layer is wanted.
@@ -245,7 +245,7 @@ class MoeFeedForward(nn.Module):
             values = torch.empty(weight.shape, dtype=QUANT_DTYPES[quant][0], device=weight.device)
             scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
             for e, expert in enumerate(weight):  # one by one: a float32 copy of all may not fit
-                values[e], scale[e] = quantize_per_token(expert.contiguous(), values.dtype)
+                values[e], scale[e] = quantize_per_token(expert.contiguous().float(), values.dtype)
             setattr(self, f"{name}_quantized", values)
             setattr(self, f"{name}_scale", scale)
             setattr(self, name, None)
