@@ -25,7 +25,7 @@ from cutlass_moe.layer_reference import (
 )
 from cutlass_moe.ops import wants_gradient
 from cutlass_moe.quantize import quantize_per_token
-from emitters.config import why_illegal
+from emitters.legality import why_illegal
 from emitters.problem import ACCUMULATIONS, GemmProblem
 
 _QUANTIZED = ("w1_quantized", "w1_scale", "w2_quantized", "w2_scale")
@@ -189,7 +189,7 @@ class MoeFeedForward(nn.Module):
     def _fused(self, x: Tensor, weights: Tensor, ids: Tensor, residual: Tensor | None) -> Tensor:
         w13, w2, w13_scale, w2_scale, w13_bias, w2_bias = self._experts()
         return cm.fused_moe(
-            x,
+            x.contiguous(),
             w13,
             w2,
             weights,
@@ -318,6 +318,8 @@ def _why_illegal(
     """Why there is no kernel for a layer's two products, or None. d, width, h: D, F, H."""
     if hidden not in (torch.bfloat16, torch.float16):
         return f"hidden of {hidden}: supported are torch.bfloat16 and torch.float16"
+    if weight.itemsize > 1 and weight != hidden:  # under autocast
+        return f"hidden of {hidden} and weights of {weight}"
     operand, out = DTYPES[weight], DTYPES[hidden]
     for n, k in ((width, d), (d, h)):
         problem = GemmProblem(operand, ACCUMULATIONS[operand][0], out, n, k, experts, gather=True)

@@ -232,6 +232,7 @@ def test_training_never_asks_for_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
         (torch.float16, torch.int8, (8, 64, 32, 16), None),
         (torch.bfloat16, torch.float8_e4m3fn, (8, 64, 32, 32), None),
         (torch.float32, torch.float32, (8, 64, 32, 16), "hidden of torch.float32"),
+        (torch.float16, torch.bfloat16, (8, 64, 32, 16), "weights of torch.bfloat16"),
         (torch.bfloat16, torch.bfloat16, (8, 68, 32, 16), "multiples of 16 bytes"),
         (torch.bfloat16, torch.bfloat16, (8, 64, 24, 12), "multiples of 16 bytes"),
         (torch.bfloat16, torch.int8, (8, 64, 48, 24), "multiples of 16 bytes"),
