@@ -88,9 +88,9 @@ def expected(
         correction_bias=layer.correction_bias,
         **layer.router_options,
     )
-    shared = torch.zeros(len(x), D, dtype=torch.float64)
-    one = torch.ones(len(x), 1)
-    every = torch.zeros(len(x), 1, dtype=torch.int32)
+    shared = x.new_zeros(len(x), layer.embed_dim, dtype=torch.float64)
+    one = x.new_ones(len(x), 1)
+    every = torch.zeros(len(x), 1, dtype=torch.int32, device=x.device)
     for s in range(layer.num_shared_experts):
         shared = shared + fused_moe_reference(
             x.double(),
