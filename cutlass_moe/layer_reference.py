@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from cutlass_moe.quantize import quantize_per_token
 
-QUANT_DTYPES = {"fp8": (torch.float8_e4m3fn, torch.float8_e5m2), "int8": (torch.int8,)}
+QUANT_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 GATED = ("swiglu", "geglu", "reglu", "swiglu_oai")
 NOT_GATED = ("gelu", "silu", "relu", "relu2")
 

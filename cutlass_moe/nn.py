@@ -40,8 +40,9 @@ class MoeFeedForward(nn.Module):
       of num_shared_experts S, which every token visits and whose outputs are added unweighted,
       shared_w1 [S, D, F], shared_w2 [S, H, D] and with `bias` shared_b1 [S, F], shared_b2 [S, D].
     activation: "gelu" (erf, the default), "silu", "relu" or "relu2" (squared).
-    top_k, scoring, renormalize, num_groups, topk_groups, scale, threshold: as in `topk_router`.
-      correction_bias: there is a float32 buffer of this name, [E], for the choice of experts.
+    top_k and router_options (scoring, renormalize, num_groups, topk_groups, scale, threshold): as
+      in `topk_router`. correction_bias: there is a float32 buffer of this name, [E], for the choice
+      of experts.
     capacity_factor: as in `route`.
     use_grouped_gemm=False: the padded path, always.
 
@@ -66,17 +67,12 @@ class MoeFeedForward(nn.Module):
         bias: bool = False,
         use_grouped_gemm: bool = True,
         *,
-        scoring: str = "softmax",
-        renormalize: bool = True,
-        num_groups: int = 1,
-        topk_groups: int = 1,
         correction_bias: bool = False,
-        scale: float = 1.0,
-        threshold: float | None = None,
         router_bias: bool = False,
         capacity_factor: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **router_options: Any,
     ) -> None:
         super().__init__()
         sizes = {"embed_dim": embed_dim, "hidden_dim": hidden_dim, "num_experts": num_experts}
@@ -95,34 +91,26 @@ class MoeFeedForward(nn.Module):
         self.use_grouped_gemm = use_grouped_gemm
         self.capacity_factor = capacity_factor
         self.quant: str | None = None  # "fp8" or "int8" after `quantize_`
-        self.router_options: dict[str, Any] = {
-            "scoring": scoring,
-            "renormalize": renormalize,
-            "num_groups": num_groups,
-            "topk_groups": topk_groups,
-            "scale": scale,
-            "threshold": threshold,
-        }
-        topk_router_reference(torch.zeros(1, num_experts), top_k, **self.router_options)  # checks
+        self.router_options = router_options
+        topk_router_reference(torch.zeros(1, num_experts), top_k, **router_options)  # checks them
 
-        width = 2 * hidden_dim if activation in GATED else hidden_dim
-        shapes = {
-            "w1": (num_experts, embed_dim, width),
-            "w2": (num_experts, hidden_dim, embed_dim),
-            "b1": (num_experts, width),
-            "b2": (num_experts, embed_dim),
-        }
-        shared = {f"shared_{n}": (num_shared_experts, *s[1:]) for n, s in shapes.items()}
-        for name, shape in (shapes | shared).items():
-            there = shape[0] > 0 and (bias or len(shape) == 3)
-            empty = torch.empty(shape, device=device, dtype=dtype)
-            self.register_parameter(name, nn.Parameter(empty) if there else None)
+        for prefix, count in (("", num_experts), ("shared_", num_shared_experts)):
+            for name, shape in self._shapes().items():
+                there = count > 0 and (bias or name.startswith("w"))
+                empty = torch.empty((count, *shape), device=device, dtype=dtype)
+                self.register_parameter(prefix + name, nn.Parameter(empty) if there else None)
         self.router = nn.Linear(embed_dim, num_experts, router_bias, device, dtype)
         zeros = torch.zeros(num_experts, device=device, dtype=torch.float32)
         self.register_buffer("correction_bias", zeros if correction_bias else None)
         for name in _QUANTIZED:
             self.register_buffer(name, None)
         self.reset_parameters()
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one expert's parameters."""
+        d, h = self.embed_dim, self.hidden_dim
+        width = 2 * h if self.activation in GATED else h
+        return {"w1": (d, width), "w2": (h, d), "b1": (width,), "b2": (d,)}
 
     def reset_parameters(self) -> None:
         """Weights are drawn as `nn.Linear` draws them, expert by expert; biases become zeros."""
@@ -179,12 +167,9 @@ class MoeFeedForward(nn.Module):
             return "a gradient may be asked for (torch.no_grad() says that it won't be)"
         if not x.is_cuda:
             return f"tensors on {x.device}, not on a GPU"
+        shapes, arch = self._shapes(), device_arch(x.get_device())
         weight = self._experts().w13.dtype
-        width = self.hidden_dim * (2 if self.activation in GATED else 1)
-        arch = device_arch(x.get_device())
-        return _why_illegal(
-            x.dtype, weight, self.num_experts, self.embed_dim, width, self.hidden_dim, arch
-        )
+        return _why_illegal(x.dtype, weight, self.num_experts, shapes["w1"], shapes["w2"], arch)
 
     def _fused(self, x: Tensor, weights: Tensor, ids: Tensor, residual: Tensor | None) -> Tensor:
         w13, w2, w13_scale, w2_scale, w13_bias, w2_bias = self._experts()
@@ -242,7 +227,7 @@ class MoeFeedForward(nn.Module):
     def _quantize(self, quant: str) -> None:
         for name in ("w1", "w2"):
             weight = getattr(self, name).detach().transpose(1, 2)
-            values = torch.empty(weight.shape, dtype=QUANT_DTYPES[quant][0], device=weight.device)
+            values = torch.empty(weight.shape, dtype=QUANT_DTYPES[quant], device=weight.device)
             scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
             for e, expert in enumerate(weight):  # one by one: a float32 copy of all may not fit
                 values[e], scale[e] = quantize_per_token(expert.contiguous().float(), values.dtype)
@@ -313,15 +298,20 @@ def quantize_(module: nn.Module, quant: str) -> nn.Module:
 
 @cache
 def _why_illegal(
-    hidden: torch.dtype, weight: torch.dtype, experts: int, d: int, width: int, h: int, arch: str
+    hidden: torch.dtype,
+    weight: torch.dtype,
+    experts: int,
+    w1: tuple[int, ...],
+    w2: tuple[int, ...],
+    arch: str,
 ) -> str | None:
-    """Why there is no kernel for a layer's two products, or None. d, width, h: D, F, H."""
+    """Why there is no kernel for a layer's two products, or None. w1 [D, F], w2 [H, D]."""
     if hidden not in (torch.bfloat16, torch.float16):
         return f"hidden of {hidden}: supported are torch.bfloat16 and torch.float16"
     if weight.itemsize > 1 and weight != hidden:  # under autocast
         return f"hidden of {hidden} and weights of {weight}"
     operand, out = DTYPES[weight], DTYPES[hidden]
-    for n, k in ((width, d), (d, h)):
+    for k, n in (w1, w2):
         problem = GemmProblem(operand, ACCUMULATIONS[operand][0], out, n, k, experts, gather=True)
         reason = why_illegal(problem, arch=arch)
         if reason is not None:
