@@ -5,6 +5,11 @@ from cutlass_moe.index_group_matmul import (
     index_group_matmul_workspace_size,
 )
 from cutlass_moe.kernels import warmup
+from cutlass_moe.layer_reference import (
+    combine_reference,
+    fused_moe_reference,
+    topk_router_reference,
+)
 from cutlass_moe.ops import grouped_matmul, grouped_matmul_out, grouped_matmul_problem
 from cutlass_moe.quantize import quantize_per_channel, quantize_per_token
 from cutlass_moe.reference import grouped_matmul_reference
@@ -12,6 +17,8 @@ from cutlass_moe.routing import RoutingTable, route
 
 __all__ = [
     "RoutingTable",
+    "combine_reference",
+    "fused_moe_reference",
     "grouped_matmul",
     "grouped_matmul_out",
     "grouped_matmul_problem",
@@ -21,5 +28,6 @@ __all__ = [
     "quantize_per_channel",
     "quantize_per_token",
     "route",
+    "topk_router_reference",
     "warmup",
 ]
