@@ -121,8 +121,9 @@ def _parts(name: str, operand: Operand) -> tuple[Tensor, Tensor | None]:
     """The tensor and its scale."""
     values, scale = (operand, None) if isinstance(operand, Tensor) else operand
     if (scale is None) == (values.dtype.itemsize == 1):
-        expected = "a pair of a tensor and its scale" if scale is None else "a tensor alone"
-        raise TypeError(f"{name}: expected {expected} for {values.dtype}, got the other")
+        alone, paired = "a tensor alone", "a pair of a tensor and its scale"
+        expected, got = (paired, alone) if scale is None else (alone, paired)
+        raise TypeError(f"{name}: expected {expected} for {values.dtype}, got {got}")
     return values, scale
 
 

@@ -43,7 +43,7 @@ class _Gmm(torch.autograd.Function):
         weight = b if trans_b else b.transpose(1, 2)
         if not (weight.is_contiguous() or weight.transpose(1, 2).is_contiguous()):
             weight = weight.contiguous()
-        offsets = batch_sizes.to(a.device, non_blocking=True).cumsum(0, dtype=torch.int32)
+        offsets = batch_sizes.cumsum(0, dtype=torch.int32).to(a.device, non_blocking=True)
         return grouped_matmul(a.contiguous(), weight, offsets=offsets)
 
     @staticmethod
