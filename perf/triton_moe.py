@@ -48,6 +48,8 @@ def moe_kernel(  # type: ignore[no-untyped-def]
     blocks_n = tl.cdiv(N, BN)
     # GROUP blocks of rows share a stripe of weights while it is in L2
     first = pid // (GROUP * blocks_n) * GROUP
+    if first >= blocks_m:
+        return
     group = tl.minimum(blocks_m - first, GROUP)
     block_m = first + (pid % (GROUP * blocks_n)) % group
     block_n = (pid % (GROUP * blocks_n)) // group

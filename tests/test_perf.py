@@ -14,14 +14,12 @@ from perf.cases import (
     RAGGED_ROWS,
     ROUTINGS,
     SCHEDULES,
-    SUITES,
     Case,
     Ceilings,
     Workload,
     draw_topk_ids,
     floor_us,
     moved_bytes,
-    select,
     workload,
 )
 from perf.operands import Operands, Weights, relative_error
@@ -35,6 +33,7 @@ from perf.peers import (
     padded_bmm,
     usual_systems,
 )
+from perf.suites import SUITES, select
 from perf.timing import GRAPH_LAUNCHES, divided, launches_captured, launches_within, summarise
 
 H200 = Ceilings(4424, 4255, 1365, 906, 689, 2.0)

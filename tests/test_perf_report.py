@@ -11,10 +11,11 @@ from click.testing import CliRunner
 from emitters.config import GemmSm90Config
 from perf import report
 from perf.__main__ import images_of, main
-from perf.cases import SCHEDULES, SUITES, Case, draw_topk_ids, select, workload
+from perf.cases import SCHEDULES, Case, draw_topk_ids, workload
 from perf.figures import figures
 from perf.rows import PUBLISHED, RIVALS, Row, load_published, row_of
 from perf.store import Store, default_path, load
+from perf.suites import SUITES, select
 from tests.test_perf import H200, SMALL
 
 ABOUT = {
