@@ -41,9 +41,9 @@ from cutlass_moe.roots import (
     read_image,
 )
 from cutlass_moe.shapes import DTYPES
-from emitters.config import ARCHS, config_from_json
+from emitters.config import ARCHS
 from emitters.image import Image, build_identity, driver_cuda, image_key
-from emitters.problem import GemmProblem
+from emitters.steps import any_config_from_json, problem_from_json
 
 INSTALLED = "installed"
 
@@ -288,8 +288,8 @@ def _why_faulty(root: Root, arch: str, key: str, cuda: int | None) -> str | None
         if image is None:
             return "it was removed meanwhile"
         record = image.record
-        problem = GemmProblem.from_json(record.problem)
-        derived = image_key(problem, config_from_json(record.config), record.arch)
+        problem = problem_from_json(record.problem)
+        derived = image_key(problem, any_config_from_json(record.config), record.arch)
     except (ValueError, UntrustedRoot) as error:
         return str(error).removeprefix(f"{root.path}: {arch}/{key}: ")
     if (record.arch, derived) != (arch, key):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cutlass_moe import kernels
 from cutlass_moe.arguments import Operands, Options, check, check_out, pose
-from cutlass_moe.launch import Kernel
-from emitters.config import why_illegal
+from cutlass_moe.launch import GemmKernel
+from emitters.legality import why_illegal
 
 
 class Call(NamedTuple):
@@ -21,7 +21,7 @@ class Call(NamedTuple):
 
     shape: tuple[int, int]
     dtype: torch.dtype
-    kernel: Kernel | None  # None: the reference
+    kernel: GemmKernel | None  # None: the reference
     grid: int
 
 
@@ -68,7 +68,7 @@ def _choose(operands: Operands, dtype: torch.dtype, options: Options) -> Call:
 
 
 def enqueue(
-    kernel: Kernel,
+    kernel: GemmKernel,
     grid: int,
     out: Tensor,
     operands: Operands,
@@ -112,7 +112,7 @@ def enqueue(
         raise ValueError("x, weight and out: expected addresses in multiples of 16 bytes")
     stream = torch._C._cuda_getCurrentRawStream(device)
     weights = None if table else (weight_pointer, weight.stride())
-    kernel.launch(values, weights, (out_pointer, rows), grid, stream)
+    kernel.launch_gemm(values, weights, (out_pointer, rows), grid, stream)
 
 
 def announce_fallback(reason: str) -> None:

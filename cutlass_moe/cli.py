@@ -42,11 +42,13 @@ from cutlass_moe.compiler import (
     build_images,
     write_manifest,
 )
-from cutlass_moe.heuristics import candidates, choose, estimate
+from cutlass_moe.heuristics import candidates, choose, estimate, every_config
 from cutlass_moe.roots import UntrustedRoot
-from emitters.config import ARCHS, Config, GemmSwapSm90Config, config_from_json, why_illegal
+from emitters.config import ARCHS, Config, GemmSwapSm90Config
 from emitters.image import TOOLCHAINS, image_key
+from emitters.legality import why_illegal
 from emitters.problem import GemmProblem
+from emitters.steps import AnyConfig, Problem, any_config_from_json, problem_from_json
 
 TOKENS = (1, 16, 128, 1024, 8192)
 Parsed = TypeVar("Parsed")
@@ -157,9 +159,9 @@ def build(
             "(and --config)"
         )
     if problem:
-        parsed = _parse(GemmProblem.from_json, "--problem", problem)
-        chosen = _parse(config_from_json, "--config", config) if config else None
-        configs = [chosen] if chosen else candidates(parsed)
+        parsed = _parse(problem_from_json, "--problem", problem)
+        chosen = _parse(any_config_from_json, "--config", config) if config else None
+        configs = [chosen] if chosen else every_config(parsed)
         requests = _requests_of("--problem", parsed, configs, arch)
     else:
         dtypes = layers.pop("dtypes") or ("fp8",)
@@ -289,14 +291,14 @@ def _registers(config: Config) -> str:
 def _requests(
     asked: Iterable[Projection],
     arch: str = ARCHS[0],
-    configs_of: Callable[[GemmProblem], Sequence[Config]] = candidates,
+    configs_of: Callable[[GemmProblem], Sequence[AnyConfig]] = candidates,
 ) -> list[Request]:
     found = (_requests_of(str(one), one.problem, configs_of(one.problem), arch) for one in asked)
     return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
 
 def _requests_of(
-    name: str, problem: GemmProblem, configs: Sequence[Config], arch: str
+    name: str, problem: Problem, configs: Sequence[AnyConfig], arch: str
 ) -> list[Request]:
     """name: what an error calls the problem."""
     reason = why_illegal(problem, next(iter(configs), None), arch)

@@ -22,7 +22,6 @@ from typing import Any
 
 import emitters
 from cutlass_moe.cache import Cache
-from emitters.config import Config
 from emitters.image import (
     Image,
     LaunchRecord,
@@ -31,7 +30,7 @@ from emitters.image import (
     image_key,
     installed_toolchains,
 )
-from emitters.problem import GemmProblem
+from emitters.steps import AnyConfig, Problem
 
 TIMEOUT = 120.0  # seconds an image may take: a hundred times what the slowest does
 STALE_SECONDS = 86_400.0  # a worker's directory that old was left by a build that was killed
@@ -51,8 +50,8 @@ class CompilerNotInstalled(CompileError):
 class Request:
     """An image to compile."""
 
-    problem: GemmProblem
-    config: Config
+    problem: Problem
+    config: AnyConfig
     arch: str = "sm_90a"
 
     @property
@@ -74,7 +73,7 @@ class Result:
 
 
 def compile_image(
-    problem: GemmProblem, config: Config, arch: str = "sm_90a", timeout: float = TIMEOUT
+    problem: Problem, config: AnyConfig, arch: str = "sm_90a", timeout: float = TIMEOUT
 ) -> Image:
     """Compiles one image in a worker of its own, within `timeout` seconds.
 
@@ -194,7 +193,7 @@ def _in_workers(
         workers.close()
 
 
-def build_command(problem: GemmProblem, config: Config, arch: str = "sm_90a") -> str:
+def build_command(problem: Problem, config: AnyConfig, arch: str = "sm_90a") -> str:
     """The shell command that builds exactly this image into the writable root of the cache."""
     compact = [json.dumps(part.to_json(), separators=(",", ":")) for part in (problem, config)]
     return shlex.join(

@@ -8,8 +8,10 @@ from math import ceil
 from typing import Any
 
 from cutlass_moe import tuned
-from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config, Schedule, why_illegal
+from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config, Schedule
+from emitters.legality import why_illegal
 from emitters.problem import GemmProblem
+from emitters.steps import AnyConfig, Problem, Step, StepConfig
 
 GPU = "NVIDIA H200"  # what calls are planned for where no GPU is asked
 
@@ -81,8 +83,13 @@ def _widest(problem: GemmProblem, tile_m: int, tile_n: int, **options: Any) -> t
     return _first_legal(problem, *(GemmSm90Config(tile_m, n, **options) for n in widths or [64]))
 
 
+def every_config(problem: Problem) -> tuple[AnyConfig, ...]:
+    """That calls of this problem may take: what a build compiles."""
+    return (step_config(problem),) if isinstance(problem, Step) else candidates(problem)
+
+
 def candidates(problem: GemmProblem) -> tuple[Config, ...]:
-    """Every config that `choose` may return for this problem: what a build compiles."""
+    """Every config that `choose` may return for this problem."""
     return tuple(dict.fromkeys((*tuned.configs(problem), *_estimates(problem))))
 
 
@@ -94,6 +101,10 @@ def _estimates(problem: GemmProblem) -> tuple[Config, ...]:
         found.append(_swap(problem, tile_m, _swap_columns(problem, tile_m, rows), every))
     found += [_one_tile(problem), _some_rows(problem), _many_rows(problem)]
     return tuple(dict.fromkeys(config for family in found for config in family))
+
+
+def step_config(problem: Step) -> StepConfig:
+    return StepConfig()
 
 
 def choose(

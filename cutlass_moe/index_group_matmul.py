@@ -19,12 +19,12 @@ from torch import Tensor
 from cutlass_moe import kernels
 from cutlass_moe.arguments import Operands, Options, check, check_out, pose
 from cutlass_moe.calls import announce_fallback, enqueue
-from cutlass_moe.launch import Kernel
+from cutlass_moe.launch import GemmKernel
 from cutlass_moe.ops import wants_gradient
 from cutlass_moe.reference import grouped_matmul_reference_out
 from cutlass_moe.workspace import Place, WorkspacePlan, found, stand_in, view_of_slices
-from emitters.config import why_illegal
 from emitters.image import TENSOR_MAP_BYTES
+from emitters.legality import why_illegal
 from emitters.problem import WeightStorage
 
 Tensors = Tensor | Sequence[Tensor]
@@ -177,7 +177,7 @@ class Executor:
         problem = pose(operands, out.dtype, arguments.accumulation)
         if isinstance(weights, list):
             problem = replace(problem, weights=WeightStorage.TABLE)
-        self._launch: tuple[Kernel, int] | None = None
+        self._launch: tuple[GemmKernel, int] | None = None
         self._table: Place | None = None
         self._why_illegal: str | None = None
         if self.device.type == "cuda" and len(out):
@@ -366,7 +366,7 @@ def _limits(lengths: list[int]) -> Tensor:
     return torch.tensor([[0, *ends[:-1]], ends], dtype=torch.int32)
 
 
-def _tensor_maps(kernel: Kernel, weights: list[Tensor]) -> Tensor:
+def _tensor_maps(kernel: GemmKernel, weights: list[Tensor]) -> Tensor:
     """uint8 [E, TENSOR_MAP_BYTES]: what a kernel reads the weights of each expert through."""
     table = torch.empty((len(weights), TENSOR_MAP_BYTES), dtype=torch.uint8)
     for e, weight in enumerate(weights):

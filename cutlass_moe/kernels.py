@@ -17,15 +17,16 @@ from cutlass_moe import heuristics
 from cutlass_moe.arguments import Options
 from cutlass_moe.cache import Cache, MissingImage, default_cache
 from cutlass_moe.compiler import build_command, compile_image
-from cutlass_moe.launch import Kernel
+from cutlass_moe.launch import GemmKernel, Kernel
 from cutlass_moe.models import find_shape
 from cutlass_moe.roots import Entry
 from cutlass_moe.shapes import problems
 from emitters.config import Config
 from emitters.image import Image, build_identity, image_key
 from emitters.problem import GemmProblem
+from emitters.steps import AnyConfig, Problem
 
-_kernels: dict[tuple[GemmProblem, Config, int], Kernel] = {}
+_kernels: dict[tuple[Problem, AnyConfig, int], Kernel] = {}
 _lock = threading.Lock()
 forced: Config | None = None  # by `forced_config`
 
@@ -43,7 +44,7 @@ def device_name(device: int) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def find_image(problem: GemmProblem, config: Config, arch: str) -> Image:
+def find_image(problem: Problem, config: AnyConfig, arch: str) -> Image:
     """The image from the cache, compiled on a miss.
 
     Raises MissingImage, naming the command that builds it, where CUTLASS_MOE_JIT=0 forbids
@@ -70,7 +71,7 @@ def find_image(problem: GemmProblem, config: Config, arch: str) -> Image:
     return image
 
 
-def _nearest(cache: Cache, problem: GemmProblem, config: Config, arch: str) -> str:
+def _nearest(cache: Cache, problem: Problem, config: AnyConfig, arch: str) -> str:
     """Which image comes closest: the fewest other fields of the problem, then of the config."""
     asked = {"arch": arch, **problem.to_json()}, config.to_json()
 
@@ -95,7 +96,7 @@ def _nearest(cache: Cache, problem: GemmProblem, config: Config, arch: str) -> s
     return f"The nearest of the images there, {nearest.key[:12]}, is for {words}."
 
 
-def load(problem: GemmProblem, config: Config, device: int, image: Image | None = None) -> Kernel:
+def load(problem: Problem, config: AnyConfig, device: int, image: Image | None = None) -> Kernel:
     """The kernel on CUDA device `device`, loaded at the first call.
 
     image: what `find_image` gives, where that is known. Raises RuntimeError while a CUDA graph is
@@ -113,7 +114,8 @@ def load(problem: GemmProblem, config: Config, device: int, image: Image | None 
         with _lock:
             kernel = _kernels.get((problem, config, device))
             if kernel is None:
-                kernel = _kernels[problem, config, device] = Kernel(image, device)
+                kind = GemmKernel if isinstance(problem, GemmProblem) else Kernel
+                kernel = _kernels[problem, config, device] = kind(image, device)
     return kernel
 
 
@@ -173,7 +175,7 @@ def plan(
     num_tokens: int,
     num_rows: int,
     options: Options,
-) -> tuple[Kernel, int]:
+) -> tuple[GemmKernel, int]:
     """The kernel of a call and the CTAs to launch. Raises what `load` raises."""
     experts = problem.num_experts
     per_expert = options.expected_rows or num_rows / experts
@@ -184,4 +186,6 @@ def plan(
     ctas = min(options.num_sms or sms, sms) * config.ctas_per_sm
     most_tiles = (num_rows // config.tile_m + min(experts, num_rows)) * config.n_tiles(problem)
     clusters = max(1, min(ctas // config.cluster, most_tiles // config.cluster_m))
-    return load(problem, config, device), clusters * config.cluster
+    kernel = load(problem, config, device)
+    assert isinstance(kernel, GemmKernel)
+    return kernel, clusters * config.cluster

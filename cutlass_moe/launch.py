@@ -108,7 +108,6 @@ class Kernel:
 
     def __init__(self, image: Image, device: int) -> None:
         self.record = image.record
-        self._problem = GemmProblem.from_json(image.record.problem)
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # the device's context exists and is current
             reason = why_unloadable(self.record.build, driver_cuda())
@@ -120,8 +119,6 @@ class Kernel:
                 "cuModuleGetFunction", driver.cuModuleGetFunction(module, symbol)
             )
         self._check_params(self.record.params)
-        dynamic = any(param.name == "counters" for param in self.record.params)
-        self._counters = _counters(device) if dynamic else None
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(
             "cuFuncSetAttribute",
@@ -133,12 +130,8 @@ class Kernel:
         first = ctypes.addressof(self._values)
         self._pointers = (ctypes.c_void_p * count)(*(first + i * _SLOT for i in range(count)))
         self._arguments = ctypes.addressof(self._pointers)
-        self._at = {
-            p.name: i for i, p in enumerate(self.record.params) if p.kind is ParamKind.TENSOR_MAP
-        }
-        self._boxes = {box.param: box for box in self.record.tensor_maps}
-        self._maps: dict[tuple[Any, ...], tuple[driver.CUtensorMap, int]] = {}
         self._grid = self._stream = 0
+        self._overlap = False
         self._lock = threading.Lock()
         self._config = driver.CUlaunchConfig()
         self._config.gridDimY = self._config.gridDimZ = 1
@@ -146,13 +139,7 @@ class Kernel:
         self._config.blockDimY = self._config.blockDimZ = 1
         self._config.sharedMemBytes = self.record.smem_bytes
         self._config.gridDimX = 0
-        if self.record.cluster != (1, 1, 1):
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            dimensions = attribute.value.clusterDim
-            dimensions.x, dimensions.y, dimensions.z = self.record.cluster
-            self._config.attrs = [attribute]
-            self._config.numAttrs = 1
+        self._set_attributes(overlap=False)
 
     def _check_params(self, params: tuple[Param, ...]) -> None:
         for i, param in enumerate(params):
@@ -162,19 +149,74 @@ class Kernel:
                     f"parameter {param.name}: {param.size} bytes, the kernel has {got[1]}"
                 )
 
-    def launch(
+    def _set_attributes(self, overlap: bool) -> None:
+        attributes = []
+        if self.record.cluster != (1, 1, 1):
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            dimensions = attribute.value.clusterDim
+            dimensions.x, dimensions.y, dimensions.z = self.record.cluster
+            attributes.append(attribute)
+        if overlap:
+            attribute = driver.CUlaunchAttribute()
+            ids = driver.CUlaunchAttributeID
+            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(attribute)
+        self._config.attrs = attributes
+        self._config.numAttrs = len(attributes)
+        self._overlap = overlap
+
+    def launch(self, values: list[int], grid: int, stream: int, overlap: bool = False) -> None:
+        """Enqueues the kernel on a stream of the current device, which must be this kernel's.
+
+        values: addresses and integers in the order of record.params. overlap: programmatic
+        dependent launch: the kernel may start before its predecessor on the stream ends, and waits
+        for it where it reads what that writes.
+        """
+        with self._lock:
+            self._slots.pack_into(self._values, 0, *values)
+            self._enqueue(grid, stream, overlap)
+
+    def _enqueue(self, grid: int, stream: int, overlap: bool) -> None:
+        if overlap is not self._overlap:
+            self._set_attributes(overlap)
+        if self._grid != grid or self._stream != stream:  # setting them is slow
+            self._config.gridDimX = self._grid = grid
+            self._config.hStream = self._stream = stream
+        status = driver.cuLaunchKernelEx(self._config, self._function, self._arguments, 0)[0]
+        if status != 0:
+            raise DriverError(f"cuLaunchKernelEx failed: {driver.CUresult(status).name}")
+
+
+class GemmKernel(Kernel):
+    """A grouped GEMM: encodes the tensor maps of its weights and its output, and keeps them."""
+
+    def __init__(self, image: Image, device: int) -> None:
+        super().__init__(image, device)
+        self._problem = GemmProblem.from_json(image.record.problem)
+        dynamic = any(param.name == "counters" for param in self.record.params)
+        self._counters = _counters(device) if dynamic else None
+        self._at = {
+            p.name: i for i, p in enumerate(self.record.params) if p.kind is ParamKind.TENSOR_MAP
+        }
+        self._boxes = {box.param: box for box in self.record.tensor_maps}
+        self._maps: dict[tuple[Any, ...], tuple[driver.CUtensorMap, int]] = {}
+
+    def launch_gemm(
         self,
         values: list[int],
         weight: tuple[int, tuple[int, ...]] | None,
         out: tuple[int, int],
         grid: int,
         stream: int,
+        overlap: bool = False,
     ) -> None:
-        """Enqueues the kernel on a stream of the current device, which must be this kernel's.
+        """As `launch`.
 
-        values: addresses and integers in the order of record.params, without the counters of a
-        dynamic schedule; what stands for a tensor map is ignored. weight: pointer and strides of
-        the [E, N, K] weights that such a map describes; out: pointer and rows of the output.
+        values: without the counters of a dynamic schedule; what stands for a tensor map is
+        ignored. weight: pointer and strides of the [E, N, K] weights that such a map describes;
+        out: pointer and rows of the output.
         """
         with self._lock:
             if self._counters is not None:
@@ -183,12 +225,7 @@ class Kernel:
             if weight is not None:
                 self._pointers[self._at["weight"]] = self._tensor_map(weight, self.encode_weight)
             self._pointers[self._at["out_map"]] = self._tensor_map(out, self._encode_out)
-            if self._grid != grid or self._stream != stream:  # setting them is slow
-                self._config.gridDimX = self._grid = grid
-                self._config.hStream = self._stream = stream
-            status = driver.cuLaunchKernelEx(self._config, self._function, self._arguments, 0)[0]
-        if status != 0:
-            raise DriverError(f"cuLaunchKernelEx failed: {driver.CUresult(status).name}")
+            self._enqueue(grid, stream, overlap)
 
     def _tensor_map(self, key: tuple[Any, ...], encode: Callable[..., driver.CUtensorMap]) -> int:
         cached = self._maps.get(key)
@@ -235,7 +272,7 @@ class Kernel:
             pointer,
             [driver.cuuint64_t(extent) for extent in extents],
             [driver.cuuint64_t(stride * size) for stride in strides],
-            [driver.cuuint32_t(extent) for extent in (box.columns, box.rows, 1)[:rank]],
+            [driver.cuuint32_t(extent) for extent in box.box],
             [driver.cuuint32_t(1)] * rank,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             _SWIZZLES[box.swizzle],

@@ -16,7 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from emitters.config import Config, config_from_json, why_illegal
+from emitters.config import Config, config_from_json
+from emitters.legality import why_illegal
 from emitters.problem import GemmProblem
 
 VARIABLE = "CUTLASS_MOE_TUNING"

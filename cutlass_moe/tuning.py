@@ -19,8 +19,9 @@ from cutlass_moe.ops import grouped_matmul_out
 from cutlass_moe.routing import route
 from cutlass_moe.timing import batch_us, flush_buffer
 from cutlass_moe.tuned import Entry
-from emitters.config import Config, GemmSm90Config, why_illegal
+from emitters.config import Config, GemmSm90Config
 from emitters.image import Image
+from emitters.legality import why_illegal
 from emitters.problem import Bias, GemmProblem
 
 TOKENS = tuple(2**i for i in range(16))

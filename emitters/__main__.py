@@ -15,10 +15,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from emitters.config import config_from_json
 from emitters.emit import emit
 from emitters.image import Image
-from emitters.problem import GemmProblem
+from emitters.steps import any_config_from_json, problem_from_json
 
 
 def main() -> None:
@@ -43,8 +42,8 @@ def _answer(line: str) -> dict[str, Any]:
 
 
 def _emit(request: dict[str, Any]) -> Image:
-    problem = GemmProblem.from_json(request["problem"])
-    config = config_from_json(request["config"])
+    problem = problem_from_json(request["problem"])
+    config = any_config_from_json(request["config"])
     return emit(problem, config, request["arch"], request["toolchain"])
 
 

@@ -9,16 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from emitters.config import (
-    K_TILE_BYTES,
-    SLICE_BYTES,
-    SLICE_ROWS,
-    Config,
-    GemmSwapSm90Config,
-    Schedule,
-    why_illegal,
-)
+from emitters.config import GemmSm90Config, GemmSwapSm90Config
 from emitters.cubin import CubinFacts, read_cubin
 from emitters.image import (
     IMAGE_ABI,
@@ -27,17 +21,21 @@ from emitters.image import (
     LaunchRecord,
     Param,
     ParamKind,
-    TensorMapBox,
     build_identity,
 )
-from emitters.problem import GemmProblem, WeightStorage
+from emitters.legality import why_illegal
+from emitters.problem import GemmProblem
+from emitters.steps import AnyConfig, Problem
 from emitters.toolchain import load_toolchain, loaded_toolchain
+
+if TYPE_CHECKING:
+    from emitters.arguments import Argument
 
 _SIZES = {ParamKind.TENSOR_MAP: TENSOR_MAP_BYTES, ParamKind.POINTER: 8, ParamKind.INT32: 4}
 
 
 def emit(
-    problem: GemmProblem, config: Config, arch: str = "sm_90a", toolchain: str | None = None
+    problem: Problem, config: AnyConfig, arch: str = "sm_90a", toolchain: str | None = None
 ) -> Image:
     """Compiles one kernel. Raises ValueError, with the reason, where that is illegal.
 
@@ -46,17 +44,15 @@ def emit(
     return _emit(problem, config, arch, toolchain=toolchain)[0]
 
 
-def emit_ptx(
-    problem: GemmProblem, config: Config, arch: str = "sm_90a"
-) -> tuple[LaunchRecord, str]:
+def emit_ptx(problem: Problem, config: AnyConfig, arch: str = "sm_90a") -> tuple[LaunchRecord, str]:
     """The kernel that `emit` writes as PTX, with `.loc` lines that name the Python source."""
     image, ptx = _emit(problem, config, arch, "--generate-line-info")
     return image.record, ptx
 
 
 def _emit(
-    problem: GemmProblem,
-    config: Config,
+    problem: Problem,
+    config: AnyConfig,
     arch: str,
     more_options: str = "",
     toolchain: str | None = None,
@@ -64,32 +60,17 @@ def _emit(
     reason = why_illegal(problem, config, arch)
     if reason:
         raise ValueError(reason)
-    os.environ["CUTE_DSL_ARCH"] = arch  # read when cutlass is imported
-    if toolchain:
-        load_toolchain(toolchain)
-    cubin, ptx = _compile(problem, config, arch, more_options)
+    template = _template(problem, config, arch, toolchain)
+    arguments = template.arguments()
+    cubin, ptx = _compile(template, arguments, more_options)
     facts = read_cubin(cubin)
-    weight = TensorMapBox(
-        "weight",
-        columns=config.k_tile(problem),
-        rows=config.tile_n // config.cluster_m,
-        swizzle=K_TILE_BYTES,
-        l2_promotion=config.l2_promotion,
-    )
-    out = TensorMapBox(
-        "out_map",
-        columns=SLICE_BYTES // problem.out.bytes,
-        rows=SLICE_ROWS,
-        swizzle=SLICE_BYTES,
-        l2_promotion=128,
-    )
     record = LaunchRecord(
         symbol=facts.symbol,
-        params=_params(problem, config, facts),
-        tensor_maps=(weight, out),
-        smem_bytes=config.smem_bytes(problem),
+        params=_params(arguments, facts),
+        tensor_maps=template.tensor_maps(),
+        smem_bytes=template.smem_bytes,
         threads=config.threads,
-        cluster=(config.cluster, 1, 1),
+        cluster=(template.cluster, 1, 1),
         arch=arch,
         abi=IMAGE_ABI,
         registers=facts.registers,
@@ -102,23 +83,19 @@ def _emit(
     return Image(cubin, record), ptx
 
 
-def param_kinds(problem: GemmProblem, config: Config) -> list[tuple[str, ParamKind]]:
-    """The parameters of a grouped GEMM in the kernel's order."""
-    table = problem.weights is WeightStorage.TABLE
-    pointers = ["x", *(["index"] if problem.gather else []), "starts", "ends", "out"]
-    return [
-        ("weight", ParamKind.POINTER if table else ParamKind.TENSOR_MAP),
-        *((name, ParamKind.POINTER) for name in pointers),
-        ("out_map", ParamKind.TENSOR_MAP),
-        ("num_tokens", ParamKind.INT32),
-        ("num_rows", ParamKind.INT32),
-        *((node.kind, ParamKind.POINTER) for node in problem.epilogue),
-        *([("counters", ParamKind.POINTER)] if config.schedule is Schedule.DYNAMIC else []),
-    ]
+def param_kinds(
+    problem: Problem, config: AnyConfig, arch: str = "sm_90a"
+) -> list[tuple[str, ParamKind]]:
+    """A kernel's parameters in its order. Loads the DSL."""
+    return _named(_template(problem, config, arch).arguments())
 
 
-def _params(problem: GemmProblem, config: Config, facts: CubinFacts) -> tuple[Param, ...]:
-    named = param_kinds(problem, config)
+def _named(arguments: Sequence[Argument]) -> list[tuple[str, ParamKind]]:
+    return [param for argument in arguments for param in argument.params]
+
+
+def _params(arguments: Sequence[Argument], facts: CubinFacts) -> tuple[Param, ...]:
+    named = _named(arguments)
     sizes = [_SIZES[kind] for _, kind in named]
     if sizes != [size for _, size in facts.params]:
         raise AssertionError(f"parameters of sizes {sizes} expected, the cubin has {facts.params}")
@@ -128,47 +105,39 @@ def _params(problem: GemmProblem, config: Config, facts: CubinFacts) -> tuple[Pa
     )
 
 
-def _compile(
-    problem: GemmProblem, config: Config, arch: str, more_options: str
-) -> tuple[bytes, str]:
-    """-> cubin, PTX"""
-    import cutlass.cute as cute
-    from cutlass import Int32, Uint8
-    from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_ptr
+def _template(problem: Problem, config: AnyConfig, arch: str, toolchain: str | None = None) -> Any:
+    """The template's instance that writes this kernel.
 
-    from emitters.epilogue import ELEMENT, node_element
+    It has `__call__` and `kernel`, `arguments()` for the former (grid and stream come after them),
+    `tensor_maps()`, `smem_bytes` and `cluster`.
+    """
+    os.environ["CUTE_DSL_ARCH"] = arch  # read when cutlass is imported
+    if toolchain:
+        load_toolchain(toolchain)
     from emitters.gemm_sm90 import GemmSm90
     from emitters.gemm_swap_sm90 import GemmSwapSm90
 
-    def pointer(element: type, align: int) -> cute.Pointer:
-        return make_ptr(element, align, cute.AddressSpace.gmem, assumed_align=align)
+    kinds: dict[str, type] = {
+        GemmSm90Config.template: GemmSm90,
+        GemmSwapSm90Config.template: GemmSwapSm90,
+    }
+    name = config.template if isinstance(problem, GemmProblem) else problem.op
+    kind: Any = kinds[name]
+    kind.kernel.set_name_prefix(f"cutlass_moe_{name}", keep_mangled_name=False)
+    return kind(problem, config)
 
-    shape = (problem.n, problem.k, problem.num_experts)
-    stacked = problem.weights is WeightStorage.STACKED
-    kind = GemmSwapSm90 if isinstance(config, GemmSwapSm90Config) else GemmSm90
-    template = kind(problem, config)
-    kind.kernel.set_name_prefix(f"cutlass_moe_{config.template}", keep_mangled_name=False)
+
+def _compile(template: Any, arguments: Sequence[Argument], more_options: str) -> tuple[bytes, str]:
+    """-> cubin, PTX"""
+    import cutlass.cute as cute
+    from cutlass import Int32
+    from cutlass.cute.runtime import make_fake_stream
+
     # dump file names do not tell one compile from another
     with tempfile.TemporaryDirectory() as dump:
         compiled = cute.compile(
             template,
-            make_fake_compact_tensor(
-                ELEMENT[problem.operand], shape, stride_order=(1, 0, 2), assumed_align=16
-            )
-            if stacked
-            else pointer(Uint8, 64),
-            pointer(Uint8, 16),
-            pointer(Int32, 4) if problem.gather else None,
-            pointer(Int32, 4),
-            pointer(Int32, 4),
-            pointer(ELEMENT[problem.out], 16),
-            make_fake_compact_tensor(
-                ELEMENT[problem.out], (SLICE_ROWS, problem.n), stride_order=(1, 0), assumed_align=16
-            ),
-            Int32(1),
-            Int32(1),
-            tuple(pointer(node_element(node), 4) for node in problem.epilogue) or None,
-            pointer(Int32, 8) if config.schedule is Schedule.DYNAMIC else None,
+            *(argument.stand_in for argument in arguments),
             Int32(1),
             make_fake_stream(),
             options=f"--keep-cubin --keep-ptx --dump-dir {dump} {more_options}",

@@ -18,6 +18,7 @@ from emitters.config import (
 )
 from emitters.epilogue import ELEMENT, Epilogue
 from emitters.gather import GatherIterator
+from emitters.gemm_arguments import gemm_arguments, gemm_tensor_maps
 from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
 from emitters.tensor_maps import find_weight_map, make_out_map
 from emitters.tiles import TileScheduler
@@ -56,10 +57,17 @@ class GemmSm90:
         self.stages = config.pipeline_stages(problem)
         self.x_bytes = config.tile_m * K_TILE_BYTES
         self.weight_bytes = config.tile_n * K_TILE_BYTES
-        self.cluster = config.cluster_m
+        self.smem_bytes, self.cluster = config.smem_bytes(problem), config.cluster
         self.scheduler = TileScheduler(problem, config)
         self.gather = GatherIterator(problem, config)
         self.epilogue = Epilogue(problem, config)
+
+    def arguments(self):
+        """Of `__call__`, before grid and stream."""
+        return gemm_arguments(self.problem, self.config)
+
+    def tensor_maps(self):
+        return gemm_tensor_maps(self.problem, self.config)
 
     @cute.jit
     def __call__(

@@ -13,6 +13,7 @@ from cutlass.pipeline import PipelineUserType
 from emitters.config import K_TILE_BYTES, WARPGROUP, GemmSwapSm90Config
 from emitters.epilogue import CHUNK, ELEMENT, GMEM, SMEM, Epilogue, vector
 from emitters.gather import GatherIterator
+from emitters.gemm_arguments import gemm_arguments, gemm_tensor_maps
 from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
 from emitters.tensor_maps import find_weight_map, make_out_map
 from emitters.tiles import VECTOR, TileScheduler
@@ -186,9 +187,17 @@ class GemmSwapSm90:
         self.stages = config.pipeline_stages(problem)
         self.x_bytes = config.tile_m * K_TILE_BYTES  # of one box
         self.weight_bytes = config.tile_n * K_TILE_BYTES
+        self.smem_bytes, self.cluster = config.smem_bytes(problem), config.cluster
         self.scheduler = TileScheduler(problem, config)
         self.gather = GatherIterator(problem, config)
         self.epilogue = SwapEpilogue(problem, config)
+
+    def arguments(self):
+        """Of `__call__`, before grid and stream."""
+        return gemm_arguments(self.problem, self.config)
+
+    def tensor_maps(self):
+        return gemm_tensor_maps(self.problem, self.config)
 
     @cute.jit
     def __call__(

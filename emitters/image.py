@@ -11,13 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from emitters.config import Config
-from emitters.problem import GemmProblem, Name
+from emitters.problem import Name
+from emitters.steps import AnyConfig, Problem
 
 TOOLCHAINS = {"cu13": 13, "cu12": 12}  # newest first; the CUDA a driver must support to run them
 _DSL = "nvidia-cutlass-dsl"
 TENSOR_MAP_BYTES = 128  # of a CUtensorMap
-IMAGE_ABI = 2  # raised when a launch record or a parameter changes its meaning
+IMAGE_ABI = 3  # raised when a launch record or a parameter changes its meaning
 
 
 class ParamKind(Name):
@@ -40,13 +40,11 @@ class Param:
 class TensorMapBox:
     """What a tensor map must say besides pointer, extents and strides.
 
-    columns (along the dense dimension) and rows: elements of a box; swizzle and l2_promotion in
-    bytes.
+    box: elements along each dimension, the dense one first; swizzle and l2_promotion in bytes.
     """
 
     param: str
-    columns: int
-    rows: int
+    box: tuple[int, ...]
     swizzle: int
     l2_promotion: int
 
@@ -81,7 +79,9 @@ class LaunchRecord:
             plain["params"] = tuple(
                 Param(**{**p, "kind": ParamKind(p["kind"])}) for p in plain["params"]
             )
-            plain["tensor_maps"] = tuple(TensorMapBox(**box) for box in plain["tensor_maps"])
+            plain["tensor_maps"] = tuple(
+                TensorMapBox(**{**box, "box": tuple(box["box"])}) for box in plain["tensor_maps"]
+            )
             plain["cluster"] = tuple(plain["cluster"])
             return cls(**plain)
         except (KeyError, TypeError) as error:
@@ -94,7 +94,7 @@ class Image:
     record: LaunchRecord
 
 
-def image_key(problem: GemmProblem, config: Config, arch: str) -> str:
+def image_key(problem: Problem, config: AnyConfig, arch: str) -> str:
     """Lookup key of an image, 64 hex digits: no DSL, no GPU and no torch are needed to know it."""
     asked = {
         "problem": problem.to_json(),

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.heuristics import candidates, choose
-from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config, Schedule, why_illegal
+from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config, Schedule
+from emitters.legality import why_illegal
 from emitters.problem import (
     ACCUMULATIONS,
     Accumulation,

@@ -30,7 +30,7 @@ def make_image(build: str = "today", cubin: bytes = b"\x7fELF" * 100) -> Image:
     record = LaunchRecord(
         symbol="kernel",
         params=(Param("x", ParamKind.POINTER, 128, 8),),
-        tensor_maps=(TensorMapBox("weight", 128, 256, 128, 128),),
+        tensor_maps=(TensorMapBox("weight", (128, 256, 1), 128, 128),),
         smem_bytes=1024,
         threads=384,
         cluster=(1, 1, 1),

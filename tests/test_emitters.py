@@ -15,11 +15,11 @@ from emitters.config import (
     GemmSwapSm90Config,
     Schedule,
     config_from_json,
-    why_illegal,
 )
 from emitters.cubin import read_cubin
 from emitters.emit import param_kinds
 from emitters.image import Image, LaunchRecord, build_identity, image_key
+from emitters.legality import why_illegal
 from emitters.problem import (
     ACCUMULATIONS,
     OUTPUTS,

@@ -160,7 +160,7 @@ def test_warmup_loads_every_candidate_once(root, tmp_path, monkeypatch, source):
     monkeypatch.setenv("CUTLASS_MOE_JIT", "0")
     monkeypatch.setattr(kernels, "_kernels", {})
     monkeypatch.setattr(kernels, "device_arch", lambda device: ARCH)
-    monkeypatch.setattr(kernels, "Kernel", lambda image, device: loaded.append((image, device)))
+    monkeypatch.setattr(kernels, "GemmKernel", lambda image, device: loaded.append((image, device)))
     monkeypatch.setattr("torch.cuda._utils._get_device_index", lambda device, optional: 3)
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
     (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))

@@ -38,7 +38,7 @@ def _on_gpu(run: Run, inputs: dict[str, Any]) -> Tensor:
     values = [given.get(name, 0) for name in names]
     weight = (on["weight"].data_ptr(), on["weight"].stride())
     stream = torch.cuda.current_stream().cuda_stream
-    kernel.launch(values, weight, (given["out"], len(out)), run.grid, stream)
+    kernel.launch_gemm(values, weight, (given["out"], len(out)), run.grid, stream)
     return out.cpu()
 
 

@@ -9,7 +9,7 @@ from cutlass_moe import grouped_matmul_problem
 from cutlass_moe.demo import TORCH_DTYPES
 from cutlass_moe.heuristics import candidates
 from cutlass_moe.shapes import DTYPES, MODELS, MoeShape, problems
-from emitters.config import why_illegal
+from emitters.legality import why_illegal
 from emitters.problem import Accumulation, DType
 
 every_model = pytest.mark.parametrize("shape", MODELS.values(), ids=list(MODELS))

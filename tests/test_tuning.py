@@ -13,8 +13,9 @@ from cutlass_moe import cli, heuristics, kernels, tuned, tuning
 from cutlass_moe.cache import Cache, MissingImage
 from cutlass_moe.shapes import DTYPES, MODELS, MoeShape, problems
 from cutlass_moe.tuned import Entry
-from emitters.config import GemmSm90Config, why_illegal
+from emitters.config import GemmSm90Config
 from emitters.image import Image
+from emitters.legality import why_illegal
 from tests.fake_images import ARCH, image_for
 
 GPU = "NVIDIA H200"

@@ -89,7 +89,7 @@ class Arguments:
                 element_bytes=size,
                 dims=(p.k, p.n, p.num_experts if stacked else 1),
                 strides=(weight.stride(1) * size, weight.stride(0) * size),
-                box=(box.columns, box.rows, 1),
+                box=box.box,
                 swizzle=box.swizzle,
             ).encode()
             for expert in range(1 if stacked else p.num_experts)
@@ -106,7 +106,7 @@ class Arguments:
             element_bytes=size,
             dims=(n, len(self.out)),
             strides=(n * size,),
-            box=(box.columns, box.rows),
+            box=box.box,
             swizzle=box.swizzle,
         ).encode()
 

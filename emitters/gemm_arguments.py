@@ -1,0 +1,60 @@
+"""What both templates of the grouped GEMM are called with."""
+
+from __future__ import annotations
+
+from cutlass import Int32, Uint8
+from cutlass.cute.runtime import make_fake_compact_tensor
+
+from emitters.arguments import ABSENT, Argument, integer, pointer, several
+from emitters.config import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, Config, Schedule
+from emitters.epilogue import ELEMENT, node_element
+from emitters.image import ParamKind, TensorMapBox
+from emitters.problem import GemmProblem, WeightStorage
+
+
+def gemm_arguments(problem: GemmProblem, config: Config) -> tuple[Argument, ...]:
+    """Of `__call__`, before grid and stream."""
+    weight = pointer("weight", Uint8, 64)
+    if problem.weights is WeightStorage.STACKED:
+        weight = _tensor(
+            "weight",
+            ELEMENT[problem.operand],
+            (problem.n, problem.k, problem.num_experts),
+            (1, 0, 2),
+        )
+    dynamic = config.schedule is Schedule.DYNAMIC
+    return (
+        weight,
+        pointer("x", Uint8, 16),
+        pointer("index", Int32, 4) if problem.gather else ABSENT,
+        pointer("starts", Int32, 4),
+        pointer("ends", Int32, 4),
+        pointer("out", ELEMENT[problem.out], 16),
+        _tensor("out_map", ELEMENT[problem.out], (SLICE_ROWS, problem.n), (1, 0)),
+        integer("num_tokens"),
+        integer("num_rows"),
+        several(*(pointer(node.kind, node_element(node), 4) for node in problem.epilogue)),
+        pointer("counters", Int32, 8) if dynamic else ABSENT,
+    )
+
+
+def gemm_tensor_maps(problem: GemmProblem, config: Config) -> tuple[TensorMapBox, ...]:
+    weight = TensorMapBox(
+        "weight",
+        box=(config.k_tile(problem), config.tile_n // config.cluster_m, 1),
+        swizzle=K_TILE_BYTES,
+        l2_promotion=config.l2_promotion,
+    )
+    out = TensorMapBox(
+        "out_map",
+        box=(SLICE_BYTES // problem.out.bytes, SLICE_ROWS),
+        swizzle=SLICE_BYTES,
+        l2_promotion=128,
+    )
+    return weight, out
+
+
+def _tensor(name: str, element: type, shape: tuple[int, ...], order: tuple[int, ...]) -> Argument:
+    """Stands for a tensor map, which the host encodes."""
+    stand_in = make_fake_compact_tensor(element, shape, stride_order=order, assumed_align=16)
+    return Argument(stand_in, ((name, ParamKind.TENSOR_MAP),))

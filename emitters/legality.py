@@ -1,0 +1,130 @@
+"""Which configs of which problems can be built: the one place that says no, and why."""
+
+from __future__ import annotations
+
+from emitters.config import (
+    ARCHS,
+    MAX_EXPERTS,
+    SLICE_BYTES,
+    Config,
+    GemmSm90Config,
+    GemmSwapSm90Config,
+    Schedule,
+)
+from emitters.problem import ACCUMULATIONS, OUTPUTS, DType, GemmProblem
+from emitters.steps import AnyConfig, Problem, Step, StepConfig
+
+
+def why_illegal(
+    problem: Problem, config: AnyConfig | None = None, arch: str = "sm_90a"
+) -> str | None:
+    """None where a kernel can be built, else the reason in words.
+
+    Without a config: whether any config could be legal. Heuristics, emitter, ops and tests all ask
+    here.
+    """
+    if arch not in ARCHS:
+        return f"no template for {arch}: supported are {', '.join(ARCHS)}"
+    if isinstance(problem, Step) or isinstance(config, StepConfig):
+        return _step_reason(problem, config)
+    if config is None or _problem_reason(problem):
+        return _problem_reason(problem)
+    if isinstance(config, GemmSwapSm90Config):
+        return _swap_reason(problem, config) or _memory_reason(problem, config)
+    return _config_reason(problem, config)
+
+
+def _step_reason(problem: Problem, config: AnyConfig | None) -> str | None:
+    if not isinstance(problem, Step) or not isinstance(config, StepConfig | None):
+        return f"{problem.op} has no template {config and config.template}"
+    if config and (config.threads % 32 or not 32 <= config.threads <= 1024):
+        return f"{config.threads} threads: a multiple of 32 up to 1024"
+    return problem.why_illegal()
+
+
+def _problem_reason(p: GemmProblem) -> str | None:
+    if p.operand not in ACCUMULATIONS:
+        return f"operands of {p.operand}: supported are {', '.join(ACCUMULATIONS)}"
+    if p.accumulation not in ACCUMULATIONS[p.operand]:
+        allowed = " or ".join(ACCUMULATIONS[p.operand])
+        return f"accumulation {p.accumulation} of {p.operand} operands: it must be {allowed}"
+    if p.out not in OUTPUTS:
+        return f"output of {p.out}: supported are {', '.join(OUTPUTS)}"
+    if min(p.n, p.k, p.num_experts) < 1:
+        return f"N {p.n}, K {p.k} and {p.num_experts} experts must be positive"
+    if p.num_experts > MAX_EXPERTS:
+        return f"{p.num_experts} experts: at most {MAX_EXPERTS}"
+    if p.k * p.operand.bytes % 16:
+        return f"K {p.k} of {p.operand}: rows of x and weight must be multiples of 16 bytes"
+    if p.n * p.out.bytes % 16:
+        return f"N {p.n} of {p.out}: rows of the output must be multiples of 16 bytes"
+    kinds = [node.kind for node in p.epilogue]
+    if len(set(kinds)) < len(kinds):
+        return f"epilogue {', '.join(kinds)}: each node at most once"
+    return None
+
+
+def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
+    if c.tile_m not in (64, 128, 192):
+        return f"tile_m {c.tile_m}: 64 rows a consumer warpgroup, one to three of them"
+    step = SLICE_BYTES // DType.BF16.bytes
+    if c.tile_n % step or not step <= c.tile_n <= 256:
+        return f"tile_n {c.tile_n}: a multiple of {step} up to 256 (WGMMA's N, whole store slices)"
+    if c.pingpong and c.tile_m > 128:
+        return f"ping-pong tiles of {c.tile_m} rows: at most 128"
+    if c.cluster_m not in (1, 2):
+        return f"cluster_m {c.cluster_m}: 1 or 2"
+    if c.cluster_m > 1 and c.schedule is Schedule.DYNAMIC:
+        return "a dynamic schedule of clusters: the counter serves single CTAs"
+    if c.group_m < 1 or c.group_m % c.cluster_m:
+        return f"group_m {c.group_m}: a positive multiple of cluster_m"
+    reason = _memory_reason(p, c)
+    if reason:
+        return reason
+    needed = c.tile_n // 2 + 26  # of one WGMMA, before registers change hands
+    if needed > c.launch_registers:
+        return (
+            f"about {needed} registers a thread for one WGMMA where {c.launch_registers} are there "
+            "at launch"
+        )
+    kinds = {node.kind for node in p.epilogue}
+    scaled_bias = {"channel_scale", "bias"} <= kinds and p.n % c.tile_n  # with a tail: predicates
+    others = 112 if scaled_bias else 80  # addresses, scales, one store slice
+    return _register_reason(p, c, others, c.consumer_registers, "a consumer thread")
+
+
+def _swap_reason(p: GemmProblem, c: GemmSwapSm90Config) -> str | None:
+    if c.tile_m != 8 and (c.tile_m % 16 or not 16 <= c.tile_m <= 96):
+        return f"tile_m {c.tile_m}: 8, or a multiple of 16 up to 96 (WGMMA's N)"
+    if c.tile_n not in (64, 128):
+        return f"tile_n {c.tile_n}: 64 or 128 (blocks of 64 columns, WGMMA's M)"
+    if c.k_boxes not in (1, 2, 4):
+        return f"k_boxes {c.k_boxes}: 1, 2 or 4"
+    if c.split_k not in (1, 2, 4, 8):
+        return f"split_k {c.split_k}: 1, 2, 4 or 8 CTAs of a cluster"
+    if c.split_k > c.k_steps(p):
+        return f"split_k {c.split_k}: K {p.k} has {c.k_steps(p)} steps to share"
+    return _register_reason(p, c, 64, c.registers, "a thread")  # 64: as above, fewer scales
+
+
+def _register_reason(p: GemmProblem, c: Config, others: int, there: int, whose: str) -> str | None:
+    """others: registers that are needed besides accumulators."""
+    accumulators = c.accumulator_registers(p)
+    if accumulators + others <= there:
+        return None
+    return (
+        f"about {accumulators + others} registers {whose} ({accumulators} of them accumulators) "
+        f"where {there} are to be had"
+    )
+
+
+def _memory_reason(p: GemmProblem, c: Config) -> str | None:
+    if c.ctas_per_sm not in (1, 2):
+        return f"ctas_per_sm {c.ctas_per_sm}: 1 or 2"
+    stages = c.pipeline_stages(p)
+    if not 2 <= stages <= c.MAX_STAGES:
+        return f"{stages} stages of {c.stage_bytes} bytes: between 2 and {c.MAX_STAGES} are needed"
+    smem = c.smem_bytes(p)
+    if smem > c.smem_limit:
+        return f"{smem} bytes of shared memory: {c.ctas_per_sm} CTAs an SM have {c.smem_limit} each"
+    return None
