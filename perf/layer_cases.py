@@ -21,7 +21,8 @@ class LayerCase:
     """SwiGLU layers of a model, one after another, from hidden bf16 [T, H] to as much.
 
     suite "layer": one layer, its expert ids given. suite "chain": as many as `layers`, each with
-    weights of its own and with router logits, from which a kernel makes its ids. dtype is one of
+    weights of its own and with router logits, from which a kernel makes its ids; it adds its input
+    to its output, as models do. dtype is one of
     DTYPES: of the weights and, quantised per token, of what they are multiplied with.
     """
 

@@ -23,8 +23,7 @@ from perf.timing import GRAPH_LAUNCHES, capture, quick_us
 ACTIVATION = "swiglu"
 NO_PDL = "no_pdl"
 ROUTE_REFERENCE = "route_torch"
-# (hidden, weights, topk_weights, topk_ids, out) -> None
-Layer = Callable[[torch.Tensor, LayerWeights, torch.Tensor, torch.Tensor, torch.Tensor], None]
+Layer = Callable[..., object]  # (hidden, weights, topk_weights, topk_ids, out, residual)
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,15 @@ def prepared(
     router: Router,
     note: str = "",
 ) -> PreparedLayers:
-    """The layers one after another, each reading what the one before has written."""
+    """The layers one after another, each reading what the one before has written; in a chain each
+    adds to its input."""
     outs = [torch.full_like(inputs.hidden, torch.nan) for _ in range(min(len(weights), 2))]
 
     def launch() -> None:
         hidden = inputs.hidden
         for number, choice in enumerate(inputs.choices(router)):
             out = outs[number % 2]
-            layer(hidden, weights[number], *choice, out)
+            layer(hidden, weights[number], *choice, out, hidden if inputs.logits else None)
             hidden = out
 
     return PreparedLayers(launch, outs[(len(weights) - 1) % 2], note)
@@ -76,10 +76,12 @@ def ours(
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
         out: torch.Tensor,
+        residual: torch.Tensor | None,
     ) -> None:
         cutlass_moe.fused_moe(
             hidden, weights.w13, weights.w2, topk_weights, topk_ids, quant=case.quant,
-            activation=ACTIVATION, out=out, workspace=workspace, pdl=pdl, **weights.options,
+            activation=ACTIVATION, residual=residual, out=out, workspace=workspace, pdl=pdl,
+            **weights.options,
         )  # fmt: skip
 
     return prepared(weights, inputs, layer, partial(cutlass_moe.topk_router, k=top_k))

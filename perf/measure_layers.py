@@ -11,7 +11,6 @@ import torch
 from perf.cases import Ceilings
 from perf.layer_cases import LayerCase
 from perf.layer_operands import (
-    WORST_CHAIN_ERROR,
     WORST_ERROR,
     LayerInputs,
     LayerWeights,
@@ -80,7 +79,7 @@ class LayerMeasurement:
 
     def admit(self, name: str, right: torch.Tensor) -> None:
         """Prepares a system, captures and replays it over a poisoned output and compares."""
-        worst = WORST_CHAIN_ERROR if self.case.layers > 1 else WORST_ERROR[self.case.dtype]
+        worst = WORST_ERROR[self.case.dtype]
         try:
             prepared = LAYER_SYSTEMS[name](self.case, self.weights, self.inputs, self.flush)
             graph = capture([prepared.launch], 1)

@@ -96,12 +96,15 @@ def activate_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def sum_kernel(  # type: ignore[no-untyped-def]
-    rows, topk_weights, out, hidden, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+    rows, topk_weights, residual, out, hidden, TOP_K: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Program (t, b) sums block b of a token's TOP_K rows, in order, in float32."""
+    """Program (t, b) sums block b of a token's TOP_K rows, in order, in float32, onto residual's
+    or, where that is None, onto zeros."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
+    if residual is not None:
+        total += tl.load(residual + token * hidden + n, mask=n < hidden, other=0.0).to(tl.float32)
     for choice in tl.static_range(TOP_K):
         pair = token * TOP_K + choice
         values = tl.load(rows + pair * hidden + n, mask=n < hidden, other=0.0).to(tl.float32)
@@ -214,8 +217,10 @@ class TritonLayer:
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
         out: torch.Tensor,
+        residual: torch.Tensor | None = None,
     ) -> None:
-        """out bf16 [T, H]: the layer's output. topk_ids int32 [T, k], in [0, E)."""
+        """out bf16 [T, H]: the layer's output. topk_ids int32 [T, k], in [0, E). residual [T, H] is
+        added."""
         x = hidden
         if self.quantized:
             x = self.x
@@ -224,7 +229,7 @@ class TritonLayer:
         self.product(x, self.x_scale, weights.w13, weights.w13_scale, self.up, self.shape.top_k)
         self.activate()
         self.product(self.act, self.act_scale, weights.w2, weights.w2_scale, self.down, 1)
-        self.sum(topk_weights, out)
+        self.sum(topk_weights, out, residual)
 
     def quantize(self, hidden: torch.Tensor) -> None:
         width, largest = self.shape.hidden, LARGEST[self.x.dtype]
@@ -257,7 +262,7 @@ class TritonLayer:
         moe_kernel[(self.experts.numel() * triton.cdiv(n, tiling.bn),)](
             x, weight, out, x_scale if self.quantized else None, scale,
             self.pairs, self.experts, self.num_padded, n, k, self.rows, slots,
-            self.int8, self.quantized, tiling.bm, tiling.bn, bk, tiling.group,
+            self.int8, self.quantized, k % bk == 0, tiling.bm, tiling.bn, bk, tiling.group,
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
 
@@ -268,10 +273,12 @@ class TritonLayer:
             self.quantized, self.gated, power(width), num_warps=8 if width > 2048 else 4,
         )  # fmt: skip
 
-    def sum(self, topk_weights: torch.Tensor, out: torch.Tensor) -> None:
+    def sum(
+        self, topk_weights: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
         tokens, width = out.shape
         sum_kernel[(tokens, triton.cdiv(width, SUM_COLUMNS))](
-            self.down, topk_weights, out, width, self.shape.top_k, SUM_COLUMNS
+            self.down, topk_weights, residual, out, width, self.shape.top_k, SUM_COLUMNS
         )
 
 
