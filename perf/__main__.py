@@ -163,10 +163,9 @@ def build(jobs: int | None, **choice: str) -> None:
     failed = 0
     for number, result in enumerate(build_images(default_cache(), requests, jobs), 1):
         failed += result.error is not None
-        p, config = result.request.problem, result.request.config
-        image = (
-            f"{p.operand} E {p.num_experts} N {p.n} K {p.k} tile {config.tile_m}x{config.tile_n}"
-        )
+        request = result.request
+        fields = {**request.problem.to_json(), **request.config.to_json()}
+        image = " ".join(f"{k}={v}" for k, v in fields.items() if not isinstance(v, list))
         click.echo(f"{number}/{len(requests)} {image}: {result.error or 'there'}")
     if failed:
         raise click.ClickException(f"{failed} of {len(requests)} images were not built")

@@ -15,7 +15,7 @@ import torch
 import cutlass_moe
 from cutlass_moe.timing import FLUSH_BYTES
 from perf.layer_cases import LayerCase
-from perf.layer_operands import LayerInputs, LayerWeights, Router
+from perf.layer_operands import LayerInputs, LayerWeights, Router, chosen_by_torch
 from perf.operands import TORCH_DTYPES
 from perf.peers import OURS, require
 from perf.timing import GRAPH_LAUNCHES, capture, quick_us
@@ -64,11 +64,13 @@ def ours(
     pdl: bool = True,
 ) -> PreparedLayers:
     """`fused_moe` with a workspace; in a chain, `topk_router` before it."""
-    top_k, some = case.shape.top_k, weights[0]
+    top_k, some, hidden = case.shape.top_k, weights[0], inputs.hidden
+    choice = next(inputs.choices(partial(chosen_by_torch, top_k=top_k)))
     size = cutlass_moe.fused_moe_workspace_size(
-        case.tokens, top_k, some.w13, some.w2, quant=case.quant
-    )
-    workspace = torch.empty(size, dtype=torch.uint8, device=inputs.hidden.device)
+        hidden, some.w13, some.w2, *choice, quant=case.quant, activation=ACTIVATION,
+        residual=hidden if inputs.logits else None, **some.options,
+    )  # fmt: skip
+    workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
 
     def layer(
         hidden: torch.Tensor,
@@ -152,7 +154,7 @@ def parts(
     up = partial(
         cutlass_moe.grouped_matmul, x, weights.w13,
         index=table.index, offsets=table.offsets, activation=ACTIVATION, **scaled,
-        out_dtype=torch.bfloat16,
+        out_dtype=torch.float16 if case.quantized else torch.bfloat16,
     )  # fmt: skip
     act = up()
     if case.quantized:
