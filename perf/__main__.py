@@ -88,7 +88,7 @@ def main() -> None:
 @main.command()
 @case_options
 @click.option("--system", default="all", help="each suite's own, or of cutlass_moe, triton ...")
-@click.option("--budget", default=480.0, help="seconds after which no further case is begun")
+@click.option("--budget", default=290.0, help="seconds after which no further case is begun")
 @commit_option
 @click.option("--out", type=click.Path(path_type=Path), help="results file")
 def run(system: str, budget: float, commit: str, out: Path | None, **choice: str) -> None:

@@ -18,6 +18,7 @@ CHAIN_TARGETS = {  # by the tokens' span: of ours over NO_PDL, and over Triton
     "T <= 4": (range(1, 5), 0.85, 0.70),
     "T 16..32": (range(16, 33), 0.95, 0.93),
 }
+ERRORS = {"fp8": 1e-2, "int8": 5e-3, "bf16": 4e-3}  # ours, of a layer's output, to float64
 BASELINE = 1.05  # the Triton pipeline over what the same steps took when they were measured first
 
 
@@ -41,6 +42,9 @@ def against_triton(layers: Sequence[LayerRow]) -> Iterable[Figure]:
             name = f"{dtype}: layer, ours / triton, T = {tokens}"
             target = None if dtype == "bf16" else most
             yield Figure(name, ratios(rows, OURS, TRITON), max, target)
+        mine = [row for row in layers if row.case.dtype == dtype and OURS in row.errors]
+        errors = {row.name: row.errors[OURS] / ERRORS[dtype] for row in mine}
+        yield Figure(f"{dtype}: layer, our error / {ERRORS[dtype]}", errors, max, 1.0, each=True)
     first = {
         row.name: row.us[TRITON] / row.published
         for row in layers

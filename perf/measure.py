@@ -28,7 +28,7 @@ GRAPH_BELOW_US = 60.0  # floors below it: launching is a good part of the time
 MAX_COPIES = 128
 MAX_COPY_BYTES = 16 << 30
 SHARE = 0.4  # of a case's time that its final timing gets; the rest is set-up, checks and searches
-SECONDS = (0.2, 2.0)  # the least and the most that timing takes
+SECONDS = (0.15, 2.0)  # the least and the most that timing takes
 
 
 def measure_all(
