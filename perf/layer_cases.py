@@ -20,10 +20,10 @@ HIDDEN_BYTES = 2  # bf16: the layer's input and output
 class LayerCase:
     """SwiGLU layers of a model, one after another, from hidden bf16 [T, H] to as much.
 
-    suite "layer": one layer, its expert ids given. suite "chain": as many as `layers`, each with
-    weights of its own and with router logits, from which a kernel makes its ids; it adds its input
-    to its output, as models do. dtype is one of
-    DTYPES: of the weights and, quantised per token, of what they are multiplied with.
+    suite "layer": one layer, its expert ids given. suite "chain": `layers` of them, each with
+    weights of its own and with router logits, from which a kernel makes its ids; each adds its
+    input to its output, as models do. dtype is one of DTYPES: of the weights and, quantised per
+    token, of what they are multiplied with.
     """
 
     suite: str

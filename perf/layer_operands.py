@@ -18,7 +18,6 @@ from perf.operands import SAMPLE_ROWS, TORCH_DTYPES, random_values
 # with fp8, 1.4e-2 with int8 and, of bf16's own roundings, 4.3e-3 (Triton, H200).
 WORST_ERROR = {"fp8": 3e-2, "int8": 2e-2, "bf16": 8e-3}
 Choice = tuple[torch.Tensor, torch.Tensor]  # topk_weights float32 [T, k], topk_ids int32 [T, k]
-
 Router = Callable[[torch.Tensor], Choice]  # of logits float32 [T, E]
 
 

@@ -198,11 +198,8 @@ class TritonLayer:
         self.chunk = max(256, power(triton.cdiv(rows, CHUNKS)))
         self.chunks = triton.cdiv(rows, self.chunk)
         self.counts, self.cursors = empty(self.chunks, experts), empty(self.chunks, experts)
-        self.pairs, self.experts, self.num_padded = (
-            empty(blocks * tiling.bm),
-            empty(blocks),
-            empty(1),
-        )
+        self.pairs, self.experts = empty(blocks * tiling.bm), empty(blocks)
+        self.num_padded = empty(1)
         self.x = empty(tokens, shape.hidden, dtype=operand)
         self.x_scale = empty(tokens, dtype=torch.float32)
         self.up = empty(rows, (1 + gated) * shape.inter, dtype=torch.bfloat16)

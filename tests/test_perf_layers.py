@@ -299,7 +299,11 @@ def test_figures_of_layers_against_triton() -> None:
     ]  # fmt: skip
     assert found["fp8: layer, ours / triton, T = 128"].verdict == "<= 0.97 MISSED"
     assert found["layer, triton / its published time"].verdict == "<= 1.05 each MISSED"
-    assert found["fp8: layer, our error / 0.01"].cells[1:4] == ["0.400", "0.400", "<= 1.00 each met"]
+    assert found["fp8: layer, our error / 0.01"].cells[1:4] == [
+        "0.400",
+        "0.400",
+        "<= 1.00 each met",
+    ]
 
 
 def test_figures_of_parts_hold_copies_and_route_to_their_bounds() -> None:
