@@ -187,7 +187,8 @@ def images_of(cases: list[Case | LayerCase]) -> Iterator[tuple[Any, Any]]:
 
 
 def layer_images(case: LayerCase) -> Iterator[tuple[Any, Any]]:
-    """The layer's images, with dependent launch and without, and its parts'."""
+    """The images of `fused_moe`, with dependent launch and without; of its parts as `layer_peers`
+    calls them, whose activations are float16 where they are quantised; and of `topk_router`."""
     from cutlass_moe import layers
 
     return iter(layers.images(case.shape, case.dtype))
