@@ -1,6 +1,6 @@
 """Mixture-of-experts grouped GEMM for PyTorch: no token is copied, kernels come from a cache."""
 
-from cutlass_moe.combine import combine, combine_reference
+from cutlass_moe.combine import combine
 from cutlass_moe.index_group_matmul import (
     index_group_matmul,
     index_group_matmul_workspace_size,

@@ -85,9 +85,9 @@ def combine_reference(
     """[T, N] of rows' dtype: residual[t] + sum over j of topk_weights[t, j] * rows[inverse[t, j]].
 
     rows [R, N], topk_weights [T, k] and residual [T, N]: floating point. inverse int32 or int64
-    [T, k]: a pair whose inverse lies outside [0, R) adds nothing, whatever it and the rows hold. Sums run
-    over j in order, in float32 or in float64 where rows have it. out, where given, is written and
-    returned; it may have another dtype.
+    [T, k]: a pair whose inverse lies outside [0, R) adds nothing, whatever it and the rows hold.
+    Sums run over j in order, in float32 or in float64 where rows have it. out, where given, is
+    written and returned; it may have another dtype.
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
     count = len(rows)
