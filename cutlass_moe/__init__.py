@@ -1,11 +1,16 @@
 """Mixture-of-experts grouped GEMM for PyTorch: no token is copied, kernels come from a cache."""
 
-from cutlass_moe.combine import combine, combine_reference
+from cutlass_moe.combine import combine
 from cutlass_moe.index_group_matmul import (
     index_group_matmul,
     index_group_matmul_workspace_size,
 )
 from cutlass_moe.kernels import warmup
+from cutlass_moe.layer_reference import (
+    combine_reference,
+    fused_moe_reference,
+    topk_router_reference,
+)
 from cutlass_moe.ops import grouped_matmul, grouped_matmul_out, grouped_matmul_problem
 from cutlass_moe.quantize import (
     quantize_per_channel,
@@ -19,6 +24,7 @@ __all__ = [
     "RoutingTable",
     "combine",
     "combine_reference",
+    "fused_moe_reference",
     "grouped_matmul",
     "grouped_matmul_out",
     "grouped_matmul_problem",
@@ -29,5 +35,6 @@ __all__ = [
     "quantize_per_token",
     "quantize_per_token_reference",
     "route",
+    "topk_router_reference",
     "warmup",
 ]

@@ -125,7 +125,7 @@ def step_kernel(problem: Step, device: int) -> Kernel | None:
     reason = why_illegal(problem, arch=kernels.device_arch(device))
     if reason is None:
         try:
-            return kernels.load(problem, heuristics.step_config(problem), device)
+            return kernels.load(problem, heuristics.step_configs(problem)[0], device)
         except MissingImage as error:
             reason = str(error)
     announce_fallback(reason, capturable=True)
@@ -148,7 +148,8 @@ def announce_fallback(reason: str, capturable: bool = False) -> None:
     is capturable: an error."""
     if os.environ.get("CUTLASS_MOE_STRICT") == "1":
         raise RuntimeError(f"no kernel for this problem (CUTLASS_MOE_STRICT=1): {reason}")
-    if not capturable and torch.cuda.is_current_stream_capturing():
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if capturing and not capturable:
         raise RuntimeError(
             f"no kernel for this problem, and the torch path cannot be captured: {reason}"
         )

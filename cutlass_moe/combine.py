@@ -8,6 +8,7 @@ from torch import Tensor
 from cutlass_moe.arguments import DTYPES
 from cutlass_moe.calls import launch_step, step_kernel
 from cutlass_moe.launch import Kernel
+from cutlass_moe.layer_reference import combine_reference
 from emitters.steps import CombineProblem
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -48,26 +49,6 @@ def combine(
         return torch.ops.cutlass_moe.combine.default(rows, topk_weights, inverse, residual)
     torch.ops.cutlass_moe.combine_out.default(out, rows, topk_weights, inverse, residual)
     return out
-
-
-def combine_reference(
-    rows: Tensor,
-    topk_weights: Tensor,
-    inverse: Tensor,
-    *,
-    residual: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`combine` in plain PyTorch. The kernel rounds a product and its sum once, this path twice."""
-    shape = (inverse.shape[0], rows.shape[1])
-    sums = rows.new_zeros(shape, dtype=torch.float32) if residual is None else residual.float()
-    kept = (inverse >= 0) & (inverse < rows.shape[0])
-    for j in range(inverse.shape[1] if rows.shape[0] else 0):
-        found = rows.index_select(0, inverse[:, j].where(kept[:, j], 0)).float()
-        more = sums + topk_weights[:, j, None] * found
-        sums = more.where(kept[:, j, None], sums)
-    result = sums.to(rows.dtype)
-    return result if out is None else out.copy_(result)
 
 
 def combine_launch(

@@ -17,6 +17,7 @@ from emitters.steps import (
     CombineProblem,
     Problem,
     QuantizeProblem,
+    RouteProblem,
     Step,
     StepConfig,
 )
@@ -28,11 +29,8 @@ _SMS = 132
 _SWAP_ROWS = ((4, 8), (10, 16), (20, 32), (40, 48))  # at most so many an expert: tiles of so many
 _ONE_TILE_ROWS = 90  # an expert: one 128-row tile holds them, where many need two of 64 rows
 _MANY_ROWS = {192: 180, 256: 768}  # an expert, by tile_n: above, pairs of CTAs share weights
-_ROW_THREADS = (
-    (8192, 128),
-    (16384, 256),
-    (MAX_ROW, 512),
-)  # rows of at most so many: threads of a CTA
+# threads of a CTA that quantises rows of at most so many elements
+_ROW_THREADS = ((8192, 128), (16_384, 256), (MAX_ROW, 512))
 _EVICT_FIRST_BYTES = 300e6  # of active weights: more of them would only evict one another
 
 
@@ -98,7 +96,7 @@ def _widest(problem: GemmProblem, tile_m: int, tile_n: int, **options: Any) -> t
 
 def every_config(problem: Problem) -> tuple[AnyConfig, ...]:
     """That calls of this problem may take: what a build compiles."""
-    return (step_config(problem),) if isinstance(problem, Step) else candidates(problem)
+    return step_configs(problem) if isinstance(problem, Step) else candidates(problem)
 
 
 def candidates(problem: GemmProblem) -> tuple[Config, ...]:
@@ -116,10 +114,13 @@ def _estimates(problem: GemmProblem) -> tuple[Config, ...]:
     return tuple(dict.fromkeys(config for family in found for config in family))
 
 
-def step_config(problem: Step) -> StepConfig:
+def step_configs(problem: Step) -> tuple[StepConfig, ...]:
+    """For little work, and for much of it where that is another."""
+    if isinstance(problem, RouteProblem):
+        return StepConfig(1024), StepConfig(1024, cluster=8)
     if isinstance(problem, QuantizeProblem):
-        return StepConfig(next(threads for k, threads in _ROW_THREADS if problem.k <= k))
-    return StepConfig(128) if isinstance(problem, CombineProblem) else StepConfig()
+        return (StepConfig(next(threads for k, threads in _ROW_THREADS if problem.k <= k)),)
+    return (StepConfig(128 if isinstance(problem, CombineProblem) else 256),)
 
 
 def choose(

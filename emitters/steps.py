@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from math import frexp
 from typing import Any, ClassVar, TypeVar
 
-from emitters.config import Config, config_from_json
+from emitters.config import MAX_EXPERTS, Config, config_from_json
 from emitters.problem import OUTPUTS, DType, GemmProblem
 
 ROW_VECTOR = 8  # elements of a row that a thread takes at a time: 16 bytes of 16-bit ones
@@ -45,10 +45,27 @@ class Step:
 
 
 @dataclass(frozen=True)
+class RouteProblem(Step):
+    """Pairs (token, choice) sorted by expert, stably. id_bits: of an expert's id, 32 or 64."""
+
+    num_experts: int
+    id_bits: int
+    op: ClassVar[str] = "route"
+
+    def why_illegal(self) -> str | None:
+        if not 1 <= self.num_experts <= MAX_EXPERTS:
+            return f"{self.num_experts} experts: 1 to {MAX_EXPERTS}"
+        if self.id_bits not in (32, 64):
+            return f"ids of {self.id_bits} bits: 32 or 64"
+        return None
+
+
+@dataclass(frozen=True)
 class StepConfig:
-    """threads: of a CTA."""
+    """threads: of a CTA; cluster: CTAs that work together."""
 
     threads: int = 256
+    cluster: int = 1
     template: ClassVar[str] = "step"
 
     def to_json(self) -> dict[str, Any]:
@@ -127,7 +144,7 @@ class CombineProblem(Step):
 Problem = GemmProblem | Step
 AnyConfig = Config | StepConfig
 _PROBLEMS: dict[str, type[GemmProblem] | type[Step]] = {
-    c.op: c for c in (GemmProblem, QuantizeProblem, CombineProblem)
+    c.op: c for c in (GemmProblem, RouteProblem, QuantizeProblem, CombineProblem)
 }
 
 
