@@ -11,7 +11,7 @@ from emitters.problem import OUTPUTS, DType, GemmProblem
 
 ROW_VECTOR = 8  # elements of a row that a thread takes at a time: 16 bytes of 16-bit ones
 MAX_ROW = 32_768
-MAX_TOP_K = 32
+MAX_TOP_K = 16
 LARGEST = {DType.E4M3: 448.0, DType.E5M2: 57344.0, DType.INT8: 127.0}  # a row's after quantisation
 
 _S = TypeVar("_S", bound="Step")

@@ -155,7 +155,7 @@ def test_a_gradient_is_not_lost_in_silence(name: str) -> None:
         (CombineProblem(DType.BF16, 60, 2), "N 60"),
         (CombineProblem(DType.BF16, 65536, 2), "up to 32768"),
         (CombineProblem(DType.BF16, 64, 0), "0 rows a token"),
-        (CombineProblem(DType.BF16, 64, 33), "between 1 and 32"),
+        (CombineProblem(DType.BF16, 64, 17), "between 1 and 16"),
     ],
     ids=["int8", "ragged", "wide", "no_choice", "many_choices"],
 )

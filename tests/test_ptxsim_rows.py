@@ -183,7 +183,7 @@ COMBINED = {
     "float32": Combined(FP32, 24, 5, tokens=13, rows=30, residual=True),
     "eight_choices": Combined(BF16, 136, 8, tokens=5, rows=20),
     "no_rows": Combined(BF16, 72, 2, tokens=3, rows=0, residual=True),
-    "many_choices": Combined(BF16, 16, 17, tokens=6, rows=50),
+    "many_choices": Combined(BF16, 16, 16, tokens=6, rows=50),
 }
 
 
