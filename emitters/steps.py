@@ -11,7 +11,7 @@ from emitters.problem import OUTPUTS, DType, GemmProblem
 
 ROW_VECTOR = 8  # elements of a row that a thread takes at a time: 16 bytes of 16-bit ones
 MAX_ROW = 32_768
-MAX_TOP_K = 16
+MAX_TOP_K = 32
 LARGEST = {DType.E4M3: 448.0, DType.E5M2: 57344.0, DType.INT8: 127.0}  # a row's after quantisation
 
 _S = TypeVar("_S", bound="Step")
@@ -136,8 +136,9 @@ class CombineProblem(Step):
             return f"rows of {self.dtype}: supported are {', '.join(OUTPUTS)}"
         if self.n % ROW_VECTOR or not 0 < self.n <= MAX_ROW:
             return f"N {self.n}: a multiple of {ROW_VECTOR} up to {MAX_ROW}"
-        if not 1 <= self.top_k <= MAX_TOP_K:
-            return f"{self.top_k} rows a token: between 1 and {MAX_TOP_K}"
+        most = MAX_TOP_K * 2 // self.dtype.bytes  # in a thread's registers all at once
+        if not 1 <= self.top_k <= most:
+            return f"{self.top_k} rows of {self.dtype} a token: between 1 and {most}"
         return None
 
 

@@ -154,10 +154,11 @@ def test_a_gradient_is_not_lost_in_silence(name: str) -> None:
         (CombineProblem(DType.INT8, 64, 2), "rows of int8"),
         (CombineProblem(DType.BF16, 60, 2), "N 60"),
         (CombineProblem(DType.BF16, 65536, 2), "up to 32768"),
-        (CombineProblem(DType.BF16, 64, 0), "0 rows a token"),
-        (CombineProblem(DType.BF16, 64, 17), "between 1 and 16"),
+        (CombineProblem(DType.BF16, 64, 0), "0 rows of bf16 a token"),
+        (CombineProblem(DType.BF16, 64, 33), "between 1 and 32"),
+        (CombineProblem(DType.FP32, 64, 17), "between 1 and 16"),
     ],
-    ids=["int8", "ragged", "wide", "no_choice", "many_choices"],
+    ids=["int8", "ragged", "wide", "no_choice", "many_choices", "many_fp32"],
 )
 def test_illegal_problems_have_a_reason(problem: CombineProblem, reason: str) -> None:
     assert reason in (why_illegal(problem) or "")

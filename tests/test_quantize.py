@@ -199,7 +199,7 @@ def test_kernels_of_every_length_compile_without_spills() -> None:
         for k in lengths
         for source in (DType.BF16, DType.FP32)
         for target in (DType.E4M3, DType.INT8)
-    ] + [CombineProblem(dtype, 2880, k) for k in (1, 8, 16) for dtype in (DType.FP16, DType.FP32)]
+    ] + [CombineProblem(DType.FP16, 2880, 32), CombineProblem(DType.FP32, 2880, 16)]
     requests = [Request(p, config) for p in problems for config in heuristics.step_configs(p)]
     for result in compile_images(requests):
         assert result.image is not None, result.error
