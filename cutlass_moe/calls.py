@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -31,15 +32,20 @@ _calls: dict[tuple[Any, ...], Call] = {}
 _MAX_CALLS = 8192
 
 
+def signature(others: tuple[Any, ...], tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+    """What decides a kernel: `others`, and dtypes, shapes, strides and devices of the tensors."""
+    found: list[Any] = [*others]
+    for tensor in tensors:
+        if tensor is None:
+            found.append(None)
+        else:
+            found += (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
+    return tuple(found)
+
+
 def find_call(operands: Operands, out: Tensor | None, options: Options) -> Call:
     """Checks arguments and chooses a kernel, once a signature: dtypes, shapes, strides, devices."""
-    signature: list[Any] = [*options, kernels.forced]
-    for tensor in (out, *operands):
-        if tensor is None:
-            signature.append(None)
-        else:
-            signature += (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
-    key = tuple(signature)
+    key = signature((*options, kernels.forced), (out, *operands))
     call = _calls.get(key)
     if call is None:
         if out is not None and options.out_dtype is None:
