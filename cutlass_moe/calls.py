@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cutlass_moe import kernels
+from cutlass_moe import heuristics, kernels
 from cutlass_moe.arguments import Operands, Options, check, check_out, pose
-from cutlass_moe.launch import GemmKernel
+from cutlass_moe.cache import MissingImage
+from cutlass_moe.launch import GemmKernel, Kernel
 from emitters.legality import why_illegal
+from emitters.steps import Step
 
 
 class Call(NamedTuple):
@@ -115,11 +117,39 @@ def enqueue(
     kernel.launch_gemm(values, weights, (out_pointer, rows), grid, stream)
 
 
-def announce_fallback(reason: str) -> None:
-    """Once a reason: a warning. Under capture, or with CUTLASS_MOE_STRICT=1: an error."""
+def step_kernel(problem: Step, device: int) -> Kernel | None:
+    """None, and a warning, where there is no kernel and the op's torch path must do.
+
+    Raises what `kernels.load` raises but MissingImage.
+    """
+    reason = why_illegal(problem, arch=kernels.device_arch(device))
+    if reason is None:
+        try:
+            return kernels.load(problem, heuristics.step_configs(problem)[0], device)
+        except MissingImage as error:
+            reason = str(error)
+    announce_fallback(reason, capturable=True)
+    return None
+
+
+def launch_step(
+    kernel: Kernel, values: list[int], grid: int, device: int, overlap: bool = False
+) -> None:
+    """On torch's current stream of the device."""
+    if torch._C._cuda_getDevice() != device:
+        with torch.cuda.device(device):
+            launch_step(kernel, values, grid, device, overlap)
+        return
+    kernel.launch(values, grid, torch._C._cuda_getCurrentRawStream(device), overlap)
+
+
+def announce_fallback(reason: str, capturable: bool = False) -> None:
+    """Once a reason: a warning. With CUTLASS_MOE_STRICT=1, or under capture unless the torch path
+    is capturable: an error."""
     if os.environ.get("CUTLASS_MOE_STRICT") == "1":
         raise RuntimeError(f"no kernel for this problem (CUTLASS_MOE_STRICT=1): {reason}")
-    if torch.cuda.is_current_stream_capturing():
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if capturing and not capturable:
         raise RuntimeError(
             f"no kernel for this problem, and the torch path cannot be captured: {reason}"
         )
