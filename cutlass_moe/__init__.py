@@ -6,11 +6,13 @@ from cutlass_moe.index_group_matmul import (
 )
 from cutlass_moe.kernels import warmup
 from cutlass_moe.ops import grouped_matmul, grouped_matmul_out, grouped_matmul_problem
+from cutlass_moe.plans import Plan, plan
 from cutlass_moe.quantize import quantize_per_channel, quantize_per_token
 from cutlass_moe.reference import grouped_matmul_reference
 from cutlass_moe.routing import RoutingTable, route
 
 __all__ = [
+    "Plan",
     "RoutingTable",
     "grouped_matmul",
     "grouped_matmul_out",
@@ -18,6 +20,7 @@ __all__ = [
     "grouped_matmul_reference",
     "index_group_matmul",
     "index_group_matmul_workspace_size",
+    "plan",
     "quantize_per_channel",
     "quantize_per_token",
     "route",
