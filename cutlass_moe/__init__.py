@@ -12,6 +12,7 @@ from cutlass_moe.layer_reference import (
     topk_router_reference,
 )
 from cutlass_moe.ops import grouped_matmul, grouped_matmul_out, grouped_matmul_problem
+from cutlass_moe.plans import Plan, plan
 from cutlass_moe.quantize import (
     quantize_per_channel,
     quantize_per_token,
@@ -21,6 +22,7 @@ from cutlass_moe.reference import grouped_matmul_reference
 from cutlass_moe.routing import RoutingTable, route
 
 __all__ = [
+    "Plan",
     "RoutingTable",
     "combine",
     "combine_reference",
@@ -31,6 +33,7 @@ __all__ = [
     "grouped_matmul_reference",
     "index_group_matmul",
     "index_group_matmul_workspace_size",
+    "plan",
     "quantize_per_channel",
     "quantize_per_token",
     "quantize_per_token_reference",

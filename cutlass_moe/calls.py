@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -31,15 +32,20 @@ _calls: dict[tuple[Any, ...], Call] = {}
 _MAX_CALLS = 8192
 
 
+def signature(others: tuple[Any, ...], tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+    """What decides a kernel: `others`, and dtypes, shapes, strides and devices of the tensors."""
+    found: list[Any] = [*others]
+    for tensor in tensors:
+        if tensor is None:
+            found.append(None)
+        else:
+            found += (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
+    return tuple(found)
+
+
 def find_call(operands: Operands, out: Tensor | None, options: Options) -> Call:
     """Checks arguments and chooses a kernel, once a signature: dtypes, shapes, strides, devices."""
-    signature: list[Any] = [*options, kernels.forced]
-    for tensor in (out, *operands):
-        if tensor is None:
-            signature.append(None)
-        else:
-            signature += (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
-    key = tuple(signature)
+    key = signature((*options, kernels.forced), (out, *operands))
     call = _calls.get(key)
     if call is None:
         if out is not None and options.out_dtype is None:
@@ -84,12 +90,21 @@ def enqueue(
     of `operands.weight`. starts int32 [E]: first rows of the experts, where they are not the ends
     before.
     """
-    x, weight, index, offsets, per_token_scale, scale, bias = operands
-    device, rows = out.get_device(), out.shape[0]
+    device = out.get_device()
     if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
             enqueue(kernel, grid, out, operands, table=table, starts=starts)
         return
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    kernel.launch_gemm(*parameters(out, operands, table, starts), grid, stream)
+
+
+def parameters(
+    out: Tensor, operands: Operands, table: int = 0, starts: Tensor | None = None
+) -> tuple[list[int], tuple[int, tuple[int, ...]] | None, tuple[int, int]]:
+    """The first three arguments of `GemmKernel.launch_gemm`; those of this as of `enqueue`."""
+    x, weight, index, offsets, per_token_scale, scale, bias = operands
+    rows = out.shape[0]
     values = [table, x.data_ptr()]
     if index is not None:
         values.append(index.data_ptr())
@@ -112,9 +127,8 @@ def enqueue(
     weight_pointer = table or weight.data_ptr()
     if (values[1] | out_pointer | weight_pointer) % 16:
         raise ValueError("x, weight and out: expected addresses in multiples of 16 bytes")
-    stream = torch._C._cuda_getCurrentRawStream(device)
     weights = None if table else (weight_pointer, weight.stride())
-    kernel.launch_gemm(values, weights, (out_pointer, rows), grid, stream)
+    return values, weights, (out_pointer, rows)
 
 
 def step_kernel(problem: Step, device: int) -> Kernel | None:

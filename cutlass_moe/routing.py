@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe import kernels
-from cutlass_moe.calls import announce_fallback
+from cutlass_moe.calls import announce_fallback, launch_step
 from cutlass_moe.heuristics import step_configs
 from cutlass_moe.launch import Kernel
 from emitters.legality import why_illegal
@@ -122,33 +122,27 @@ def find_route(num_experts: int, dtype: torch.dtype, pairs: int, device: int) ->
     return kernels.load(problem, one if pairs <= _ONE_CTA_PAIRS else cluster, device)
 
 
-def launch_route(
-    kernel: Kernel,
-    table: RoutingTable,
+def route_values(
     topk_ids: Tensor,
     expert_map: Tensor | None,
+    num_experts: int,
     capacity: int,
-    stream: int,
-    overlap: bool = False,
-) -> None:
-    """Enqueues a kernel of `find_route`: fills `table`; allocates nothing and checks nothing.
+    table: tuple[int, int, int],
+) -> list[int]:
+    """What a kernel of `find_route` is launched with, on as many CTAs as its cluster has.
 
-    Tensors are contiguous and on the current device. overlap: as of `Kernel.launch`; all is read
-    and written after the wait, and dependents may start at once.
+    table: addresses of index, offsets and inverse. Tensors are contiguous. In a dependent launch
+    all is read and written after the wait.
     """
-    experts = len(table.offsets)
-    values = [
+    return [
         topk_ids.data_ptr(),
         0 if expert_map is None else expert_map.data_ptr(),
-        experts if expert_map is None else len(expert_map),
+        num_experts if expert_map is None else len(expert_map),
         topk_ids.numel(),
         topk_ids.shape[1] if topk_ids.dim() == 2 else 1,
         capacity,
-        table.index.data_ptr(),
-        table.offsets.data_ptr(),
-        table.inverse.data_ptr(),
+        *table,
     ]
-    kernel.launch(values, kernel.record.cluster[0], stream, overlap)
 
 
 def _check(
@@ -210,9 +204,9 @@ def _on_cuda(
         expert_map = expert_map.contiguous()
     table = RoutingTable.empty(topk_ids, num_experts)
     capacity = row_capacity(topk_ids, num_experts, capacity_factor)
-    with torch.cuda.device(device):
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        launch_route(kernel, table, topk_ids, expert_map, capacity, stream)
+    places = (table.index.data_ptr(), table.offsets.data_ptr(), table.inverse.data_ptr())
+    values = route_values(topk_ids, expert_map, num_experts, capacity, places)
+    launch_step(kernel, values, kernel.record.cluster[0], device)
     return table.index, table.offsets, table.inverse
 
 

@@ -34,7 +34,8 @@ class Step:
             raise ValueError(f"expected a problem with op {cls.op!r}, got {plain.get('op')!r}")
         dtypes = [f.name for f in fields(cls) if f.type == "DType"]
         try:
-            return cls(**rest, **{name: DType(rest.pop(name)) for name in dtypes})
+            rest |= {name: DType(rest[name]) for name in dtypes}
+            return cls(**rest)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a {cls.op} problem: {error}") from error
 
