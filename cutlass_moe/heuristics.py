@@ -85,7 +85,7 @@ def _widest(problem: GemmProblem, tile_m: int, tile_n: int, **options: Any) -> t
 
 def every_config(problem: Problem) -> tuple[AnyConfig, ...]:
     """That calls of this problem may take: what a build compiles."""
-    return step_configs(problem) if isinstance(problem, Step) else candidates(problem)
+    return (step_config(problem),) if isinstance(problem, Step) else candidates(problem)
 
 
 def candidates(problem: GemmProblem) -> tuple[Config, ...]:
@@ -103,11 +103,8 @@ def _estimates(problem: GemmProblem) -> tuple[Config, ...]:
     return tuple(dict.fromkeys(config for family in found for config in family))
 
 
-def step_configs(problem: Step) -> tuple[StepConfig, ...]:
-    """For little work, and for much of it where that is another."""
-    if isinstance(problem, RouteProblem):
-        return StepConfig(1024), StepConfig(1024, cluster=8)
-    return (StepConfig(),)
+def step_config(problem: Step) -> StepConfig:
+    return StepConfig(1024) if isinstance(problem, RouteProblem) else StepConfig()
 
 
 def choose(

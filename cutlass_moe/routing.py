@@ -10,14 +10,14 @@ from torch import Tensor
 
 from cutlass_moe import kernels
 from cutlass_moe.calls import announce_fallback
-from cutlass_moe.heuristics import step_configs
+from cutlass_moe.heuristics import step_config
 from cutlass_moe.launch import Kernel
 from emitters.legality import why_illegal
 from emitters.steps import RouteProblem
 
 _IDS = {torch.int32: 32, torch.int64: 64}
-_ONE_CTA_PAIRS = 4096  # up to so many one CTA is faster than a cluster of them
-_MAX_PAIRS = 1 << 26  # a pair's rank in its warp is kept in 21 bits
+_ONE_CTA_PAIRS = 2048  # up to so many one launch is faster than two
+_CTA_PAIRS, _MOST_CTAS = 1024, 128  # of two launches
 
 
 @dataclass(frozen=True)
@@ -106,25 +106,38 @@ def row_capacity(topk_ids: Tensor, num_experts: int, capacity_factor: float | No
     return min(math.ceil(topk_ids.numel() / num_experts * capacity_factor), topk_ids.numel())
 
 
-def find_route(num_experts: int, dtype: torch.dtype, pairs: int, device: int) -> Kernel | None:
-    """The kernel that routes so many pairs with ids of `dtype`; None, and a warning, without one.
+def route_grid(pairs: int, num_experts: int) -> int:
+    """CTAs that `launch_route` takes for so many pairs: one does all in one launch, several take
+    two."""
+    if pairs <= _ONE_CTA_PAIRS:
+        return 1
+    share = max(_CTA_PAIRS, 4 * num_experts)  # each CTA reads the histograms of all
+    return min(-(-pairs // share), _MOST_CTAS)
 
-    Needs no scratch memory. Raises what `kernels.load` raises.
+
+def route_scratch(pairs: int, num_experts: int) -> int:
+    """int32 of scratch memory that `launch_route` needs."""
+    grid = route_grid(pairs, num_experts)
+    return grid * num_experts if grid > 1 else 0
+
+
+def find_route(num_experts: int, dtype: torch.dtype, device: int) -> Kernel | None:
+    """The kernel for ids of `dtype`; None, and a warning, where there is none.
+
+    Raises what `kernels.load` raises.
     """
     problem = RouteProblem(num_experts, _IDS[dtype])
     reason = why_illegal(problem, arch=kernels.device_arch(device))
-    if pairs > _MAX_PAIRS:
-        reason = f"{pairs} pairs to route: at most {_MAX_PAIRS}"
     if reason is not None:
         announce_fallback(reason)
         return None
-    one, cluster = step_configs(problem)
-    return kernels.load(problem, one if pairs <= _ONE_CTA_PAIRS else cluster, device)
+    return kernels.load(problem, step_config(problem), device)
 
 
 def launch_route(
     kernel: Kernel,
     table: RoutingTable,
+    scratch: Tensor | None,
     topk_ids: Tensor,
     expert_map: Tensor | None,
     capacity: int,
@@ -133,10 +146,12 @@ def launch_route(
 ) -> None:
     """Enqueues a kernel of `find_route`: fills `table`; allocates nothing and checks nothing.
 
-    Tensors are contiguous and on the current device. overlap: as of `Kernel.launch`; all is read
-    and written after the wait, and dependents may start at once.
+    Tensors are contiguous and on the current device. scratch: int32, of `route_scratch` elements
+    or more; None where that is 0. overlap: as of `Kernel.launch`; all is read and written after the
+    wait, and dependents may start at once.
     """
     experts = len(table.offsets)
+    grid = route_grid(topk_ids.numel(), experts)
     values = [
         topk_ids.data_ptr(),
         0 if expert_map is None else expert_map.data_ptr(),
@@ -147,8 +162,13 @@ def launch_route(
         table.index.data_ptr(),
         table.offsets.data_ptr(),
         table.inverse.data_ptr(),
+        0 if scratch is None else scratch.data_ptr(),
     ]
-    kernel.launch(values, kernel.record.cluster[0], stream, overlap)
+    if grid == 1:
+        kernel.launch([*values, 0], 1, stream, overlap)
+    else:
+        kernel.launch([*values, 1], grid, stream, overlap)
+        kernel.launch([*values, 2], grid, stream, overlap=True)
 
 
 def _check(
@@ -202,17 +222,18 @@ def _on_cuda(
     topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, capacity_factor: float | None
 ) -> _Table:
     device = topk_ids.get_device()
-    kernel = find_route(num_experts, topk_ids.dtype, topk_ids.numel(), device)
+    kernel = find_route(num_experts, topk_ids.dtype, device)
     if kernel is None:
         return _on_cpu(topk_ids, num_experts, expert_map, capacity_factor)
     topk_ids = topk_ids.contiguous()
     if expert_map is not None:
         expert_map = expert_map.contiguous()
     table = RoutingTable.empty(topk_ids, num_experts)
+    scratch = topk_ids.new_empty(route_scratch(topk_ids.numel(), num_experts), dtype=torch.int32)
     capacity = row_capacity(topk_ids, num_experts, capacity_factor)
     with torch.cuda.device(device):
         stream = torch._C._cuda_getCurrentRawStream(device)
-        launch_route(kernel, table, topk_ids, expert_map, capacity, stream)
+        launch_route(kernel, table, scratch, topk_ids, expert_map, capacity, stream)
     return table.index, table.offsets, table.inverse
 
 
