@@ -139,7 +139,7 @@ def step_kernel(problem: Step, device: int) -> Kernel | None:
     reason = why_illegal(problem, arch=kernels.device_arch(device))
     if reason is None:
         try:
-            return kernels.load(problem, heuristics.step_configs(problem)[0], device)
+            return kernels.load(problem, heuristics.step_config(problem), device)
         except MissingImage as error:
             reason = str(error)
     announce_fallback(reason, capturable=True)

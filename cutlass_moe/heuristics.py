@@ -96,7 +96,7 @@ def _widest(problem: GemmProblem, tile_m: int, tile_n: int, **options: Any) -> t
 
 def every_config(problem: Problem) -> tuple[AnyConfig, ...]:
     """That calls of this problem may take: what a build compiles."""
-    return step_configs(problem) if isinstance(problem, Step) else candidates(problem)
+    return (step_config(problem),) if isinstance(problem, Step) else candidates(problem)
 
 
 def candidates(problem: GemmProblem) -> tuple[Config, ...]:
@@ -114,13 +114,12 @@ def _estimates(problem: GemmProblem) -> tuple[Config, ...]:
     return tuple(dict.fromkeys(config for family in found for config in family))
 
 
-def step_configs(problem: Step) -> tuple[StepConfig, ...]:
-    """For little work, and for much of it where that is another."""
+def step_config(problem: Step) -> StepConfig:
     if isinstance(problem, RouteProblem):
-        return StepConfig(1024), StepConfig(1024, cluster=8)
+        return StepConfig(1024)
     if isinstance(problem, QuantizeProblem):
-        return (StepConfig(next(threads for k, threads in _ROW_THREADS if problem.k <= k)),)
-    return (StepConfig(128 if isinstance(problem, CombineProblem) else 256),)
+        return StepConfig(next(threads for k, threads in _ROW_THREADS if problem.k <= k))
+    return StepConfig(128 if isinstance(problem, CombineProblem) else 256)
 
 
 def choose(

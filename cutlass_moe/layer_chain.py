@@ -10,11 +10,17 @@ from torch import Tensor
 from cutlass_moe import kernels
 from cutlass_moe.calls import signature
 from cutlass_moe.combine import combine_values
-from cutlass_moe.heuristics import step_configs
+from cutlass_moe.heuristics import step_config
 from cutlass_moe.layer_arguments import QUANTS, Layer, LayerOptions, check_layer
 from cutlass_moe.layer_problems import problems_of
 from cutlass_moe.quantize import quantize_values
-from cutlass_moe.routing import find_route, route_values, row_capacity
+from cutlass_moe.routing import (
+    RoutePlaces,
+    find_route,
+    launch_route,
+    route_scratch,
+    row_capacity,
+)
 from cutlass_moe.workspace import ALIGNMENT, WorkspacePlan
 from emitters.legality import why_illegal
 from emitters.problem import GemmProblem
@@ -35,6 +41,7 @@ class Parts:
         self.index = plan.place((rows,), torch.int32)
         self.offsets = plan.place((experts,), torch.int32)
         self.inverse = plan.place((rows,), torch.int32)
+        self.scratch = plan.place((route_scratch(rows, experts),), torch.int32)
         self.active = plan.place((rows, inter), torch.float16 if quant else layer.hidden.dtype)
         self.rows = plan.place((rows, hidden), layer.hidden.dtype)
         if quant:
@@ -77,7 +84,7 @@ class Chain:
             experts = max(experts, layer.expert_map.numel())
         per_expert = self.rows / experts
         ids = layer.topk_ids
-        self.route = find_route(problems.route.num_experts, ids.dtype, self.rows, device)
+        self.route = find_route(problems.route.num_experts, ids.dtype, device)
         self.capacity = row_capacity(ids, experts, self.options.capacity_factor)
         self.up = Gemm(problems.up, device, self.tokens, self.rows, per_expert)
         self.down = Gemm(problems.down, device, self.rows, self.rows, per_expert)
@@ -94,18 +101,16 @@ class Chain:
         parts, pdl = self.parts, self.options.pdl
         device = out.get_device()
         base = -(-workspace.data_ptr() // ALIGNMENT) * ALIGNMENT
-        index, offsets, inverse = (
-            base + part.offset for part in (parts.index, parts.offsets, parts.inverse)
-        )
+        routing = (parts.index, parts.offsets, parts.inverse, parts.scratch)
+        places = RoutePlaces(*(base + part.offset for part in routing))
         active, rows = base + parts.active.offset, base + parts.rows.offset
         stream = torch._C._cuda_getCurrentRawStream(device)
         x = layer.hidden.data_ptr()
-        table = {"index": index, "ends": offsets}
-        values = route_values(
-            layer.topk_ids, layer.expert_map, self.problems.up.num_experts, self.capacity,
-            (index, offsets, inverse),
+        table = {"index": places.index, "ends": places.offsets}
+        launch_route(
+            self.route, layer.topk_ids, layer.expert_map, self.problems.up.num_experts,
+            self.capacity, places, stream, pdl,
         )  # fmt: skip
-        self.route.launch(values, self.route.record.cluster[0], stream)
         up = {"x": x, "out": active, **table, **scales(layer.w13_scale, layer.w13_bias)}
         down = {"x": active, "out": rows, **table, **scales(layer.w2_scale, layer.w2_bias)}
         if self.options.quant:
@@ -115,7 +120,7 @@ class Chain:
             values = quantize_values(x, up["x"], up["per_token_scale"], self.tokens, early=pdl)
             self.quantize_hidden.launch(values, stream, pdl)
             self.up.launch(up, layer.w13, self.options.interleaved, stream, pdl)
-            last_end = offsets + 4 * (self.problems.up.num_experts - 1)
+            last_end = places.offsets + 4 * (self.problems.up.num_experts - 1)
             values = quantize_values(
                 active, down["x"], down["per_token_scale"], self.rows, last_end=last_end
             )
@@ -124,7 +129,7 @@ class Chain:
             self.up.launch(up, layer.w13, self.options.interleaved, stream, False)
         self.down.launch(down, layer.w2, False, stream, pdl)
         values = combine_values(
-            (rows, self.rows), layer.topk_weights.data_ptr(), inverse, address(layer.residual),
+            (rows, self.rows), layer.topk_weights.data_ptr(), places.inverse, address(layer.residual),
             (out.data_ptr(), self.tokens),
         )  # fmt: skip
         self.combine.launch(values, stream, pdl)
@@ -134,7 +139,7 @@ class Rowwise:
     """A kernel whose CTAs share out rows."""
 
     def __init__(self, problem: QuantizeProblem | CombineProblem, device: int, rows: int) -> None:
-        self.kernel = kernels.load(problem, step_configs(problem)[0], device)
+        self.kernel = kernels.load(problem, step_config(problem), device)
         self.grid = problem.ctas(rows, self.kernel.record.threads)
 
     def launch(self, values: list[int], stream: int, overlap: bool) -> None:

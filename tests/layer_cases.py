@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cutlass_moe.layer_problems import Projection, layer_problems
 from cutlass_moe.quantize import quantize_per_channel
 from cutlass_moe.shapes import MODELS, MoeShape
+from emitters.problem import ActivationFunction, DType
+from emitters.steps import Problem
 
 QUANT_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 # The layer's relative error against float64 with the same quantisation points, (quant, accumulation).
@@ -79,3 +82,35 @@ def tokens(case: LayerCase, count: int, device: str, seed: int = 0) -> dict[str,
         "topk_weights": chosen / chosen.sum(1, keepdim=True),
         "topk_ids": ids.int(),
     }
+
+
+def every_problem() -> set[Problem]:
+    """Of all the calls in tests/test_layers_gpu.py."""
+    found: set[Problem] = set()
+    for case in CASES.values():
+        for quant, accumulation in LIMITS:
+            found |= problems(case, quant, accumulation)
+    for quant in (None, "int8", "fp8"):
+        for activation in ActivationFunction:
+            found |= problems(replace(SMALL, activation=str(activation)), quant)
+    return found | problems(SMALL, None, n_major=True)
+
+
+def problems(
+    case: LayerCase, quant: str | None, accumulation: str | None = None, n_major: bool = False
+) -> set[Problem]:
+    shape = case.shape
+    outside = DType.BF16
+    operand = {"fp8": DType.E4M3, "int8": DType.INT8, None: outside}[quant]
+    each = Projection(2 if quant else 0, DType.BF16 if shape.bias else None, n_major)
+    every = layer_problems(
+        shape.num_experts,
+        shape.top_k,
+        shape.hidden,
+        shape.inter,
+        (operand, outside),
+        case.activation,
+        (each, each),
+        accumulation,
+    )
+    return {problem for problem in every if problem is not None}
