@@ -8,10 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cutlass_moe.activations import is_gated
 from emitters.config import Schedule
 from emitters.problem import (
     ACCUMULATIONS,
     Accumulation,
+    Activation,
+    ActivationFunction,
     Bias,
     ChannelScale,
     DType,
@@ -35,6 +38,7 @@ _ACCUMULATIONS = {
     if operand in ACCUMULATIONS
 }
 _SCHEDULES = tuple(map(str, Schedule))
+_ACTIVATIONS = tuple(map(str, ActivationFunction))
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _FLOAT32, _INT32 = (torch.float32,), (torch.int32,)
 
@@ -49,6 +53,7 @@ class Operands(NamedTuple):
     per_token_scale: Tensor | None
     scale: Tensor | None
     bias: Tensor | None
+    starts: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -64,6 +69,17 @@ class Options(NamedTuple):
     expected_rows: int | None = None
     num_sms: int | None = None
     schedule: str | None = None
+    activation: str | None = None
+    interleaved: bool = False
+
+    @property
+    def activation_node(self) -> Activation | None:
+        return Activation(ActivationFunction(self.activation)) if self.activation else None
+
+
+def product_shape(operands: Operands, options: Options) -> tuple[int, int]:
+    n = operands.weight.shape[1]
+    return operands.rows, n // 2 if is_gated(options.activation) else n
 
 
 def check(operands: Operands, options: Options) -> torch.dtype:
@@ -71,8 +87,8 @@ def check(operands: Operands, options: Options) -> torch.dtype:
 
     Raises ValueError or TypeError, with what was expected and what came, for malformed arguments.
     """
-    x, weight, index, offsets, per_token_scale, scale, bias = operands
-    out_dtype, accumulation, _, num_sms, schedule = options
+    x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
+    out_dtype, accumulation, _, num_sms, schedule, activation, interleaved = options
     device = x.get_device()
     allowed = _ACCUMULATIONS.get(x.dtype)
     if allowed is None:
@@ -87,6 +103,8 @@ def check(operands: Operands, options: Options) -> torch.dtype:
         raise ValueError(f"x: expected a contiguous tensor, got strides {x.stride()}")
     _check_weight(weight, x)
     _expect("offsets", offsets, device, _INT32, ((experts,),))
+    if starts is not None:
+        _expect("starts", starts, device, _INT32, ((experts,),))
     if index is not None:
         _expect("index", index, device, _INT32, ((index.numel(),),))
     if per_token_scale is not None:
@@ -99,6 +117,7 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     if x.dtype.itemsize == 1 and (per_token_scale is None or scale is None):
         missing = "per_token_scale" if per_token_scale is None else "scale"
         raise ValueError(f"{missing}: {x.dtype} operands need per_token_scale and scale, got None")
+    _check_activation(activation, interleaved, n)
     if num_sms is not None and num_sms < 1:
         raise ValueError(f"num_sms: expected a positive number, got {num_sms}")
     if schedule is not None and schedule not in _SCHEDULES:
@@ -114,21 +133,39 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     return out_dtype
 
 
-def pose(operands: Operands, out_dtype: torch.dtype, accumulation: str | None) -> GemmProblem:
+def pose(
+    operands: Operands,
+    out_dtype: torch.dtype,
+    accumulation: str | None,
+    activation: Activation | None = None,
+) -> GemmProblem:
     """The problem of checked arguments."""
     scale, bias = operands.scale, operands.bias
     experts, n, k = operands.weight.shape
     return _problem(
         operands.x.dtype, out_dtype, accumulation, n, k, experts, operands.index is not None,
         operands.per_token_scale is not None, 0 if scale is None else scale.dim(),
-        None if bias is None else bias.dtype,
+        None if bias is None else bias.dtype, activation,
     )  # fmt: skip
 
 
-def check_out(out: Tensor, operands: Operands, dtype: torch.dtype) -> None:
+def check_out(out: Tensor, operands: Operands, options: Options, dtype: torch.dtype) -> None:
     """Raises as `check` does where `out` cannot take the product, of this dtype, of operands."""
-    shape = (operands.rows, operands.weight.shape[1])
+    shape = product_shape(operands, options)
     _expect("out", out, operands.x.get_device(), (dtype,), (shape,))
+
+
+def _check_activation(activation: str | None, interleaved: bool, n: int) -> None:
+    if activation is not None and activation not in _ACTIVATIONS:
+        names = ", ".join(_ACTIVATIONS)
+        raise ValueError(f"activation: expected one of {names}, got {activation!r}")
+    if is_gated(activation):
+        if n % 2:
+            raise ValueError(
+                f"weight: expected gate and up rows for {activation}, got an odd N {n}"
+            )
+    elif interleaved:
+        raise ValueError(f"interleaved: expected a gated activation with it, got {activation!r}")
 
 
 def _check_weight(weight: Tensor, x: Tensor) -> None:
@@ -183,6 +220,7 @@ def _problem(
     has_per_token_scale: bool,
     scale_dims: int,
     bias_dtype: torch.dtype | None,
+    activation: Activation | None,
 ) -> GemmProblem:
     operand = DTYPES[dtype]
     epilogue: list[EpilogueNode] = []
@@ -192,6 +230,8 @@ def _problem(
         epilogue.append(ExpertScale() if scale_dims == 1 else ChannelScale())
     if bias_dtype is not None:
         epilogue.append(Bias(DTYPES[bias_dtype]))
+    if activation is not None:
+        epilogue.append(activation)
     return GemmProblem(
         operand=operand,
         accumulation=Accumulation(accumulation or ACCUMULATIONS[operand][0]),

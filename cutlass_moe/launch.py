@@ -14,7 +14,7 @@ import torch
 from cuda.bindings import driver
 
 from emitters.image import Image, Param, ParamKind, driver_cuda
-from emitters.problem import GemmProblem, WeightStorage
+from emitters.problem import GemmProblem
 
 _SLOT = 8  # bytes kept for a parameter on the host; the driver copies as many as the kernel's own
 _MAX_TENSOR_MAPS = 1024  # a kernel's cache of them; a model has one weight a layer
@@ -194,7 +194,7 @@ class GemmKernel(Kernel):
 
     def __init__(self, image: Image, device: int) -> None:
         super().__init__(image, device)
-        self._problem = GemmProblem.from_json(image.record.problem)
+        self.problem = GemmProblem.from_json(image.record.problem)
         dynamic = any(param.name == "counters" for param in self.record.params)
         self._counters = _counters(device) if dynamic else None
         self._at = {
@@ -206,7 +206,7 @@ class GemmKernel(Kernel):
     def launch_gemm(
         self,
         values: list[int],
-        weight: tuple[int, tuple[int, ...]] | None,
+        weight: tuple[int, tuple[int, ...], bool] | None,
         out: tuple[int, int],
         grid: int,
         stream: int,
@@ -215,8 +215,8 @@ class GemmKernel(Kernel):
         """As `launch`.
 
         values: without the counters of a dynamic schedule; what stands for a tensor map is
-        ignored. weight: pointer and strides of the [E, N, K] weights that such a map describes;
-        out: pointer and rows of the output.
+        ignored. weight: pointer and strides of the [E, N, K] weights that such a map describes, and
+        whether gate and up are interleaved; out: pointer and rows of the output.
         """
         with self._lock:
             if self._counters is not None:
@@ -236,24 +236,20 @@ class GemmKernel(Kernel):
             cached = self._maps[key] = (map_, int(map_.getPtr()))
         return cached[1]
 
-    def encode_weight(self, pointer: int, strides: tuple[int, ...]) -> driver.CUtensorMap:
+    def encode_weight(
+        self, pointer: int, strides: tuple[int, ...], interleaved: bool = False
+    ) -> driver.CUtensorMap:
         """The tensor map through which the kernel reads weights [E, N, K] at `pointer`.
 
         strides: of E, N and K, in elements; K is dense. A map in a table describes one expert.
         Raises DriverError where pointer or strides are not multiples of 16 bytes.
         """
-        problem = self._problem
-        experts = problem.num_experts if problem.weights is WeightStorage.STACKED else 1
-        expert_stride, row_stride, _ = strides
-        if experts == 1:
-            expert_stride = row_stride  # never used, but checked
-        extents = (problem.k, problem.n, experts)
-        size = problem.operand.bytes
-        return self._encode("weight", size, pointer, extents, (row_stride, expert_stride))
+        view = self.problem.weight_view(strides, interleaved)
+        return self._encode("weight", self.problem.operand.bytes, pointer, *view)
 
     def _encode_out(self, pointer: int, rows: int) -> driver.CUtensorMap:
-        problem = self._problem
-        return self._encode("out_map", problem.out.bytes, pointer, (problem.n, rows), (problem.n,))
+        columns, size = self.problem.out_columns, self.problem.out.bytes
+        return self._encode("out_map", size, pointer, (columns, rows), (columns,))
 
     def _encode(
         self,
