@@ -11,6 +11,7 @@ from cutlass_moe.layer_reference import (
     fused_moe_reference,
     topk_router_reference,
 )
+from cutlass_moe.layers import fused_moe, fused_moe_workspace_size
 from cutlass_moe.ops import grouped_matmul, grouped_matmul_out, grouped_matmul_problem
 from cutlass_moe.plans import Plan, plan
 from cutlass_moe.quantize import (
@@ -26,7 +27,9 @@ __all__ = [
     "RoutingTable",
     "combine",
     "combine_reference",
+    "fused_moe",
     "fused_moe_reference",
+    "fused_moe_workspace_size",
     "grouped_matmul",
     "grouped_matmul_out",
     "grouped_matmul_problem",

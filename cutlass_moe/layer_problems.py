@@ -84,7 +84,6 @@ def layer_problems(
             num_experts=num_experts,
             gather=bool(last),
             epilogue=(*nodes, *last),
-            weight_major=Major.N if of.n_major else Major.K,
         )
 
     gates = 2 if function.gated else 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cutlass_moe.arguments import Operands, Options
 from cutlass_moe.calls import find_call, parameters
-from cutlass_moe.launch import GemmKernel
+from cutlass_moe.launch import GemmKernel, WeightView
 from cutlass_moe.ops import wants_gradient
 from cutlass_moe.reference import grouped_matmul_reference_out
 
@@ -23,14 +23,24 @@ def _signature(tensor: Tensor) -> tuple[Any, ...]:
 class Plan:
     """What `plan` returns. Not for two threads at a time."""
 
-    def __init__(self, operands: Operands, out: Tensor, kernel: GemmKernel | None, grid: int):
+    def __init__(
+        self,
+        operands: Operands,
+        options: Options,
+        out: Tensor,
+        kernel: GemmKernel | None,
+        grid: int,
+    ):
+        self._options = options
         named = {**operands._asdict(), "out": out}
         self._tensors = {name: t for name, t in named.items() if t is not None}
         self._signatures = {name: _signature(t) for name, t in self._tensors.items()}
         self._device = out.get_device()
         self._kernel = kernel
         if kernel is not None:
-            self._launch = kernel.prepare_gemm(*parameters(out, operands), grid)
+            self._launch = kernel.prepare_gemm(
+                *parameters(kernel.problem, out, operands, interleaved=options.interleaved), grid
+            )
             scale = "channel_scale" if "channel_scale" in kernel.at else "expert_scale"
             names = {"offsets": "ends", "scale": scale}
             params = {name: names.get(name, name) for name in self._tensors}
@@ -54,7 +64,11 @@ class Plan:
             self._replace(name, tensor)
         tensors = self._tensors
         if self._kernel is None:
-            grouped_matmul_reference_out(**tensors)
+            grouped_matmul_reference_out(
+                **tensors,
+                activation=self._options.activation,
+                interleaved=self._options.interleaved,
+            )
         elif torch._C._cuda_getDevice() == self._device:
             self._enqueue(self._kernel)
         else:
@@ -82,7 +96,8 @@ class Plan:
                     f"{name}: expected an address in multiples of {_ALIGNMENTS[name]} bytes"
                 )
             if name == "weight":
-                self._kernel.set_weight(self._launch, pointer, tensor.stride())
+                view = WeightView(pointer, tensor.stride(), self._options.interleaved)
+                self._kernel.set_weight(self._launch, view)
             elif name == "out":
                 self._kernel.set_out(self._launch, pointer, tensor.shape[0])
             else:
@@ -110,6 +125,9 @@ def plan(
     expected_rows: int | None = None,
     num_sms: int | None = None,
     schedule: str | None = None,
+    activation: str | None = None,
+    interleaved: bool = False,
+    starts: Tensor | None = None,
 ) -> Plan:
     """`grouped_matmul_out` with these arguments, prepared: `p = plan(...)`, then `p()`, `p(x)` or
     `p(x, out, index=index, ...)`.
@@ -119,8 +137,10 @@ def plan(
     keeps its tensors alive. It is neither differentiable nor for torch.compile. Raises as
     `grouped_matmul_out` does.
     """
-    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias)
-    options = Options(out_dtype, accumulation, expected_rows, num_sms, schedule)
+    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias, starts)
+    options = Options(
+        out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved
+    )
     if wants_gradient((out, *operands)):
         raise RuntimeError(
             "a plan has no gradient and an argument requires one: use torch.no_grad()"
@@ -128,4 +148,4 @@ def plan(
     call = find_call(operands, out, options)
     if out is None:
         out = x.new_empty(call.shape, dtype=call.dtype)
-    return Plan(operands, out, call.kernel, call.grid)
+    return Plan(operands, options, out, call.kernel, call.grid)

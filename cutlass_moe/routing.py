@@ -138,7 +138,7 @@ def find_route(num_experts: int, dtype: torch.dtype, device: int) -> Kernel | No
 class RoutePlaces(NamedTuple):
     """Addresses of a RoutingTable's tensors, and of `route_scratch` int32 or more."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     offsets: int
     inverse: int
     scratch: int

@@ -16,7 +16,7 @@ from emitters.problem import ActivationFunction, DType
 from emitters.steps import Problem
 
 QUANT_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-# The layer's relative error against float64 with the same quantisation points, (quant, accumulation).
+# A layer's relative error to float64 with the same quantisation points, by quant, accumulation.
 # fp8 with fast sums: an error of 1e-3 before an activation is quantised turns some of its values
 # over to the next of 8 bits, which costs 1e-2 (perf/NOTES.md).
 LIMITS = {

@@ -160,6 +160,41 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "num_sms": ({"num_sms": 0}, ValueError, "num_sms: expected .* got 0"),
     "schedule": ({"schedule": "fair"}, ValueError, "schedule: expected .*tile.* got 'fair'"),
+    "activation": (
+        {"activation": "tanh"},
+        ValueError,
+        "activation: expected one of swiglu, .*relu2, got 'tanh'",
+    ),
+    "gated_odd_n": (
+        {
+            "activation": "geglu",
+            "weight": torch.ones(3, 23, 32).to(torch.float8_e4m3fn),
+            "scale": torch.ones(3),
+            "bias": None,
+        },
+        ValueError,
+        "weight: expected gate and up rows for geglu, got an odd N 23",
+    ),
+    "interleaved_plain": (
+        {"interleaved": True},
+        ValueError,
+        "interleaved: expected a gated activation with it, got None",
+    ),
+    "interleaved_ungated": (
+        {"interleaved": True, "activation": "gelu"},
+        ValueError,
+        "interleaved: expected a gated activation with it, got 'gelu'",
+    ),
+    "starts_dtype": (
+        {"starts": torch.zeros(3)},
+        TypeError,
+        "starts: expected torch.int32, got torch.float32",
+    ),
+    "starts_shape": (
+        {"starts": torch.zeros(4, dtype=I32)},
+        ValueError,
+        r"starts: expected shape \(3,\), got \(4,\)",
+    ),
 }
 ERROR_TABLE = pytest.mark.parametrize(
     ("change", "error", "message"), ERRORS.values(), ids=ERRORS.keys()
@@ -235,19 +270,20 @@ def test_cases(name: str) -> None:
     inputs = make_inputs(case, "cpu")
     assert cm.grouped_matmul_problem(**inputs) == case.problem
     before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
-    out = poisoned(case.rows, case.n, inputs["out_dtype"], "cpu")
+    out = poisoned(case.rows, case.problem.out_columns, inputs["out_dtype"], "cpu")
     assert torch.ops.cutlass_moe.grouped_matmul_out(out, **inputs, **_absent(inputs)) is None
     check(out, case, inputs)
     assert all(same_bits(inputs[name], tensor) for name, tensor in before.items())
-    assert same_bits(cm.grouped_matmul(**inputs)[: sum(case.counts)], out[: sum(case.counts)])
+    assert same_bits(cm.grouped_matmul(**inputs)[case.owned], out[case.owned])
 
 
-def _absent(inputs: dict[str, Any]) -> dict[str, None]:
+def _absent(inputs: dict[str, Any]) -> dict[str, Any]:
     """What the schema, which has no defaults, wants besides."""
     names = (
-        "per_token_scale", "scale", "bias", "accumulation", "expected_rows", "num_sms", "schedule"
+        "per_token_scale", "scale", "bias", "starts",
+        "accumulation", "expected_rows", "num_sms", "schedule", "activation", "interleaved",
     )  # fmt: skip
-    return {name: None for name in names if name not in inputs}
+    return {name: False if name == "interleaved" else None for name in names if name not in inputs}
 
 
 def test_scales_may_have_a_last_dimension_of_one() -> None:

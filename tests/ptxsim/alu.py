@@ -76,6 +76,12 @@ _TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
     "mul.hi.s32": (_high(np.int64, np.int32), I32, (I32, I32)),
     "mul.hi.u32": (_high(np.uint64, np.uint32), U32, (U32, U32)),
     "mad.lo.s32": (lambda a, b, c: a * b + c, I32, (I32, I32, I32)),
+    "abs.f32": (np.abs, F32, (F32,)),
+    "neg.f32": (np.negative, F32, (F32,)),
+    "max.NaN.f32": (np.maximum, F32, (F32, F32)),
+    "min.NaN.f32": (np.minimum, F32, (F32, F32)),
+    "ex2.approx.ftz.f32": (np.exp2, F32, (F32,)),  # exactly rounded: the GPU's is within 2 ulp
+    "rcp.approx.ftz.f32": (np.reciprocal, F32, (F32,)),
     "fma.rn.f32": (fma, F32, (F32, F32, F32)),
     "not.pred": (np.logical_not, B, (B,)),
     "neg.s32": (np.negative, I32, (I32,)),
