@@ -137,11 +137,12 @@ def fused_moe_reference(
     Returns [T, H] of compute_dtype, or `out`, of any floating dtype.
     """
     stacked = Experts(w13, w2, w13_scale, w2_scale, w13_bias, w2_bias)
-    ids = topk_ids.long()
+    ids, experts = topk_ids.long(), len(w13)
     if expert_map is not None:
         known = (ids >= 0) & (ids < len(expert_map))
-        ids = expert_map.long()[ids.where(known, 0)].where(known, -1)
-    limit = None if capacity_factor is None else math.ceil(ids.numel() / len(w13) * capacity_factor)
+        ids = functional.pad(expert_map.long(), (0, 1), value=-1)[ids.where(known, -1)]
+        experts = max(experts, len(expert_map))
+    limit = None if capacity_factor is None else math.ceil(ids.numel() / experts * capacity_factor)
     x, x_scale = hidden.to(compute_dtype), None
     if quant:
         x, x_scale = quantized(hidden, w13.dtype, compute_dtype)
