@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import cutlass_moe as cm
 from emitters.problem import (
     ACCUMULATIONS,
+    Activation,
+    ActivationFunction,
     Bias,
     ChannelScale,
     EpilogueNode,
@@ -357,12 +359,27 @@ def test_any_call_is_the_definition(inputs: dict[str, Any]) -> None:
 # Tracing.
 
 
-@pytest.mark.parametrize("name", ["one_token_8_experts", "bias_bf16", "float_scales", "n_8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "one_token_8_experts",
+        "bias_bf16",
+        "float_scales",
+        "n_8",
+        "starts_few_rows",
+        "geglu_20",
+        "swiglu_oai_20",
+        "gelu_20",
+    ],
+)
 def test_opcheck(name: str) -> None:
     opcheck(replace(CASES[name], spare=0), "cpu")
 
 
-@pytest.mark.parametrize("case", [SMALL, FLOAT, replace(SMALL, gather=False)], ids=str)
+GATED = replace(SMALL, epilogue=(*SCALES, Activation(ActivationFunction.SWIGLU)))
+
+
+@pytest.mark.parametrize("case", [SMALL, FLOAT, replace(SMALL, gather=False), GATED], ids=str)
 def test_fakes_know_shape_and_dtype(case: Case) -> None:
     real = make_inputs(case, "cpu")
     with FakeTensorMode() as mode:
@@ -399,10 +416,21 @@ def test_compiles_as_one_graph_for_any_number_of_tokens(case: Case) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("activation", ActivationFunction, ids=str)
+def test_gradients_through_activations(activation: ActivationFunction, compiled: bool) -> None:
+    inputs = gradient_inputs([1, 1, 4, -1, 4, 4, 1], [3, 3, 7], torch.bfloat16)
+    inputs |= {"activation": str(activation), "interleaved": activation.gated}
+    check_gradients(inputs, compiled)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("shapes", ["flat", "column", "expert"])
 @pytest.mark.parametrize("routing", GRADIENTS.values(), ids=GRADIENTS.keys())
 def test_gradients(routing: dict[str, Any], shapes: str, compiled: bool) -> None:
-    inputs = gradient_inputs(**routing, dtype=torch.bfloat16, shapes=shapes)
+    check_gradients(gradient_inputs(**routing, dtype=torch.bfloat16, shapes=shapes), compiled)
+
+
+def check_gradients(inputs: dict[str, Any], compiled: bool) -> None:
     for name in DIFFERENTIABLE:
         inputs[name].requires_grad_()
     call = cm.grouped_matmul
