@@ -135,8 +135,9 @@ class CombineProblem(Step):
             return f"rows of {self.dtype}: supported are {', '.join(OUTPUTS)}"
         if self.n % ROW_VECTOR or not 0 < self.n <= MAX_ROW:
             return f"N {self.n}: a multiple of {ROW_VECTOR} up to {MAX_ROW}"
-        if not 1 <= self.top_k <= MAX_TOP_K:
-            return f"{self.top_k} rows a token: between 1 and {MAX_TOP_K}"
+        most = MAX_TOP_K * 2 // self.dtype.bytes  # in a thread's registers all at once
+        if not 1 <= self.top_k <= most:
+            return f"{self.top_k} rows of {self.dtype} a token: between 1 and {most}"
         return None
 
 

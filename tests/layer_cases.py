@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cutlass_moe.heuristics import choose, step_config
 from cutlass_moe.layer_problems import Projection, layer_problems
 from cutlass_moe.quantize import quantize_per_channel
 from cutlass_moe.shapes import MODELS, MoeShape
 from emitters.problem import ActivationFunction, DType
-from emitters.steps import Problem
+from emitters.steps import AnyConfig, Problem, Step
 
 QUANT_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 # A layer's relative error to float64 with the same quantisation points, by quant, accumulation.
@@ -84,21 +85,21 @@ def tokens(case: LayerCase, count: int, device: str, seed: int = 0) -> dict[str,
     }
 
 
-def every_problem() -> set[Problem]:
+def images() -> set[tuple[Problem, AnyConfig]]:
     """Of all the calls in tests/test_layers_gpu.py."""
-    found: set[Problem] = set()
+    found: set[tuple[Problem, AnyConfig]] = set()
     for case in CASES.values():
         for quant, accumulation in LIMITS:
-            found |= problems(case, quant, accumulation)
+            found |= _images(case, quant, accumulation)
     for quant in (None, "int8", "fp8"):
         for activation in ActivationFunction:
-            found |= problems(replace(SMALL, activation=str(activation)), quant)
-    return found | problems(SMALL, None, n_major=True)
+            found |= _images(replace(SMALL, activation=str(activation)), quant)
+    return found | _images(SMALL, None, n_major=True)
 
 
-def problems(
+def _images(
     case: LayerCase, quant: str | None, accumulation: str | None = None, n_major: bool = False
-) -> set[Problem]:
+) -> set[tuple[Problem, AnyConfig]]:
     shape = case.shape
     outside = DType.BF16
     operand = {"fp8": DType.E4M3, "int8": DType.INT8, None: outside}[quant]
@@ -113,4 +114,15 @@ def problems(
         (each, each),
         accumulation,
     )
-    return {problem for problem in every if problem is not None}
+    counts = TOKENS[1:] if case in CASES.values() else range(1, 501)
+    found: set[tuple[Problem, AnyConfig]] = set()
+    for problem in filter(None, every):
+        if isinstance(problem, Step):
+            found.add((problem, step_config(problem)))
+            continue
+        for count in counts:
+            per_expert = count * shape.top_k / shape.num_experts
+            found.add((problem, choose(problem, count, per_expert)))
+            # a rank of four, whose experts a quarter of the pairs visit
+            found.add((problem, choose(problem, count, per_expert / 4)))
+    return found
