@@ -11,7 +11,14 @@ from torch import Tensor
 
 import cutlass_moe as cm
 from cutlass_moe.heuristics import step_config
-from cutlass_moe.routing import RoutingTable, find_route, launch_route, route_reference, route_scratch, row_capacity
+from cutlass_moe.routing import (
+    RoutingTable,
+    find_route,
+    launch_route,
+    route_reference,
+    route_scratch,
+    row_capacity,
+)
 from emitters.steps import RouteProblem, Step, StepConfig
 
 pytestmark = pytest.mark.gpu
@@ -81,7 +88,9 @@ def test_cases(case: Ids, bits: int) -> None:
     ids = case.make().to(BITS[bits])
     on_device = ids.cuda()
     table = poisoned(on_device, case.experts)
-    scratch = torch.full((route_scratch(ids.numel(), case.experts),), POISON, device="cuda", dtype=torch.int32)
+    scratch = torch.full(
+        (route_scratch(ids.numel(), case.experts),), POISON, device="cuda", dtype=torch.int32
+    )
     stream = torch.cuda.current_stream().cuda_stream
     kernel = find_route(case.experts, ids.dtype, 0)
     launch_route(kernel, table, scratch, on_device, None, ids.numel(), stream)
@@ -94,14 +103,19 @@ def test_capacity(case: Ids, factor: float) -> None:
     ids = case.make()
     got = cm.route(ids.cuda(), case.experts, capacity_factor=factor)
     check(got, route_reference(ids, case.experts, capacity_factor=factor))
-    assert (got.offsets.diff(prepend=got.offsets.new_zeros(1)) <= row_capacity(ids, case.experts, factor)).all()
+    assert (
+        got.offsets.diff(prepend=got.offsets.new_zeros(1))
+        <= row_capacity(ids, case.experts, factor)
+    ).all()
 
 
 @pytest.mark.parametrize("tokens", [7, 8192])
 def test_expert_map(tokens: int) -> None:
     ids = Ids(tokens, 512, how="outside").make()
     local = torch.full((512,), -1, dtype=torch.int32)
-    local[torch.randperm(512, generator=torch.Generator().manual_seed(0))[:128]] = torch.arange(128).int()
+    local[torch.randperm(512, generator=torch.Generator().manual_seed(0))[:128]] = torch.arange(
+        128
+    ).int()
     local[3] = 128  # none of the 128 here
     got = cm.route(ids.cuda(), 128, expert_map=local.cuda())
     check(got, route_reference(ids, 128, expert_map=local))

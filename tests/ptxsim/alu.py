@@ -78,6 +78,7 @@ _TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
     "mad.lo.s32": (lambda a, b, c: a * b + c, I32, (I32, I32, I32)),
     "fma.rn.f32": (fma, F32, (F32, F32, F32)),
     "not.pred": (np.logical_not, B, (B,)),
+    "not.b32": (np.invert, U32, (U32,)),
     "neg.s32": (np.negative, I32, (I32,)),
     "popc.b32": (_popcount, U32, (U32,)),
     "cvt.u64.u32": (lambda a: a.astype(np.uint64), U64, (U32,)),
