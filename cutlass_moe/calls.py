@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cutlass_moe import kernels
+from cutlass_moe import heuristics, kernels
 from cutlass_moe.arguments import Operands, Options, check, check_out, pose
-from cutlass_moe.launch import GemmKernel
+from cutlass_moe.cache import MissingImage
+from cutlass_moe.launch import GemmKernel, Kernel
 from emitters.legality import why_illegal
+from emitters.steps import Step
 
 
 class Call(NamedTuple):
@@ -29,15 +32,20 @@ _calls: dict[tuple[Any, ...], Call] = {}
 _MAX_CALLS = 8192
 
 
+def signature(others: tuple[Any, ...], tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+    """What decides a kernel: `others`, and dtypes, shapes, strides and devices of the tensors."""
+    found: list[Any] = [*others]
+    for tensor in tensors:
+        if tensor is None:
+            found.append(None)
+        else:
+            found += (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
+    return tuple(found)
+
+
 def find_call(operands: Operands, out: Tensor | None, options: Options) -> Call:
     """Checks arguments and chooses a kernel, once a signature: dtypes, shapes, strides, devices."""
-    signature: list[Any] = [*options, kernels.forced]
-    for tensor in (out, *operands):
-        if tensor is None:
-            signature.append(None)
-        else:
-            signature += (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
-    key = tuple(signature)
+    key = signature((*options, kernels.forced), (out, *operands))
     call = _calls.get(key)
     if call is None:
         if out is not None and options.out_dtype is None:
@@ -82,12 +90,21 @@ def enqueue(
     of `operands.weight`. starts int32 [E]: first rows of the experts, where they are not the ends
     before.
     """
-    x, weight, index, offsets, per_token_scale, scale, bias = operands
-    device, rows = out.get_device(), out.shape[0]
+    device = out.get_device()
     if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
             enqueue(kernel, grid, out, operands, table=table, starts=starts)
         return
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    kernel.launch_gemm(*parameters(out, operands, table, starts), grid, stream)
+
+
+def parameters(
+    out: Tensor, operands: Operands, table: int = 0, starts: Tensor | None = None
+) -> tuple[list[int], tuple[int, tuple[int, ...]] | None, tuple[int, int]]:
+    """The first three arguments of `GemmKernel.launch_gemm`; those of this as of `enqueue`."""
+    x, weight, index, offsets, per_token_scale, scale, bias = operands
+    rows = out.shape[0]
     values = [table, x.data_ptr()]
     if index is not None:
         values.append(index.data_ptr())
@@ -110,16 +127,43 @@ def enqueue(
     weight_pointer = table or weight.data_ptr()
     if (values[1] | out_pointer | weight_pointer) % 16:
         raise ValueError("x, weight and out: expected addresses in multiples of 16 bytes")
-    stream = torch._C._cuda_getCurrentRawStream(device)
     weights = None if table else (weight_pointer, weight.stride())
-    kernel.launch_gemm(values, weights, (out_pointer, rows), grid, stream)
+    return values, weights, (out_pointer, rows)
 
 
-def announce_fallback(reason: str) -> None:
-    """Once a reason: a warning. Under capture, or with CUTLASS_MOE_STRICT=1: an error."""
+def step_kernel(problem: Step, device: int) -> Kernel | None:
+    """None, and a warning, where there is no kernel and the op's torch path must do.
+
+    Raises what `kernels.load` raises but MissingImage.
+    """
+    reason = why_illegal(problem, arch=kernels.device_arch(device))
+    if reason is None:
+        try:
+            return kernels.load(problem, heuristics.step_config(problem), device)
+        except MissingImage as error:
+            reason = str(error)
+    announce_fallback(reason, capturable=True)
+    return None
+
+
+def launch_step(
+    kernel: Kernel, values: list[int], grid: int, device: int, overlap: bool = False
+) -> None:
+    """On torch's current stream of the device."""
+    if torch._C._cuda_getDevice() != device:
+        with torch.cuda.device(device):
+            launch_step(kernel, values, grid, device, overlap)
+        return
+    kernel.launch(values, grid, torch._C._cuda_getCurrentRawStream(device), overlap)
+
+
+def announce_fallback(reason: str, capturable: bool = False) -> None:
+    """Once a reason: a warning. With CUTLASS_MOE_STRICT=1, or under capture unless the torch path
+    is capturable: an error."""
     if os.environ.get("CUTLASS_MOE_STRICT") == "1":
         raise RuntimeError(f"no kernel for this problem (CUTLASS_MOE_STRICT=1): {reason}")
-    if torch.cuda.is_current_stream_capturing():
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if capturing and not capturable:
         raise RuntimeError(
             f"no kernel for this problem, and the torch path cannot be captured: {reason}"
         )

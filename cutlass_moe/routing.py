@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,41 +136,46 @@ def find_route(num_experts: int, dtype: torch.dtype, device: int) -> Kernel | No
     return kernels.load(problem, step_config(problem), device)
 
 
+class RoutePlaces(NamedTuple):
+    """Addresses of a RoutingTable's tensors, and of `route_scratch` int32 or more."""
+
+    index: int
+    offsets: int
+    inverse: int
+    scratch: int
+
+
 def launch_route(
     kernel: Kernel,
-    table: RoutingTable,
-    scratch: Tensor | None,
     topk_ids: Tensor,
     expert_map: Tensor | None,
+    num_experts: int,
     capacity: int,
+    places: RoutePlaces,
     stream: int,
-    overlap: bool = False,
+    pdl: bool = True,
 ) -> None:
-    """Enqueues a kernel of `find_route`: fills `table`; allocates nothing and checks nothing.
+    """Enqueues a kernel of `find_route`; allocates nothing and checks nothing.
 
-    Tensors are contiguous and on the current device. scratch: int32, of `route_scratch` elements
-    or more; None where that is 0. overlap: as of `Kernel.launch`; all is read and written after the
-    wait, and dependents may start at once.
+    Tensors are contiguous and on the current device. pdl: the second of two launches may start
+    before the first ends; in a dependent launch after either, all is complete once the first wait
+    returns.
     """
-    experts = len(table.offsets)
-    grid = route_grid(topk_ids.numel(), experts)
+    grid = route_grid(topk_ids.numel(), num_experts)
     values = [
         topk_ids.data_ptr(),
         0 if expert_map is None else expert_map.data_ptr(),
-        experts if expert_map is None else len(expert_map),
+        num_experts if expert_map is None else len(expert_map),
         topk_ids.numel(),
         topk_ids.shape[1] if topk_ids.dim() == 2 else 1,
         capacity,
-        table.index.data_ptr(),
-        table.offsets.data_ptr(),
-        table.inverse.data_ptr(),
-        0 if scratch is None else scratch.data_ptr(),
+        *places,
     ]
     if grid == 1:
-        kernel.launch([*values, 0], 1, stream, overlap)
+        kernel.launch([*values, 0], 1, stream)
     else:
-        kernel.launch([*values, 1], grid, stream, overlap)
-        kernel.launch([*values, 2], grid, stream, overlap=True)
+        kernel.launch([*values, 1], grid, stream)
+        kernel.launch([*values, 2], grid, stream, pdl)
 
 
 def _check(
@@ -234,7 +240,9 @@ def _on_cuda(
     capacity = row_capacity(topk_ids, num_experts, capacity_factor)
     with torch.cuda.device(device):
         stream = torch._C._cuda_getCurrentRawStream(device)
-        launch_route(kernel, table, scratch, topk_ids, expert_map, capacity, stream)
+        tensors = (table.index, table.offsets, table.inverse, scratch)
+        places = RoutePlaces(*(tensor.data_ptr() for tensor in tensors))
+        launch_route(kernel, topk_ids, expert_map, num_experts, capacity, places, stream)
     return table.index, table.offsets, table.inverse
 
 
