@@ -126,6 +126,7 @@ _TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
     "setp.eq.f32": (np.equal, B, (F32, F32)),
     "prmt.b32": (_permute, U32, (U32, U32, U32)),
     "not.pred": (np.logical_not, B, (B,)),
+    "not.b32": (np.invert, U32, (U32,)),
     "neg.s32": (np.negative, I32, (I32,)),
     "popc.b32": (_popcount, U32, (U32,)),
     "cvt.u64.u32": (lambda a: a.astype(np.uint64), U64, (U32,)),
