@@ -11,7 +11,9 @@ from cutlass_moe.layer_reference import (
     fused_moe_reference,
     topk_router_reference,
 )
+from cutlass_moe.layers import fused_moe, fused_moe_workspace_size
 from cutlass_moe.ops import grouped_matmul, grouped_matmul_out, grouped_matmul_problem
+from cutlass_moe.plans import Plan, plan
 from cutlass_moe.quantize import (
     quantize_per_channel,
     quantize_per_token,
@@ -21,16 +23,20 @@ from cutlass_moe.reference import grouped_matmul_reference
 from cutlass_moe.routing import RoutingTable, route
 
 __all__ = [
+    "Plan",
     "RoutingTable",
     "combine",
     "combine_reference",
+    "fused_moe",
     "fused_moe_reference",
+    "fused_moe_workspace_size",
     "grouped_matmul",
     "grouped_matmul_out",
     "grouped_matmul_problem",
     "grouped_matmul_reference",
     "index_group_matmul",
     "index_group_matmul_workspace_size",
+    "plan",
     "quantize_per_channel",
     "quantize_per_token",
     "quantize_per_token_reference",

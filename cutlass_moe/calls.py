@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from cutlass_moe import heuristics, kernels
-from cutlass_moe.arguments import Operands, Options, check, check_out, pose
+from cutlass_moe.arguments import Operands, Options, check, check_out, pose, product_shape
 from cutlass_moe.cache import MissingImage
-from cutlass_moe.launch import GemmKernel, Kernel
+from cutlass_moe.launch import GemmKernel, Kernel, WeightView
 from emitters.legality import why_illegal
+from emitters.problem import GemmProblem, gate_strides
 from emitters.steps import Step
 
 
@@ -31,22 +33,27 @@ _calls: dict[tuple[Any, ...], Call] = {}
 _MAX_CALLS = 8192
 
 
+def signature(others: tuple[Any, ...], tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+    """What decides a kernel: `others`, and dtypes, shapes, strides and devices of the tensors."""
+    found: list[Any] = [*others]
+    for tensor in tensors:
+        if tensor is None:
+            found.append(None)
+        else:
+            found += (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
+    return tuple(found)
+
+
 def find_call(operands: Operands, out: Tensor | None, options: Options) -> Call:
     """Checks arguments and chooses a kernel, once a signature: dtypes, shapes, strides, devices."""
-    signature: list[Any] = [*options, kernels.forced]
-    for tensor in (out, *operands):
-        if tensor is None:
-            signature.append(None)
-        else:
-            signature += (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
-    key = tuple(signature)
+    key = signature((*options, kernels.forced), (out, *operands))
     call = _calls.get(key)
     if call is None:
         if out is not None and options.out_dtype is None:
             options = options._replace(out_dtype=out.dtype)
         dtype = check(operands, options)
         if out is not None:
-            check_out(out, operands, dtype)
+            check_out(out, operands, options, dtype)
         call = _choose(operands, dtype, options)
         if call.kernel is not None or not operands.x.is_cuda:  # else the fallback is told each time
             if len(_calls) >= _MAX_CALLS:
@@ -56,11 +63,11 @@ def find_call(operands: Operands, out: Tensor | None, options: Options) -> Call:
 
 
 def _choose(operands: Operands, dtype: torch.dtype, options: Options) -> Call:
-    shape = (operands.rows, operands.weight.shape[1])
+    shape = product_shape(operands, options)
     device = operands.x.get_device()
     if device < 0 or operands.rows == 0:
         return Call(shape, dtype, None, 0)
-    problem = pose(operands, dtype, options.accumulation)
+    problem = pose(operands, dtype, options.accumulation, options.activation_node)
     reason = why_illegal(problem, arch=kernels.device_arch(device))
     if reason is not None:
         announce_fallback(reason)
@@ -76,20 +83,29 @@ def enqueue(
     operands: Operands,
     *,
     table: int = 0,
-    starts: Tensor | None = None,
+    interleaved: bool = False,
 ) -> None:
     """Launches the kernel of checked arguments on torch's current stream; returns at once.
 
     table: address of E tensor maps on the device, which a kernel of unstacked weights reads instead
-    of `operands.weight`. starts int32 [E]: first rows of the experts, where they are not the ends
-    before.
+    of `operands.weight`. interleaved: as in `grouped_matmul`.
     """
-    x, weight, index, offsets, per_token_scale, scale, bias = operands
-    device, rows = out.get_device(), out.shape[0]
+    device = out.get_device()
     if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
-            enqueue(kernel, grid, out, operands, table=table, starts=starts)
+            enqueue(kernel, grid, out, operands, table=table, interleaved=interleaved)
         return
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    values = parameters(kernel.problem, out, operands, table=table, interleaved=interleaved)
+    kernel.launch_gemm(*values, grid, stream)
+
+
+def parameters(
+    problem: GemmProblem, out: Tensor, operands: Operands, *, table: int = 0, interleaved: bool
+) -> tuple[list[int], WeightView | None, tuple[int, int]]:
+    """The first three arguments of `GemmKernel.launch_gemm`; those of this as of `enqueue`."""
+    x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
+    rows = out.shape[0]
     values = [table, x.data_ptr()]
     if index is not None:
         values.append(index.data_ptr())
@@ -102,6 +118,8 @@ def enqueue(
         x.shape[0],
         rows,
     )
+    if problem.gated:
+        values += gate_strides(weight.shape[1], interleaved)
     if per_token_scale is not None:
         values.append(per_token_scale.data_ptr())
     for tensor in (scale, bias):
@@ -112,9 +130,8 @@ def enqueue(
     weight_pointer = table or weight.data_ptr()
     if (values[1] | out_pointer | weight_pointer) % 16:
         raise ValueError("x, weight and out: expected addresses in multiples of 16 bytes")
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    weights = None if table else (weight_pointer, weight.stride())
-    kernel.launch_gemm(values, weights, (out_pointer, rows), grid, stream)
+    weights = None if table else WeightView(weight_pointer, weight.stride(), interleaved)
+    return values, weights, (out_pointer, rows)
 
 
 def step_kernel(problem: Step, device: int) -> Kernel | None:
@@ -125,7 +142,7 @@ def step_kernel(problem: Step, device: int) -> Kernel | None:
     reason = why_illegal(problem, arch=kernels.device_arch(device))
     if reason is None:
         try:
-            return kernels.load(problem, heuristics.step_configs(problem)[0], device)
+            return kernels.load(problem, heuristics.step_config(problem), device)
         except MissingImage as error:
             reason = str(error)
     announce_fallback(reason, capturable=True)

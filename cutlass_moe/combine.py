@@ -7,7 +7,6 @@ from torch import Tensor
 
 from cutlass_moe.arguments import DTYPES
 from cutlass_moe.calls import launch_step, step_kernel
-from cutlass_moe.launch import Kernel
 from cutlass_moe.layer_reference import combine_reference
 from emitters.steps import CombineProblem
 
@@ -51,24 +50,15 @@ def combine(
     return out
 
 
-def combine_launch(
-    out: Tensor, rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
-) -> tuple[Kernel, list[int], int] | None:
-    """The kernel, its values and its grid that combine rows into out [T, N], not empty; None, and a
-    warning, where there is no kernel.
+def combine_values(
+    rows: tuple[int, int], topk_weights: int, inverse: int, residual: int, out: tuple[int, int]
+) -> list[int]:
+    """What the kernel of a CombineProblem is launched with, on `ctas(tokens, threads)` CTAs.
 
-    Nothing is checked, allocated or launched. In a dependent launch topk_weights and inverse are
-    read before the kernel before this one is waited for.
+    rows, out: address and number of rows; others: addresses, residual may be 0. In a dependent
+    launch topk_weights and inverse are read before the kernel before this one is waited for.
     """
-    tokens, n = out.shape
-    problem = CombineProblem(DTYPES[rows.dtype], n, inverse.shape[1])
-    kernel = step_kernel(problem, rows.get_device())
-    if kernel is None:
-        return None
-    values = [tensor.data_ptr() for tensor in (rows, topk_weights, inverse)]
-    values += [0 if residual is None else residual.data_ptr(), out.data_ptr()]
-    values += [rows.shape[0], tokens]
-    return kernel, values, problem.ctas(tokens, kernel.record.threads)
+    return [rows[0], topk_weights, inverse, residual, out[0], rows[1], out[1]]
 
 
 def _check(
@@ -122,16 +112,24 @@ def _into(
 ) -> None:
     if out.numel() >= _MAX_ELEMENTS:
         raise ValueError(f"out: expected fewer than 2^34 elements, got {out.numel()}")
-    launch = None
+    kernel = None
     if rows.is_cuda and out.numel():
         large = (rows, out) if residual is None else (rows, residual, out)
         if any(tensor.data_ptr() % 16 for tensor in large):
             raise ValueError("rows, residual and out: expected addresses in multiples of 16 bytes")
-        launch = combine_launch(out, rows, topk_weights, inverse, residual)
-    if launch is None:
+        problem = CombineProblem(DTYPES[rows.dtype], rows.shape[1], inverse.shape[1])
+        kernel = step_kernel(problem, rows.get_device())
+    if kernel is None:
         combine_reference(rows, topk_weights, inverse, residual=residual, out=out)
-    else:
-        launch_step(*launch, rows.get_device())
+        return
+    values = combine_values(
+        (rows.data_ptr(), len(rows)),
+        topk_weights.data_ptr(),
+        inverse.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        (out.data_ptr(), len(out)),
+    )
+    launch_step(kernel, values, problem.ctas(len(out), kernel.record.threads), rows.get_device())
 
 
 def _empty(rows: Tensor, inverse: Tensor) -> Tensor:

@@ -85,18 +85,20 @@ def _many_rows(problem: GemmProblem) -> tuple[Config, ...]:
 
 def _wide(problem: GemmProblem) -> int:
     """Columns of wide tiles: a last tile that is partly empty costs more than its share."""
-    return 192 if problem.n % 256 and problem.n % 192 == 0 else 256
+    # gate and up take 128 together
+    return 192 if problem.n % 256 and problem.n % 192 == 0 and not problem.gated else 256
 
 
 def _widest(problem: GemmProblem, tile_m: int, tile_n: int, **options: Any) -> tuple[Config, ...]:
     """The widest legal config up to tile_n, none wider than N asks for."""
-    widths = [n for n in (256, 192, 128, 64) if n <= tile_n and n < problem.n + 64]
-    return _first_legal(problem, *(GemmSm90Config(tile_m, n, **options) for n in widths or [64]))
+    step = 128 if problem.gated else 64
+    widths = [n for n in (256, 192, 128, 64) if n <= tile_n and n < problem.n + step]
+    return _first_legal(problem, *(GemmSm90Config(tile_m, n, **options) for n in widths or [step]))
 
 
 def every_config(problem: Problem) -> tuple[AnyConfig, ...]:
     """That calls of this problem may take: what a build compiles."""
-    return step_configs(problem) if isinstance(problem, Step) else candidates(problem)
+    return (step_config(problem),) if isinstance(problem, Step) else candidates(problem)
 
 
 def candidates(problem: GemmProblem) -> tuple[Config, ...]:
@@ -114,13 +116,12 @@ def _estimates(problem: GemmProblem) -> tuple[Config, ...]:
     return tuple(dict.fromkeys(config for family in found for config in family))
 
 
-def step_configs(problem: Step) -> tuple[StepConfig, ...]:
-    """For little work, and for much of it where that is another."""
+def step_config(problem: Step) -> StepConfig:
     if isinstance(problem, RouteProblem):
-        return StepConfig(1024), StepConfig(1024, cluster=8)
+        return StepConfig(1024)
     if isinstance(problem, QuantizeProblem):
-        return (StepConfig(next(threads for k, threads in _ROW_THREADS if problem.k <= k)),)
-    return (StepConfig(128 if isinstance(problem, CombineProblem) else 256),)
+        return StepConfig(next(threads for k, threads in _ROW_THREADS if problem.k <= k))
+    return StepConfig(128 if isinstance(problem, CombineProblem) else 256)
 
 
 def choose(

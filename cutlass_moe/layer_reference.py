@@ -1,6 +1,6 @@
 """Router, combine and the whole MoE layer in plain PyTorch: what the kernels are held to.
 
-All three are differentiable in floating-point arguments that are not quantised.
+They are differentiable, but not through a quantisation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cutlass_moe.quantize import quantize_per_token
+from cutlass_moe.quantize import quantize_per_token_reference
 
 QUANT_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 GATED = ("swiglu", "geglu", "reglu", "swiglu_oai")
@@ -137,11 +137,12 @@ def fused_moe_reference(
     Returns [T, H] of compute_dtype, or `out`, of any floating dtype.
     """
     stacked = Experts(w13, w2, w13_scale, w2_scale, w13_bias, w2_bias)
-    ids = topk_ids.long()
+    ids, experts = topk_ids.long(), len(w13)
     if expert_map is not None:
         known = (ids >= 0) & (ids < len(expert_map))
-        ids = expert_map.long()[ids.where(known, 0)].where(known, -1)
-    limit = None if capacity_factor is None else math.ceil(ids.numel() / len(w13) * capacity_factor)
+        ids = functional.pad(expert_map.long(), (0, 1), value=-1)[ids.where(known, -1)]
+        experts = max(experts, len(expert_map))
+    limit = None if capacity_factor is None else math.ceil(ids.numel() / experts * capacity_factor)
     x, x_scale = hidden.to(compute_dtype), None
     if quant:
         x, x_scale = quantized(hidden, w13.dtype, compute_dtype)
@@ -190,13 +191,16 @@ def feed_forward(
     active = activate(up, activation, interleaved)
     if x_scale is None:
         return _product(active, None, w2, w2_scale, w2_bias)
-    values, scale = quantized(active.flatten(0, 1), w2.dtype, x.dtype)
-    return _product(values.view_as(active), scale.view(active.shape[:2]), w2, w2_scale, w2_bias)
+    values, scale = quantized(active, w2.dtype, x.dtype)
+    return _product(values, scale, w2, w2_scale, w2_bias)
 
 
 def quantized(x: Tensor, dtype: torch.dtype, to: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [T, K] -> the values of its 8-bit form and their scale [T], both in dtype `to`."""
-    values, scale = quantize_per_token(x.float() if x.dtype == torch.float64 else x, dtype)
+    """x [..., K] -> the values of its 8-bit form and their scale [...], both in dtype `to`.
+
+    Without a gradient.
+    """
+    values, scale = quantize_per_token_reference(x.detach(), dtype)
     return values.to(to), scale.to(to)
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cutlass_moe.arguments import DTYPES
 from cutlass_moe.calls import launch_step, step_kernel
-from cutlass_moe.launch import Kernel
 from emitters import steps
 from emitters.steps import QuantizeProblem
 
@@ -63,30 +62,16 @@ def quantize_per_token_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     return scaled.to(dtype), scale
 
 
-def quantize_launch(
-    x: Tensor,
-    q: Tensor,
-    scale: Tensor,
-    *,
-    offsets: Tensor | None = None,
-    source_scale: float = 1.0,
-    early: bool = False,
-) -> tuple[Kernel, list[int], int] | None:
-    """The kernel, its values and its grid that quantise x [R, K] times source_scale into q [R, K]
-    and scale float32 [R], all contiguous; None, and a warning, where there is no kernel.
+def quantize_values(
+    x: int, q: int, scale: int, rows: int, *, last_end: int = 0, early: bool = False
+) -> list[int]:
+    """What the kernel of a QuantizeProblem is launched with, on `problem.ctas(rows, threads)` CTAs.
 
-    Nothing is checked, allocated or launched. source_scale: a power of two. offsets int32 [E]: rows
-    from offsets[-1] on are left alone. In a dependent launch offsets are read before the kernel
-    before this one is waited for, and with `early` x is too and q and scale are written.
+    x, q and scale: addresses. last_end: address of an int32, rows from there on are left alone; 0:
+    none are. In a dependent launch it is read before the kernel before this one is waited for, and
+    with `early` x is too and q and scale are written.
     """
-    rows, k = x.shape
-    problem = QuantizeProblem(DTYPES[x.dtype], DTYPES[q.dtype], k, source_scale)
-    kernel = step_kernel(problem, x.get_device())
-    if kernel is None:
-        return None
-    end = 0 if offsets is None else offsets.data_ptr() + 4 * (offsets.numel() - 1)
-    values = [x.data_ptr(), end, q.data_ptr(), scale.data_ptr(), rows, int(early)]
-    return kernel, values, problem.ctas(rows, kernel.record.threads)
+    return [x, last_end, q, scale, rows, int(early)]
 
 
 def _check(x: Tensor, dtype: torch.dtype) -> None:
@@ -116,10 +101,13 @@ def _on_cuda(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if x.data_ptr() % 16:
         x = x.clone()
     q, scale = _empty(x, dtype)
-    launch = quantize_launch(x, q, scale)
-    if launch is None:
+    rows, k = x.shape
+    problem = QuantizeProblem(DTYPES[x.dtype], DTYPES[dtype], k)
+    kernel = step_kernel(problem, x.get_device())
+    if kernel is None:
         return quantize_per_token_reference(x, dtype)
-    launch_step(*launch, x.get_device())
+    values = quantize_values(x.data_ptr(), q.data_ptr(), scale.data_ptr(), rows)
+    launch_step(kernel, values, problem.ctas(rows, kernel.record.threads), x.get_device())
     return q, scale
 
 

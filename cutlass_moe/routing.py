@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cutlass_moe import kernels
 from cutlass_moe.calls import announce_fallback
-from cutlass_moe.heuristics import step_configs
+from cutlass_moe.heuristics import step_config
 from cutlass_moe.launch import Kernel
 from emitters.legality import why_illegal
 from emitters.steps import RouteProblem
 
 _IDS = {torch.int32: 32, torch.int64: 64}
-_ONE_CTA_PAIRS = 4096  # up to so many one CTA is faster than a cluster of them
-_MAX_PAIRS = 1 << 26  # a pair's rank in its warp is kept in 21 bits
+# Measured on an H200.
+_ONE_CTA_PAIRS = 1536  # up to so many one launch is faster than two
+_CTA_PAIRS, _MOST_CTAS = 1024, 128  # of two launches
 
 
 @dataclass(frozen=True)
@@ -106,49 +108,74 @@ def row_capacity(topk_ids: Tensor, num_experts: int, capacity_factor: float | No
     return min(math.ceil(topk_ids.numel() / num_experts * capacity_factor), topk_ids.numel())
 
 
-def find_route(num_experts: int, dtype: torch.dtype, pairs: int, device: int) -> Kernel | None:
-    """The kernel that routes so many pairs with ids of `dtype`; None, and a warning, without one.
+def route_grid(pairs: int, num_experts: int) -> int:
+    """CTAs that `launch_route` takes for so many pairs: one does all in one launch, several take
+    two."""
+    if pairs <= _ONE_CTA_PAIRS:
+        return 1
+    share = max(_CTA_PAIRS, 2 * num_experts)  # each CTA reads the histograms of all
+    return min(-(-pairs // share), _MOST_CTAS)
 
-    Needs no scratch memory. Raises what `kernels.load` raises.
+
+def route_scratch(pairs: int, num_experts: int) -> int:
+    """int32 of scratch memory that `launch_route` needs."""
+    grid = route_grid(pairs, num_experts)
+    return grid * num_experts if grid > 1 else 0
+
+
+def find_route(num_experts: int, dtype: torch.dtype, device: int) -> Kernel | None:
+    """The kernel for ids of `dtype`; None, and a warning, where there is none.
+
+    Raises what `kernels.load` raises.
     """
     problem = RouteProblem(num_experts, _IDS[dtype])
     reason = why_illegal(problem, arch=kernels.device_arch(device))
-    if pairs > _MAX_PAIRS:
-        reason = f"{pairs} pairs to route: at most {_MAX_PAIRS}"
     if reason is not None:
         announce_fallback(reason)
         return None
-    one, cluster = step_configs(problem)
-    return kernels.load(problem, one if pairs <= _ONE_CTA_PAIRS else cluster, device)
+    return kernels.load(problem, step_config(problem), device)
+
+
+class RoutePlaces(NamedTuple):
+    """Addresses of a RoutingTable's tensors, and of `route_scratch` int32 or more."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index
+    offsets: int
+    inverse: int
+    scratch: int
 
 
 def launch_route(
     kernel: Kernel,
-    table: RoutingTable,
     topk_ids: Tensor,
     expert_map: Tensor | None,
+    num_experts: int,
     capacity: int,
+    places: RoutePlaces,
     stream: int,
-    overlap: bool = False,
+    pdl: bool = True,
 ) -> None:
-    """Enqueues a kernel of `find_route`: fills `table`; allocates nothing and checks nothing.
+    """Enqueues a kernel of `find_route`; allocates nothing and checks nothing.
 
-    Tensors are contiguous and on the current device. overlap: as of `Kernel.launch`; all is read
-    and written after the wait, and dependents may start at once.
+    Tensors are contiguous and on the current device. pdl: the second of two launches may start
+    before the first ends; in a dependent launch after either, all is complete once the first wait
+    returns.
     """
-    experts = len(table.offsets)
+    grid = route_grid(topk_ids.numel(), num_experts)
     values = [
         topk_ids.data_ptr(),
         0 if expert_map is None else expert_map.data_ptr(),
-        experts if expert_map is None else len(expert_map),
+        num_experts if expert_map is None else len(expert_map),
         topk_ids.numel(),
         topk_ids.shape[1] if topk_ids.dim() == 2 else 1,
         capacity,
-        table.index.data_ptr(),
-        table.offsets.data_ptr(),
-        table.inverse.data_ptr(),
+        *places,
     ]
-    kernel.launch(values, kernel.record.cluster[0], stream, overlap)
+    if grid == 1:
+        kernel.launch([*values, 0], 1, stream)
+    else:
+        kernel.launch([*values, 1], grid, stream)
+        kernel.launch([*values, 2], grid, stream, pdl)
 
 
 def _check(
@@ -202,17 +229,20 @@ def _on_cuda(
     topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, capacity_factor: float | None
 ) -> _Table:
     device = topk_ids.get_device()
-    kernel = find_route(num_experts, topk_ids.dtype, topk_ids.numel(), device)
+    kernel = find_route(num_experts, topk_ids.dtype, device)
     if kernel is None:
         return _on_cpu(topk_ids, num_experts, expert_map, capacity_factor)
     topk_ids = topk_ids.contiguous()
     if expert_map is not None:
         expert_map = expert_map.contiguous()
     table = RoutingTable.empty(topk_ids, num_experts)
+    scratch = topk_ids.new_empty(route_scratch(topk_ids.numel(), num_experts), dtype=torch.int32)
     capacity = row_capacity(topk_ids, num_experts, capacity_factor)
     with torch.cuda.device(device):
         stream = torch._C._cuda_getCurrentRawStream(device)
-        launch_route(kernel, table, topk_ids, expert_map, capacity, stream)
+        tensors = (table.index, table.offsets, table.inverse, scratch)
+        places = RoutePlaces(*(tensor.data_ptr() for tensor in tensors))
+        launch_route(kernel, topk_ids, expert_map, num_experts, capacity, places, stream)
     return table.index, table.offsets, table.inverse
 
 

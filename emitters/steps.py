@@ -62,10 +62,9 @@ class RouteProblem(Step):
 
 @dataclass(frozen=True)
 class StepConfig:
-    """threads: of a CTA; cluster: CTAs that work together."""
+    """threads: of a CTA."""
 
     threads: int = 256
-    cluster: int = 1
     template: ClassVar[str] = "step"
 
     def to_json(self) -> dict[str, Any]:

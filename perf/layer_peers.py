@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 import cutlass_moe
+from cutlass_moe.routing import route_reference
 from cutlass_moe.timing import FLUSH_BYTES
 from perf.layer_cases import LayerCase
 from perf.layer_operands import LayerInputs, LayerWeights, Router, chosen_by_torch
@@ -144,7 +145,7 @@ def parts(
     table = cutlass_moe.route(ids, experts)
     small = {
         "route": Part([partial(cutlass_moe.route, ids, experts)]),
-        ROUTE_REFERENCE: Part([partial(cutlass_moe.route_reference, ids, experts)]),
+        ROUTE_REFERENCE: Part([partial(route_reference, ids, experts)]),
     }
     x, scaled = hidden, {}
     if case.quantized:

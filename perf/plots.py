@@ -37,7 +37,7 @@ def write_plots(rows: Sequence[Row], layers: Sequence[LayerRow], results: Path) 
     def write(draw: Callable[..., Figure], mine: Sequence[Any], *named: str) -> None:
         if len({row.case.tokens for row in mine}) > 1:
             path = results.with_name("-".join([results.stem, *named]) + ".png")
-            draw(mine, ", ".join(named)).savefig(path, dpi=100)
+            draw(mine, named).savefig(path, dpi=100)
             written.append(path)
 
     chosen = [r for r in rows if r.case.suite == "gemm" and r.case.routing == "balanced"]
@@ -51,7 +51,7 @@ def write_plots(rows: Sequence[Row], layers: Sequence[LayerRow], results: Path) 
     return written
 
 
-def plot(rows: Sequence[Row], title: str) -> Figure:
+def plot(rows: Sequence[Row], named: Sequence[str]) -> Figure:
     gemms = list(dict.fromkeys(row.case.gemm for row in rows))
     drawn = (
         (draw_us, rows),
@@ -65,17 +65,17 @@ def plot(rows: Sequence[Row], title: str) -> Figure:
         for line, (draw_one, some) in enumerate(drawn):
             mine = sorted((r for r in some if r.case.gemm == gemm), key=lambda r: r.case.tokens)
             draw_one(grid[line][column], mine)
-        grid[0][column].set_title(f"{title}: {gemm}")
+        grid[0][column].set_title(f"{', '.join(named)}: {gemm}")
     return figure
 
 
-def plot_layers(rows: Sequence[LayerRow], title: str) -> Figure:
+def plot_layers(rows: Sequence[LayerRow], named: Sequence[str]) -> Figure:
     """Time over the floor: one column for each model and dtype."""
     columns = list(dict.fromkeys((row.case.model, row.case.dtype) for row in rows))
     figure = Figure(figsize=(6.5 * len(columns), 9), layout="tight")
     grid = figure.subplots(2, len(columns), squeeze=False)
-    for column, named in enumerate(columns):
-        mine = [row for row in rows if (row.case.model, row.case.dtype) == named]
+    for column, (model, dtype) in enumerate(columns):
+        mine = [row for row in rows if (row.case.model, row.case.dtype) == (model, dtype)]
         mine = sorted(mine, key=lambda row: row.case.tokens)
         tokens, upper, lower = [row.case.tokens for row in mine], *grid[:, column]
         upper.plot(tokens, [row.floor for row in mine], color="0.6", linestyle="--", label="floor")
@@ -84,7 +84,7 @@ def plot_layers(rows: Sequence[LayerRow], title: str) -> Figure:
             draw(upper, system, [(row.case.tokens, row.us[system], row) for row in some])
             over = [(row.case.tokens, row.us[system] / row.floor, row) for row in some]
             draw(lower, system, over)
-        upper.set(yscale="log", ylabel="us a layer", title=f"{title}: {', '.join(named)}")
+        upper.set(yscale="log", ylabel="us a layer", title=f"{named[0]}: {model}, {dtype}")
         lower.set(ylabel="time / floor", ylim=(0, None))
         finish(upper, tokens)
         finish(lower, tokens)

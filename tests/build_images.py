@@ -11,7 +11,13 @@ import sys
 
 from cutlass_moe.cache import Cache
 from cutlass_moe.compiler import Request, build_images
-from tests import cases, test_index_group_matmul_gpu, test_rows_gpu, test_warmup_gpu
+from tests import (
+    cases,
+    layer_cases,
+    test_index_group_matmul_gpu,
+    test_rows_gpu,
+    test_warmup_gpu,
+)
 
 
 def main() -> int:
@@ -20,7 +26,7 @@ def main() -> int:
     parser.add_argument("directory", help="root of the cache to build into")
     parser.add_argument("--jobs", type=int, help="compile workers (default: one a core)")
     arguments = parser.parse_args()
-    sources = (cases, test_index_group_matmul_gpu, test_rows_gpu, test_warmup_gpu)
+    sources = (cases, layer_cases, test_index_group_matmul_gpu, test_rows_gpu, test_warmup_gpu)
     images = [image for source in sources for image in source.images()]
     requests = [Request(problem, config) for problem, config in dict.fromkeys(images)]
     failed = 0

@@ -279,10 +279,11 @@ def test_the_fastest_padded_product_is_taken(monkeypatch) -> None:
 
 
 def test_schedules_and_padding_are_measured_in_their_suites_alone() -> None:
-    systems = {case.suite: set(usual_systems(case)) for case in select(PRODUCTS)}
-    assert systems["schedules"] == {"cutlass_moe", *SCHEDULES}
-    assert systems["gemm"] == set(SYSTEMS) - {*SCHEDULES, "padded_bmm"}
-    assert systems["tutorial"] == systems["gemm"] - {"stream"} | {"padded_bmm"}
+    systems = {(c.suite, c.tokens): set(usual_systems(c)) for c in select(PRODUCTS)}
+    assert systems["schedules", 1024] == {"cutlass_moe", *SCHEDULES}
+    assert systems["gemm", 512] == set(SYSTEMS) - {*SCHEDULES, "padded_bmm"}
+    assert systems["gemm", 1024] == systems["gemm", 512] - {"stream"}
+    assert systems["tutorial", 32768] == systems["gemm", 1024] | {"padded_bmm"}
 
 
 def test_a_named_schedule_reaches_the_call_and_the_note(monkeypatch) -> None:

@@ -90,7 +90,6 @@ def library(monkeypatch) -> SimpleNamespace:
         fused_moe_workspace_size=lambda *_, **__: 64,
         fused_moe_reference=dense,
         topk_router=lambda logits, k: chosen_by_torch(logits, k),
-        route_reference=cutlass_moe.route,
         combine=lambda rows, topk_weights, inverse: (
             rows[inverse.long()] * topk_weights[..., None]
         ).sum(1),

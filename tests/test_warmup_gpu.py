@@ -44,7 +44,7 @@ def test_warmup_leaves_nothing_to_load(archive):
     assert {(problem, config) for problem, config, _ in kernels._kernels} == images()
     loaded = driver.CUfunctionLoadingState.CU_FUNCTION_LOADING_STATE_LOADED
     for kernel in kernels._kernels.values():
-        assert driver.cuFuncIsLoaded(kernel._function) == (driver.CUresult.CUDA_SUCCESS, loaded)
+        assert driver.cuFuncIsLoaded(kernel.function) == (driver.CUresult.CUDA_SUCCESS, loaded)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -60,7 +60,7 @@ def test_calls_after_warmup_find_their_kernels(archive, monkeypatch, name):
         assert case.problem == problem
         used.add(case.config)
         inputs = make_inputs(case, "cuda")
-        out = poisoned(case.rows, case.n, inputs["out_dtype"], "cuda")
+        out = poisoned(case.rows, case.problem.out_columns, inputs["out_dtype"], "cuda")
         cm.grouped_matmul_out(out, **inputs)
         check(out, case, inputs)
     assert len(used) > 2 and used <= set(candidates(problem))

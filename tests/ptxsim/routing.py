@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +18,7 @@ from tests.ptxsim.warp import Code
 
 POISON = -77  # what outputs hold before
 Kernel = tuple[LaunchRecord, str, Code]
+Arguments = Mapping[str, np.ndarray | int]
 
 
 @lru_cache(maxsize=8)
@@ -35,34 +36,36 @@ def edited(kernel: Kernel, old: str, new: str) -> Kernel:
 
 
 def run(
-    kernel: Kernel,
-    arguments: Mapping[str, np.ndarray | int],
-    outputs: Mapping[str, np.ndarray],
-    kept: tuple[str, ...],
+    launches: Sequence[tuple[Kernel, int, Arguments]],
+    writers: Mapping[str, int],
     schedule: Schedule,
-    grid: int = 1,
 ) -> None:
-    """Fills `outputs`; every word of them must be written once.
+    """One launch, or a second that depends on the first: kernel, grid, arguments by name.
 
-    kept: outputs that the kernel also reads again. Raises Fault.
+    writers: of each output the launch that writes each of its words once, or WORKSPACE. Raises
+    Fault.
     """
-    record, _, code = kernel
     memory = GlobalMemory()
-    values: dict[str, int] = {}
-    for name, value in {**arguments, **outputs}.items():
-        if isinstance(value, int):
-            values[name] = value
-        else:
-            writer = None if name not in outputs else WORKSPACE if name in kept else 0
-            values[name] = memory.add(name, value.reshape(-1).view(np.uint8), writer)
+    address: dict[str, int] = {}
+    for name, value in {k: v for _, _, values in launches for k, v in values.items()}.items():
+        if not isinstance(value, int):
+            data = value.reshape(-1).view(np.uint8)
+            address[name] = memory.add(name, data, writers.get(name))
+    grids = [_launch(*launch, address) for launch in launches]
+    Machine(memory, grids, schedule).run()
+    for region in memory.regions:
+        written = region.writer in (None, WORKSPACE) or region.writes.all()
+        if not written:
+            raise Fault(f"{region.name} + {int(region.writes.argmin())} bytes never written")
+
+
+def _launch(kernel: Kernel, grid: int, arguments: Arguments, address: dict[str, int]) -> Launch:
+    record, _, code = kernel
+    values = {**arguments, **address}
     packed = bytearray(code.program.parameter_bytes)
     for param, declared in zip(record.params, code.program.parameters, strict=True):
-        data = values[param.name].to_bytes(param.size, "little", signed=True)
+        value = values[param.name]
+        assert isinstance(value, int)
+        data = value.to_bytes(param.size, "little", signed=True)
         packed[declared.offset : declared.offset + param.size] = data
-    launch = Launch(
-        code, grid, record.smem_bytes, record.registers, bytes(packed), record.cluster[0]
-    )
-    Machine(memory, [launch], schedule).run()
-    for region in memory.regions:
-        if region.writer == 0 and not (region.writes == 1).all():
-            raise Fault(f"{region.name} + {int(region.writes.argmin())} bytes never written")
+    return Launch(code, grid, record.smem_bytes, record.registers, bytes(packed))

@@ -320,7 +320,11 @@ def _set_registers(one: Instruction, operands: Operands) -> Op:
 
 
 def _launch_dependents(f: Any) -> Any:
-    f.warp.cta.grid.trigger(f.warp.cta)
+    """Not before this grid's own wait: what starts then may read what the grid before writes."""
+    cta = f.warp.cta
+    if cta.access(f.threads).early:
+        raise Fault("griddepcontrol.launch_dependents before griddepcontrol.wait")
+    cta.grid.trigger(cta)
     return YIELD
 
 
