@@ -116,9 +116,6 @@ _TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
     "ex2.approx.ftz.f32": (np.exp2, F32, (F32,)),  # exactly rounded: the GPU's is within 2 ulp
     "rcp.approx.ftz.f32": (np.reciprocal, F32, (F32,)),
     "fma.rn.f32": (fma, F32, (F32, F32, F32)),
-    "abs.f32": (np.abs, F32, (F32,)),
-    "neg.f32": (np.negative, F32, (F32,)),
-    "max.NaN.f32": (np.maximum, F32, (F32, F32)),
     "div.rn.f32": (_quietly(np.divide), F32, (F32, F32)),
     "rcp.rn.f32": (_quietly(lambda a: np.float32(1.0) / a), F32, (F32,)),
     "cvt.rn.satfinite.e4m3x2.f32": (_fp8_bits(torch.float8_e4m3fn, 448.0), U16, (F32, F32)),
