@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cutlass_moe import heuristics
+from cutlass_moe import heuristics, kernels
+from cutlass_moe.cache import MissingImage
+from cutlass_moe.calls import step_kernel
 from cutlass_moe.compiler import Request, compile_images
 from cutlass_moe.quantize import (
     quantize_per_channel,
@@ -189,6 +191,22 @@ def test_illegal_problems_have_a_reason(problem: QuantizeProblem, reason: str) -
 def test_problems_round_trip() -> None:
     for problem in (GOOD, QuantizeProblem(DType.FP16, DType.INT8, 768, 32.0)):
         assert problem_from_json(problem.to_json()) == problem
+
+
+def test_without_an_image_the_torch_path_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*arguments: object) -> None:
+        raise MissingImage("no image of a kernel that quantises")
+
+    monkeypatch.setattr(kernels, "device_arch", lambda device: "sm_90a")
+    monkeypatch.setattr(kernels, "load", load)
+    with pytest.warns(UserWarning, match="no image of a kernel that quantises"):
+        assert step_kernel(GOOD, 0) is None
+    monkeypatch.setattr(kernels, "device_arch", lambda device: "sm_80")
+    with pytest.warns(UserWarning, match="no template for sm_80"):
+        assert step_kernel(GOOD, 0) is None
+    monkeypatch.setenv("CUTLASS_MOE_STRICT", "1")
+    with pytest.raises(RuntimeError, match="CUTLASS_MOE_STRICT=1"):
+        step_kernel(GOOD, 0)
 
 
 @pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
