@@ -61,6 +61,35 @@ class RouteProblem(Step):
 
 
 @dataclass(frozen=True)
+class TopkProblem(Step):
+    """Each token's best experts and their weights, from logits [T, num_experts].
+
+    scoring: "softmax" or "sigmoid". num_groups: equal runs of experts, of which a token may choose
+    from some.
+    """
+
+    num_experts: int
+    logits: DType
+    scoring: str
+    num_groups: int
+    op: ClassVar[str] = "topk_router"
+
+    def ctas(self, tokens: int, threads: int) -> int:
+        return -(-tokens * 32 // threads)
+
+    def why_illegal(self) -> str | None:
+        if not 1 <= self.num_experts <= MAX_EXPERTS:
+            return f"{self.num_experts} experts: 1 to {MAX_EXPERTS}"
+        if self.logits not in OUTPUTS:
+            return f"logits of {self.logits}: supported are {', '.join(OUTPUTS)}"
+        if self.scoring not in ("softmax", "sigmoid"):
+            return f"scoring {self.scoring!r}: softmax or sigmoid"
+        if not 1 <= self.num_groups <= MAX_TOP_K or self.num_experts % self.num_groups:
+            return f"{self.num_groups} equal groups of {self.num_experts} experts: 1 to {MAX_TOP_K}"
+        return None
+
+
+@dataclass(frozen=True)
 class StepConfig:
     """threads: of a CTA."""
 
@@ -143,7 +172,7 @@ class CombineProblem(Step):
 Problem = GemmProblem | Step
 AnyConfig = Config | StepConfig
 _PROBLEMS: dict[str, type[GemmProblem] | type[Step]] = {
-    c.op: c for c in (GemmProblem, RouteProblem, QuantizeProblem, CombineProblem)
+    c.op: c for c in (GemmProblem, RouteProblem, TopkProblem, QuantizeProblem, CombineProblem)
 }
 
 
