@@ -17,6 +17,7 @@ from emitters.steps import (
     CombineProblem,
     Problem,
     QuantizeProblem,
+    RouteLogitsProblem,
     RouteProblem,
     Step,
     StepConfig,
@@ -120,6 +121,8 @@ def step_config(problem: Step) -> StepConfig:
         return StepConfig(1024)
     if isinstance(problem, QuantizeProblem):
         return StepConfig(next(threads for k, threads in _ROW_THREADS if problem.k <= k))
+    if isinstance(problem, RouteLogitsProblem):
+        return StepConfig(512)
     return StepConfig(128 if isinstance(problem, CombineProblem | TopkProblem) else 256)
 
 

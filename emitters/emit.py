@@ -30,6 +30,7 @@ from emitters.steps import (
     CombineProblem,
     Problem,
     QuantizeProblem,
+    RouteLogitsProblem,
     RouteProblem,
     TopkProblem,
 )
@@ -125,7 +126,7 @@ def _template(problem: Problem, config: AnyConfig, arch: str, toolchain: str | N
     from emitters.gemm_sm90 import GemmSm90
     from emitters.gemm_swap_sm90 import GemmSwapSm90
     from emitters.quantize import Quantize
-    from emitters.routing import Route
+    from emitters.routing import Route, RouteLogits
     from emitters.topk import TopkRouter
 
     kinds: dict[str, type] = {
@@ -134,6 +135,7 @@ def _template(problem: Problem, config: AnyConfig, arch: str, toolchain: str | N
         QuantizeProblem.op: Quantize,
         CombineProblem.op: Combine,
         RouteProblem.op: Route,
+        RouteLogitsProblem.op: RouteLogits,
         TopkProblem.op: TopkRouter,
     }
     name = config.template if isinstance(problem, GemmProblem) else problem.op

@@ -12,6 +12,7 @@ from emitters.problem import OUTPUTS, DType, GemmProblem
 ROW_VECTOR = 8  # elements of a row that a thread takes at a time: 16 bytes of 16-bit ones
 MAX_ROW = 32_768
 MAX_TOP_K = 32
+MAX_FUSED_EXPERTS = 512  # of route_logits: a thread sums up one, and 512 have 128 registers each
 LARGEST = {DType.E4M3: 448.0, DType.E5M2: 57344.0, DType.INT8: 127.0}  # a row's after quantisation
 
 _S = TypeVar("_S", bound="Step")
@@ -74,9 +75,6 @@ class TopkProblem(Step):
     num_groups: int
     op: ClassVar[str] = "topk_router"
 
-    def ctas(self, tokens: int, threads: int) -> int:
-        return -(-tokens * 32 // threads)
-
     def why_illegal(self) -> str | None:
         if not 1 <= self.num_experts <= MAX_EXPERTS:
             return f"{self.num_experts} experts: 1 to {MAX_EXPERTS}"
@@ -87,6 +85,18 @@ class TopkProblem(Step):
         if not 1 <= self.num_groups <= MAX_TOP_K or self.num_experts % self.num_groups:
             return f"{self.num_groups} equal groups of {self.num_experts} experts: 1 to {MAX_TOP_K}"
         return None
+
+
+@dataclass(frozen=True)
+class RouteLogitsProblem(TopkProblem):
+    """Both at once, of a few tokens: their best experts, and pairs sorted by expert."""
+
+    op: ClassVar[str] = "route_logits"
+
+    def why_illegal(self) -> str | None:
+        if self.num_experts > MAX_FUSED_EXPERTS:
+            return f"{self.num_experts} experts: at most {MAX_FUSED_EXPERTS}"
+        return super().why_illegal()
 
 
 @dataclass(frozen=True)
@@ -172,7 +182,15 @@ class CombineProblem(Step):
 Problem = GemmProblem | Step
 AnyConfig = Config | StepConfig
 _PROBLEMS: dict[str, type[GemmProblem] | type[Step]] = {
-    c.op: c for c in (GemmProblem, RouteProblem, TopkProblem, QuantizeProblem, CombineProblem)
+    c.op: c
+    for c in (
+        GemmProblem,
+        RouteProblem,
+        TopkProblem,
+        RouteLogitsProblem,
+        QuantizeProblem,
+        CombineProblem,
+    )
 }
 
 

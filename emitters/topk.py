@@ -19,6 +19,22 @@ _MISSING = 0x007FFFFF  # the key of -infinity: of a NaN among logits, which are 
 _LAST, _NEXT_TO_LAST = -_LARGEST / 4, -_LARGEST / 8  # choices of NaN and -infinity: sums are finite
 
 
+def router_arguments(problem: TopkProblem):
+    element = ELEMENT[problem.logits]
+    return (
+        pointer("logits", element, element.width // 8),
+        pointer("correction_bias", Float32, 4),
+        pointer("weights", Float32, 4),
+        pointer("ids", Int32, 4),
+        integer("num_tokens"),
+        integer("k"),
+        integer("topk_groups"),
+        integer("renormalize"),
+        integer("scale"),
+        integer("threshold"),
+    )
+
+
 @cute.jit
 def _key(number: Float32) -> Uint32:
     """Positive and in the order of numbers."""
@@ -55,19 +71,7 @@ class TopkRouter:
 
     def arguments(self):
         """Of `__call__`, before grid and stream."""
-        element = ELEMENT[self.problem.logits]
-        return (
-            pointer("logits", element, element.width // 8),
-            pointer("correction_bias", Float32, 4),
-            pointer("weights", Float32, 4),
-            pointer("ids", Int32, 4),
-            integer("num_tokens"),
-            integer("k"),
-            integer("topk_groups"),
-            integer("renormalize"),
-            integer("scale"),
-            integer("threshold"),
-        )
+        return router_arguments(self.problem)
 
     def tensor_maps(self):
         return ()
@@ -78,7 +82,7 @@ class TopkRouter:
         scale, threshold, grid, stream,
     ):  # fmt: skip
         """As `cutlass_moe.topk_router`; k at most 32. correction_bias may be null. scale and
-        threshold: the bits of float32. grid: `TopkProblem.ctas`."""
+        threshold: the bits of float32. grid: a warp for each token."""
         self.kernel(
             logits, correction_bias, weights, ids, num_tokens, k, topk_groups, renormalize, scale,
             threshold,
@@ -103,25 +107,38 @@ class TopkRouter:
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         warp = cute.arch.make_warp_uniform(thread // 32)
-        token, lane = block * (self.threads // 32) + warp, thread % 32
+        token = block * (self.threads // 32) + warp
         if token < num_tokens:
-            scores, keys = self.load(logits + Int64(token) * self.experts)
-            self.score(scores, keys)
-            if const_expr(self.problem.num_groups > 1):
-                self.choose_by_score(scores, keys, correction_bias)
-                self.keep_groups(keys, topk_groups)
-            elif correction_bias.toint() != 0:
-                self.choose_by_score(scores, keys, correction_bias)
-            chosen, weight = self.choose(scores, keys, k)
-            if lane > 0 and weight < threshold.bitcast(Float32):
-                chosen, weight = Int32(-1), Float32(0.0)
-            if renormalize != 0:
-                weight = weight / cutlass.max(cute.arch.warp_reduction_sum(weight), _SMALLEST)
-            if lane < k:
-                place = Int64(token) * k + lane
-                one = cute.make_layout(1)
-                cute.make_tensor(weights + place, one)[0] = weight * scale.bitcast(Float32)
-                cute.make_tensor(ids + place, one)[0] = chosen
+            self.route_token(
+                token, logits, correction_bias, weights, ids, k, topk_groups, renormalize, scale,
+                threshold,
+            )  # fmt: skip
+
+    @cute.jit
+    def route_token(
+        self, token: Int32, logits: cute.Pointer, correction_bias: cute.Pointer,
+        weights: cute.Pointer, ids: cute.Pointer, k: Int32, topk_groups: Int32,
+        renormalize: Int32, scale: Int32, threshold: Int32,
+    ):  # fmt: skip
+        """By a whole warp."""
+        lane = cute.arch.lane_idx()
+        scores, keys = self.load(logits + Int64(token) * self.experts)
+        self.score(scores, keys)
+        if const_expr(self.problem.num_groups > 1):
+            self.choose_by_score(scores, keys, correction_bias)
+            self.keep_groups(keys, topk_groups)
+        elif correction_bias.toint() != 0:
+            self.choose_by_score(scores, keys, correction_bias)
+        chosen, weight = self.choose(scores, keys, k)
+        if lane > 0 and weight < threshold.bitcast(Float32):
+            chosen, weight = Int32(-1), Float32(0.0)
+        if renormalize != 0:
+            weight = weight / cutlass.max(cute.arch.warp_reduction_sum(weight), _SMALLEST)
+        if lane < k:
+            place = Int64(token) * k + lane
+            one = cute.make_layout(1)
+            cute.make_tensor(weights + place, one)[0] = weight * scale.bitcast(Float32)
+            cute.make_tensor(ids + place, one)[0] = chosen
 
     @cute.jit
     def load(self, logits: cute.Pointer):
