@@ -19,7 +19,7 @@ from emitters.problem import (
     DType,
     GemmProblem,
 )
-from emitters.steps import AnyConfig, Problem, RouteProblem, Step, StepConfig
+from emitters.steps import AnyConfig, Problem, RouteLogitsProblem, RouteProblem, Step, StepConfig
 
 
 def why_illegal(
@@ -46,7 +46,8 @@ def _step_reason(problem: Problem, config: AnyConfig | None) -> str | None:
         return f"{problem.op} has no template {config and config.template}"
     if config and (config.threads % 32 or not 32 <= config.threads <= 1024):
         return f"{config.threads} threads: a multiple of 32 up to 1024"
-    if config and isinstance(problem, RouteProblem) and config.threads < problem.num_experts:
+    routes = isinstance(problem, RouteProblem | RouteLogitsProblem)
+    if config and routes and config.threads < problem.num_experts:
         return f"{config.threads} threads: one for each of {problem.num_experts} experts"
     return problem.why_illegal()
 
