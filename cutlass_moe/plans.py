@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,17 +14,13 @@ from cutlass_moe.reference import grouped_matmul_reference_out
 _ALIGNMENTS = {"x": 16, "weight": 16, "out": 16, "scale": 8, "bias": 8}  # bytes; others 4
 
 
-def _signature(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.stride(), tensor.get_device()
-
-
 class Plan:
     """What `plan` returns. Not for two threads at a time."""
 
     def __init__(self, operands: Operands, out: Tensor, kernel: GemmKernel | None, grid: int):
         named = {**operands._asdict(), "out": out}
         self._tensors = {name: t for name, t in named.items() if t is not None}
-        self._signatures = {name: _signature(t) for name, t in self._tensors.items()}
+        self._expected = {n: (t.shape, t.dtype, t.stride()) for n, t in self._tensors.items()}
         self._device = out.get_device()
         self._kernel = kernel
         if kernel is not None:
@@ -63,11 +57,16 @@ class Plan:
         return tensors["out"]
 
     def _replace(self, name: str, tensor: Tensor) -> None:
-        expected = self._signatures.get(name)
+        expected = self._expected.get(name)
         if expected is None:
             raise TypeError(f"{name}: planned were {', '.join(self._tensors)}")
-        if _signature(tensor) != expected:
-            shape, dtype, strides, _ = expected
+        shape, dtype, strides = expected
+        if (
+            tensor.dtype is not dtype
+            or tensor.shape != shape
+            or tensor.stride() != strides
+            or tensor.get_device() != self._device
+        ):
             raise ValueError(
                 f"{name}: expected {dtype} {list(shape)} with strides {strides} on "
                 f"{self._tensors[name].device}, as planned; got {tensor.dtype} "
@@ -76,11 +75,9 @@ class Plan:
         if tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{name} requires a gradient, and a plan has none")
         if self._kernel is not None:
-            pointer = tensor.data_ptr()
-            if pointer % _ALIGNMENTS.get(name, 4):
-                raise ValueError(
-                    f"{name}: expected an address in multiples of {_ALIGNMENTS[name]} bytes"
-                )
+            pointer, alignment = tensor.data_ptr(), _ALIGNMENTS.get(name, 4)
+            if pointer % alignment:
+                raise ValueError(f"{name}: expected an address in multiples of {alignment} bytes")
             if name == "weight":
                 self._kernel.set_weight(self._launch, pointer, tensor.stride())
             elif name == "out":
