@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cutlass_moe import kernels
+from cutlass_moe import heuristics, kernels
 from cutlass_moe.arguments import Operands, Options, check, check_out, pose, product_shape
-from cutlass_moe.launch import GemmKernel
+from cutlass_moe.cache import MissingImage
+from cutlass_moe.launch import GemmKernel, Kernel
 from emitters.legality import why_illegal
 from emitters.problem import gate_strides
+from emitters.steps import Step
 
 
 class Call(NamedTuple):
@@ -30,15 +33,20 @@ _calls: dict[tuple[Any, ...], Call] = {}
 _MAX_CALLS = 8192
 
 
+def signature(others: tuple[Any, ...], tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+    """What decides a kernel: `others`, and dtypes, shapes, strides and devices of the tensors."""
+    found: list[Any] = [*others]
+    for tensor in tensors:
+        if tensor is None:
+            found.append(None)
+        else:
+            found += (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
+    return tuple(found)
+
+
 def find_call(operands: Operands, out: Tensor | None, options: Options) -> Call:
     """Checks arguments and chooses a kernel, once a signature: dtypes, shapes, strides, devices."""
-    signature: list[Any] = [*options, kernels.forced]
-    for tensor in (out, *operands):
-        if tensor is None:
-            signature.append(None)
-        else:
-            signature += (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
-    key = tuple(signature)
+    key = signature((*options, kernels.forced), (out, *operands))
     call = _calls.get(key)
     if call is None:
         if out is not None and options.out_dtype is None:
@@ -82,12 +90,23 @@ def enqueue(
     table: address of E tensor maps on the device, which a kernel of unstacked weights reads instead
     of `operands.weight`. interleaved: as in `grouped_matmul`.
     """
-    x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
-    device, rows = out.get_device(), out.shape[0]
+    device = out.get_device()
     if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
             enqueue(kernel, grid, out, operands, table=table, interleaved=interleaved)
         return
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    given = parameters(out, operands, kernel.problem.gated, table, interleaved)
+    kernel.launch_gemm(*given, grid, stream)
+
+
+def parameters(
+    out: Tensor, operands: Operands, gated: bool, table: int = 0, interleaved: bool = False
+) -> tuple[list[int], tuple[int, tuple[int, ...], bool] | None, tuple[int, int]]:
+    """The first three arguments of `GemmKernel.launch_gemm`; those of this as of `enqueue`, and
+    whether the activation is gated."""
+    x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
+    rows = out.shape[0]
     values = [table, x.data_ptr()]
     if index is not None:
         values.append(index.data_ptr())
@@ -100,7 +119,7 @@ def enqueue(
         x.shape[0],
         rows,
     )
-    if kernel.problem.gated:
+    if gated:
         values += gate_strides(weight.shape[1], interleaved)
     if per_token_scale is not None:
         values.append(per_token_scale.data_ptr())
@@ -112,16 +131,43 @@ def enqueue(
     weight_pointer = table or weight.data_ptr()
     if (values[1] | out_pointer | weight_pointer) % 16:
         raise ValueError("x, weight and out: expected addresses in multiples of 16 bytes")
-    stream = torch._C._cuda_getCurrentRawStream(device)
     weights = None if table else (weight_pointer, weight.stride(), interleaved)
-    kernel.launch_gemm(values, weights, (out_pointer, rows), grid, stream)
+    return values, weights, (out_pointer, rows)
 
 
-def announce_fallback(reason: str) -> None:
-    """Once a reason: a warning. Under capture, or with CUTLASS_MOE_STRICT=1: an error."""
+def step_kernel(problem: Step, device: int) -> Kernel | None:
+    """None, and a warning, where there is no kernel and the op's torch path must do.
+
+    Raises what `kernels.load` raises but MissingImage.
+    """
+    reason = why_illegal(problem, arch=kernels.device_arch(device))
+    if reason is None:
+        try:
+            return kernels.load(problem, heuristics.step_config(problem), device)
+        except MissingImage as error:
+            reason = str(error)
+    announce_fallback(reason, capturable=True)
+    return None
+
+
+def launch_step(
+    kernel: Kernel, values: list[int], grid: int, device: int, overlap: bool = False
+) -> None:
+    """On torch's current stream of the device."""
+    if torch._C._cuda_getDevice() != device:
+        with torch.cuda.device(device):
+            launch_step(kernel, values, grid, device, overlap)
+        return
+    kernel.launch(values, grid, torch._C._cuda_getCurrentRawStream(device), overlap)
+
+
+def announce_fallback(reason: str, capturable: bool = False) -> None:
+    """Once a reason: a warning. With CUTLASS_MOE_STRICT=1, or under capture unless the torch path
+    is capturable: an error."""
     if os.environ.get("CUTLASS_MOE_STRICT") == "1":
         raise RuntimeError(f"no kernel for this problem (CUTLASS_MOE_STRICT=1): {reason}")
-    if torch.cuda.is_current_stream_capturing():
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if capturing and not capturable:
         raise RuntimeError(
             f"no kernel for this problem, and the torch path cannot be captured: {reason}"
         )

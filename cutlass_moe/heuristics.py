@@ -11,7 +11,16 @@ from cutlass_moe import tuned
 from emitters.config import Config, GemmSm90Config, GemmSwapSm90Config, Schedule
 from emitters.legality import why_illegal
 from emitters.problem import GemmProblem
-from emitters.steps import AnyConfig, Problem, Step, StepConfig
+from emitters.steps import (
+    MAX_ROW,
+    AnyConfig,
+    CombineProblem,
+    Problem,
+    QuantizeProblem,
+    RouteProblem,
+    Step,
+    StepConfig,
+)
 
 GPU = "NVIDIA H200"  # what calls are planned for where no GPU is asked
 
@@ -20,6 +29,8 @@ _SMS = 132
 _SWAP_ROWS = ((4, 8), (10, 16), (20, 32), (40, 48))  # at most so many an expert: tiles of so many
 _ONE_TILE_ROWS = 90  # an expert: one 128-row tile holds them, where many need two of 64 rows
 _MANY_ROWS = {192: 180, 256: 768}  # an expert, by tile_n: above, pairs of CTAs share weights
+# threads of a CTA that quantises rows of at most so many elements
+_ROW_THREADS = ((8192, 128), (16_384, 256), (MAX_ROW, 512))
 _EVICT_FIRST_BYTES = 300e6  # of active weights: more of them would only evict one another
 
 
@@ -106,7 +117,11 @@ def _estimates(problem: GemmProblem) -> tuple[Config, ...]:
 
 
 def step_config(problem: Step) -> StepConfig:
-    return StepConfig()
+    if isinstance(problem, RouteProblem):
+        return StepConfig(1024)
+    if isinstance(problem, QuantizeProblem):
+        return StepConfig(next(threads for k, threads in _ROW_THREADS if problem.k <= k))
+    return StepConfig(128 if isinstance(problem, CombineProblem) else 256)
 
 
 def choose(

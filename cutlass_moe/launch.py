@@ -6,14 +6,14 @@ import ctypes
 import re
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from cuda.bindings import driver
 
-from emitters.image import Image, Param, ParamKind, driver_cuda
+from emitters.image import Image, Param, driver_cuda
 from emitters.problem import GemmProblem
 
 _SLOT = 8  # bytes kept for a parameter on the host; the driver copies as many as the kernel's own
@@ -99,12 +99,80 @@ class Counters:
 _counters = cache(Counters)
 
 
-class Kernel:
-    """An image on one device, ready to launch. Thread-safe.
+class Launch:
+    """A launch that can be repeated: a kernel's parameters, in memory of its own, and its grid.
 
-    Its parameters live in one buffer that a launch overwrites under a lock: the driver has copied
-    them when the launch returns, into the graph where one is captured.
+    What differs from the launch before is set in between. Not thread-safe. The driver has copied
+    all of it when a call returns, into the graph where one is captured.
     """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._function = kernel.function
+        record = kernel.record
+        count = len(record.params)
+        self._slots = struct.Struct(f"<{count}q")
+        self._values = (ctypes.c_int64 * count)()
+        first = ctypes.addressof(self._values)
+        self._pointers = (ctypes.c_void_p * count)(*(first + i * _SLOT for i in range(count)))
+        self._arguments = ctypes.addressof(self._pointers)
+        self._maps: dict[int, driver.CUtensorMap] = {}  # kept alive
+        self._cluster = record.cluster
+        self._config = driver.CUlaunchConfig()
+        self._config.gridDimY = self._config.gridDimZ = 1
+        self._config.blockDimX = record.threads
+        self._config.blockDimY = self._config.blockDimZ = 1
+        self._config.sharedMemBytes = record.smem_bytes
+        self._grid = self._stream = 0
+        self._overlap: bool | None = None
+        self.shape(0, overlap=False)
+
+    def shape(self, grid: int, overlap: bool) -> None:
+        """How the launches to come are made. grid: CTAs. overlap: as in `Kernel.launch`."""
+        if grid != self._grid:
+            self._config.gridDimX = self._grid = grid
+        if overlap is self._overlap:
+            return
+        ids, attributes = driver.CUlaunchAttributeID, []
+        if self._cluster != (1, 1, 1):
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            dimensions = attribute.value.clusterDim
+            dimensions.x, dimensions.y, dimensions.z = self._cluster
+            attributes.append(attribute)
+        if overlap:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(attribute)
+        self._config.attrs = attributes
+        self._config.numAttrs = len(attributes)
+        self._overlap = overlap
+
+    def fill(self, values: Sequence[int]) -> None:
+        """Sets all parameters; what stands for a tensor map is ignored."""
+        self._slots.pack_into(self._values, 0, *values)
+
+    def set(self, at: int, value: int) -> None:
+        """Sets parameter number `at`, an address or an integer."""
+        self._values[at] = value
+
+    def set_map(self, at: int, tensor_map: driver.CUtensorMap) -> None:
+        """Sets parameter number `at`, a tensor map."""
+        if self._maps.get(at) is not tensor_map:
+            self._maps[at] = tensor_map
+            self._pointers[at] = int(tensor_map.getPtr())
+
+    def __call__(self, stream: int) -> None:
+        """Enqueues the kernel on a stream of the current device, which must be the kernel's."""
+        if stream != self._stream:
+            self._config.hStream = self._stream = stream
+        status = driver.cuLaunchKernelEx(self._config, self._function, self._arguments, 0)[0]
+        if status != 0:
+            raise DriverError(f"cuLaunchKernelEx failed: {driver.CUresult(status).name}")
+
+
+class Kernel:
+    """An image on one device, ready to launch. Thread-safe."""
 
     def __init__(self, image: Image, device: int) -> None:
         self.record = image.record
@@ -115,59 +183,34 @@ class Kernel:
                 raise DriverError(f"the image of {self.record.problem} can't be loaded: {reason}")
             module = _checked("cuModuleLoadData", driver.cuModuleLoadData(image.cubin))
             symbol = self.record.symbol.encode()
-            self._function = _checked(
+            self.function = _checked(
                 "cuModuleGetFunction", driver.cuModuleGetFunction(module, symbol)
             )
         self._check_params(self.record.params)
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(
             "cuFuncSetAttribute",
-            driver.cuFuncSetAttribute(self._function, attribute, self.record.smem_bytes),
+            driver.cuFuncSetAttribute(self.function, attribute, self.record.smem_bytes),
         )
-        count = len(self.record.params)
-        self._slots = struct.Struct(f"<{count}q")
-        self._values = ctypes.create_string_buffer(count * _SLOT)
-        first = ctypes.addressof(self._values)
-        self._pointers = (ctypes.c_void_p * count)(*(first + i * _SLOT for i in range(count)))
-        self._arguments = ctypes.addressof(self._pointers)
-        self._grid = self._stream = 0
-        self._overlap = False
         self._lock = threading.Lock()
-        self._config = driver.CUlaunchConfig()
-        self._config.gridDimY = self._config.gridDimZ = 1
-        self._config.blockDimX = self.record.threads
-        self._config.blockDimY = self._config.blockDimZ = 1
-        self._config.sharedMemBytes = self.record.smem_bytes
-        self._config.gridDimX = 0
-        self._set_attributes(overlap=False)
+        self._launch = Launch(self)
 
     def _check_params(self, params: tuple[Param, ...]) -> None:
         for i, param in enumerate(params):
-            got = _checked("cuFuncGetParamInfo", driver.cuFuncGetParamInfo(self._function, i))
+            got = _checked("cuFuncGetParamInfo", driver.cuFuncGetParamInfo(self.function, i))
             if int(got[1]) != param.size:
                 raise DriverError(
                     f"parameter {param.name}: {param.size} bytes, the kernel has {got[1]}"
                 )
 
-    def _set_attributes(self, overlap: bool) -> None:
-        attributes = []
-        if self.record.cluster != (1, 1, 1):
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            dimensions = attribute.value.clusterDim
-            dimensions.x, dimensions.y, dimensions.z = self.record.cluster
-            attributes.append(attribute)
-        if overlap:
-            attribute = driver.CUlaunchAttribute()
-            ids = driver.CUlaunchAttributeID
-            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            attributes.append(attribute)
-        self._config.attrs = attributes
-        self._config.numAttrs = len(attributes)
-        self._overlap = overlap
+    def prepare(self, values: Sequence[int], grid: int, overlap: bool = False) -> Launch:
+        """A launch of the caller's own, to repeat; arguments as of `launch`."""
+        launch = Launch(self)
+        launch.fill(values)
+        launch.shape(grid, overlap)
+        return launch
 
-    def launch(self, values: list[int], grid: int, stream: int, overlap: bool = False) -> None:
+    def launch(self, values: Sequence[int], grid: int, stream: int, overlap: bool = False) -> None:
         """Enqueues the kernel on a stream of the current device, which must be this kernel's.
 
         values: addresses and integers in the order of record.params. overlap: programmatic
@@ -175,18 +218,9 @@ class Kernel:
         for it where it reads what that writes.
         """
         with self._lock:
-            self._slots.pack_into(self._values, 0, *values)
-            self._enqueue(grid, stream, overlap)
-
-    def _enqueue(self, grid: int, stream: int, overlap: bool) -> None:
-        if overlap is not self._overlap:
-            self._set_attributes(overlap)
-        if self._grid != grid or self._stream != stream:  # setting them is slow
-            self._config.gridDimX = self._grid = grid
-            self._config.hStream = self._stream = stream
-        status = driver.cuLaunchKernelEx(self._config, self._function, self._arguments, 0)[0]
-        if status != 0:
-            raise DriverError(f"cuLaunchKernelEx failed: {driver.CUresult(status).name}")
+            self._launch.fill(values)
+            self._launch.shape(grid, overlap)
+            self._launch(stream)
 
 
 class GemmKernel(Kernel):
@@ -195,17 +229,28 @@ class GemmKernel(Kernel):
     def __init__(self, image: Image, device: int) -> None:
         super().__init__(image, device)
         self.problem = GemmProblem.from_json(image.record.problem)
-        dynamic = any(param.name == "counters" for param in self.record.params)
-        self._counters = _counters(device) if dynamic else None
-        self._at = {
-            p.name: i for i, p in enumerate(self.record.params) if p.kind is ParamKind.TENSOR_MAP
-        }
+        self.at = {param.name: i for i, param in enumerate(self.record.params)}
         self._boxes = {box.param: box for box in self.record.tensor_maps}
-        self._maps: dict[tuple[Any, ...], tuple[driver.CUtensorMap, int]] = {}
+        self._counters = _counters(device) if "counters" in self.at else None
+        self._maps: dict[tuple[Any, ...], driver.CUtensorMap] = {}
+        self._maps_lock = threading.Lock()
+
+    def prepare_gemm(
+        self,
+        values: Sequence[int],
+        weight: tuple[int, tuple[int, ...], bool] | None,
+        out: tuple[int, int],
+        grid: int,
+        overlap: bool = False,
+    ) -> Launch:
+        """A launch of the caller's own, to repeat after `set_counters`; else as `launch_gemm`."""
+        launch = Launch(self)
+        self._fill(launch, values, weight, out, grid, overlap)
+        return launch
 
     def launch_gemm(
         self,
-        values: list[int],
+        values: Sequence[int],
         weight: tuple[int, tuple[int, ...], bool] | None,
         out: tuple[int, int],
         grid: int,
@@ -216,25 +261,57 @@ class GemmKernel(Kernel):
 
         values: without the counters of a dynamic schedule; what stands for a tensor map is
         ignored. weight: pointer and strides of the [E, N, K] weights that such a map describes, and
-        whether gate and up are interleaved; out: pointer and rows of the output.
+        whether gate and up are interleaved; out: pointer and rows of the output. A dynamic schedule
+        never overlaps: its counters are those of the launch before.
         """
         with self._lock:
-            if self._counters is not None:
-                values = [*values, self._counters.address(stream)]
-            self._slots.pack_into(self._values, 0, *values)
-            if weight is not None:
-                self._pointers[self._at["weight"]] = self._tensor_map(weight, self.encode_weight)
-            self._pointers[self._at["out_map"]] = self._tensor_map(out, self._encode_out)
-            self._enqueue(grid, stream, overlap)
+            self._fill(self._launch, values, weight, out, grid, overlap)
+            self.set_counters(self._launch, stream)
+            self._launch(stream)
 
-    def _tensor_map(self, key: tuple[Any, ...], encode: Callable[..., driver.CUtensorMap]) -> int:
-        cached = self._maps.get(key)
-        if cached is None:
-            if len(self._maps) >= _MAX_TENSOR_MAPS:
-                self._maps.pop(next(iter(self._maps)))
-            map_ = encode(*key)
-            cached = self._maps[key] = (map_, int(map_.getPtr()))
-        return cached[1]
+    def _fill(
+        self,
+        launch: Launch,
+        values: Sequence[int],
+        weight: tuple[int, tuple[int, ...], bool] | None,
+        out: tuple[int, int],
+        grid: int,
+        overlap: bool,
+    ) -> None:
+        launch.fill(values if self._counters is None else [*values, 0])
+        launch.shape(grid, overlap and self._counters is None)
+        if weight is not None:
+            self.set_weight(launch, *weight)
+        self.set_out(launch, *out)
+
+    def set_weight(
+        self, launch: Launch, pointer: int, strides: tuple[int, ...], interleaved: bool
+    ) -> None:
+        """Where the weights of a launch of this kernel are; raises as `encode_weight`."""
+        found = self._tensor_map((pointer, strides, interleaved), self.encode_weight)
+        launch.set_map(self.at["weight"], found)
+
+    def set_out(self, launch: Launch, pointer: int, rows: int) -> None:
+        """Where the output of a launch of this kernel is."""
+        launch.set(self.at["out"], pointer)
+        launch.set_map(self.at["out_map"], self._tensor_map((pointer, rows), self._encode_out))
+
+    def set_counters(self, launch: Launch, stream: int) -> None:
+        """For a call on `stream`, the current one of this device."""
+        if self._counters is not None:
+            launch.set(self.at["counters"], self._counters.address(stream))
+
+    def _tensor_map(
+        self, key: tuple[Any, ...], encode: Callable[..., driver.CUtensorMap]
+    ) -> driver.CUtensorMap:
+        found = self._maps.get(key)
+        if found is None:
+            found = encode(*key)
+            with self._maps_lock:
+                if len(self._maps) >= _MAX_TENSOR_MAPS:
+                    self._maps.pop(next(iter(self._maps)))
+                self._maps[key] = found
+        return found
 
     def encode_weight(
         self, pointer: int, strides: tuple[int, ...], interleaved: bool = False

@@ -172,6 +172,9 @@ class GemmSm90:
             if const_expr(self.problem.weights is WeightStorage.STACKED):
                 cpasync.prefetch_descriptor(weight)
         self.sync_cluster()
+        cute.arch.griddepcontrol_wait()  # for the grid before; its starts and ends are complete
+        if thread == 0:
+            cute.arch.griddepcontrol_launch_dependents()
 
         if group == 0:
             cute.arch.setmaxregister_decrease(self.config.producer_registers)

@@ -191,7 +191,8 @@ class GemmSwapSm90:
     A stage holds k_boxes times 128 bytes of K: for each box tile_n rows of weight, and tile_m rows
     of x, in the 128-byte swizzle. K's and N's tails are zeros: TMA fills what lies outside the
     tensor map, the gather fills its own. Weights do not wait for the index: a warp of their own
-    fills the stages.
+    fills the stages, nor, in a dependent launch, for the grid before: starts and ends must be
+    complete when this one may start.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSwapSm90Config):
@@ -328,6 +329,10 @@ class GemmSwapSm90:
         else:
             cute.arch.sync_threads()
 
+        if warp != weight_warp:  # x, index, scales and out may still be the grid before's
+            cute.arch.griddepcontrol_wait()
+            if thread == 0:
+                cute.arch.griddepcontrol_launch_dependents()
         if warp < 4:
             staging = storage.staging.data_ptr()
             self.epilogue.attach(

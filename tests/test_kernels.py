@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import shlex
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,10 +15,11 @@ import cutlass_moe
 from cutlass_moe import kernels, launch
 from cutlass_moe.cache import Cache, MissingImage
 from cutlass_moe.compiler import build_command
-from cutlass_moe.launch import DriverError, Kernel, why_unloadable
+from cutlass_moe.launch import DriverError, Kernel, Launch, why_unloadable
 from cutlass_moe.shapes import MODELS, problems
 from emitters.config import GemmSm90Config
-from tests.fake_images import ARCH, image_for
+from emitters.image import Param, ParamKind
+from tests.fake_images import ARCH, image_for, make_image
 
 PROBLEM = problems(MODELS["mixtral"], "fp8")["up"]
 CONFIG = GemmSm90Config(128, 256)
@@ -137,6 +140,40 @@ def test_kernel_for_a_newer_driver_is_not_even_loaded(monkeypatch):
     monkeypatch.setattr(launch.driver, "cuModuleLoadData", None)
     with pytest.raises(DriverError, match=r"n.: 28672.*R580 or newer .*CUDA 12\.4"):
         Kernel(image, 0)
+
+
+CLUSTER, SERIALIZATION = 4, 6  # launch attributes of the driver
+
+
+def test_repeated_launch_changes_what_is_set(monkeypatch):
+    seen, status = [], [0]
+
+    def enqueue(config, function, arguments, extra):
+        pointers = ctypes.cast(arguments, ctypes.POINTER(ctypes.POINTER(ctypes.c_int64)))
+        attributes = [int(attribute.id) for attribute in config.attrs[: config.numAttrs]]
+        values = [pointers[i][0] for i in range(3)]
+        seen.append((values, config.gridDimX, int(config.hStream), attributes))
+        return (status[0],)
+
+    params = tuple(Param(name, ParamKind.POINTER, 8, 8 * i) for i, name in enumerate("abc"))
+    record = dataclasses.replace(make_image().record, params=params, cluster=(2, 1, 1))
+    monkeypatch.setattr(launch.driver, "cuLaunchKernelEx", enqueue)
+    repeated = Launch(SimpleNamespace(record=record, function=0))
+    repeated.fill([1, 2, -3])
+    repeated.shape(4, overlap=True)
+    repeated(5)
+    repeated.set(1, 7)
+    repeated(6)
+    repeated.shape(8, overlap=False)
+    repeated(6)
+    assert seen == [
+        ([1, 2, -3], 4, 5, [CLUSTER, SERIALIZATION]),
+        ([1, 7, -3], 4, 6, [CLUSTER, SERIALIZATION]),
+        ([1, 7, -3], 8, 6, [CLUSTER]),
+    ]
+    status[0] = 1
+    with pytest.raises(DriverError, match="CUDA_ERROR_INVALID_VALUE"):
+        repeated(6)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_warmup_leaves_nothing_to_load(archive):
     assert {(problem, config) for problem, config, _ in kernels._kernels} == images()
     loaded = driver.CUfunctionLoadingState.CU_FUNCTION_LOADING_STATE_LOADED
     for kernel in kernels._kernels.values():
-        assert driver.cuFuncIsLoaded(kernel._function) == (driver.CUresult.CUDA_SUCCESS, loaded)
+        assert driver.cuFuncIsLoaded(kernel.function) == (driver.CUresult.CUDA_SUCCESS, loaded)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

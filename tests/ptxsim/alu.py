@@ -84,6 +84,7 @@ _TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
     "rcp.approx.ftz.f32": (np.reciprocal, F32, (F32,)),
     "fma.rn.f32": (fma, F32, (F32, F32, F32)),
     "not.pred": (np.logical_not, B, (B,)),
+    "neg.s32": (np.negative, I32, (I32,)),
     "popc.b32": (_popcount, U32, (U32,)),
     "cvt.u64.u32": (lambda a: a.astype(np.uint64), U64, (U32,)),
     "cvt.s64.s32": (lambda a: a.astype(np.int64), I64, (I32,)),

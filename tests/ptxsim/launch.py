@@ -15,6 +15,7 @@ from emitters.emit import emit_ptx
 from emitters.image import LaunchRecord, ParamKind
 from emitters.problem import GemmProblem, WeightStorage, gate_strides
 from tests.numerics import poisoned
+from tests.ptxsim import samples
 from tests.ptxsim.machine import Launch, Machine
 from tests.ptxsim.memory import WORKSPACE, GlobalMemory
 from tests.ptxsim.ptx import Fault, parse
@@ -50,12 +51,20 @@ def _bytes(tensor: Tensor) -> np.ndarray:
     return tensor.view(torch.uint8).reshape(-1).numpy()
 
 
-class Arguments:
-    """Tensors of `grouped_matmul` in simulated global memory, and the kernel's parameters."""
+_LATE = ("x", "per_token_scale")  # what a GEMM's predecessor may write
 
-    def __init__(self, kernel: Kernel, inputs: dict[str, Any], out: Tensor):
+
+class Arguments:
+    """Tensors of `grouped_matmul` in simulated global memory, and the kernel's parameters.
+
+    late: a grid before the kernel's writes x and per_token_scale, and reads out.
+    """
+
+    def __init__(self, kernel: Kernel, inputs: dict[str, Any], out: Tensor, late: bool = False):
         self.memory, self.problem = GlobalMemory(), kernel.problem
         self.inputs, self.record, self.out = inputs, kernel.record, out
+        self.grid = int(late)  # the kernel's
+        self.copies: list[int] = []  # of the grid before: from, to, int32
         values = {
             **{name: self._add(name, inputs.get(name)) for name in ("x", "index", "starts")},
             "ends": self._add("ends", inputs["offsets"]),
@@ -73,7 +82,9 @@ class Arguments:
         if any(param.name == "counters" for param in self.record.params):
             data = self.counters.view(np.uint8)
             values["counters"] = self.memory.add("counters", data, WORKSPACE)
-        values["out"] = self.memory.add("out", _bytes(out), writer=0)
+        values["out"] = self.memory.add("out", _bytes(out), writer=self.grid)
+        if late:
+            self._copy(values["out"], self.memory.add("old", np.zeros(out.nbytes, np.uint8), 0))
         maps = {
             "weight": self._weight(inputs["weight"], interleaved),
             "out_map": self._out_map(values["out"]),
@@ -81,7 +92,17 @@ class Arguments:
         self.parameters = self._pack(kernel, values, maps)
 
     def _add(self, name: str, tensor: Tensor | None) -> int:
-        return 0 if tensor is None else self.memory.add(name, _bytes(tensor))
+        if tensor is None:
+            return 0
+        if not self.grid or name not in _LATE:
+            return self.memory.add(name, _bytes(tensor))
+        copied = self.memory.add(name, np.zeros(tensor.nbytes, np.uint8), writer=0)
+        return self._copy(self.memory.add(f"{name} before", _bytes(tensor)), copied)
+
+    def _copy(self, source: int, target: int) -> int:
+        """Has the grid before copy a region to another; returns the other."""
+        self.copies += (source, target, len(self.memory.regions[-1].data) // 4)
+        return target
 
     def _weight(self, weight: Tensor, interleaved: bool) -> bytes:
         """The tensor map, or the address of a table of them."""
@@ -150,22 +171,32 @@ class Arguments:
 
 def simulate(
     kernel: Kernel, inputs: dict[str, Any], schedule: Schedule, grid: int = 2, *,
-    rows: int, trace: Trace | None = None,
+    rows: int, trace: Trace | None = None, late: bool = False,
 ) -> Tensor:  # fmt: skip
     """out [rows, N], from `poisoned`. inputs: as `grouped_matmul` takes them, and int32 `starts`.
+    late: a dependent launch, whose predecessor writes x and per_token_scale.
 
     Raises Fault for a defect of the kernel; what `out` holds is the caller's to check.
     """
     out = poisoned(rows, kernel.problem.out_columns, inputs["out_dtype"], "cpu")
-    arguments = Arguments(kernel, inputs, out)
+    arguments = Arguments(kernel, inputs, out, late)
     record = kernel.record
     launch = Launch(
         kernel.code, grid, record.smem_bytes, record.registers, arguments.parameters,
         cluster=int(np.prod(record.cluster)),
     )  # fmt: skip
-    Machine(arguments.memory, [launch], schedule, trace).run()
+    before = [_predecessor(arguments.copies)] if late else []
+    Machine(arguments.memory, [*before, launch], schedule, trace).run()
     arguments.check_writes(_owned(inputs, rows))
     return out
+
+
+def _predecessor(copies: list[int]) -> Launch:
+    code = Code(parse(samples.emit(samples.Late(), "ppi" * 3)))
+    packed = bytearray(code.program.parameter_bytes)
+    for value, p in zip(copies, code.program.parameters, strict=True):
+        packed[p.offset : p.offset + p.size] = value.to_bytes(p.size, "little")
+    return Launch(code, 1, 0, 32, bytes(packed))
 
 
 def _owned(inputs: dict[str, Any], rows: int) -> Tensor:

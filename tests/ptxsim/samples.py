@@ -347,6 +347,26 @@ class Second:
         _at(out, 32 * block + lane)[0] = 10 * _at(middle, 32 * block + lane)[0] + added
 
 
+class Late:
+    """Copies arrays of int32, after its dependents may have started: a GEMM's predecessor."""
+
+    threads, cluster = 32, 1
+
+    @cute.kernel
+    def kernel(
+        self, x: cute.Pointer, x_to: cute.Pointer, x_count: Int32, scale: cute.Pointer,
+        scale_to: cute.Pointer, scale_count: Int32, out: cute.Pointer, out_to: cute.Pointer,
+        out_count: Int32,
+    ):  # fmt: skip
+        lane, _, _ = cute.arch.thread_idx()
+        cute.arch.griddepcontrol_launch_dependents()
+        for source, target, count in (
+            (x, x_to, x_count), (scale, scale_to, scale_count), (out, out_to, out_count)
+        ):  # fmt: skip
+            for at in cutlass.range(lane, count, 32, unroll=1):
+                _at(target, at)[0] = _at(source, at)[0]
+
+
 class Turns:
     """out[lane] = x[lane] through STEPS rounds of (3 v + 1, then v - 2), by two warps in turn."""
 

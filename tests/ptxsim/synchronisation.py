@@ -14,8 +14,8 @@ from tests.ptxsim.outcome import AGAIN, PARKED, WAITING, YIELD
 from tests.ptxsim.ptx import Fault, Instruction
 
 _COLLECTIVES = (
-    "elect.sync", "shfl.sync", "vote.sync", "bar.warp.sync", "bar.sync", "bar.arrive",
-    "stmatrix.sync", "wgmma.", "setmaxnreg.",
+    "elect.sync", "shfl.sync", "vote.sync", "match.", "redux.sync", "bar.warp.sync", "bar.sync",
+    "bar.arrive", "stmatrix.sync", "wgmma.", "setmaxnreg.",
 )  # fmt: skip
 
 
@@ -31,6 +31,10 @@ def build(one: Instruction, operands: Operands) -> Op | None:
         "shfl.sync.idx.b32": _shuffle,
         "shfl.sync.up.b32": _shuffle,
         "vote.sync.ballot.b32": _ballot,
+        "match.any.sync.b32": _match,
+        "redux.sync.add.s32": _reduce,
+        "redux.sync.max.u32": _reduce,
+        "redux.sync.min.u32": _reduce,
         "bar.warp.sync": _warp_barrier,
         "bar.sync": _named_barrier,
         "bar.arrive": _named_barrier,
@@ -112,6 +116,31 @@ def _ballot(one: Instruction, operands: Operands) -> Op:
         put(f, np.full(32, _bits(predicate(f)), np.uint32))
 
     return ballot
+
+
+def _match(one: Instruction, operands: Operands) -> Op:
+    _whole_warp(one, one.operands[2])
+    put, value = operands.sink(one.operands[0], U32), operands.source(one.operands[1], U32)
+
+    def match(f: Any) -> None:
+        same = value(f)[:, None] == value(f)
+        put(f, np.packbits(same, axis=1, bitorder="little").view(np.uint32)[:, 0])
+
+    return match
+
+
+def _reduce(one: Instruction, operands: Operands) -> Op:
+    """Its membermask may be a register."""
+    put, value = operands.sink(one.operands[0], U32), operands.source(one.operands[1], U32)
+    mask = operands.source(one.operands[2], U32)
+    function = {"add": np.sum, "max": np.max, "min": np.min}[one.opcode.split(".")[2]]
+
+    def reduce(f: Any) -> None:
+        if (mask(f) != ALL).any():
+            raise Fault(f"membermask {int(mask(f).min()):#x}, only whole warps are modelled")
+        put(f, np.full(32, function(value(f)), np.uint32))
+
+    return reduce
 
 
 def _warp_barrier(one: Instruction, operands: Operands) -> Op:
@@ -290,7 +319,11 @@ def _set_registers(one: Instruction, operands: Operands) -> Op:
 
 
 def _launch_dependents(f: Any) -> Any:
-    f.warp.cta.grid.trigger(f.warp.cta)
+    """Not before this grid's own wait: what starts then may read what the grid before writes."""
+    cta = f.warp.cta
+    if cta.access(f.threads).early:
+        raise Fault("griddepcontrol.launch_dependents before griddepcontrol.wait")
+    cta.grid.trigger(cta)
     return YIELD
 
 
