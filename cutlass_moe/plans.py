@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,10 +12,6 @@ from cutlass_moe.ops import wants_gradient
 from cutlass_moe.reference import grouped_matmul_reference_out
 
 _ALIGNMENTS = {"x": 16, "weight": 16, "out": 16, "scale": 8, "bias": 8}  # bytes; others 4
-
-
-def _signature(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.stride(), tensor.get_device()
 
 
 class Plan:
@@ -31,12 +25,12 @@ class Plan:
         kernel: GemmKernel | None,
         grid: int,
     ):
-        self._options = options
         named = {**operands._asdict(), "out": out}
         self._tensors = {name: t for name, t in named.items() if t is not None}
-        self._signatures = {name: _signature(t) for name, t in self._tensors.items()}
+        self._expected = {n: (t.shape, t.dtype, t.stride()) for n, t in self._tensors.items()}
         self._device = out.get_device()
         self._kernel = kernel
+        self._options = options
         if kernel is not None:
             self._launch = kernel.prepare_gemm(
                 *parameters(kernel.problem, out, operands, interleaved=options.interleaved), grid
@@ -77,11 +71,16 @@ class Plan:
         return tensors["out"]
 
     def _replace(self, name: str, tensor: Tensor) -> None:
-        expected = self._signatures.get(name)
+        expected = self._expected.get(name)
         if expected is None:
             raise TypeError(f"{name}: planned were {', '.join(self._tensors)}")
-        if _signature(tensor) != expected:
-            shape, dtype, strides, _ = expected
+        shape, dtype, strides = expected
+        if (
+            tensor.dtype is not dtype
+            or tensor.shape != shape
+            or tensor.stride() != strides
+            or tensor.get_device() != self._device
+        ):
             raise ValueError(
                 f"{name}: expected {dtype} {list(shape)} with strides {strides} on "
                 f"{self._tensors[name].device}, as planned; got {tensor.dtype} "
@@ -90,11 +89,9 @@ class Plan:
         if tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{name} requires a gradient, and a plan has none")
         if self._kernel is not None:
-            pointer = tensor.data_ptr()
-            if pointer % _ALIGNMENTS.get(name, 4):
-                raise ValueError(
-                    f"{name}: expected an address in multiples of {_ALIGNMENTS[name]} bytes"
-                )
+            pointer, alignment = tensor.data_ptr(), _ALIGNMENTS.get(name, 4)
+            if pointer % alignment:
+                raise ValueError(f"{name}: expected an address in multiples of {alignment} bytes")
             if name == "weight":
                 view = WeightView(pointer, tensor.stride(), self._options.interleaved)
                 self._kernel.set_weight(self._launch, view)
@@ -119,21 +116,21 @@ def plan(
     per_token_scale: Tensor | None = None,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
+    activation: str | None = None,
+    interleaved: bool = False,
+    starts: Tensor | None = None,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     accumulation: str | None = None,
     expected_rows: int | None = None,
     num_sms: int | None = None,
     schedule: str | None = None,
-    activation: str | None = None,
-    interleaved: bool = False,
-    starts: Tensor | None = None,
 ) -> Plan:
     """`grouped_matmul_out` with these arguments, prepared: `p = plan(...)`, then `p()`, `p(x)` or
     `p(x, out, index=index, ...)`.
 
     A call checks no more than what it is given, allocates nothing and can be captured in a CUDA
-    graph. out [rows, N] is allocated now where none is given, and every call writes to it. The plan
+    graph. out is allocated now where none is given, and every call writes to it. The plan
     keeps its tensors alive. It is neither differentiable nor for torch.compile. Raises as
     `grouped_matmul_out` does.
     """

@@ -9,11 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cutlass_moe import kernels
-from cutlass_moe.calls import announce_fallback
-from cutlass_moe.heuristics import step_config
+from cutlass_moe.calls import step_kernel
 from cutlass_moe.launch import Kernel
-from emitters.legality import why_illegal
 from emitters.steps import RouteProblem
 
 _IDS = {torch.int32: 32, torch.int64: 64}
@@ -126,14 +123,9 @@ def route_scratch(pairs: int, num_experts: int) -> int:
 def find_route(num_experts: int, dtype: torch.dtype, device: int) -> Kernel | None:
     """The kernel for ids of `dtype`; None, and a warning, where there is none.
 
-    Raises what `kernels.load` raises.
+    Raises what `step_kernel` raises.
     """
-    problem = RouteProblem(num_experts, _IDS[dtype])
-    reason = why_illegal(problem, arch=kernels.device_arch(device))
-    if reason is not None:
-        announce_fallback(reason)
-        return None
-    return kernels.load(problem, step_config(problem), device)
+    return step_kernel(RouteProblem(num_experts, _IDS[dtype]), device)
 
 
 class RoutePlaces(NamedTuple):

@@ -15,6 +15,16 @@ from tests import (
     cases,
     layer_cases,
     test_index_group_matmul_gpu,
+    test_plan_gpu,
+    test_rows_gpu,
+    test_warmup_gpu,
+)
+
+SOURCES = (
+    cases,
+    layer_cases,
+    test_index_group_matmul_gpu,
+    test_plan_gpu,
     test_rows_gpu,
     test_warmup_gpu,
 )
@@ -26,8 +36,7 @@ def main() -> int:
     parser.add_argument("directory", help="root of the cache to build into")
     parser.add_argument("--jobs", type=int, help="compile workers (default: one a core)")
     arguments = parser.parse_args()
-    sources = (cases, layer_cases, test_index_group_matmul_gpu, test_rows_gpu, test_warmup_gpu)
-    images = [image for source in sources for image in source.images()]
+    images = [image for source in SOURCES for image in source.images()]
     requests = [Request(problem, config) for problem, config in dict.fromkeys(images)]
     failed = 0
     for done, result in enumerate(
