@@ -46,9 +46,9 @@ def _step_reason(problem: Problem, config: AnyConfig | None) -> str | None:
         return f"{problem.op} has no template {config and config.template}"
     if config and (config.threads % 32 or not 32 <= config.threads <= 1024):
         return f"{config.threads} threads: a multiple of 32 up to 1024"
-    if isinstance(problem, RouteProblem | RouteLogitsProblem):
-        if config and config.threads < problem.num_experts:
-            return f"{config.threads} threads: one for each of {problem.num_experts} experts"
+    routes = isinstance(problem, RouteProblem | RouteLogitsProblem)
+    if routes and config and config.threads < problem.num_experts:
+        return f"{config.threads} threads: one for each of {problem.num_experts} experts"
     return problem.why_illegal()
 
 
