@@ -16,7 +16,8 @@ from cutlass_moe.routing import RoutingTable, route, row_capacity
 from emitters.steps import MAX_FUSED_EXPERTS, MAX_TOP_K, RouteLogitsProblem, TopkProblem
 
 _LARGEST = torch.finfo(torch.float32).max
-_FUSED_TOKENS = 16  # up to so many one launch for all is faster; measured on an H200
+# Measured on an H200: up to so many tokens, and logits, one launch for all is faster than two.
+_FUSED_TOKENS, _FUSED_LOGITS = 16, 4096
 
 
 class Router(NamedTuple):
@@ -205,8 +206,9 @@ def _route_logits(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     router, capacity_factor = Router(*arguments[:-1]), arguments[-1]
     _check(logits, router)
     experts = logits.shape[1]
+    few = 0 < len(logits) <= _FUSED_TOKENS and logits.numel() <= _FUSED_LOGITS
     kernel = None
-    if logits.is_cuda and 0 < len(logits) <= _FUSED_TOKENS and experts <= MAX_FUSED_EXPERTS:
+    if logits.is_cuda and few and experts <= MAX_FUSED_EXPERTS:
         kernel = _find(RouteLogitsProblem, logits, router)
     if kernel is None:
         weights, ids = _topk(logits, *router)
