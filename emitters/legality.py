@@ -46,9 +46,9 @@ def _step_reason(problem: Problem, config: AnyConfig | None) -> str | None:
         return f"{problem.op} has no template {config and config.template}"
     if config and (config.threads % 32 or not 32 <= config.threads <= 1024):
         return f"{config.threads} threads: a multiple of 32 up to 1024"
-    routes = isinstance(problem, RouteProblem | RouteLogitsProblem)
-    if routes and config and config.threads < problem.num_experts:
-        return f"{config.threads} threads: one for each of {problem.num_experts} experts"
+    experts = problem.num_experts if isinstance(problem, RouteProblem | RouteLogitsProblem) else 1
+    if config and config.threads < experts:
+        return f"{config.threads} threads: one for each of {experts} experts"
     return problem.why_illegal()
 
 
@@ -104,8 +104,9 @@ def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
             "at launch"
         )
     kinds = {node.kind for node in p.epilogue}
-    scaled_bias = {"channel_scale", "bias"} <= kinds and p.n % c.tile_n  # with a tail: predicates
-    others = 112 if scaled_bias else 80  # addresses, scales, one store slice
+    others = 80  # addresses, scales, one store slice
+    if {"channel_scale", "bias"} <= kinds:
+        others = 112 if p.n % c.tile_n else 100 if p.gated else 80  # with a tail: predicates
     return _register_reason(p, c, others, c.consumer_registers, "a consumer thread")
 
 

@@ -70,6 +70,13 @@ class WeightStorage(Name):
     TABLE = "table"  # one [N, K] tensor per expert: a table of E tensor maps in global memory
 
 
+class Major(Name):
+    """Which dimension of the weights is dense."""
+
+    K = "k"
+    N = "n"  # bf16 and fp16
+
+
 @dataclass(frozen=True)
 class PerTokenScale:
     """Multiplies a row by per_token_scale[token]: float32 [T], read through the same index as x."""
@@ -160,6 +167,7 @@ class GemmProblem:
     gather: bool
     epilogue: tuple[EpilogueNode, ...] = ()
     weights: WeightStorage = WeightStorage.STACKED
+    weight_major: Major = Major.K
     op: ClassVar[str] = "grouped_gemm"
 
     def __post_init__(self) -> None:
@@ -217,6 +225,7 @@ class GemmProblem:
                 accumulation=Accumulation(rest.pop("accumulation")),
                 out=DType(rest.pop("out")),
                 weights=WeightStorage(rest.pop("weights")),
+                weight_major=Major(rest.pop("weight_major")),
                 epilogue=tuple(_node_from_json(node) for node in rest.pop("epilogue")),
                 **rest,
             )
