@@ -84,6 +84,11 @@ def test_errors(
         op(logits, k, **options)
 
 
+def test_capacity_factor_is_checked() -> None:
+    with pytest.raises(ValueError, match="capacity_factor: expected 0 or more, finite, got nan"):
+        cm.route_logits(X, 2, capacity_factor=float("nan"))
+
+
 @pytest.mark.parametrize("op", [cm.topk_router, cm.route_logits])
 def test_a_gradient_is_not_lost(op: Any) -> None:
     logits = X.clone().requires_grad_()
