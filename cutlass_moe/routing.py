@@ -14,6 +14,7 @@ from cutlass_moe.launch import Kernel
 from emitters.steps import RouteProblem
 
 _IDS = {torch.int32: 32, torch.int64: 64}
+_MAX_PAIRS = 1 << 28  # 128 CTAs' ranks of 21 bits
 # Measured on an H200.
 _ONE_CTA_PAIRS = 1536  # up to so many one launch is faster than two
 _CTA_PAIRS, _MOST_CTAS = 1024, 128  # of two launches
@@ -98,6 +99,11 @@ def route_reference(
     return RoutingTable(index, ends, inverse.view(topk_ids.shape))
 
 
+def check_capacity(capacity_factor: float | None) -> None:
+    if capacity_factor is not None and not 0 <= capacity_factor < math.inf:
+        raise ValueError(f"capacity_factor: expected 0 or more, finite, got {capacity_factor}")
+
+
 def row_capacity(topk_ids: Tensor, num_experts: int, capacity_factor: float | None) -> int:
     """The most rows that an expert may have."""
     if capacity_factor is None:
@@ -177,10 +183,11 @@ def _check(
         raise TypeError(f"topk_ids: expected int32 or int64, got {topk_ids.dtype}")
     if topk_ids.dim() not in (1, 2):
         raise ValueError(f"topk_ids: expected [T, top_k] or [T], got {list(topk_ids.shape)}")
+    if topk_ids.numel() > _MAX_PAIRS:
+        raise ValueError(f"topk_ids: expected at most {_MAX_PAIRS} ids, got {topk_ids.numel()}")
     if num_experts < 1:
         raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
-    if capacity_factor is not None and not 0 <= capacity_factor < math.inf:
-        raise ValueError(f"capacity_factor: expected 0 or more, finite, got {capacity_factor}")
+    check_capacity(capacity_factor)
     if expert_map is None:
         return
     if expert_map.dtype != torch.int32:
