@@ -1,19 +1,35 @@
 """Mixture-of-experts grouped GEMM for PyTorch: no token is copied, kernels come from a cache."""
 
+from cutlass_moe.combine import combine
 from cutlass_moe.index_group_matmul import (
     index_group_matmul,
     index_group_matmul_workspace_size,
 )
 from cutlass_moe.kernels import warmup
+from cutlass_moe.layer_reference import (
+    combine_reference,
+    fused_moe_reference,
+    topk_router_reference,
+)
+from cutlass_moe.layers import fused_moe, fused_moe_workspace_size
 from cutlass_moe.ops import grouped_matmul, grouped_matmul_out, grouped_matmul_problem
 from cutlass_moe.plans import Plan, plan
-from cutlass_moe.quantize import quantize_per_channel, quantize_per_token
+from cutlass_moe.quantize import (
+    quantize_per_channel,
+    quantize_per_token,
+    quantize_per_token_reference,
+)
 from cutlass_moe.reference import grouped_matmul_reference
 from cutlass_moe.routing import RoutingTable, route
 
 __all__ = [
     "Plan",
     "RoutingTable",
+    "combine",
+    "combine_reference",
+    "fused_moe",
+    "fused_moe_reference",
+    "fused_moe_workspace_size",
     "grouped_matmul",
     "grouped_matmul_out",
     "grouped_matmul_problem",
@@ -23,6 +39,8 @@ __all__ = [
     "plan",
     "quantize_per_channel",
     "quantize_per_token",
+    "quantize_per_token_reference",
     "route",
+    "topk_router_reference",
     "warmup",
 ]

@@ -8,10 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cutlass_moe.activations import is_gated
 from emitters.config import Schedule
 from emitters.problem import (
     ACCUMULATIONS,
     Accumulation,
+    Activation,
+    ActivationFunction,
     Bias,
     ChannelScale,
     DType,
@@ -35,6 +38,7 @@ _ACCUMULATIONS = {
     if operand in ACCUMULATIONS
 }
 _SCHEDULES = tuple(map(str, Schedule))
+_ACTIVATIONS = tuple(map(str, ActivationFunction))
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _FLOAT32, _INT32 = (torch.float32,), (torch.int32,)
 
@@ -49,6 +53,7 @@ class Operands(NamedTuple):
     per_token_scale: Tensor | None
     scale: Tensor | None
     bias: Tensor | None
+    starts: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -61,9 +66,20 @@ class Options(NamedTuple):
 
     out_dtype: torch.dtype | None = None
     accumulation: str | None = None
-    expected_rows: int | None = None
+    expected_rows: float | None = None
     num_sms: int | None = None
     schedule: str | None = None
+    activation: str | None = None
+    interleaved: bool = False
+
+    @property
+    def activation_node(self) -> Activation | None:
+        return Activation(ActivationFunction(self.activation)) if self.activation else None
+
+
+def product_shape(operands: Operands, options: Options) -> tuple[int, int]:
+    n = operands.weight.shape[1]
+    return operands.rows, n // 2 if is_gated(options.activation) else n
 
 
 def check(operands: Operands, options: Options) -> torch.dtype:
@@ -71,8 +87,8 @@ def check(operands: Operands, options: Options) -> torch.dtype:
 
     Raises ValueError or TypeError, with what was expected and what came, for malformed arguments.
     """
-    x, weight, index, offsets, per_token_scale, scale, bias = operands
-    out_dtype, accumulation, _, num_sms, schedule = options
+    x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
+    out_dtype, accumulation, _, num_sms, schedule, activation, interleaved = options
     device = x.get_device()
     allowed = _ACCUMULATIONS.get(x.dtype)
     if allowed is None:
@@ -86,27 +102,27 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     if not x.is_contiguous():
         raise ValueError(f"x: expected a contiguous tensor, got strides {x.stride()}")
     _check_weight(weight, x)
-    _expect("offsets", offsets, device, _INT32, ((experts,),))
+    expect("offsets", offsets, device, _INT32, ((experts,),))
+    if starts is not None:
+        expect("starts", starts, device, _INT32, ((experts,),))
     if index is not None:
-        _expect("index", index, device, _INT32, ((index.numel(),),))
+        expect("index", index, device, _INT32, ((index.numel(),),))
     if per_token_scale is not None:
         shapes = ((tokens,), (tokens, 1))
-        _expect("per_token_scale", per_token_scale, device, _FLOAT32, shapes)
+        expect("per_token_scale", per_token_scale, device, _FLOAT32, shapes)
     if scale is not None:
-        _expect("scale", scale, device, _FLOAT32, ((experts, n), (experts, n, 1), (experts,)))
+        expect("scale", scale, device, _FLOAT32, ((experts, n), (experts, n, 1), (experts,)))
     if bias is not None:
-        _expect("bias", bias, device, _FLOATS, ((experts, n),))
+        expect("bias", bias, device, _FLOATS, ((experts, n),))
     if x.dtype.itemsize == 1 and (per_token_scale is None or scale is None):
         missing = "per_token_scale" if per_token_scale is None else "scale"
         raise ValueError(f"{missing}: {x.dtype} operands need per_token_scale and scale, got None")
+    _check_activation(activation, interleaved, n)
     if num_sms is not None and num_sms < 1:
         raise ValueError(f"num_sms: expected a positive number, got {num_sms}")
     if schedule is not None and schedule not in _SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(_SCHEDULES)}, got {schedule!r}")
-    if accumulation is not None and accumulation not in allowed:
-        raise ValueError(
-            f"accumulation: expected {' or '.join(allowed)} for {x.dtype}, got {accumulation!r}"
-        )
+    check_accumulation(accumulation, x.dtype)
     if out_dtype is None:
         return torch.bfloat16 if x.dtype.itemsize == 1 else x.dtype
     if out_dtype not in _FLOATS:
@@ -114,21 +130,47 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     return out_dtype
 
 
-def pose(operands: Operands, out_dtype: torch.dtype, accumulation: str | None) -> GemmProblem:
+def check_accumulation(accumulation: str | None, dtype: torch.dtype) -> None:
+    allowed = _ACCUMULATIONS[dtype]
+    if accumulation is not None and accumulation not in allowed:
+        raise ValueError(
+            f"accumulation: expected {' or '.join(allowed)} for {dtype}, got {accumulation!r}"
+        )
+
+
+def pose(
+    operands: Operands,
+    out_dtype: torch.dtype,
+    accumulation: str | None,
+    activation: Activation | None = None,
+) -> GemmProblem:
     """The problem of checked arguments."""
     scale, bias = operands.scale, operands.bias
     experts, n, k = operands.weight.shape
     return _problem(
         operands.x.dtype, out_dtype, accumulation, n, k, experts, operands.index is not None,
         operands.per_token_scale is not None, 0 if scale is None else scale.dim(),
-        None if bias is None else bias.dtype,
+        None if bias is None else bias.dtype, activation,
     )  # fmt: skip
 
 
-def check_out(out: Tensor, operands: Operands, dtype: torch.dtype) -> None:
+def check_out(out: Tensor, operands: Operands, options: Options, dtype: torch.dtype) -> None:
     """Raises as `check` does where `out` cannot take the product, of this dtype, of operands."""
-    shape = (operands.rows, operands.weight.shape[1])
-    _expect("out", out, operands.x.get_device(), (dtype,), (shape,))
+    shape = product_shape(operands, options)
+    expect("out", out, operands.x.get_device(), (dtype,), (shape,))
+
+
+def _check_activation(activation: str | None, interleaved: bool, n: int) -> None:
+    if activation is not None and activation not in _ACTIVATIONS:
+        names = ", ".join(_ACTIVATIONS)
+        raise ValueError(f"activation: expected one of {names}, got {activation!r}")
+    if is_gated(activation):
+        if n % 2:
+            raise ValueError(
+                f"weight: expected gate and up rows for {activation}, got an odd N {n}"
+            )
+    elif interleaved:
+        raise ValueError(f"interleaved: expected a gated activation with it, got {activation!r}")
 
 
 def _check_weight(weight: Tensor, x: Tensor) -> None:
@@ -151,7 +193,7 @@ def _check_weight(weight: Tensor, x: Tensor) -> None:
         )
 
 
-def _expect(
+def expect(
     name: str,
     tensor: Tensor,
     device: int,
@@ -183,6 +225,7 @@ def _problem(
     has_per_token_scale: bool,
     scale_dims: int,
     bias_dtype: torch.dtype | None,
+    activation: Activation | None,
 ) -> GemmProblem:
     operand = DTYPES[dtype]
     epilogue: list[EpilogueNode] = []
@@ -192,6 +235,8 @@ def _problem(
         epilogue.append(ExpertScale() if scale_dims == 1 else ChannelScale())
     if bias_dtype is not None:
         epilogue.append(Bias(DTYPES[bias_dtype]))
+    if activation is not None:
+        epilogue.append(activation)
     return GemmProblem(
         operand=operand,
         accumulation=Accumulation(accumulation or ACCUMULATIONS[operand][0]),

@@ -201,7 +201,8 @@ def tune(output: Path, dtypes: Sequence[str], **layers: Any) -> None:
     ratios: list[float] = []
     try:
         for projection in projections(find_layers(**layers), dtypes or ("fp8",)):
-            ratios += _tune(projection, output)
+            if projection.problem.activation is None:  # tables take both for one
+                ratios += _tune(projection, output)
     except (ValueError, LookupError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
     console.print(f"The table is in {output}", markup=False)

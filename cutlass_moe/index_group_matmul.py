@@ -172,7 +172,7 @@ class Executor:
             weight = operands.weight.new_empty_strided(operands.weight.shape, stride)
             operands = operands._replace(weight=weight)
             check(operands, options)
-        check_out(out, operands, out.dtype)
+        check_out(out, operands, options, out.dtype)
 
         problem = pose(operands, out.dtype, arguments.accumulation)
         if isinstance(weights, list):
@@ -243,16 +243,17 @@ class Executor:
             torch.sum(groups[1:].unfold(0, experts, 1), 1, dtype=torch.int32, out=ends)
 
     def _compute(self, workspace: Tensor) -> None:
-        operands = Operands(*(found(part, workspace) for part in self._operands))
-        out: Tensor = found(self._out, workspace)
         starts = None if self._limits is None else self._limits.of(workspace)[0]
+        parts = (found(part, workspace) for part in self._operands)
+        operands = Operands(*parts)._replace(starts=starts)
+        out: Tensor = found(self._out, workspace)
         if self._launch is not None:
             table = self._table.of(workspace).data_ptr() if self._table else 0
-            enqueue(*self._launch, out, operands, table=table, starts=starts)
+            enqueue(*self._launch, out, operands, table=table)
         elif len(out):
             if self._why_illegal is not None:
                 announce_fallback(self._why_illegal)
-            _reference(out, operands, self._weights, starts)
+            _reference(out, operands, self._weights)
 
 
 def _weights(value: Tensors) -> Tensor | list[Tensor]:
@@ -377,11 +378,10 @@ def _tensor_maps(kernel: GemmKernel, weights: list[Tensor]) -> Tensor:
     return table
 
 
-def _reference(
-    out: Tensor, operands: Operands, weights: Tensor | list[Tensor], starts: Tensor | None
-) -> None:
+def _reference(out: Tensor, operands: Operands, weights: Tensor | list[Tensor]) -> None:
     """Expert by expert, so that weights stay where they are."""
     ends = operands.offsets.tolist()
+    starts = operands.starts
     first_rows = [0, *ends[:-1]] if starts is None else starts.tolist()
     index = operands.index
     if index is None:

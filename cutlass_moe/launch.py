@@ -8,13 +8,13 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from cuda.bindings import driver
 
 from emitters.image import Image, Param, driver_cuda
-from emitters.problem import GemmProblem, WeightStorage
+from emitters.problem import GemmProblem
 
 _SLOT = 8  # bytes kept for a parameter on the host; the driver copies as many as the kernel's own
 _MAX_TENSOR_MAPS = 1024  # a kernel's cache of them; a model has one weight a layer
@@ -102,8 +102,10 @@ _counters = cache(Counters)
 class Launch:
     """A launch that can be repeated: a kernel's parameters, in memory of its own, and its grid.
 
-    What differs from the launch before is set in between. Not thread-safe. The driver has copied
-    all of it when a call returns, into the graph where one is captured.
+    What differs from the launch before is set in between: `values` are the parameters, addresses
+    and integers in the order of record.params; what stands for a tensor map is ignored. Not
+    thread-safe. The driver has copied all of it when a call returns, into the graph where one is
+    captured.
     """
 
     def __init__(self, kernel: Kernel) -> None:
@@ -111,8 +113,8 @@ class Launch:
         record = kernel.record
         count = len(record.params)
         self._slots = struct.Struct(f"<{count}q")
-        self._values = (ctypes.c_int64 * count)()
-        first = ctypes.addressof(self._values)
+        self.values = (ctypes.c_int64 * count)()
+        first = ctypes.addressof(self.values)
         self._pointers = (ctypes.c_void_p * count)(*(first + i * _SLOT for i in range(count)))
         self._arguments = ctypes.addressof(self._pointers)
         self._maps: dict[int, driver.CUtensorMap] = {}  # kept alive
@@ -149,12 +151,8 @@ class Launch:
         self._overlap = overlap
 
     def fill(self, values: Sequence[int]) -> None:
-        """Sets all parameters; what stands for a tensor map is ignored."""
-        self._slots.pack_into(self._values, 0, *values)
-
-    def set(self, at: int, value: int) -> None:
-        """Sets parameter number `at`, an address or an integer."""
-        self._values[at] = value
+        """Sets all of `values`."""
+        self._slots.pack_into(self.values, 0, *values)
 
     def set_map(self, at: int, tensor_map: driver.CUtensorMap) -> None:
         """Sets parameter number `at`, a tensor map."""
@@ -223,12 +221,24 @@ class Kernel:
             self._launch(stream)
 
 
+class WeightView(NamedTuple):
+    """Weights [E, N, K] as a tensor map describes them.
+
+    strides: of E, N and K, in elements. interleaved: whether the rows of a gated problem's weights
+    are gate, up, gate, up, ...; else the first half of them is gate.
+    """
+
+    pointer: int
+    strides: tuple[int, ...]
+    interleaved: bool = False
+
+
 class GemmKernel(Kernel):
     """A grouped GEMM: encodes the tensor maps of its weights and its output, and keeps them."""
 
     def __init__(self, image: Image, device: int) -> None:
         super().__init__(image, device)
-        self._problem = GemmProblem.from_json(image.record.problem)
+        self.problem = GemmProblem.from_json(image.record.problem)
         self.at = {param.name: i for i, param in enumerate(self.record.params)}
         self._boxes = {box.param: box for box in self.record.tensor_maps}
         self._counters = _counters(device) if "counters" in self.at else None
@@ -238,7 +248,7 @@ class GemmKernel(Kernel):
     def prepare_gemm(
         self,
         values: Sequence[int],
-        weight: tuple[int, tuple[int, ...]] | None,
+        weight: WeightView | None,
         out: tuple[int, int],
         grid: int,
         overlap: bool = False,
@@ -251,7 +261,7 @@ class GemmKernel(Kernel):
     def launch_gemm(
         self,
         values: Sequence[int],
-        weight: tuple[int, tuple[int, ...]] | None,
+        weight: WeightView | None,
         out: tuple[int, int],
         grid: int,
         stream: int,
@@ -260,9 +270,8 @@ class GemmKernel(Kernel):
         """As `launch`.
 
         values: without the counters of a dynamic schedule; what stands for a tensor map is
-        ignored. weight: pointer and strides of the [E, N, K] weights that such a map describes;
-        out: pointer and rows of the output. A dynamic schedule never overlaps: its counters are
-        those of the launch before.
+        ignored. weight: what such a map describes; out: pointer and rows of the output. A dynamic
+        schedule never overlaps: its counters are those of the launch before.
         """
         with self._lock:
             self._fill(self._launch, values, weight, out, grid, overlap)
@@ -273,7 +282,7 @@ class GemmKernel(Kernel):
         self,
         launch: Launch,
         values: Sequence[int],
-        weight: tuple[int, tuple[int, ...]] | None,
+        weight: WeightView | None,
         out: tuple[int, int],
         grid: int,
         overlap: bool,
@@ -281,22 +290,22 @@ class GemmKernel(Kernel):
         launch.fill(values if self._counters is None else [*values, 0])
         launch.shape(grid, overlap and self._counters is None)
         if weight is not None:
-            self.set_weight(launch, *weight)
+            self.set_weight(launch, weight)
         self.set_out(launch, *out)
 
-    def set_weight(self, launch: Launch, pointer: int, strides: tuple[int, ...]) -> None:
+    def set_weight(self, launch: Launch, weight: WeightView) -> None:
         """Where the weights of a launch of this kernel are; raises as `encode_weight`."""
-        launch.set_map(self.at["weight"], self._tensor_map((pointer, strides), self.encode_weight))
+        launch.set_map(self.at["weight"], self._tensor_map(weight, self.encode_weight))
 
     def set_out(self, launch: Launch, pointer: int, rows: int) -> None:
         """Where the output of a launch of this kernel is."""
-        launch.set(self.at["out"], pointer)
+        launch.values[self.at["out"]] = pointer
         launch.set_map(self.at["out_map"], self._tensor_map((pointer, rows), self._encode_out))
 
     def set_counters(self, launch: Launch, stream: int) -> None:
         """For a call on `stream`, the current one of this device."""
         if self._counters is not None:
-            launch.set(self.at["counters"], self._counters.address(stream))
+            launch.values[self.at["counters"]] = self._counters.address(stream)
 
     def _tensor_map(
         self, key: tuple[Any, ...], encode: Callable[..., driver.CUtensorMap]
@@ -310,24 +319,20 @@ class GemmKernel(Kernel):
                 self._maps[key] = found
         return found
 
-    def encode_weight(self, pointer: int, strides: tuple[int, ...]) -> driver.CUtensorMap:
+    def encode_weight(
+        self, pointer: int, strides: tuple[int, ...], interleaved: bool = False
+    ) -> driver.CUtensorMap:
         """The tensor map through which the kernel reads weights [E, N, K] at `pointer`.
 
         strides: of E, N and K, in elements; K is dense. A map in a table describes one expert.
         Raises DriverError where pointer or strides are not multiples of 16 bytes.
         """
-        problem = self._problem
-        experts = problem.num_experts if problem.weights is WeightStorage.STACKED else 1
-        expert_stride, row_stride, _ = strides
-        if experts == 1:
-            expert_stride = row_stride  # never used, but checked
-        extents = (problem.k, problem.n, experts)
-        size = problem.operand.bytes
-        return self._encode("weight", size, pointer, extents, (row_stride, expert_stride))
+        view = self.problem.weight_view(strides, interleaved)
+        return self._encode("weight", self.problem.operand.bytes, pointer, *view)
 
     def _encode_out(self, pointer: int, rows: int) -> driver.CUtensorMap:
-        problem = self._problem
-        return self._encode("out_map", problem.out.bytes, pointer, (problem.n, rows), (problem.n,))
+        columns, size = self.problem.out_columns, self.problem.out.bytes
+        return self._encode("out_map", size, pointer, (columns, rows), (columns,))
 
     def _encode(
         self,

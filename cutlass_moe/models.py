@@ -11,7 +11,7 @@ from typing import Any
 from cutlass_moe.shapes import MODELS, MoeShape
 
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
-_BIASED = ("gpt_oss",)  # model types whose experts have biases: no field of config.json says so
+_GPT_OSS = ("gpt_oss",)  # model types whose experts no field of config.json describes
 
 
 def find_shape(name: str) -> MoeShape:
@@ -55,25 +55,27 @@ def read_config(path: Path) -> MoeShape:
     absolute = file.absolute()
     return MoeShape(
         name=absolute.parent.name if file.name == "config.json" else file.stem,
-        bias=model.get("model_type") in _BIASED,
+        bias=model.get("model_type") in _GPT_OSS,
+        activation="swiglu_oai" if model.get("model_type") in _GPT_OSS else "swiglu",
         **{field: _first(model, n) for field, n in names.items()},
     )
 
 
 def read_shapes(path: Path) -> list[MoeShape]:
     """The shapes in a .toml or .json file: tables `[[shapes]]` or a list of objects, whose keys are
-    the fields of MoeShape, bias optional. Raises ValueError for other files."""
+    the fields of MoeShape, bias and activation optional. Raises ValueError for other files."""
     plain = _parse(path)
     listed = plain.get("shapes") if isinstance(plain, dict) else plain
     if not isinstance(listed, list) or not listed:
         raise ValueError(f"{path}: expected a list of shapes, in TOML as tables [[shapes]]")
     known = {field.name for field in fields(MoeShape)}
+    needed = known - {"bias", "activation"}
     shapes = []
     for i, shape in enumerate(listed, 1):
-        if not isinstance(shape, dict) or not known - {"bias"} <= shape.keys() <= known:
+        if not isinstance(shape, dict) or not needed <= shape.keys() <= known:
             raise ValueError(
-                f"{path}: expected shape {i} to have {', '.join(sorted(known - {'bias'}))} and, "
-                f"where wanted, bias, got {shape!r}"
+                f"{path}: expected shape {i} to have {', '.join(sorted(needed))} and, "
+                f"where wanted, bias and activation, got {shape!r}"
             )
         shapes.append(MoeShape(**shape))
     return shapes

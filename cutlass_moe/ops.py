@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cutlass_moe.arguments import Operands, Options, check, check_out, pose
+from cutlass_moe.arguments import Operands, Options, check, check_out, pose, product_shape
 from cutlass_moe.calls import enqueue, find_call
 from cutlass_moe.reference import grouped_matmul_backward, grouped_matmul_reference_out
 from emitters.problem import GemmProblem
@@ -16,18 +16,20 @@ from emitters.problem import GemmProblem
 _lib = torch.library.Library("cutlass_moe", "DEF")
 _TENSORS = (
     "Tensor x, Tensor weight, Tensor? index, Tensor offsets, Tensor? per_token_scale, "
-    "Tensor? scale, Tensor? bias"
+    "Tensor? scale, Tensor? bias, Tensor? starts"
 )
 _INPUTS = (
     f"{_TENSORS}, ScalarType? out_dtype, str? accumulation, SymInt? expected_rows, int? num_sms, "
-    "str? schedule"
+    "str? schedule, str? activation, bool interleaved"
 )
 for _schema in (
     f"grouped_matmul({_INPUTS}) -> Tensor",
     f"grouped_matmul_out(Tensor(a!) out, {_INPUTS}) -> ()",
-    f"grouped_matmul_backward(Tensor grad, {_TENSORS}, bool[] needs) -> Tensor[]",
+    f"grouped_matmul_backward(Tensor grad, {_TENSORS}, str? activation, bool interleaved, "
+    "bool[] needs) -> Tensor[]",
 ):
     _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+_COUNT = len(Operands._fields)
 _functional = torch.ops.cutlass_moe.grouped_matmul.default
 _out_variant = torch.ops.cutlass_moe.grouped_matmul_out.default
 _backward = torch.ops.cutlass_moe.grouped_matmul_backward.default
@@ -42,14 +44,17 @@ def grouped_matmul(
     per_token_scale: Tensor | None = None,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
+    activation: str | None = None,
+    interleaved: bool = False,
+    starts: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     accumulation: str | None = None,
     expected_rows: int | None = None,
     num_sms: int | None = None,
     schedule: str | None = None,
 ) -> Tensor:
-    """out[r] = per_token_scale[index[r]] * scale[e] * (x[index[r]] @ weight[e].T) + bias[e] for
-    the rows r of expert e, which are offsets[e - 1] <= r < offsets[e].
+    """out[r] = activation(per_token_scale[index[r]] * scale[e] * (x[index[r]] @ weight[e].T) +
+    bias[e]) for the rows r of expert e, which are offsets[e - 1] <= r < offsets[e].
 
     x [T, K], contiguous: float8_e4m3fn, float8_e5m2, int8, bfloat16 or float16. weight [E, N, K]:
     of the same dtype, K dense. index int32 [rows]: the row of x that each row of the product
@@ -59,6 +64,13 @@ def grouped_matmul(
     per_token_scale float32 [T] or [T, 1]; scale float32 [E, N], [E, N, 1] or [E]: both are needed
     for
       8-bit operands. bias [E, N]: bfloat16, float16 or float32.
+    activation, in float32: "gelu" (by erf), "silu", "relu", "relu2" (relu squared), or gated, of a
+      gate g and an up u: "swiglu" silu(g) * u, "geglu" gelu(g) * u, "reglu" relu(g) * u,
+      "swiglu_oai" g * sigmoid(1.702 g) * (u + 1) with g clamped to at most 7, u to [-7, 7]. N is
+      then 2 I: I gate rows of a weight and I up rows or, if interleaved, gate, up, gate, up, ...;
+      scale and bias alike, out has I columns.
+    starts int32 [E]: first rows of the experts where they are not the ends before, as in masked and
+      aligned layouts. Rows between experts are undefined.
     out_dtype: bfloat16, float16 or float32; default bfloat16 for 8-bit operands, x's dtype for
     others. accumulation: for float8 "fast" (the default: in the tensor core, about 14 bits) or
     "two_level"
@@ -68,13 +80,15 @@ def grouped_matmul(
     schedule: who computes which tile: "static" (equal runs of neighbours), "tile" (in turns) or
       "dynamic" (whoever is free); changes speed alone, and None chooses.
 
-    Returns [rows, N]; rows past offsets[-1] are undefined. Raises ValueError or TypeError, with
-    what was expected and what came, for malformed arguments. bfloat16 and float16 are
-    differentiable.
+    Returns [rows, N] or [rows, I]; rows past offsets[-1] are undefined. Raises ValueError or
+    TypeError, with what was expected and what came, for malformed arguments. bfloat16 and float16
+    are differentiable.
     """
-    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias)
-    options = Options(out_dtype, accumulation, expected_rows, num_sms, schedule)
-    if _is_plain_eager(operands):
+    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias, starts)
+    options = Options(
+        out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved
+    )
+    if is_plain_eager(x, weight) and not wants_gradient(operands):
         return _product(operands, options)
     return _functional(*operands, *options)
 
@@ -89,23 +103,29 @@ def grouped_matmul_out(
     per_token_scale: Tensor | None = None,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
+    activation: str | None = None,
+    interleaved: bool = False,
+    starts: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     accumulation: str | None = None,
     expected_rows: int | None = None,
     num_sms: int | None = None,
     schedule: str | None = None,
 ) -> None:
-    """`grouped_matmul` into out [rows, N], contiguous; rows past offsets[-1] are left untouched.
+    """`grouped_matmul` into its result's shape, contiguous; rows of no expert are left untouched.
 
     out_dtype, if given, must be out's. Not differentiable: raises RuntimeError where a gradient
     would be lost.
     """
-    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias)
-    options = Options(out_dtype, accumulation, expected_rows, num_sms, schedule)
-    if _is_plain_eager(operands) and not out.requires_grad:
+    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias, starts)
+    options = Options(
+        out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved
+    )
+    loses_gradient = wants_gradient((out, *operands))
+    if is_plain_eager(x, weight) and not loses_gradient:
         _product_into(out, operands, options)
         return
-    if wants_gradient((out, *operands)):
+    if loses_gradient:
         raise RuntimeError(
             "grouped_matmul_out has no gradient and an argument requires one: "
             "use grouped_matmul, or torch.no_grad()"
@@ -121,7 +141,7 @@ def wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
     return False
 
 
-def _is_plain_eager(operands: Operands) -> bool:
+def is_plain_eager(x: Tensor, weight: Tensor) -> bool:
     """Nobody but the op's implementation wants to see this call.
 
     It then goes past torch's dispatcher and autograd layer, which take longer than the rest of the
@@ -129,13 +149,12 @@ def _is_plain_eager(operands: Operands) -> bool:
     """
     return not (
         torch.compiler.is_compiling()
-        or type(operands.x) is not Tensor
-        or type(operands.weight) not in (Tensor, Parameter)
+        or type(x) is not Tensor
+        or type(weight) not in (Tensor, Parameter)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
-        or wants_gradient(operands)
     )
 
 
@@ -148,6 +167,9 @@ def grouped_matmul_problem(
     per_token_scale: Tensor | None = None,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
+    activation: str | None = None,
+    interleaved: bool = False,
+    starts: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     accumulation: str | None = None,
     expected_rows: int | None = None,
@@ -158,9 +180,12 @@ def grouped_matmul_problem(
 
     Raises as the op does.
     """
-    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias)
-    options = Options(out_dtype, accumulation, expected_rows, num_sms, schedule)
-    return pose(operands, check(operands, options), accumulation)
+    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias, starts)
+    options = Options(
+        out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved
+    )
+    dtype = check(operands, options)
+    return pose(operands, dtype, accumulation, options.activation_node)
 
 
 # Implementations: CPU tensors take the reference, CUDA tensors a kernel.
@@ -170,18 +195,27 @@ def _product(operands: Operands, options: Options) -> Tensor:
     call = find_call(operands, None, options)
     out = operands.x.new_empty(call.shape, dtype=call.dtype)
     if call.kernel is not None:
-        enqueue(call.kernel, call.grid, out, operands)
+        enqueue(call.kernel, call.grid, out, operands, interleaved=options.interleaved)
     else:
-        grouped_matmul_reference_out(out.zero_(), **operands._asdict())
+        _reference(out.zero_(), operands, options)
     return out
 
 
 def _product_into(out: Tensor, operands: Operands, options: Options) -> None:
     call = find_call(operands, out, options)
     if call.kernel is not None:
-        enqueue(call.kernel, call.grid, out, operands)
+        enqueue(call.kernel, call.grid, out, operands, interleaved=options.interleaved)
     else:
-        grouped_matmul_reference_out(out, **operands._asdict())
+        _reference(out, operands, options)
+
+
+def _reference(out: Tensor, operands: Operands, options: Options) -> None:
+    grouped_matmul_reference_out(
+        out,
+        **operands._asdict(),
+        activation=options.activation,
+        interleaved=options.interleaved,
+    )
 
 
 def _functional_impl(*arguments: Any) -> Tensor:
@@ -193,7 +227,7 @@ def _out_impl(out: Tensor, *arguments: Any) -> None:
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Operands, Options]:
-    return Operands(*arguments[:7]), Options(*arguments[7:])
+    return Operands(*arguments[:_COUNT]), Options(*arguments[_COUNT:])
 
 
 # Fakes and gradients.
@@ -202,48 +236,59 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Operands, Options]:
 def _functional_fake(*arguments: Any) -> Tensor:
     operands, options = _split(arguments)
     dtype = check(operands, options)
-    return operands.x.new_empty((operands.rows, operands.weight.shape[1]), dtype=dtype)
+    return operands.x.new_empty(product_shape(operands, options), dtype=dtype)
 
 
 def _out_fake(out: Tensor, *arguments: Any) -> None:
     operands, options = _split(arguments)
     dtype = check(operands, options._replace(out_dtype=options.out_dtype or out.dtype))
-    check_out(out, operands, dtype)
+    check_out(out, operands, options, dtype)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    operands, _ = _split(inputs)
+    operands, options = _split(inputs)
     if operands.x.dtype.itemsize == 1:
         raise RuntimeError(
             f"no gradient through {operands.x.dtype} operands, and an argument requires one: "
             "detach it, or use bfloat16 or float16"
         )
     ctx.save_for_backward(*operands)
+    ctx.activation = options.activation, options.interleaved
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     operands = Operands(*ctx.saved_tensors)
-    x, weight, index, offsets, per_token_scale, scale, bias = ctx.needs_input_grad[:7]
+    x, weight, _, _, per_token_scale, scale, bias, _ = ctx.needs_input_grad[:_COUNT]
     needs = [x, weight, per_token_scale, scale, bias]
-    found = iter(_backward(grad.contiguous(), *operands, needs))
+    found = iter(_backward(grad.contiguous(), *operands, *ctx.activation, needs))
     gradients = [next(found) if need else None for need in needs]
-    return (*gradients[:2], None, None, *gradients[2:], *(None for _ in Options._fields))
+    return (*gradients[:2], None, None, *gradients[2:], None, *(None for _ in Options._fields))
 
 
 def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("grouped_matmul is differentiable once: no gradient of its gradient")
 
 
+def _split_backward(arguments: tuple[Any, ...]) -> tuple[Operands, tuple[Any, ...]]:
+    return Operands(*arguments[:_COUNT]), arguments[_COUNT:]
+
+
 def _backward_impl(grad: Tensor, *arguments: Any) -> list[Tensor]:
     """Gradients of those of x, weight, per_token_scale, scale, bias that `needs` names."""
-    operands, needs = Operands(*arguments[:7]), arguments[7]
-    found = grouped_matmul_backward(grad, **operands._asdict(), needs=tuple(needs))
+    operands, (activation, interleaved, needs) = _split_backward(arguments)
+    found = grouped_matmul_backward(
+        grad,
+        **operands._asdict(),
+        activation=activation,
+        interleaved=interleaved,
+        needs=tuple(needs),
+    )
     return [gradient for gradient in found if gradient is not None]
 
 
 def _backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    operands, needs = Operands(*arguments[:7]), arguments[7]
-    x, weight, _, _, per_token_scale, scale, bias = operands
+    operands, (_, _, needs) = _split_backward(arguments)
+    x, weight, _, _, per_token_scale, scale, bias, _ = operands
     inputs = zip((x, weight, per_token_scale, scale, bias), needs, strict=True)
     return [torch.empty_like(tensor) for tensor, need in inputs if need and tensor is not None]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cutlass_moe.arguments import Operands, Options
 from cutlass_moe.calls import find_call, parameters
-from cutlass_moe.launch import GemmKernel
+from cutlass_moe.launch import GemmKernel, WeightView
 from cutlass_moe.ops import wants_gradient
 from cutlass_moe.reference import grouped_matmul_reference_out
 
@@ -17,18 +17,31 @@ _ALIGNMENTS = {"x": 16, "weight": 16, "out": 16, "scale": 8, "bias": 8}  # bytes
 class Plan:
     """What `plan` returns. Not for two threads at a time."""
 
-    def __init__(self, operands: Operands, out: Tensor, kernel: GemmKernel | None, grid: int):
+    def __init__(
+        self,
+        operands: Operands,
+        options: Options,
+        out: Tensor,
+        kernel: GemmKernel | None,
+        grid: int,
+    ):
+        self._options = options
         named = {**operands._asdict(), "out": out}
         self._tensors = {name: t for name, t in named.items() if t is not None}
-        self._expected = {n: (t.shape, t.dtype, t.stride()) for n, t in self._tensors.items()}
         self._device = out.get_device()
         self._kernel = kernel
+        params: dict[str, int] = {}
         if kernel is not None:
-            self._launch = kernel.prepare_gemm(*parameters(out, operands), grid)
+            self._launch = kernel.prepare_gemm(
+                *parameters(kernel.problem, out, operands, interleaved=options.interleaved), grid
+            )
             scale = "channel_scale" if "channel_scale" in kernel.at else "expert_scale"
             names = {"offsets": "ends", "scale": scale}
-            params = {name: names.get(name, name) for name in self._tensors}
-            self._at = {name: kernel.at[param] for name, param in params.items()}
+            params = {name: kernel.at[names.get(name, name)] for name in self._tensors}
+        self._slots = {
+            name: (t.shape, t.dtype, t.stride(), _ALIGNMENTS.get(name, 4), params.get(name, 0))
+            for name, t in self._tensors.items()
+        }
 
     def __call__(
         self, x: Tensor | None = None, out: Tensor | None = None, **others: Tensor
@@ -48,7 +61,11 @@ class Plan:
             self._replace(name, tensor)
         tensors = self._tensors
         if self._kernel is None:
-            grouped_matmul_reference_out(**tensors)
+            grouped_matmul_reference_out(
+                **tensors,
+                activation=self._options.activation,
+                interleaved=self._options.interleaved,
+            )
         elif torch._C._cuda_getDevice() == self._device:
             self._enqueue(self._kernel)
         else:
@@ -57,10 +74,10 @@ class Plan:
         return tensors["out"]
 
     def _replace(self, name: str, tensor: Tensor) -> None:
-        expected = self._expected.get(name)
-        if expected is None:
+        slot = self._slots.get(name)
+        if slot is None:
             raise TypeError(f"{name}: planned were {', '.join(self._tensors)}")
-        shape, dtype, strides = expected
+        shape, dtype, strides, alignment, at = slot
         if (
             tensor.dtype is not dtype
             or tensor.shape != shape
@@ -75,15 +92,16 @@ class Plan:
         if tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{name} requires a gradient, and a plan has none")
         if self._kernel is not None:
-            pointer, alignment = tensor.data_ptr(), _ALIGNMENTS.get(name, 4)
+            pointer, launch = tensor.data_ptr(), self._launch
             if pointer % alignment:
                 raise ValueError(f"{name}: expected an address in multiples of {alignment} bytes")
             if name == "weight":
-                self._kernel.set_weight(self._launch, pointer, tensor.stride())
-            elif name == "out":
-                self._kernel.set_out(self._launch, pointer, tensor.shape[0])
-            else:
-                self._launch.set(self._at[name], pointer)
+                view = WeightView(pointer, strides, self._options.interleaved)
+                self._kernel.set_weight(launch, view)
+            elif name != "out":
+                launch.values[at] = pointer
+            elif pointer != launch.values[at]:
+                self._kernel.set_out(launch, pointer, shape[0])
         self._tensors[name] = tensor
 
     def _enqueue(self, kernel: GemmKernel) -> None:
@@ -107,6 +125,9 @@ def plan(
     expected_rows: int | None = None,
     num_sms: int | None = None,
     schedule: str | None = None,
+    activation: str | None = None,
+    interleaved: bool = False,
+    starts: Tensor | None = None,
 ) -> Plan:
     """`grouped_matmul_out` with these arguments, prepared: `p = plan(...)`, then `p()`, `p(x)` or
     `p(x, out, index=index, ...)`.
@@ -116,8 +137,10 @@ def plan(
     keeps its tensors alive. It is neither differentiable nor for torch.compile. Raises as
     `grouped_matmul_out` does.
     """
-    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias)
-    options = Options(out_dtype, accumulation, expected_rows, num_sms, schedule)
+    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias, starts)
+    options = Options(
+        out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved
+    )
     if wants_gradient((out, *operands)):
         raise RuntimeError(
             "a plan has no gradient and an argument requires one: use torch.no_grad()"
@@ -125,4 +148,4 @@ def plan(
     call = find_call(operands, out, options)
     if out is None:
         out = x.new_empty(call.shape, dtype=call.dtype)
-    return Plan(operands, out, call.kernel, call.grid)
+    return Plan(operands, options, out, call.kernel, call.grid)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from cutlass_moe.activations import activate, activate_backward, is_gated
+
 Tensors = tuple[Tensor | None, ...]
 _BLOCK_ELEMENTS = 1 << 24  # of the largest float64 temporary: 128 MiB
 
@@ -24,12 +26,15 @@ def grouped_matmul_reference(
     per_token_scale: Tensor | None = None,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
+    activation: str | None = None,
+    interleaved: bool = False,
+    starts: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     accumulation: str | None = None,
     expected_rows: int | None = None,
     num_sms: int | None = None,
 ) -> Tensor:
-    """`cutlass_moe.grouped_matmul` in float64: [rows, N], zeros in rows past `offsets[-1]`.
+    """`cutlass_moe.grouped_matmul` in float64: zeros in rows that belong to no expert.
 
     Takes the arguments of `grouped_matmul`, which checks them, and float32 and float64 operands
     besides. `out_dtype` defaults to bfloat16 for 8-bit operands and to x's dtype for others.
@@ -37,7 +42,9 @@ def grouped_matmul_reference(
     """
     rows = len(x) if index is None else len(index)
     default = torch.bfloat16 if x.element_size() == 1 else x.dtype
-    out = x.new_zeros((rows, weight.shape[1]), dtype=out_dtype or default)
+    n = weight.shape[1]
+    columns = n // 2 if is_gated(activation) else n
+    out = x.new_zeros((rows, columns), dtype=out_dtype or default)
     grouped_matmul_reference_out(
         out,
         x,
@@ -47,6 +54,9 @@ def grouped_matmul_reference(
         per_token_scale=per_token_scale,
         scale=scale,
         bias=bias,
+        activation=activation,
+        interleaved=interleaved,
+        starts=starts,
     )
     return out
 
@@ -61,19 +71,22 @@ def grouped_matmul_reference_out(
     per_token_scale: Tensor | None = None,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
+    activation: str | None = None,
+    interleaved: bool = False,
+    starts: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     accumulation: str | None = None,
     expected_rows: int | None = None,
     num_sms: int | None = None,
 ) -> None:
-    """`cutlass_moe.grouped_matmul_out` in float64: writes `out` [rows, N] up to row `offsets[-1]`.
+    """`cutlass_moe.grouped_matmul_out` in float64: writes the rows of `out` that experts have.
 
-    Products, sums (exact for int8), scales and bias are float64; the result is converted once, to
-    out's dtype, whatever `out_dtype` says. A row whose index lies outside [0, T) becomes zeros,
-    without bias.
+    Products, sums (exact for int8), scales, bias and activation are float64; the result is
+    converted once, to out's dtype, whatever `out_dtype` says. A row whose index lies outside [0, T)
+    becomes zeros, without bias.
     """
     step = max(1, _BLOCK_ELEMENTS // max(weight.shape[1:]))
-    for expert, first, last in _groups(offsets, len(out)):
+    for expert, first, last in _groups(starts, offsets, len(out)):
         for start in range(first, last, step):
             end = min(start + step, last)
             row, token = _inside(index, start, end, x)
@@ -84,6 +97,8 @@ def grouped_matmul_reference_out(
                 result *= scale[expert].flatten().double()
             if bias is not None:
                 result += bias[expert].double()
+            if activation is not None:
+                result = activate(result, activation, interleaved)
             out[start:end] = 0
             out[row] = result.to(out.dtype)
 
@@ -98,14 +113,17 @@ def grouped_matmul_backward(
     per_token_scale: Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
+    starts: Tensor | None = None,
+    activation: str | None = None,
+    interleaved: bool = False,
     needs: tuple[bool, ...],
 ) -> Tensors:
     """Gradients of (x, weight, per_token_scale, scale, bias); None where not asked for or absent.
 
-    grad [rows, N] is the product's gradient, the rest the product's inputs, none of them 8-bit.
+    grad is the result's gradient, the rest the product's inputs, none of them 8-bit.
     Sums run in float32, in float64 for float64 operands; a gradient has its input's shape and
-    dtype. A token that several rows read collects their sum; rows past `offsets[-1]` and rows of an
-    index outside [0, T) give nothing.
+    dtype. A token that several rows read collects their sum; rows of no expert and rows of an index
+    outside [0, T) give nothing.
     """
     inputs = (x, weight, per_token_scale, scale, bias)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -116,24 +134,37 @@ def grouped_matmul_backward(
         else None
         for tensor, need in zip(inputs, needs, strict=True)
     )
-    for expert, first, last in _groups(offsets, len(grad)):
+    for expert, first, last in _groups(starts, offsets, len(grad)):
         row, token = _inside(index, first, last, x)
-        _add_expert(grads, expert, token, grad[row].to(wide), inputs)
+        _add_expert(grads, expert, token, grad[row].to(wide), inputs, activation, interleaved)
     return tuple(
         None if total is None or tensor is None else total.to(tensor.dtype)
         for total, tensor in zip(grads, inputs, strict=True)
     )
 
 
-def _add_expert(grads: Tensors, expert: int, token: Tensor, grad: Tensor, inputs: Tensors) -> None:
+def _add_expert(
+    grads: Tensors,
+    expert: int,
+    token: Tensor,
+    grad: Tensor,
+    inputs: Tensors,
+    activation: str | None,
+    interleaved: bool,
+) -> None:
     """Adds to `grads` what the rows of one expert give; token and grad are those of these rows."""
-    x, weight, per_token_scale, scale, _ = inputs
+    x, weight, per_token_scale, scale, bias = inputs
     dx, dweight, dtoken, dscale, dbias = grads
     assert x is not None and weight is not None
     a, b = x[token].to(grad.dtype), weight[expert].to(grad.dtype)
     one = grad.new_ones(1)
     by_row = one if per_token_scale is None else per_token_scale.flatten()[token][:, None]
     by_column = one if scale is None else scale[expert].flatten()
+    if activation is not None:
+        before = a @ b.T * by_row * by_column
+        if bias is not None:
+            before += bias[expert]
+        grad = activate_backward(grad, before, activation, interleaved)
     if dbias is not None:
         dbias[expert] = grad.sum(0)
     if dtoken is not None:
@@ -149,10 +180,13 @@ def _add_expert(grads: Tensors, expert: int, token: Tensor, grad: Tensor, inputs
         dweight[expert] = grad.T @ a
 
 
-def _groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
-    """(expert, first row, end) of every expert that has rows."""
+def _groups(starts: Tensor | None, ends: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, end) of every expert that has rows. starts: default the ends before."""
+    given = None if starts is None or not rows else starts.tolist()
     first = 0
-    for expert, end in enumerate(offsets.tolist() if rows else ()):  # no rows: nothing is read
+    for expert, end in enumerate(ends.tolist() if rows else ()):  # no rows: nothing is read
+        if given is not None:
+            first = max(given[expert], 0)
         last = min(end, rows)
         if first < last:
             yield expert, first, last

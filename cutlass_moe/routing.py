@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from cutlass_moe import kernels
+from cutlass_moe.calls import announce_fallback
+from cutlass_moe.heuristics import step_config
+from cutlass_moe.launch import Kernel
+from emitters.legality import why_illegal
+from emitters.steps import RouteProblem
+
+_IDS = {torch.int32: 32, torch.int64: 64}
+# Measured on an H200.
+_ONE_CTA_PAIRS = 1536  # up to so many one launch is faster than two
+_CTA_PAIRS, _MOST_CTAS = 1024, 128  # of two launches
 
 
 @dataclass(frozen=True)
@@ -21,34 +35,224 @@ class RoutingTable:
     offsets: Tensor
     inverse: Tensor
 
+    @staticmethod
+    def empty(topk_ids: Tensor, num_experts: int) -> RoutingTable:
+        """Uninitialised, for these ids."""
+        index, inverse = (topk_ids.new_empty(s, dtype=torch.int32) for s in _shapes(topk_ids))
+        offsets = topk_ids.new_empty(num_experts, dtype=torch.int32)
+        return RoutingTable(index, offsets, inverse)
 
-def route(topk_ids: Tensor, num_experts: int) -> RoutingTable:
+
+def route(
+    topk_ids: Tensor,
+    num_experts: int,
+    *,
+    expert_map: Tensor | None = None,
+    capacity_factor: float | None = None,
+) -> RoutingTable:
     """Sorts (token, choice) pairs by expert, stably: by token, then choice, within an expert.
 
     topk_ids: int32 or int64 [T, top_k], or [T] for one choice. A pair whose id lies outside
-    [0, num_experts) is dropped: it takes no row. Nothing is read back to the host; works under CUDA
-    graphs and torch.compile. Raises TypeError on another dtype, ValueError on another number of
-    dimensions and on num_experts < 1.
+      [0, num_experts) is dropped: it takes no row.
+    expert_map int32 [global experts]: for topk_ids that are global ids, the one among the
+      num_experts experts here that each stands for, or -1; ids outside the map are dropped.
+    capacity_factor: an expert has at most ceil(topk_ids.numel() / num_experts * capacity_factor)
+      rows; its later pairs are dropped.
+
+    Nothing is read back to the host; works under CUDA graphs and torch.compile. Raises TypeError on
+    another dtype, ValueError on another shape or device, on num_experts < 1 and on a negative or
+    infinite capacity_factor.
     """
-    _check(topk_ids, num_experts)
+    _check(topk_ids, num_experts, expert_map, capacity_factor)
+    return RoutingTable(*_op(topk_ids, num_experts, expert_map, capacity_factor))
+
+
+def route_reference(
+    topk_ids: Tensor,
+    num_experts: int,
+    *,
+    expert_map: Tensor | None = None,
+    capacity_factor: float | None = None,
+) -> RoutingTable:
+    """`route` in plain PyTorch."""
+    _check(topk_ids, num_experts, expert_map, capacity_factor)
     experts = topk_ids.flatten()
+    if expert_map is not None:
+        known = (experts >= 0) & (experts < len(expert_map))
+        padded = torch.cat([expert_map, expert_map.new_full((1,), -1)])
+        experts = padded[experts.where(known, len(expert_map)).long()]
     kept = (experts >= 0) & (experts < num_experts)
     # num_experts: a bin behind all experts. int32 sorts in half the passes of int64.
-    experts, order = torch.sort(experts.where(kept, num_experts).int(), stable=True)
     bins = torch.arange(num_experts, dtype=torch.int32, device=topk_ids.device)
-    offsets = torch.searchsorted(experts, bins, right=True, out_int32=True)
+    rows = torch.arange(experts.numel(), dtype=torch.int32, device=topk_ids.device)
+    experts, order = torch.sort(experts.where(kept, num_experts).int(), stable=True)
+    ends = torch.searchsorted(experts, bins, right=True, out_int32=True)
+    capacity = row_capacity(topk_ids, num_experts, capacity_factor)
+    if capacity < topk_ids.numel():
+        starts = torch.nn.functional.pad(ends, (1, 0))[experts.long()]
+        experts = experts.where(rows - starts < capacity, num_experts)
+        experts, again = torch.sort(experts, stable=True)
+        order = order[again]
+        ends = torch.searchsorted(experts, bins, right=True, out_int32=True)
     kept = experts < num_experts
     choices = max(topk_ids[:1].numel(), 1)
     index = order.div(choices, rounding_mode="floor").where(kept, -1).int()
-    rows = torch.arange(len(order), dtype=torch.int32, device=topk_ids.device)
     inverse = torch.empty_like(rows).scatter_(0, order, rows.where(kept, -1))
-    return RoutingTable(index, offsets, inverse.view(topk_ids.shape))
+    return RoutingTable(index, ends, inverse.view(topk_ids.shape))
 
 
-def _check(topk_ids: Tensor, num_experts: int) -> None:
-    if topk_ids.dtype not in (torch.int32, torch.int64):
+def row_capacity(topk_ids: Tensor, num_experts: int, capacity_factor: float | None) -> int:
+    """The most rows that an expert may have."""
+    if capacity_factor is None:
+        return topk_ids.numel()
+    return min(math.ceil(topk_ids.numel() / num_experts * capacity_factor), topk_ids.numel())
+
+
+def route_grid(pairs: int, num_experts: int) -> int:
+    """CTAs that `launch_route` takes for so many pairs: one does all in one launch, several take
+    two."""
+    if pairs <= _ONE_CTA_PAIRS:
+        return 1
+    share = max(_CTA_PAIRS, 2 * num_experts)  # each CTA reads the histograms of all
+    return min(-(-pairs // share), _MOST_CTAS)
+
+
+def route_scratch(pairs: int, num_experts: int) -> int:
+    """int32 of scratch memory that `launch_route` needs."""
+    grid = route_grid(pairs, num_experts)
+    return grid * num_experts if grid > 1 else 0
+
+
+def find_route(num_experts: int, dtype: torch.dtype, device: int) -> Kernel | None:
+    """The kernel for ids of `dtype`; None, and a warning, where there is none.
+
+    Raises what `kernels.load` raises.
+    """
+    problem = RouteProblem(num_experts, _IDS[dtype])
+    reason = why_illegal(problem, arch=kernels.device_arch(device))
+    if reason is not None:
+        announce_fallback(reason)
+        return None
+    return kernels.load(problem, step_config(problem), device)
+
+
+class RoutePlaces(NamedTuple):
+    """Addresses of a RoutingTable's tensors, and of `route_scratch` int32 or more."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index
+    offsets: int
+    inverse: int
+    scratch: int
+
+
+def launch_route(
+    kernel: Kernel,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    num_experts: int,
+    capacity: int,
+    places: RoutePlaces,
+    stream: int,
+    pdl: bool = True,
+) -> None:
+    """Enqueues a kernel of `find_route`; allocates nothing and checks nothing.
+
+    Tensors are contiguous and on the current device. pdl: the second of two launches may start
+    before the first ends; in a dependent launch after either, all is complete once the first wait
+    returns.
+    """
+    grid = route_grid(topk_ids.numel(), num_experts)
+    values = [
+        topk_ids.data_ptr(),
+        0 if expert_map is None else expert_map.data_ptr(),
+        num_experts if expert_map is None else len(expert_map),
+        topk_ids.numel(),
+        topk_ids.shape[1] if topk_ids.dim() == 2 else 1,
+        capacity,
+        *places,
+    ]
+    if grid == 1:
+        kernel.launch([*values, 0], 1, stream)
+    else:
+        kernel.launch([*values, 1], grid, stream)
+        kernel.launch([*values, 2], grid, stream, pdl)
+
+
+def _check(
+    topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, capacity_factor: float | None
+) -> None:
+    if topk_ids.dtype not in _IDS:
         raise TypeError(f"topk_ids: expected int32 or int64, got {topk_ids.dtype}")
     if topk_ids.dim() not in (1, 2):
         raise ValueError(f"topk_ids: expected [T, top_k] or [T], got {list(topk_ids.shape)}")
     if num_experts < 1:
         raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+    if capacity_factor is not None and not 0 <= capacity_factor < math.inf:
+        raise ValueError(f"capacity_factor: expected 0 or more, finite, got {capacity_factor}")
+    if expert_map is None:
+        return
+    if expert_map.dtype != torch.int32:
+        raise TypeError(f"expert_map: expected int32, got {expert_map.dtype}")
+    if expert_map.dim() != 1:
+        raise ValueError(f"expert_map: expected [global experts], got {list(expert_map.shape)}")
+    if expert_map.device != topk_ids.device:
+        raise ValueError(f"expert_map: expected it on {topk_ids.device}, got {expert_map.device}")
+
+
+def _shapes(topk_ids: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of index and inverse."""
+    return (topk_ids.numel(),), tuple(topk_ids.shape)
+
+
+# The op.
+
+_lib = torch.library.Library("cutlass_moe", "FRAGMENT")
+_lib.define(
+    "route(Tensor topk_ids, int num_experts, Tensor? expert_map, float? capacity_factor)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_op = torch.ops.cutlass_moe.route.default
+_Table = tuple[Tensor, Tensor, Tensor]
+
+
+def _on_cpu(
+    topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, capacity_factor: float | None
+) -> _Table:
+    table = route_reference(
+        topk_ids, num_experts, expert_map=expert_map, capacity_factor=capacity_factor
+    )
+    return table.index, table.offsets, table.inverse
+
+
+def _on_cuda(
+    topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, capacity_factor: float | None
+) -> _Table:
+    device = topk_ids.get_device()
+    kernel = find_route(num_experts, topk_ids.dtype, device)
+    if kernel is None:
+        return _on_cpu(topk_ids, num_experts, expert_map, capacity_factor)
+    topk_ids = topk_ids.contiguous()
+    if expert_map is not None:
+        expert_map = expert_map.contiguous()
+    table = RoutingTable.empty(topk_ids, num_experts)
+    scratch = topk_ids.new_empty(route_scratch(topk_ids.numel(), num_experts), dtype=torch.int32)
+    capacity = row_capacity(topk_ids, num_experts, capacity_factor)
+    with torch.cuda.device(device):
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        tensors = (table.index, table.offsets, table.inverse, scratch)
+        places = RoutePlaces(*(tensor.data_ptr() for tensor in tensors))
+        launch_route(kernel, topk_ids, expert_map, num_experts, capacity, places, stream)
+    return table.index, table.offsets, table.inverse
+
+
+def _fake(
+    topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, capacity_factor: float | None
+) -> _Table:
+    table = RoutingTable.empty(topk_ids, num_experts)
+    return table.index, table.offsets, table.inverse
+
+
+_lib.impl("route", _on_cpu, "CPU")
+_lib.impl("route", _on_cuda, "CUDA")
+torch.library.register_fake("cutlass_moe::route", _fake, lib=_lib)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from emitters.problem import (
     ACCUMULATIONS,
+    Activation,
+    ActivationFunction,
     Bias,
     ChannelScale,
     DType,
@@ -15,6 +17,9 @@ from emitters.problem import (
 )
 
 DTYPES = {"fp8": DType.E4M3, "int8": DType.INT8, "bf16": DType.BF16}  # as users call them
+# Of activations that are quantised next: stored as float16, which rounds finer than bfloat16, and
+# scaled so that none of up to 2 million overflows.
+ACTIVATION_SCALE = 1 / 32
 
 
 class Gemm(NamedTuple):
@@ -27,8 +32,8 @@ class Gemm(NamedTuple):
 @dataclass(frozen=True)
 class MoeShape:
     """hidden: width of the layer's input and output; inter: width between the projections, of one
-    expert; bias: whether both projections have one. Raises ValueError for values of other types and
-    sizes below 1."""
+    expert; bias: whether both projections have one; activation: as in `grouped_matmul`. Raises
+    ValueError for values of other types, sizes below 1 and unknown activations."""
 
     name: str
     num_experts: int
@@ -36,6 +41,7 @@ class MoeShape:
     hidden: int
     inter: int
     bias: bool = False
+    activation: str = "swiglu"
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "top_k", "hidden", "inter"):
@@ -44,6 +50,12 @@ class MoeShape:
                 raise ValueError(f"{self.name}: {field} must be a positive integer, got {value!r}")
         if type(self.name) is not str or type(self.bias) is not bool:
             raise ValueError(f"expected a string as name and a bool as bias, got {self}")
+        names = tuple(map(str, ActivationFunction))
+        if self.activation not in names:
+            expected = ", ".join(names)
+            raise ValueError(
+                f"{self.name}: activation must be one of {expected}, got {self.activation!r}"
+            )
 
     def shard(self, tp: int = 1, ep: int = 1) -> MoeShape:
         """What one rank holds of the layer: 1 / tp of each expert's inter, 1 / ep of the experts.
@@ -65,8 +77,9 @@ class MoeShape:
 
     @property
     def gemms(self) -> dict[str, Gemm]:
-        """up makes gate and up halves from a token, down makes a token from their product."""
-        return {"up": Gemm(2 * self.inter, self.hidden), "down": Gemm(self.hidden, self.inter)}
+        """up makes the activation's columns from a token, down makes a token from its result."""
+        columns = 2 * self.inter if ActivationFunction(self.activation).gated else self.inter
+        return {"up": Gemm(columns, self.hidden), "down": Gemm(self.hidden, self.inter)}
 
 
 MODELS: dict[str, MoeShape] = {
@@ -84,13 +97,14 @@ MODELS: dict[str, MoeShape] = {
         MoeShape("kimi-k2", 384, 8, 7168, 2048),
         MoeShape("glm-4.5-air", 128, 8, 4096, 1408),
         MoeShape("llama4-maverick", 128, 1, 5120, 8192),
-        MoeShape("gpt-oss-120b", 128, 4, 2880, 2880, bias=True),
+        MoeShape("gpt-oss-120b", 128, 4, 2880, 2880, bias=True, activation="swiglu_oai"),
     )
 }
 
 
 def problems(shape: MoeShape, dtype: str) -> dict[str, GemmProblem]:
-    """The layer's problems, "up" (rows gathered) and "down" (rows in order), with bf16 output.
+    """The layer's problems: "up" (rows gathered) and "down" (rows in order), with bf16 output, and
+    "activated", up with the activation, whose output is fp16 times ACTIVATION_SCALE where 8-bit.
 
     dtype: "fp8" (e4m3), "int8" or "bf16"; the 8-bit ones have a per-token and a per-channel scale.
     A bias is bf16; of the ranks that share an expert, all but one give zeros to the sum of down.
@@ -101,7 +115,7 @@ def problems(shape: MoeShape, dtype: str) -> dict[str, GemmProblem]:
     operand = DTYPES[dtype]
     scales = (PerTokenScale(), ChannelScale()) if operand.quantized else ()
     epilogue = (*scales, *((Bias(DType.BF16),) if shape.bias else ()))
-    return {
+    found = {
         name: GemmProblem(
             operand=operand,
             accumulation=ACCUMULATIONS[operand][0],
@@ -114,3 +128,8 @@ def problems(shape: MoeShape, dtype: str) -> dict[str, GemmProblem]:
         )
         for name, gemm in shape.gemms.items()
     }
+    scale = ACTIVATION_SCALE if operand.quantized else 1.0
+    activation = Activation(ActivationFunction(shape.activation), scale)
+    out = DType.FP16 if operand.quantized else DType.BF16
+    found["activated"] = replace(found["up"], out=out, epilogue=(*epilogue, activation))
+    return found

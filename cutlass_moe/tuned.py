@@ -37,7 +37,8 @@ Table = dict[str, dict[str, tuple[Entry, ...]]]  # by GPU, then by `name_of` a p
 
 
 def name_of(problem: GemmProblem) -> str:
-    """What a table calls a problem: gather and epilogue hardly change which config is fastest."""
+    """What a table calls a problem: gather and epilogue, activations included, hardly change which
+    config is fastest."""
     size = f"E {problem.num_experts}, N {problem.n}, K {problem.k}"
     return f"{problem.operand} {problem.accumulation}, {size}"
 

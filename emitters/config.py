@@ -225,14 +225,18 @@ class GemmSwapSm90Config(_Sm90Config):
         """The scheduler's table: three int32 an expert."""
         return 3 * self.table_entries(problem)
 
+    def warp_columns(self, problem: GemmProblem) -> int:
+        """Of the output, that a warp has of every 64 of the tile."""
+        return 8 if problem.gated else 16
+
     @property
     def part_rows(self) -> int:
         """Rows of a tile that the epilogue stages at a time."""
         return min(self.tile_m, 16)
 
     def staging_pitch(self, problem: GemmProblem) -> int:
-        """Bytes between staging rows: a warp's 16 columns, and 16 that keep banks apart."""
-        return 16 * problem.out.bytes + 16
+        """Bytes between staging rows: a warp's columns; odd multiples of 16 keep banks apart."""
+        return (self.warp_columns(problem) * problem.out.bytes // 16 | 1) * 16
 
     def staging_bytes(self, problem: GemmProblem) -> int:
         return 4 * self.part_rows * self.staging_pitch(problem)

@@ -25,7 +25,7 @@ from emitters.image import (
 )
 from emitters.legality import why_illegal
 from emitters.problem import GemmProblem
-from emitters.steps import AnyConfig, Problem
+from emitters.steps import AnyConfig, CombineProblem, Problem, QuantizeProblem, RouteProblem
 from emitters.toolchain import load_toolchain, loaded_toolchain
 
 if TYPE_CHECKING:
@@ -114,12 +114,18 @@ def _template(problem: Problem, config: AnyConfig, arch: str, toolchain: str | N
     os.environ["CUTE_DSL_ARCH"] = arch  # read when cutlass is imported
     if toolchain:
         load_toolchain(toolchain)
+    from emitters.combine import Combine
     from emitters.gemm_sm90 import GemmSm90
     from emitters.gemm_swap_sm90 import GemmSwapSm90
+    from emitters.quantize import Quantize
+    from emitters.routing import Route
 
     kinds: dict[str, type] = {
         GemmSm90Config.template: GemmSm90,
         GemmSwapSm90Config.template: GemmSwapSm90,
+        QuantizeProblem.op: Quantize,
+        CombineProblem.op: Combine,
+        RouteProblem.op: Route,
     }
     name = config.template if isinstance(problem, GemmProblem) else problem.op
     kind: Any = kinds[name]

@@ -5,7 +5,11 @@ A node knows its tensor, its load and its formula, and is called at two points o
 order of `problem.epilogue`:
 
   load     some k-steps before the last, whose WGMMAs hide the latency
-  apply    on the float32 values of slice `part` of the thread's m-th 64 rows; returns new ones
+  apply    on the float32 values of part `part` of the thread's m-th 64 rows; returns new ones
+
+An activation, which reads no tensor, comes last (emitters/activations.py). Where it is gated,
+blocks of 8 columns of the accumulators alternate between gate and up: a thread holds both of an
+output.
 
 A new node is a dataclass in `problem`, a class here and its entry in `NODES`; the templates know
 none.
@@ -18,8 +22,10 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
 from cutlass.experimental import primitives as prims
 
+from emitters.activations import activate
 from emitters.config import SLICE_BYTES, SLICE_ROWS, GemmSm90Config
 from emitters.problem import (
+    Activation,
     Bias,
     ChannelScale,
     DType,
@@ -58,7 +64,8 @@ class Fragment:
 
     WGMMA gives a thread two rows of 64, 8 apart, and of every 8 columns two neighbours: register
     m * tile_n / 2 + 4 * block + 2 * half + c is row 64 * m + 8 * half + `row`, column
-    8 * block + `column` + c.
+    8 * block + `column` + c. Where gated, the blocks 2 * b and 2 * b + 1 are gate and up of the
+    b-th 8 outputs.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSm90Config, warp_row: Int32, lane: Int32):
@@ -67,28 +74,50 @@ class Fragment:
         self.m_blocks = config.warpgroup_rows // 64
         self.column = lane % 4 * 2
         self.blocks = config.tile_n // 8
-        self.slice_blocks = SLICE_BYTES // problem.out.bytes // 8
-        self.n = problem.n
+        self.gated = problem.gated
+        self.part_blocks = SLICE_BYTES // problem.out.bytes // 8
+        self.n, self.out_columns = problem.n, problem.out_columns
         self.has_n_tail = problem.n % config.tile_n != 0
+        self.strides = None  # of a gated problem's channels, see `gate_strides`
         self.token_count = 2 * self.m_blocks  # rows whose tokens a thread reads
         self.channel_count = 2 * self.blocks  # columns of the tile that a thread holds
-        self.part_channels = 2 * self.slice_blocks  # and of a slice
+        self.part_channels = 2 * self.part_blocks  # and of a part
 
     def token_row(self, i: int):
         """Row of the tile whose token a thread reads as its i-th."""
         return self.row + i // 2 * 64 + i % 2 * 8
 
     def by_row(self, values: cute.Tensor, m: int, part: int):
-        """values[token_count] -> for each register of a slice, its row's."""
-        return [values[2 * m + i // 2 % 2] for i in range(4 * self.slice_blocks)]
+        """values[token_count] -> for each register of a part, its row's."""
+        return [values[2 * m + i // 2 % 2] for i in range(4 * self.part_blocks)]
 
     def by_channel(self, values: cute.Tensor, m: int, part: int):
-        """values[channel_count] -> for each register of a slice, its column's."""
+        """values[channel_count] -> for each register of a part, its column's."""
         first = part * self.part_channels
-        return [values[first + i // 4 * 2 + i % 2] for i in range(4 * self.slice_blocks)]
+        if self.gated:
+            return [self.gate_or_up(values, first, i) for i in range(4 * self.part_blocks)]
+        return [values[first + i // 4 * 2 + i % 2] for i in range(4 * self.part_blocks)]
+
+    def gate_pairs(self, count: int) -> list[tuple[int, int]]:
+        """Of `count` registers of a part, those of gate and up for each output."""
+        return [(i, i + 4) for block in range(0, count, 8) for i in range(block, block + 4)]
+
+    def read_channels(
+        self,
+        pointer: cute.Pointer,
+        values: cute.Tensor,
+        first: int,
+        expert: Int32,
+        first_column: Int32,
+    ):
+        """[E, N] values of the thread's columns from its `first` on; past N none are read."""
+        if self.gated:
+            self.read_gate_and_up(pointer, values, first, expert, first_column)
+        else:
+            self.read_pairs(pointer, values, first, expert, first_column)
 
     @cute.jit
-    def read_channels(
+    def read_gate_and_up(
         self,
         pointer: cute.Pointer,
         values: cute.Tensor,
@@ -96,10 +125,49 @@ class Fragment:
         expert: Int32,
         first_column: Int32,
     ):
-        """[E, N] values of the thread's columns from its `first` on, two neighbours at a time.
+        """Of two neighbouring outputs, gates and ups or, interleaved, one's and the other's."""
+        column_stride, gate_stride = self.strides
+        second = gate_stride
+        if gate_stride == 1:
+            second = Int32(2)
+        column = first_column + first // 4 * 8 + self.column
+        source = pointer + (expert * self.n + column * column_stride)
+        for pairs in range_constexpr(cute.size(values) // 4):
+            four = cute.make_rmem_tensor((2, 2), pointer.dtype)
+            four.fill(0)
+            if const_expr(self.has_n_tail):
+                if column + pairs * 8 < self.out_columns:
+                    for i in range_constexpr(2):
+                        pair = vector(source + i * second, pointer.dtype, 2, GMEM)
+                        cute.autovec_copy(pair, four[None, i])
+            else:
+                for i in range_constexpr(2):
+                    pair = vector(source + i * second, pointer.dtype, 2, GMEM)
+                    cute.autovec_copy(pair, four[None, i])
+            for i in range_constexpr(4):
+                values[4 * pairs + i] = four[i]
+            source = source + 8 * column_stride
 
-        Columns past N are not read.
-        """
+    def gate_or_up(self, values: cute.Tensor, first: int, register: int):
+        """What `read_gate_and_up` found for a part's register. Not sooner than it is needed."""
+        half, c = register // 4 % 2, register % 2
+        four = first + register // 8 * 4
+        halves, interleaved = values[four + 2 * half + c], values[four + 2 * c + half]
+        if half == c:
+            return halves
+        chosen = cutlass.select_(self.strides[1] == 1, interleaved, halves)
+        return values.element_type(chosen)
+
+    @cute.jit
+    def read_pairs(
+        self,
+        pointer: cute.Pointer,
+        values: cute.Tensor,
+        first: cutlass.Constexpr,
+        expert: Int32,
+        first_column: Int32,
+    ):
+        """Two neighbours at a time."""
         for block in range_constexpr(cute.size(values) // 2):
             column = first_column + (first // 2 + block) * 8 + self.column
             pair = cute.make_rmem_tensor((2,), pointer.dtype)
@@ -163,7 +231,7 @@ class ExpertScaleNode:
 
 
 class BiasNode:
-    """Read slice by slice where registers do not hold a tile's bias beside its scales."""
+    """Read part by part where registers do not hold a tile's bias beside its scales."""
 
     def __init__(self, node: Bias, fragment: Fragment, bias: cute.Pointer):
         self.fragment, self.bias = fragment, bias
@@ -193,6 +261,11 @@ NODES = {
 }
 
 
+def tensor_nodes(problem: GemmProblem):
+    """The nodes that read a tensor."""
+    return [node for node in problem.epilogue if not isinstance(node, Activation)]
+
+
 def node_element(node) -> type:
     """Element type of the tensor a node reads."""
     return ELEMENT[node.dtype] if isinstance(node, Bias) else Float32
@@ -201,7 +274,8 @@ def node_element(node) -> type:
 class Epilogue:
     """Runs the nodes over a consumer warp's part of a tile and stores it.
 
-    Slices of 128 bytes a row go through 16 staging rows of the warp's own, in the 128-byte swizzle:
+    A part is as many columns of the accumulators as make a slice, 128 bytes of a row; where gated,
+    half of one. Slices go through 16 staging rows of the warp's own, in the 128-byte swizzle:
     no other warp is waited for. A TMA store takes them from there. Where the expert ends within the
     16 rows, lanes store them instead, 16 bytes each and eight lanes a row. Columns past N are not
     stored; a row whose index lies outside [0, T) is stored as zeros.
@@ -211,20 +285,24 @@ class Epilogue:
         self.problem, self.config = problem, config
         self.element = ELEMENT[problem.out]
         self.slice_columns = SLICE_BYTES // problem.out.bytes
-        self.slices = config.tile_n // self.slice_columns
+        self.parts = config.tile_n // self.slice_columns
+        self.slice_parts = 2 if problem.gated else 1
         self.staging_bytes = SLICE_ROWS * SLICE_BYTES  # of a warp
 
     def make_fragment(self, warp: Int32, lane: Int32):
         warp_of_tile = warp % (4 * self.config.warpgroups_per_tile)
         return Fragment(self.problem, self.config, warp_of_tile * 16, lane)
 
-    def attach(self, node_tensors, out, out_map, index, num_tokens, staging, warp, lane):
-        """staging: staging_bytes of shared memory for each consumer warp. warp: its number among
-        them."""
+    def attach(
+        self, node_tensors, gate_strides, out, out_map, index, num_tokens, staging, warp, lane
+    ):
+        """gate_strides: of a gated problem's channels, else None. staging: staging_bytes of shared
+        memory for each consumer warp. warp: its number among them."""
         self.fragment = self.make_fragment(warp, lane)
+        self.fragment.strides = gate_strides
         self.nodes = [
             NODES[type(node)](node, self.fragment, tensor)
-            for node, tensor in zip(self.problem.epilogue, node_tensors or (), strict=True)
+            for node, tensor in zip(tensor_nodes(self.problem), node_tensors or (), strict=True)
         ]
         self.out, self.out_map = out, out_map
         self.index, self.num_tokens, self.lane = index, num_tokens, lane
@@ -243,8 +321,14 @@ class Epilogue:
                     token = cute.make_tensor(self.index, cute.make_layout(VECTOR))[first_row + row]
             self.tokens[i] = token
 
+    def out_column(self, column: Int32) -> Int32:
+        """Of the output, where a tile starts at `column` of N."""
+        return column // 2 if self.problem.gated else column
+
     @cute.jit
-    def load(self, expert: Int32, first_column: Int32):
+    def load(self, expert: Int32, column: Int32):
+        """column: of N, the tile's first."""
+        first_column = self.out_column(column)
         tokens = self.tokens
         for i in range_constexpr(cute.size(tokens)):
             if tokens[i] >= self.num_tokens:
@@ -253,13 +337,12 @@ class Epilogue:
             node.load(self.tokens, expert, first_column)
 
     @cute.jit
-    def store(
-        self, acc: cute.Tensor, expert: Int32, first_row: Int32, rows: Int32, first_column: Int32
-    ):
-        count = 4 * self.fragment.slice_blocks
+    def store(self, acc: cute.Tensor, expert: Int32, first_row: Int32, rows: Int32, column: Int32):
+        first_column = self.out_column(column)
+        count = 4 * self.fragment.part_blocks
         missing = self.some_missing()
-        for i in range_constexpr(self.fragment.m_blocks * self.slices):
-            m, part = i // self.slices, i % self.slices
+        for i in range_constexpr(self.fragment.m_blocks * self.parts):
+            m, part = i // self.parts, i % self.parts
             values = cute.make_rmem_tensor((count,), Float32)
             for j in range_constexpr(count):
                 values[j] = acc[i * count + j].to(Float32)
@@ -267,7 +350,20 @@ class Epilogue:
                 values = node.apply(m, part, values, expert, first_column)
             if const_expr(self.problem.gather):
                 self.clear_missing(m, part, missing, values)
+            if const_expr(self.problem.activation is not None):
+                values = self.activate(values)
             self.put(m, part, values, first_row, rows, first_column)
+
+    def activate(self, values: cute.Tensor):
+        """-> of each output; zero of zeros, so that rows without a token stay zero"""
+        count = cute.size(values)
+        columns = [(i,) for i in range(count)]
+        if self.problem.gated:
+            columns = self.fragment.gate_pairs(count)
+        result = cute.make_rmem_tensor((len(columns),), Float32)
+        for i, registers in enumerate(columns):
+            result[i] = activate(self.problem.activation, *(values[r] for r in registers))
+        return result
 
     @cute.jit
     def put(
@@ -279,25 +375,28 @@ class Epilogue:
         rows: Int32,
         first_column: Int32,
     ):
-        """A slice by way of shared memory to its place."""
-        if self.lane == 0:
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
-        cute.arch.sync_warp()  # the slice before has left shared memory
-        self.stage(values)
-        cute.arch.fence_view_async_shared()
-        cute.arch.sync_warp()
-        self.send(
-            first_row + m * 64 + self.fragment.warp_row,
-            rows - m * 64 - self.fragment.warp_row,
-            first_column + part * self.slice_columns,
-        )
+        """A part by way of shared memory to its place: where it ends a slice, with that."""
+        in_slice = part % self.slice_parts
+        if const_expr(in_slice == 0):
+            if self.lane == 0:
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+            cute.arch.sync_warp()  # the slice before has left shared memory
+        self.stage(values, in_slice * (SLICE_BYTES // CHUNK // self.slice_parts))
+        if const_expr(in_slice == self.slice_parts - 1):
+            cute.arch.fence_view_async_shared()
+            cute.arch.sync_warp()
+            self.send(
+                first_row + m * 64 + self.fragment.warp_row,
+                rows - m * 64 - self.fragment.warp_row,
+                first_column + part // self.slice_parts * self.slice_columns,
+            )
 
-    def stage(self, values: cute.Tensor):
-        """Into the warp's own part of shared memory."""
+    def stage(self, values: cute.Tensor, first: int = 0):
+        """Into the warp's own staging rows, from their chunk `first` on."""
         if self.problem.out is DType.FP32:
-            self.stage_words(values)
+            self.stage_words(values, first)
         else:
-            self.stage_matrices(values)
+            self.stage_matrices(values, first)
 
     @cute.jit
     def finish(self):
@@ -346,16 +445,16 @@ class Epilogue:
         return self.staging + (row * SLICE_BYTES + (chunk ^ (row % 8)) * CHUNK)
 
     @cute.jit
-    def stage_matrices(self, values: cute.Tensor):
+    def stage_matrices(self, values: cute.Tensor, first: cutlass.Constexpr):
         """16-bit outputs: two blocks of 8 columns and both row halves in one stmatrix."""
-        for pair in range_constexpr(self.fragment.slice_blocks // 2):
+        for pair in range_constexpr(cute.size(values) // 8):
             part = cute.make_rmem_tensor((8,), Float32)
             packed = cute.make_rmem_tensor((8,), self.element)
             for i in range_constexpr(8):
                 part[i] = values[8 * pair + i]
             packed.store(part.load().to(self.element))
             words = cute.recast_tensor(packed, Int32)
-            target = self.chunk(self.lane % 16, 2 * pair + self.lane // 16)
+            target = self.chunk(self.lane % 16, first + 2 * pair + self.lane // 16)
             prims.stmatrix(
                 target.to_llvm_ptr(),
                 [words[0], words[1], words[2], words[3]],
@@ -363,16 +462,16 @@ class Epilogue:
             )
 
     @cute.jit
-    def stage_words(self, values: cute.Tensor):
+    def stage_words(self, values: cute.Tensor, first: cutlass.Constexpr):
         """float32 outputs: a thread's two neighbours at once."""
         f = self.fragment
-        for block in range_constexpr(f.slice_blocks):
+        for block in range_constexpr(cute.size(values) // 4):
             for half in range_constexpr(2):
                 pair = cute.make_rmem_tensor((2,), Float32)
                 for c in range_constexpr(2):
                     pair[c] = values[4 * block + 2 * half + c]
                 row = f.row - f.warp_row + 8 * half
-                target = self.chunk(row, 2 * block + f.column // 4)
+                target = self.chunk(row, first + 2 * block + f.column // 4)
                 cute.autovec_copy(pair, vector(target + f.column % 4 * 4, Float32, 2, SMEM))
 
     @cute.jit
@@ -383,10 +482,10 @@ class Epilogue:
             row = self.lane // 8 + 4 * i
             store = row < rows
             if const_expr(self.fragment.has_n_tail):
-                store = store and column < self.problem.n
+                store = store and column < self.problem.out_columns
             if store:
                 words = cute.make_rmem_tensor((4,), Int32)
                 source = self.chunk(row, chunk)
                 cute.autovec_copy(vector(source, Int32, 4, SMEM), words)
-                target = self.out + (Int64(first_row + row) * self.problem.n + column)
+                target = self.out + (Int64(first_row + row) * self.problem.out_columns + column)
                 cute.autovec_copy(words, vector(target, Int32, 4, GMEM))

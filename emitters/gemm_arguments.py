@@ -7,9 +7,9 @@ from cutlass.cute.runtime import make_fake_compact_tensor
 
 from emitters.arguments import ABSENT, Argument, integer, pointer, several
 from emitters.config import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, Config, Schedule
-from emitters.epilogue import ELEMENT, node_element
+from emitters.epilogue import ELEMENT, node_element, tensor_nodes
 from emitters.image import ParamKind, TensorMapBox
-from emitters.problem import GemmProblem, WeightStorage
+from emitters.problem import GATE_BLOCK, GemmProblem, WeightStorage
 
 
 def gemm_arguments(problem: GemmProblem, config: Config) -> tuple[Argument, ...]:
@@ -30,18 +30,21 @@ def gemm_arguments(problem: GemmProblem, config: Config) -> tuple[Argument, ...]
         pointer("starts", Int32, 4),
         pointer("ends", Int32, 4),
         pointer("out", ELEMENT[problem.out], 16),
-        _tensor("out_map", ELEMENT[problem.out], (SLICE_ROWS, problem.n), (1, 0)),
+        _tensor("out_map", ELEMENT[problem.out], (SLICE_ROWS, problem.out_columns), (1, 0)),
         integer("num_tokens"),
         integer("num_rows"),
-        several(*(pointer(node.kind, node_element(node), 4) for node in problem.epilogue)),
+        several(integer("column_stride"), integer("gate_stride")) if problem.gated else ABSENT,
+        several(*(pointer(node.kind, node_element(node), 4) for node in tensor_nodes(problem))),
         pointer("counters", Int32, 8) if dynamic else ABSENT,
     )
 
 
 def gemm_tensor_maps(problem: GemmProblem, config: Config) -> tuple[TensorMapBox, ...]:
+    rows = config.tile_n // config.cluster_m
+    blocks = (GATE_BLOCK, 2, rows // (2 * GATE_BLOCK)) if problem.gated else (rows,)
     weight = TensorMapBox(
         "weight",
-        box=(config.k_tile(problem), config.tile_n // config.cluster_m, 1),
+        box=(config.k_tile(problem), *blocks, 1),
         swizzle=K_TILE_BYTES,
         l2_promotion=config.l2_promotion,
     )

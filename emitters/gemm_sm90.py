@@ -20,7 +20,7 @@ from emitters.epilogue import ELEMENT, Epilogue
 from emitters.gather import GatherIterator
 from emitters.gemm_arguments import gemm_arguments, gemm_tensor_maps
 from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
-from emitters.tensor_maps import find_weight_map, make_out_map
+from emitters.tensor_maps import find_weight_map, make_out_map, weight_corner
 from emitters.tiles import TileScheduler
 
 LOAD_AHEAD = 2  # k-steps before the last, under which the epilogue's operands are loaded
@@ -71,12 +71,13 @@ class GemmSm90:
 
     @cute.jit
     def __call__(
-        self, weight, x, index, starts, ends, out, out_map, num_tokens, num_rows, node_tensors,
-        counters, grid, stream,
+        self, weight, x, index, starts, ends, out, out_map, num_tokens, num_rows, gate_strides,
+        node_tensors, counters, grid, stream,
     ):  # fmt: skip
         """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps. index is None
         where rows are taken in order. starts may be null, and counters is None but for a dynamic
-        schedule: see TileScheduler. out_map: [16, N], stands for the output's tensor map."""
+        schedule: see TileScheduler. out_map: [16, N], stands for the output's tensor map.
+        gate_strides is None but for a gated activation."""
         if const_expr(self.problem.weights is WeightStorage.STACKED):
             # the atom reserves a parameter of 128 bytes: the host encodes the tensor map in it,
             # `load_weight` issues the copy
@@ -95,6 +96,7 @@ class GemmSm90:
             out_map,
             num_tokens,
             num_rows,
+            gate_strides,
             node_tensors,
             counters,
         ).launch(
@@ -144,6 +146,7 @@ class GemmSm90:
         out_map: cute.CopyAtom,
         num_tokens: Int32,
         num_rows: Int32,
+        gate_strides: tuple | None,
         node_tensors: tuple | None,
         counters: cute.Pointer | None,
     ):
@@ -181,8 +184,9 @@ class GemmSm90:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
             staging = storage.staging.data_ptr()
             self.epilogue.attach(
-                node_tensors, out, out_map, index, num_tokens, staging, warp - 4, thread % 32
-            )
+                node_tensors, gate_strides, out, out_map, index, num_tokens, staging, warp - 4,
+                thread % 32,
+            )  # fmt: skip
             self.mma(storage, full, empty, group - 1, thread - WARPGROUP)
         if const_expr(self.cluster > 1):
             self.sync_cluster()  # the other CTA's copies and arrivals end here
@@ -240,18 +244,18 @@ class GemmSm90:
     @cute.jit
     def load_weight(self, stage, weight_map, k_tile, column, expert, barrier, rank, shared):
         """tile_n rows of 128 bytes, by the calling thread: where shared, half of them to both."""
-        if const_expr(self.problem.weights is WeightStorage.TABLE):
-            expert = Int32(0)
         k = k_tile * self.tile[2]
         if const_expr(self.cluster == 1):
-            self.copy_box(stage, weight_map, [k, column, expert], barrier, None)
+            self.copy_box(
+                stage, weight_map, weight_corner(self.problem, k, column, expert), barrier, None
+            )
         else:
             half, half_bytes = self.tile[1] // 2, self.weight_bytes // 2
             if shared != 0:
                 self.copy_box(
                     stage + rank * half_bytes,
                     weight_map,
-                    [k, column + rank * half, expert],
+                    weight_corner(self.problem, k, column + rank * half, expert),
                     barrier,
                     cutlass.Int16(3),
                 )
@@ -260,7 +264,7 @@ class GemmSm90:
                     self.copy_box(
                         stage + i * half_bytes,
                         weight_map,
-                        [k, column + i * half, expert],
+                        weight_corner(self.problem, k, column + i * half, expert),
                         barrier,
                         None,
                     )

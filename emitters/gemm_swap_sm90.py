@@ -15,7 +15,7 @@ from emitters.epilogue import CHUNK, ELEMENT, GMEM, SMEM, Epilogue, vector
 from emitters.gather import GatherIterator
 from emitters.gemm_arguments import gemm_arguments, gemm_tensor_maps
 from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
-from emitters.tensor_maps import find_weight_map, make_out_map
+from emitters.tensor_maps import find_weight_map, make_out_map, weight_corner
 from emitters.tiles import VECTOR, TileScheduler
 
 _EVICT_FIRST = 0x12F0000000000000  # the L2 policy that createpolicy makes of evict_first
@@ -26,18 +26,22 @@ class SwapFragment:
 
     Of every 64 columns a thread has two, 8 apart, and of every 8 rows two neighbours: register
     4 * block + 2 * half + c of a part is row 8 * block + lane % 4 * 2 + c, column 8 * half +
-    lane / 4 of the warp's 16. Part `part` of the m-th 64 columns has `part_rows` rows.
+    lane / 4 of the warp's 16. Part `part` of the m-th 64 columns has `part_rows` rows. Where gated,
+    the halves are gate and up of the warp's 8 outputs.
 
     What belongs to rows is read by one lane a row, and passed on by shuffles.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSwapSm90Config, warp: Int32, lane: Int32):
         self.lane = lane
-        self.warp_column = warp * 16  # first of the warp's 16 of every 64 columns
+        self.warp_column = warp * config.warp_columns(problem)  # its first of a block's
+        self.block_columns = 4 * config.warp_columns(problem)  # of the output, in 64 columns of N
+        self.gated = problem.gated
+        self.strides = None  # of a gated problem's channels: see `gate_strides`
         self.m_blocks = config.tile_n // 64  # of WGMMA's M
         self.part_rows = config.part_rows
-        self.slice_blocks = config.part_rows // 8
-        self.n = problem.n
+        self.part_blocks = config.part_rows // 8
+        self.n, self.out_columns = problem.n, problem.out_columns
         self.has_n_tail = problem.n % config.tile_n != 0
         self.token_count = -(-config.tile_m // 32)
         self.channel_count = config.tile_n // 32
@@ -50,17 +54,21 @@ class SwapFragment:
         """values[token_count] -> for each register of a part, its row's."""
         first = part * self.part_rows
         found = {}
-        for block in range(self.slice_blocks):
+        for block in range(self.part_blocks):
             row = first + 8 * block
             for c in range(2):
                 found[block, c] = cute.arch.shuffle_sync(
                     values[row // 32], row % 32 + c + self.lane % 4 * 2
                 )
-        return [found[i // 4, i % 2] for i in range(4 * self.slice_blocks)]
+        return [found[i // 4, i % 2] for i in range(4 * self.part_blocks)]
 
     def by_channel(self, values: cute.Tensor, m: int, part: int):
         """values[channel_count] -> for each register of a part, its column's."""
-        return [values[2 * m + i // 2 % 2] for i in range(4 * self.slice_blocks)]
+        return [values[2 * m + i // 2 % 2] for i in range(4 * self.part_blocks)]
+
+    def gate_pairs(self, count: int) -> list[tuple[int, int]]:
+        """Of `count` registers of a part, those of gate and up for each output."""
+        return [(i, i + 2) for block in range(0, count, 4) for i in range(block, block + 2)]
 
     @cute.jit
     def read_channels(
@@ -75,24 +83,28 @@ class SwapFragment:
         table = cute.make_tensor(pointer, cute.make_layout(VECTOR))
         for i in range_constexpr(cute.size(values)):
             block, half = (first + i) // 2, (first + i) % 2
-            column = first_column + 64 * block + self.warp_column + 8 * half + self.lane // 4
+            block_column = first_column + self.block_columns * block + self.warp_column
+            column = block_column + (0 if self.gated else 8 * half) + self.lane // 4
+            at = column
+            if const_expr(self.gated):
+                at = column * self.strides[0] + half * self.strides[1]
             value = pointer.dtype(0)
             if const_expr(self.has_n_tail):
-                if column < self.n:
-                    value = table[expert * self.n + column]
+                if column < self.out_columns:
+                    value = table[expert * self.n + at]
             else:
-                value = table[expert * self.n + column]
+                value = table[expert * self.n + at]
             values[i] = value
 
 
 class SwapEpilogue(Epilogue):
     """Parts go through staging rows of the warp's own, transposed: a row is the warp's 16 columns,
-    whole sectors of 32 bytes in global memory, and no other warp is waited for."""
+    whole sectors of 32 bytes in global memory, or 8 where gated. No other warp is waited for."""
 
     def __init__(self, problem: GemmProblem, config: GemmSwapSm90Config):
         self.problem, self.config = problem, config
         self.element = ELEMENT[problem.out]
-        self.slices = config.tile_m // config.part_rows
+        self.parts = config.tile_m // config.part_rows
         self.pitch = config.staging_pitch(problem)
         self.staging_bytes = config.staging_bytes(problem) // 4
 
@@ -113,36 +125,39 @@ class SwapEpilogue(Epilogue):
         self.stage(values)
         cute.arch.sync_warp()
         skipped = part * self.config.part_rows
-        self.copy_out(first_row + skipped, rows - skipped, first_column + m * 64)
+        column = first_column + m * self.fragment.block_columns
+        self.copy_out(first_row + skipped, rows - skipped, column)
 
     @cute.jit
-    def stage_matrices(self, values: cute.Tensor):
-        """16-bit outputs: blocks of 8 rows and both halves of columns in one stmatrix."""
+    def stage_matrices(self, values: cute.Tensor, first: cutlass.Constexpr):
+        """16-bit outputs: a part's blocks of 8 rows and 8 columns in one stmatrix."""
         count = cute.size(values)
+        halves = self.config.warp_columns(self.problem) // 8
         packed = cute.make_rmem_tensor((count,), self.element)
         packed.store(values.load().to(self.element))
         words = cute.recast_tensor(packed, Int32)
         row = self.lane % 8
-        if const_expr(count == 8):
-            row += self.lane // 16 * 8
-        target = self.staging + (row * self.pitch + self.lane // 8 % 2 * 16)
+        if const_expr(self.config.part_rows == 16):
+            row += self.lane // (8 * halves) * 8
+        target = self.staging + (row * self.pitch + self.lane // 8 % halves * 16)
         prims.stmatrix(
             target.to_llvm_ptr(), [words[i] for i in range(count // 2)], prims.MMALayout.COL
         )
 
     @cute.jit
-    def stage_words(self, values: cute.Tensor):
+    def stage_words(self, values: cute.Tensor, first: cutlass.Constexpr):
         """float32 outputs."""
         for i in range_constexpr(cute.size(values)):
-            row = i // 4 * 8 + self.lane % 4 * 2 + i % 2
-            column = i // 2 % 2 * 8 + self.lane // 4
+            halves = self.config.warp_columns(self.problem) // 8
+            row = i // (2 * halves) * 8 + self.lane % 4 * 2 + i % 2
+            column = i // 2 % halves * 8 + self.lane // 4
             word = vector(self.staging + (row * self.pitch + column * 4), Float32, 1, SMEM)
             word[0] = values[i]
 
     @cute.jit
     def copy_out(self, first_row: Int32, rows: Int32, first_column: Int32):
         f = self.fragment
-        chunks = 16 * self.problem.out.bytes // CHUNK
+        chunks = self.config.warp_columns(self.problem) * self.problem.out.bytes // CHUNK
         chunk = self.lane % chunks
         column = first_column + f.warp_column + chunk * (CHUNK // self.problem.out.bytes)
         for i in range_constexpr(-(-f.part_rows * chunks // 32)):
@@ -151,12 +166,12 @@ class SwapEpilogue(Epilogue):
             if const_expr(f.part_rows * chunks < 32):
                 store = store and row < f.part_rows
             if const_expr(f.has_n_tail):
-                store = store and column < self.problem.n
+                store = store and column < f.out_columns
             if store:
                 source = self.staging + (row * self.pitch + chunk * CHUNK)
                 words = cute.make_rmem_tensor((4,), Int32)
                 cute.autovec_copy(vector(source, Int32, 4, SMEM), words)
-                target = self.out + (Int64(first_row + row) * self.problem.n + column)
+                target = self.out + (Int64(first_row + row) * f.out_columns + column)
                 cute.autovec_copy(words, vector(target, Int32, 4, GMEM))
 
 
@@ -202,8 +217,8 @@ class GemmSwapSm90:
 
     @cute.jit
     def __call__(
-        self, weight, x, index, starts, ends, out, out_map, num_tokens, num_rows, node_tensors,
-        counters, grid, stream,
+        self, weight, x, index, starts, ends, out, out_map, num_tokens, num_rows, gate_strides,
+        node_tensors, counters, grid, stream,
     ):  # fmt: skip
         """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps. index is None
         where rows are taken in order. starts may be null, see TileScheduler. out_map, which the
@@ -218,7 +233,17 @@ class GemmSwapSm90:
             weight, _ = cpasync.make_tiled_tma_atom(copy, weight, one_box, box)
         out_map = make_out_map(self.problem, out_map)
         self.kernel(
-            weight, x, index, starts, ends, out, out_map, num_tokens, num_rows, node_tensors
+            weight,
+            x,
+            index,
+            starts,
+            ends,
+            out,
+            out_map,
+            num_tokens,
+            num_rows,
+            gate_strides,
+            node_tensors,
         ).launch(
             grid=[grid, 1, 1],
             block=[self.config.threads, 1, 1],
@@ -270,6 +295,7 @@ class GemmSwapSm90:
         out_map: cute.CopyAtom,
         num_tokens: Int32,
         num_rows: Int32,
+        gate_strides: tuple | None,
         node_tensors: tuple | None,
     ):
         thread, _, _ = cute.arch.thread_idx()
@@ -310,7 +336,7 @@ class GemmSwapSm90:
         if warp < 4:
             staging = storage.staging.data_ptr()
             self.epilogue.attach(
-                node_tensors, out, None, index, num_tokens, staging, warp, thread % 32
+                node_tensors, gate_strides, out, None, index, num_tokens, staging, warp, thread % 32
             )
             self.mma(storage, full, empty, sums, thread)
         elif warp < weight_warp:
@@ -368,12 +394,10 @@ class GemmSwapSm90:
 
     def load_weight(self, stage, weight_map, k, column, expert, barrier):
         """The box at element k of K and at `column`, by the calling thread."""
-        if self.problem.weights is WeightStorage.TABLE:
-            expert = Int32(0)
         prims.cp_async_bulk_tensor_shared_cluster_global(
             stage.to_llvm_ptr(),
             weight_map.to_llvm_ptr(),
-            [k, column, expert],
+            weight_corner(self.problem, k, column, expert),
             barrier.to_llvm_ptr(),
             [],
             l2_cache_hint=Int64(_EVICT_FIRST) if self.config.evict_first else None,

@@ -11,8 +11,15 @@ from emitters.config import (
     GemmSwapSm90Config,
     Schedule,
 )
-from emitters.problem import ACCUMULATIONS, OUTPUTS, DType, GemmProblem
-from emitters.steps import AnyConfig, Problem, Step, StepConfig
+from emitters.problem import (
+    ACCUMULATIONS,
+    GATE_BLOCK,
+    OUTPUTS,
+    Activation,
+    DType,
+    GemmProblem,
+)
+from emitters.steps import AnyConfig, Problem, RouteProblem, Step, StepConfig
 
 
 def why_illegal(
@@ -39,6 +46,8 @@ def _step_reason(problem: Problem, config: AnyConfig | None) -> str | None:
         return f"{problem.op} has no template {config and config.template}"
     if config and (config.threads % 32 or not 32 <= config.threads <= 1024):
         return f"{config.threads} threads: a multiple of 32 up to 1024"
+    if config and isinstance(problem, RouteProblem) and config.threads < problem.num_experts:
+        return f"{config.threads} threads: one for each of {problem.num_experts} experts"
     return problem.why_illegal()
 
 
@@ -56,11 +65,15 @@ def _problem_reason(p: GemmProblem) -> str | None:
         return f"{p.num_experts} experts: at most {MAX_EXPERTS}"
     if p.k * p.operand.bytes % 16:
         return f"K {p.k} of {p.operand}: rows of x and weight must be multiples of 16 bytes"
+    if p.gated and p.n % (2 * GATE_BLOCK):
+        return f"N {p.n} of a gated activation: it must be a multiple of {2 * GATE_BLOCK}"
     if p.n * p.out.bytes % 16:
         return f"N {p.n} of {p.out}: rows of the output must be multiples of 16 bytes"
     kinds = [node.kind for node in p.epilogue]
     if len(set(kinds)) < len(kinds):
         return f"epilogue {', '.join(kinds)}: each node at most once"
+    if Activation.kind in kinds[:-1]:
+        return f"epilogue {', '.join(kinds)}: the activation must be last"
     return None
 
 
@@ -68,6 +81,8 @@ def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
     if c.tile_m not in (64, 128, 192):
         return f"tile_m {c.tile_m}: 64 rows a consumer warpgroup, one to three of them"
     step = SLICE_BYTES // DType.BF16.bytes
+    if p.gated and p.out is not DType.FP32:
+        step *= 2  # columns of weights for a slice of outputs
     if c.tile_n % step or not step <= c.tile_n <= 256:
         return f"tile_n {c.tile_n}: a multiple of {step} up to 256 (WGMMA's N, whole store slices)"
     if c.pingpong and c.tile_m > 128:

@@ -99,17 +99,55 @@ class Bias:
     kind: ClassVar[str] = "bias"
 
 
-EpilogueNode = PerTokenScale | ChannelScale | ExpertScale | Bias
-_NODES: dict[str, type] = {c.kind: c for c in (PerTokenScale, ChannelScale, ExpertScale, Bias)}
+class ActivationFunction(Name):
+    """Of a column x; where gated, of a gate column g and an up column u."""
+
+    SWIGLU = "swiglu"  # silu(g) * u
+    GEGLU = "geglu"  # gelu(g) * u
+    REGLU = "reglu"  # relu(g) * u
+    SWIGLU_OAI = "swiglu_oai"  # g * sigmoid(1.702 g) * (u + 1), g <= 7 and -7 <= u <= 7: gpt-oss
+    GELU = "gelu"  # x * (1 + erf(x / sqrt 2)) / 2
+    SILU = "silu"  # x * sigmoid(x)
+    RELU = "relu"
+    RELU2 = "relu2"  # relu(x) squared
+
+    @property
+    def gated(self) -> bool:
+        return self in _GATED
+
+
+_GATED = (
+    ActivationFunction.SWIGLU,
+    ActivationFunction.GEGLU,
+    ActivationFunction.REGLU,
+    ActivationFunction.SWIGLU_OAI,
+)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """`scale` times the function of the columns; the last node. A gated one makes N / 2 columns of
+    N: the host says where an output's gate and up columns lie in weight, scale and bias."""
+
+    function: ActivationFunction
+    scale: float = 1.0
+    kind: ClassVar[str] = "activation"
+
+
+EpilogueNode = PerTokenScale | ChannelScale | ExpertScale | Bias | Activation
+_NODES: dict[str, type] = {
+    c.kind: c for c in (PerTokenScale, ChannelScale, ExpertScale, Bias, Activation)
+}
+GATE_BLOCK = 8  # gate columns, then as many up columns: how a tile of a gated problem orders them
 
 
 @dataclass(frozen=True)
 class GemmProblem:
     """out[r, n] = epilogue(sum_k x[index[r], k] * weight[e(r), n, k]), rows r sorted by expert e.
 
-    x [T, K] and weight [E, N, K] hold `operand`, out [rows, N] holds `out`. Without `gather`, row
-    r of the product reads row r of x. The epilogue's nodes are applied in order, in float32,
-    before the conversion to `out`. T, the number of rows and the routing are not part of a
+    x [T, K] and weight [E, N, K] hold `operand`, out [rows, out_columns] holds `out`. Without
+    `gather`, row r of the product reads row r of x. The epilogue's nodes are applied in order, in
+    float32, before the conversion to `out`. T, the number of rows and the routing are not part of a
     problem.
     """
 
@@ -130,6 +168,37 @@ class GemmProblem:
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined]
+
+    @property
+    def activation(self) -> Activation | None:
+        last = self.epilogue[-1] if self.epilogue else None
+        return last if isinstance(last, Activation) else None
+
+    @property
+    def gated(self) -> bool:
+        return self.activation is not None and self.activation.function.gated
+
+    @property
+    def out_columns(self) -> int:
+        return self.n // 2 if self.gated else self.n
+
+    def weight_view(
+        self, strides: tuple[int, ...], interleaved: bool
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Extents, and strides of all but the innermost, of the tensor map that reads weights.
+
+        In elements, innermost first. strides: of E, N and K. interleaved: whether rows of a gated
+        problem's weights are gate, up, gate, up, ...; else the first half of them is gate.
+        """
+        experts = self.num_experts if self.weights is WeightStorage.STACKED else 1
+        expert_stride, row_stride, _ = strides
+        if experts == 1:
+            expert_stride = row_stride  # never used, but checked
+        if not self.gated:
+            return (self.k, self.n, experts), (row_stride, expert_stride)
+        column, gate = (stride * row_stride for stride in gate_strides(self.n, interleaved))
+        extents = (self.k, GATE_BLOCK, 2, self.out_columns // GATE_BLOCK, experts)
+        return extents, (column, gate, GATE_BLOCK * column, expert_stride)
 
     def to_json(self) -> dict[str, Any]:
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -155,6 +224,11 @@ class GemmProblem:
             raise ValueError(f"not a {cls.op} problem: {error}") from error
 
 
+def gate_strides(n: int, interleaved: bool) -> tuple[int, int]:
+    """From an output's gate column to the next output's, and to its up column, among n."""
+    return (2, 1) if interleaved else (1, n // 2)
+
+
 def _node_from_json(plain: dict[str, Any]) -> EpilogueNode:
     values = dict(plain)
     kind = values.pop("kind")
@@ -162,4 +236,6 @@ def _node_from_json(plain: dict[str, Any]) -> EpilogueNode:
         raise ValueError(f"unknown epilogue node {kind!r}, expected one of {sorted(_NODES)}")
     if "dtype" in values:
         values["dtype"] = DType(values["dtype"])
+    if "function" in values:
+        values["function"] = ActivationFunction(values["function"])
     return _NODES[kind](**values)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from math import frexp
 from typing import Any, ClassVar, TypeVar
 
-from emitters.config import Config, config_from_json
-from emitters.problem import DType, GemmProblem
+from emitters.config import MAX_EXPERTS, Config, config_from_json
+from emitters.problem import OUTPUTS, DType, GemmProblem
+
+ROW_VECTOR = 8  # elements of a row that a thread takes at a time: 16 bytes of 16-bit ones
+MAX_ROW = 32_768
+MAX_TOP_K = 32
+LARGEST = {DType.E4M3: 448.0, DType.E5M2: 57344.0, DType.INT8: 127.0}  # a row's after quantisation
 
 _S = TypeVar("_S", bound="Step")
 
@@ -28,13 +34,30 @@ class Step:
             raise ValueError(f"expected a problem with op {cls.op!r}, got {plain.get('op')!r}")
         dtypes = [f.name for f in fields(cls) if f.type == "DType"]
         try:
-            return cls(**rest, **{name: DType(rest.pop(name)) for name in dtypes})
+            rest |= {name: DType(rest[name]) for name in dtypes}
+            return cls(**rest)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a {cls.op} problem: {error}") from error
 
     def why_illegal(self) -> str | None:
         """None where a kernel can be built, else the reason in words."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RouteProblem(Step):
+    """Pairs (token, choice) sorted by expert, stably. id_bits: of an expert's id, 32 or 64."""
+
+    num_experts: int
+    id_bits: int
+    op: ClassVar[str] = "route"
+
+    def why_illegal(self) -> str | None:
+        if not 1 <= self.num_experts <= MAX_EXPERTS:
+            return f"{self.num_experts} experts: 1 to {MAX_EXPERTS}"
+        if self.id_bits not in (32, 64):
+            return f"ids of {self.id_bits} bits: 32 or 64"
+        return None
 
 
 @dataclass(frozen=True)
@@ -56,9 +79,73 @@ class StepConfig:
             raise ValueError(f"not a {cls.template} config: {error}") from error
 
 
+@dataclass(frozen=True)
+class QuantizeProblem(Step):
+    """Rows of `source` -> q of `target` [R, K], scale float32 [R]: rows * source_scale ~ q * scale.
+
+    The scale is that of `cutlass_moe.quantize_per_token`, times source_scale, a power of two, but 1
+    for a row of zeros.
+    """
+
+    source: DType
+    target: DType
+    k: int
+    source_scale: float = 1.0
+    op: ClassVar[str] = "quantize"
+
+    def row_threads(self, threads: int) -> int:
+        """Of a CTA's threads those that take a row, a power of two: 32 elements each, if so many
+        threads are there."""
+        found = 1
+        while found * 4 * ROW_VECTOR < self.k and found * 2 <= threads:
+            found *= 2
+        return found
+
+    def ctas(self, rows: int, threads: int) -> int:
+        return -(-rows * self.row_threads(threads) // threads)
+
+    def why_illegal(self) -> str | None:
+        if self.source not in OUTPUTS:
+            return f"rows of {self.source}: supported are {', '.join(OUTPUTS)}"
+        if not self.target.quantized:
+            return f"rows quantised to {self.target}: supported are e4m3, e5m2, int8"
+        if self.k % ROW_VECTOR or not 0 < self.k <= MAX_ROW:
+            return f"K {self.k}: a multiple of {ROW_VECTOR} up to {MAX_ROW}"
+        mantissa, exponent = frexp(self.source_scale)
+        if mantissa != 0.5 or abs(exponent) > 16:
+            return f"source_scale {self.source_scale}: a power of two from 2^-17 to 2^15"
+        return None
+
+
+@dataclass(frozen=True)
+class CombineProblem(Step):
+    """out[t] = residual[t] + sum over j < top_k of weights[t, j] * rows[inverse[t, j]], all of
+    `dtype` [., N], in float32 and in this order."""
+
+    dtype: DType
+    n: int
+    top_k: int
+    op: ClassVar[str] = "combine"
+
+    def ctas(self, tokens: int, threads: int) -> int:
+        return -(-tokens * self.n // (ROW_VECTOR * threads))
+
+    def why_illegal(self) -> str | None:
+        if self.dtype not in OUTPUTS:
+            return f"rows of {self.dtype}: supported are {', '.join(OUTPUTS)}"
+        if self.n % ROW_VECTOR or not 0 < self.n <= MAX_ROW:
+            return f"N {self.n}: a multiple of {ROW_VECTOR} up to {MAX_ROW}"
+        most = MAX_TOP_K * 2 // self.dtype.bytes  # in a thread's registers all at once
+        if not 1 <= self.top_k <= most:
+            return f"{self.top_k} rows of {self.dtype} a token: between 1 and {most}"
+        return None
+
+
 Problem = GemmProblem | Step
 AnyConfig = Config | StepConfig
-_PROBLEMS: dict[str, type[GemmProblem] | type[Step]] = {c.op: c for c in (GemmProblem,)}
+_PROBLEMS: dict[str, type[GemmProblem] | type[Step]] = {
+    c.op: c for c in (GemmProblem, RouteProblem, QuantizeProblem, CombineProblem)
+}
 
 
 def problem_from_json(plain: dict[str, Any]) -> Problem:

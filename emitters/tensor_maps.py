@@ -12,7 +12,7 @@ from cutlass.experimental import primitives as prims
 
 from emitters.config import SLICE_BYTES, SLICE_ROWS
 from emitters.image import TENSOR_MAP_BYTES
-from emitters.problem import GemmProblem, WeightStorage
+from emitters.problem import GATE_BLOCK, GemmProblem, WeightStorage
 
 
 @dsl_user_op
@@ -29,6 +29,15 @@ def make_out_map(problem: GemmProblem, out: cute.Tensor):
     layout = cute.make_layout(box, stride=(box[1], 1))
     atom, _ = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), out, layout, box)
     return atom
+
+
+def weight_corner(problem: GemmProblem, k, column: Int32, expert: Int32):
+    """Coordinates of the box at element k of K and at a tile's `column`: see weight_view."""
+    if problem.weights is WeightStorage.TABLE:
+        expert = Int32(0)
+    if problem.gated:
+        return [k, Int32(0), Int32(0), column // (2 * GATE_BLOCK), expert]
+    return [k, column, expert]
 
 
 def find_weight_map(problem: GemmProblem, weight, expert: Int32):

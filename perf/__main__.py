@@ -10,19 +10,10 @@ from typing import Any
 
 import click
 
-from emitters.config import Config
-from emitters.problem import GemmProblem
-from perf import cases as case_tables
-from perf.cases import (
-    GEMM_MODELS,
-    GEMM_TOKENS,
-    POWERS_OF_TWO,
-    PREFILL_TOKENS,
-    ROUTINGS,
-    SCHEDULES,
-    SUITES,
-    Case,
-)
+from perf import suites
+from perf.cases import ROUTINGS, SCHEDULES, Case
+from perf.layer_cases import LayerCase
+from perf.suites import GEMM_MODELS, GEMM_TOKENS, POWERS_OF_TWO, PREFILL_TOKENS, SUITES
 
 TOKENS = {"all": POWERS_OF_TWO, "prefill": PREFILL_TOKENS}
 README = Path(__file__).parents[1] / "README.md"
@@ -34,7 +25,9 @@ def case_options(command: Any) -> Any:
         (
             click.option("--suite", default="all", help=f"all, or of {', '.join(SUITES)}"),
             click.option(
-                "--model", default=",".join(GEMM_MODELS), help="of the suites gemm and schedules"
+                "--model",
+                default=",".join(GEMM_MODELS),
+                help="of the suites gemm, decode, schedules and layer",
             ),
             click.option(
                 "--dtype", default="", help="of fp8, int8, bf16; default: each suite's own"
@@ -58,11 +51,13 @@ def case_options(command: Any) -> Any:
 commit_option = click.option("--commit", default="", help="name it where this is no git checkout")
 
 
-def selected(suite: str, model: str, dtype: str, tokens: str, routing: str) -> list[Case]:
+def selected(
+    suite: str, model: str, dtype: str, tokens: str, routing: str
+) -> list[Case | LayerCase]:
     """The cases of the options, each a list separated by commas."""
     try:
         counts = TOKENS[tokens] if tokens in TOKENS else tuple(map(int, split(tokens)))
-        return case_tables.select(
+        return suites.select(
             SUITES if suite == "all" else split(suite),
             split(model),
             split(dtype),
@@ -93,12 +88,13 @@ def main() -> None:
 @main.command()
 @case_options
 @click.option("--system", default="all", help="each suite's own, or of cutlass_moe, triton ...")
-@click.option("--budget", default=480.0, help="seconds after which no further case is begun")
+@click.option("--budget", default=290.0, help="seconds after which no further case is begun")
 @commit_option
 @click.option("--out", type=click.Path(path_type=Path), help="results file")
 def run(system: str, budget: float, commit: str, out: Path | None, **choice: str) -> None:
     """Measure cases and their peers, and merge the results into perf/results/<gpu>.json."""
     need_gpu()
+    from perf.layer_peers import LAYER_SYSTEMS
     from perf.machine import ceilings
     from perf.measure import measure_all
     from perf.peers import SYSTEMS
@@ -107,8 +103,9 @@ def run(system: str, budget: float, commit: str, out: Path | None, **choice: str
 
     cases = selected(**choice)
     systems = () if system == "all" else split(system)
-    if unknown := set(systems) - set(SYSTEMS):
-        raise click.UsageError(f"unknown system {unknown}, expected of {', '.join(SYSTEMS)}")
+    known = list(dict.fromkeys((*SYSTEMS, *LAYER_SYSTEMS)))
+    if unknown := set(systems) - set(known):
+        raise click.UsageError(f"unknown system {unknown}, expected of {', '.join(known)}")
     limits = ceilings()
     command = command_line("run", {**choice, "system": system, "budget": str(budget)})
     this = {**about(command, commit), "ceilings": asdict(limits)}
@@ -166,25 +163,35 @@ def build(jobs: int | None, **choice: str) -> None:
     failed = 0
     for number, result in enumerate(build_images(default_cache(), requests, jobs), 1):
         failed += result.error is not None
-        p, config = result.request.problem, result.request.config
-        image = (
-            f"{p.operand} E {p.num_experts} N {p.n} K {p.k} tile {config.tile_m}x{config.tile_n}"
-        )
+        request = result.request
+        fields = {**request.problem.to_json(), **request.config.to_json()}
+        image = " ".join(f"{k}={v}" for k, v in fields.items() if not isinstance(v, list))
         click.echo(f"{number}/{len(requests)} {image}: {result.error or 'there'}")
     if failed:
         raise click.ClickException(f"{failed} of {len(requests)} images were not built")
 
 
-def images_of(cases: list[Case]) -> Iterator[tuple[GemmProblem, Config]]:
+def images_of(cases: list[Case | LayerCase]) -> Iterator[tuple[Any, Any]]:
     """Problem and config of the images that a run of these cases may launch, with repetitions."""
     from cutlass_moe.heuristics import candidates, choose
 
     for case in cases:
+        if isinstance(case, LayerCase):
+            yield from layer_images(case)
+            continue
         yield from ((case.problem, config) for config in candidates(case.problem))
         if case.suite == "schedules":
             rows = case.rows / case.num_experts
             for schedule in SCHEDULES:
                 yield case.problem, choose(case.problem, case.x_rows, rows, schedule=schedule)
+
+
+def layer_images(case: LayerCase) -> Iterator[tuple[Any, Any]]:
+    """The images of `fused_moe`, with dependent launch and without; of its parts as `layer_peers`
+    calls them, whose activations are float16 where they are quantised; and of `topk_router`."""
+    from cutlass_moe import layers
+
+    return iter(layers.images(case.shape, case.dtype))
 
 
 @main.command()
@@ -193,6 +200,7 @@ def images_of(cases: list[Case]) -> Iterator[tuple[GemmProblem, Config]]:
 def report(results: Path | None, readme: Path) -> None:
     """Write plots, the full table and the README's table from a results file."""
     from perf import store
+    from perf.layer_rows import layer_rows_of
     from perf.plots import write_plots
     from perf.report import full_report, insert, readme_table
     from perf.rows import load_published, rows_of
@@ -202,15 +210,16 @@ def report(results: Path | None, readme: Path) -> None:
         raise click.ClickException(f"expected one results file, found {len(found)}: name --results")
     path = found[0]
     contents = store.load(path)
-    rows = rows_of(contents, load_published())
+    published = load_published()
+    rows, layers = rows_of(contents, published), layer_rows_of(contents, published)
     try:
-        text = insert(readme.read_text(), readme_table(contents, rows))
+        text = insert(readme.read_text(), readme_table(contents, rows, layers))
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     readme.write_text(text)
     table = path.with_suffix(".md")
-    table.write_text(full_report(contents, rows))
-    for written in (readme, table, *write_plots(rows, path)):
+    table.write_text(full_report(contents, rows, layers))
+    for written in (readme, table, *write_plots(rows, layers, path)):
         click.echo(f"wrote {written}")
 
 

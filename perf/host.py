@@ -23,8 +23,9 @@ from cutlass_moe import arguments, calls, heuristics, kernels
 from cutlass_moe.cache import Cache, default_cache
 from cutlass_moe.compiler import compile_image
 from cutlass_moe.launch import GemmKernel
-from perf.cases import Case, seed_cases
+from perf.cases import Case
 from perf.operands import Operands, Weights
+from perf.suites import seed_cases
 
 CALLS = 100  # in a row, of a kernel shorter than its call: the launch queue never fills
 BATCHES = 50

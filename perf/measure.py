@@ -12,6 +12,8 @@ import torch
 
 from cutlass_moe.timing import FLUSH_BYTES, flush_buffer
 from perf.cases import Case, Ceilings, floor_us, moved_bytes, workload
+from perf.layer_cases import LayerCase
+from perf.measure_layers import LayerMeasurement, layer_weights
 from perf.operands import WORST_ERROR, Operands, Weights, relative_error
 from perf.peers import SYSTEMS, Absent, Prepared, usual_systems
 from perf.timing import (
@@ -26,30 +28,39 @@ GRAPH_BELOW_US = 60.0  # floors below it: launching is a good part of the time
 MAX_COPIES = 128
 MAX_COPY_BYTES = 16 << 30
 SHARE = 0.4  # of a case's time that its final timing gets; the rest is set-up, checks and searches
-SECONDS = (0.2, 2.0)  # the least and the most that timing takes
+SECONDS = (0.15, 2.0)  # the least and the most that timing takes
 
 
 def measure_all(
-    cases: Sequence[Case], systems: Sequence[str], ceilings: Ceilings, budget: float
-) -> Iterator[tuple[Case, dict[str, Any]]]:
+    cases: Sequence[Case | LayerCase],
+    systems: Sequence[str],
+    ceilings: Ceilings,
+    budget: float,
+) -> Iterator[tuple[Case | LayerCase, dict[str, Any]]]:
     """Each case with its record, as it is finished; begins no case after `budget` seconds.
 
     Without `systems`, each case's usual ones.
     """
     start = time.monotonic()
     flush = flush_buffer()
-    weights_id, weights = None, None
+    weights_id: tuple[str, ...] = ()
+    weights: Any = None
     for number, case in enumerate(cases):
         left = budget - (time.monotonic() - start)
         if left <= 0:
             return
-        if weights is None or case.weights_id != weights_id:
+        whole = isinstance(case, LayerCase)
+        if case.weights_id != weights_id:
             weights = None  # freed before the next ones are made
-            weights_id, weights = case.weights_id, Weights.of(case)
+            weights_id = case.weights_id
+            weights = layer_weights(case) if whole else Weights.of(case)
         seconds = min(max(SHARE * left / (len(cases) - number), SECONDS[0]), SECONDS[1])
-        asked = systems or usual_systems(case)
-        record = Measurement(case, Operands.of(case, weights), flush).run(asked, ceilings, seconds)
-        yield case, record
+        if whole:
+            measurement: Any = LayerMeasurement(case, weights, flush)
+        else:
+            measurement = Measurement(case, Operands.of(case, weights), flush)
+        yield case, measurement.run(systems, ceilings, seconds)
+        del measurement
         torch.cuda.empty_cache()
 
 
@@ -67,8 +78,9 @@ class Measurement:
 
     def run(self, systems: Sequence[str], ceilings: Ceilings, seconds: float) -> dict[str, Any]:
         expected = self.operands.expected()
-        for name in systems:
-            self.admit(name, expected)
+        for name in systems or usual_systems(self.case):
+            if name in SYSTEMS:
+                self.admit(name, expected)
         weight = self.operands.weight
         calls = {name: partial(p.launch, weight) for name, p in self.prepared.items()}
         timings = interleaved(calls, seconds, self.flush)
@@ -116,7 +128,8 @@ class Measurement:
         graphs = {}
         for name, prepared in self.prepared.items():
             try:
-                graphs[name] = capture([partial(prepared.launch, weight) for weight in copies])
+                launches = [partial(prepared.launch, weight) for weight in copies]
+                graphs[name] = capture(launches, launches_captured(len(copies)))
             except Exception as failure:  # it can't be captured, or asks the host
                 self.absent[f"{name}, captured"] = f"FAILED: {str(failure)[:300]}"
                 torch.cuda.synchronize()

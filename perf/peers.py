@@ -19,6 +19,7 @@ import cutlass_moe
 from cutlass_moe import heuristics
 from perf.cases import SCHEDULES, Case
 from perf.operands import Operands
+from perf.suites import DECODE_TOKENS
 from perf.timing import quick_us
 
 
@@ -215,7 +216,7 @@ def usual_systems(case: Case) -> tuple[str, ...]:
     unusual = {*SCHEDULES, "padded_bmm", "stream"}
     if case.suite == "tutorial":
         unusual.remove("padded_bmm")
-    if case.suite == "gemm":
+    if case.suite == "gemm" and case.tokens <= max(DECODE_TOKENS):
         unusual.remove("stream")
     return tuple(name for name in SYSTEMS if name not in unusual)
 

@@ -1,16 +1,20 @@
-"""Plots of results: time and rate against tokens, with the floors drawn."""
+"""Plots of results: time and rates against tokens, with the floors drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from perf.cases import flops
+from perf.cases import flops, moved_bytes
+from perf.figures import STREAM
+from perf.layer_peers import NO_PDL
+from perf.layer_rows import TRITON, LayerRow
 from perf.rows import DAGGER, OURS, RIVALS, Row
+from perf.suites import DECODE_TOKENS
 
 COLORS = {
     OURS: "tab:red",
@@ -19,33 +23,72 @@ COLORS = {
     "deepgemm": "tab:green",
     "quack": "tab:purple",
     "padded_bmm": "tab:brown",
+    STREAM: "0.3",
+    NO_PDL: "tab:pink",
 }
 RATE_TOKENS = 128  # where plots of rates begin: before, all are near zero
 
 
-def write_plots(rows: Sequence[Row], results: Path) -> list[Path]:
-    """One PNG for each model and dtype of the gemm suite that has two token counts or more."""
+def write_plots(rows: Sequence[Row], layers: Sequence[LayerRow], results: Path) -> list[Path]:
+    """PNGs of what has two token counts or more: of the gemm suite one for each model and dtype, of
+    whole layers one for each dtype, of chains one."""
     written = []
+
+    def write(draw: Callable[..., Figure], mine: Sequence[Any], *named: str) -> None:
+        if len({row.case.tokens for row in mine}) > 1:
+            path = results.with_name("-".join([results.stem, *named]) + ".png")
+            draw(mine, named).savefig(path, dpi=100)
+            written.append(path)
+
     chosen = [r for r in rows if r.case.suite == "gemm" and r.case.routing == "balanced"]
     for model, dtype in dict.fromkeys((row.case.model, row.case.dtype) for row in chosen):
         mine = [row for row in chosen if (row.case.model, row.case.dtype) == (model, dtype)]
-        if len({row.case.tokens for row in mine}) > 1:
-            path = results.with_name(f"{results.stem}-{model}-{dtype}.png")
-            plot(mine, f"{model}, {dtype}", path)
-            written.append(path)
+        write(plot, mine, model, dtype)
+    whole = [row for row in layers if row.case.suite == "layer"]
+    for dtype in dict.fromkeys(row.case.dtype for row in whole):
+        write(plot_layers, [row for row in whole if row.case.dtype == dtype], "layer", dtype)
+    write(plot_layers, [row for row in layers if row.case.suite == "chain"], "chain")
     return written
 
 
-def plot(rows: Sequence[Row], title: str, path: Path) -> None:
+def plot(rows: Sequence[Row], named: Sequence[str]) -> Figure:
     gemms = list(dict.fromkeys(row.case.gemm for row in rows))
-    figure = Figure(figsize=(6.5 * len(gemms), 9), layout="tight")
-    grid = figure.subplots(2, len(gemms), squeeze=False)
+    drawn = (
+        (draw_us, rows),
+        (draw_gbs, [r for r in rows if r.case.tokens <= max(DECODE_TOKENS)]),
+        (draw_tflops, [r for r in rows if r.case.tokens >= RATE_TOKENS]),
+    )
+    drawn = [(draw_one, some) for draw_one, some in drawn if some]
+    figure = Figure(figsize=(6.5 * len(gemms), 4.5 * len(drawn)), layout="tight")
+    grid = figure.subplots(len(drawn), len(gemms), squeeze=False)
     for column, gemm in enumerate(gemms):
-        mine = sorted((r for r in rows if r.case.gemm == gemm), key=lambda row: row.case.tokens)
-        draw_us(grid[0][column], mine)
-        draw_tflops(grid[1][column], [r for r in mine if r.case.tokens >= RATE_TOKENS] or mine)
-        grid[0][column].set_title(f"{title}: {gemm}")
-    figure.savefig(path, dpi=100)
+        for line, (draw_one, some) in enumerate(drawn):
+            mine = sorted((r for r in some if r.case.gemm == gemm), key=lambda r: r.case.tokens)
+            draw_one(grid[line][column], mine)
+        grid[0][column].set_title(f"{', '.join(named)}: {gemm}")
+    return figure
+
+
+def plot_layers(rows: Sequence[LayerRow], named: Sequence[str]) -> Figure:
+    """Time over the floor: one column for each model and dtype."""
+    columns = list(dict.fromkeys((row.case.model, row.case.dtype) for row in rows))
+    figure = Figure(figsize=(6.5 * len(columns), 9), layout="tight")
+    grid = figure.subplots(2, len(columns), squeeze=False)
+    for column, (model, dtype) in enumerate(columns):
+        mine = [row for row in rows if (row.case.model, row.case.dtype) == (model, dtype)]
+        mine = sorted(mine, key=lambda row: row.case.tokens)
+        tokens, upper, lower = [row.case.tokens for row in mine], *grid[:, column]
+        upper.plot(tokens, [row.floor for row in mine], color="0.6", linestyle="--", label="floor")
+        for system in (OURS, NO_PDL, TRITON):
+            some = [row for row in mine if system in row.us]
+            draw(upper, system, [(row.case.tokens, row.us[system], row) for row in some])
+            over = [(row.case.tokens, row.us[system] / row.floor, row) for row in some]
+            draw(lower, system, over)
+        upper.set(yscale="log", ylabel="us a layer", title=f"{named[0]}: {model}, {dtype}")
+        lower.set(ylabel="time / floor", ylim=(0, None))
+        finish(upper, tokens)
+        finish(lower, tokens)
+    return figure
 
 
 def draw_us(axes: Any, rows: Sequence[Row]) -> None:
@@ -53,10 +96,27 @@ def draw_us(axes: Any, rows: Sequence[Row]) -> None:
     axes.fill_between(
         tokens, [row.floor for row in rows], 0.1, color="0.9", label="below the floor"
     )
-    for system in (OURS, *RIVALS):
+    for system in (OURS, *RIVALS, STREAM):
         draw(axes, system, [(r.case.tokens, r.us[system], r) for r in rows if system in r.us])
     lowest = min(row.floor for row in rows)
     axes.set(yscale="log", ylabel="us", ylim=(lowest / 1.5, None))
+    finish(axes, tokens)
+
+
+def draw_gbs(axes: Any, rows: Sequence[Row]) -> None:
+    """Bytes that the product must move, by each system's time. The yardstick, which reads the
+    weights alone, is drawn at the rate of a product that is as fast."""
+    tokens = [row.case.tokens for row in rows]
+    read = [row.ceilings.read_gbs for row in rows]
+    axes.plot(tokens, read, color="0.6", linestyle="--", label="read rate")
+    for system in (OURS, *RIVALS, STREAM):
+        some = [row for row in rows if system in row.us]
+        points = [
+            (row.case.tokens, moved_bytes(row.case, row.load) / row.us[system] / 1e3, row)
+            for row in some
+        ]
+        draw(axes, system, points)
+    axes.set(ylabel="GB/s", ylim=(0, None))
     finish(axes, tokens)
 
 
@@ -83,11 +143,11 @@ def finish(axes: Any, tokens: Sequence[int]) -> None:
     axes.legend(fontsize=8)
 
 
-def draw(axes: Any, system: str, points: Sequence[tuple[int, float, Row]]) -> None:
+def draw(axes: Any, system: str, points: Sequence[tuple[int, float, Row | LayerRow]]) -> None:
     """A line of one system; points with a dagger alone where its figures are published ones."""
     if not points:
         return
-    foreign = all(system in row.published for _, _, row in points)
+    foreign = all(isinstance(row, Row) and system in row.published for _, _, row in points)
     axes.plot(
         [tokens for tokens, _, _ in points],
         [value for _, value, _ in points],

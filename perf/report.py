@@ -12,7 +12,11 @@ from typing import Any
 from perf.cases import SCHEDULES, moved_bytes
 from perf.figures import HEADER as FIGURES_HEADER
 from perf.figures import figures
-from perf.rows import DAGGER, OURS, Row, load_published, ours_over_ours, rows_of
+from perf.layer_cases import CHAIN_LAYERS
+from perf.layer_figures import layer_figures
+from perf.layer_rows import TRITON, LayerRow, layer_rows_of, layer_tables
+from perf.rows import DAGGER, OURS, Row, Table, load_published, number, ours_over_ours, rows_of
+from perf.suites import GEMM_TOKENS
 
 BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
 
@@ -30,14 +34,15 @@ HEADER = (
     "torch",
     "no gath",
     "dg/qk",
-    "bmm",
+    "yard",
     "floor%",
     "x",
 )
 LEGEND = (
     "us. ours +-%: largest less smallest round; graph, t.graph: a launch inside a graph, ours and "
-    "triton's; no gath: torch without its gather; dg/qk: DeepGEMM (fp8) or QuACK (bf16); bmm: "
-    "padded_bmm; floor%: floor of ours; x: best of the others over ours; "
+    "triton's; no gath: torch without its gather; dg/qk: DeepGEMM (fp8) or QuACK (bf16); yard: "
+    "stream, the yardstick, or the tutorial's padded_bmm; floor%: floor of ours; x: best of the "
+    "others over ours; quantize, quantize_act, combine: GB/s in brackets; error: relative; "
     f"{DAGGER}: published, not of this run"
 )
 
@@ -64,27 +69,24 @@ def cells(row: Row) -> list[str]:
         us("torch"),
         us("torch_gemm"),
         us("quack" if row.case.dtype == "bf16" else "deepgemm"),
-        us("padded_bmm"),
+        us("padded_bmm" if row.case.suite == "tutorial" else "stream"),
         "-" if ours is None else f"{100 * row.floor / ours:.0f}",
         "-" if row.speedup is None else f"{row.speedup:.2f}",
     ]
 
 
-def number(us: float | None) -> str:
-    return "-" if us is None else f"{us:.1f}" if us < 1000 else f"{us:.0f}"
-
-
 SCHEDULES_HEADER = ("schedules", "most rows", "floor64", "ours", *SCHEDULES, "/ balanced")
-Table = tuple[Sequence[str], list[list[str]]]  # a header and lines under it
 
 
-def tables(rows: Sequence[Row]) -> list[Table]:
-    """All cases, the schedules side by side, and what cases come to; none is empty."""
+def tables(rows: Sequence[Row], layers: Sequence[LayerRow]) -> list[Table]:
+    """Products, the schedules side by side, layers and chains, and what all come to; none is
+    empty."""
     scheduled = [row for row in rows if row.case.suite == "schedules"]
     found: list[Table] = [
         (HEADER, [cells(row) for row in rows if row.case.suite != "schedules"]),
         (SCHEDULES_HEADER, schedule_lines(scheduled)),
-        (FIGURES_HEADER, [figure.cells for figure in figures(rows)]),
+        *layer_tables(layers),
+        (FIGURES_HEADER, [figure.cells for figure in (*figures(rows), *layer_figures(layers))]),
     ]
     return [(header, lines) for header, lines in found if lines]
 
@@ -128,8 +130,10 @@ def summary(contents: dict[str, Any], case_ids: Sequence[str], asked: int) -> st
     end = f"{len(records)} of {asked} cases"
     end += ", STOPPED by the budget" if len(records) < asked else ""
     end += f", {broken} kinds of FAILED or WRONG, see above the table" if broken else ""
-    rows = rows_of({**contents, "cases": records}, load_published())
-    texts = (text_table(*table) for table in tables(rows))
+    done = {**contents, "cases": records}
+    published = load_published()
+    found = tables(rows_of(done, published), layer_rows_of(done, published))
+    texts = (text_table(*table) for table in found)
     return "\n".join(
         [*missing, *(describe(contents["runs"][name]) for name in runs), LEGEND, *texts, end]
     )
@@ -150,7 +154,7 @@ def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, align, *body))
 
 
-def full_report(contents: dict[str, Any], rows: Sequence[Row]) -> str:
+def full_report(contents: dict[str, Any], rows: Sequence[Row], layers: Sequence[LayerRow]) -> str:
     """Everything that was measured, as Markdown: perf/results/<gpu>.md."""
     runs = [run for run in contents["runs"].values() if "ceilings" in run]
     parts = [
@@ -159,7 +163,7 @@ def full_report(contents: dict[str, Any], rows: Sequence[Row]) -> str:
         *describe_host(contents.get("host", {})),
     ]
     parts.append(LEGEND + ".")
-    parts += [markdown(*table) for table in tables(rows)]
+    parts += [markdown(*table) for table in tables(rows, layers)]
     missing = reasons(contents["cases"])
     parts += ["Not measured:", "\n".join(f"- {line}" for line in missing)] if missing else []
     return "\n\n".join(parts) + "\n"
@@ -191,11 +195,11 @@ def describe_host(host: dict[str, Any]) -> list[str]:
     ]
 
 
-def readme_table(contents: dict[str, Any], rows: Sequence[Row]) -> str:
+def readme_table(contents: dict[str, Any], rows: Sequence[Row], layers: Sequence[LayerRow]) -> str:
     """What the README shows: ours against the best other system, tokens across."""
     shown = ("balanced", "ragged")
     measured = [row for row in rows if row.speedup is not None and row.case.routing in shown]
-    if not measured:
+    if not measured and not layers:
         raise ValueError("no case has both our time and another system's")
     used = sorted({record["run"] for record in contents["cases"].values()})
     parts = [
@@ -204,27 +208,49 @@ def readme_table(contents: dict[str, Any], rows: Sequence[Row]) -> str:
         f"times as long the best of Triton, torch, DeepGEMM and QuACK takes ({DAGGER}: a published "
         "figure, not of the run).",
     ]
-    gemms = [row for row in measured if row.case.suite == "gemm"]
+    gemms = [r for r in measured if r.case.suite == "gemm" and r.case.tokens in GEMM_TOKENS]
     for dtype in dict.fromkeys(row.case.dtype for row in gemms):
         parts.append(tokens_table(dtype, [row for row in gemms if row.case.dtype == dtype]))
     others = [row for row in measured if row.case.suite != "gemm"]
     if others:
         header = ("shape", "us", "TFLOP/s", "best other", "times ours")
         parts.append(markdown(header, (shape_cells(row) for row in others)))
+    for suite, title in (
+        ("layer", "Microseconds of a whole layer, quantisation and routing table included"),
+        ("chain", f"Microseconds of a layer in a graph of {CHAIN_LAYERS}, expert ids made inside"),
+    ):
+        found = [row for row in layers if row.case.suite == suite and row.ratio(TRITON, OURS)]
+        if found:
+            parts.append(
+                f"{title}, and in brackets how many times as long a Triton pipeline takes."
+            )
+            parts.append(across("tokens", map(layer_cell, found)))
     return "\n\n".join(parts)
 
 
+def layer_cell(row: LayerRow) -> tuple[str, int, str]:
+    text = f"{number(row.us[OURS])} ({row.ratio(TRITON, OURS):.2f})"
+    return f"{row.case.model} {row.case.dtype}", row.case.tokens, text
+
+
 def tokens_table(dtype: str, rows: Sequence[Row]) -> str:
-    tokens = sorted({row.case.tokens for row in rows})
+    return across(f"{dtype}, tokens", map(product_cell, rows))
+
+
+def product_cell(row: Row) -> tuple[str, int, str]:
+    mark = DAGGER if row.best_rival in row.published else ""
+    text = f"{number(row.us[OURS])} ({row.speedup:.2f}{mark})"
+    return f"{row.case.model} {row.case.gemm}", row.case.tokens, text
+
+
+def across(title: str, cells: Iterable[tuple[str, int, str]]) -> str:
+    """A table of (line, tokens, text): tokens across."""
     lines: dict[str, dict[int, str]] = {}
-    for row in rows:
-        name = f"{row.case.model} {row.case.gemm}"
-        mark = DAGGER if row.best_rival in row.published else ""
-        lines.setdefault(name, {})[row.case.tokens] = (
-            f"{number(row.us[OURS])} ({row.speedup:.2f}{mark})"
-        )
+    for name, count, text in cells:
+        lines.setdefault(name, {})[count] = text
+    tokens = sorted({count for line in lines.values() for count in line})
     body = ([name, *(line.get(t, "-") for t in tokens)] for name, line in lines.items())
-    return markdown((f"{dtype}, tokens", *map(str, tokens)), body)
+    return markdown((title, *map(str, tokens)), body)
 
 
 def shape_cells(row: Row) -> list[str]:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from perf.cases import Case, Ceilings, Workload, floor_us, flops
+from perf.suites import LAYER_SUITES
 
 OURS = "cutlass_moe"
 RIVALS = ("triton", "torch", "deepgemm", "quack", "padded_bmm")  # what a user could call instead
 PUBLISHED = Path(__file__).with_name("published.json")
 DAGGER = "†"  # marks published figures
+Table = tuple[Sequence[str], list[list[str]]]  # a header and lines under it
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,11 @@ class Row:
 
 
 def rows_of(contents: dict[str, Any], published: dict[str, Any]) -> list[Row]:
-    """Rows of a results file, in its order. published: of `load_published`."""
+    """Rows of a results file's products, in its order. published: of `load_published`."""
     return [
         row_of(record, contents["runs"][record["run"]], published["cases"].get(case_id, {}))
         for case_id, record in contents["cases"].items()
+        if record["case"]["suite"] not in LAYER_SUITES
     ]
 
 
@@ -98,3 +101,7 @@ def ours_over_ours(rows: Sequence[Row], **changed: str) -> dict[str, float]:
         if row.case in us and other in us and other != row.case:
             ratios[row.name] = us[row.case] / us[other]
     return ratios
+
+
+def number(us: float | None) -> str:
+    return "-" if us is None else f"{us:.1f}" if us < 1000 else f"{us:.0f}"

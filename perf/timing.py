@@ -2,13 +2,14 @@
 
 Two readings of a system's time:
 - `interleaved`: what one launch takes on the GPU with nothing of its operands in L2. Every system
-  of a case gets several rounds, A B A B, so that they share the clocks' drift.
+  of a case gets several rounds, each in another order, so that they share the clocks' drift.
 - `captured`: launches in a row inside a CUDA graph, over distinct weights, divided by their
   number. For work so short that starting a kernel is a good part of it.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,20 +85,21 @@ def interleaved(
             call()
         launches[name] = launches_within(share, statistics.median(batch_us(call, 3, flush)))
     rounds: dict[str, list[list[float]]] = {name: [] for name in calls}
+    order = random.Random(0)
     for _ in range(ROUNDS):
-        for name, call in calls.items():
-            rounds[name].append(batch_us(call, launches[name], flush))
+        for name in order.sample(list(calls), len(calls)):
+            rounds[name].append(batch_us(calls[name], launches[name], flush))
     return {name: summarise(samples) for name, samples in rounds.items()}
 
 
-def capture(launches: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """A graph of the launches in turn, as many as `launches_captured`. Each runs once before."""
+def capture(launches: Sequence[Call], number: int) -> torch.cuda.CUDAGraph:
+    """A graph of `number` launches, taken in turn. Each of them runs once before."""
     for launch in launches:
         launch()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for i in range(launches_captured(len(launches))):
+        for i in range(number):
             launches[i % len(launches)]()
     return graph
 

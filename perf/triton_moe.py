@@ -38,6 +38,7 @@ def moe_kernel(  # type: ignore[no-untyped-def]
     slots,
     INT8: tl.constexpr,
     SCALED: tl.constexpr,
+    WHOLE_K: tl.constexpr,  # K is a multiple of BK
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -48,6 +49,8 @@ def moe_kernel(  # type: ignore[no-untyped-def]
     blocks_n = tl.cdiv(N, BN)
     # GROUP blocks of rows share a stripe of weights while it is in L2
     first = pid // (GROUP * blocks_n) * GROUP
+    if first >= blocks_m:
+        return
     group = tl.minimum(blocks_m - first, GROUP)
     block_m = first + (pid % (GROUP * blocks_n)) % group
     block_n = (pid % (GROUP * blocks_n)) // group
@@ -62,8 +65,12 @@ def moe_kernel(  # type: ignore[no-untyped-def]
     w_ptr = weight + expert * N * K + (n % N)[None, :] * K + k[:, None]
     acc = tl.zeros((BM, BN), dtype=tl.int32 if INT8 else tl.float32)
     for i in range(0, tl.cdiv(K, BK)):
-        a = tl.load(x_ptr, mask=real[:, None] & (k[None, :] < K - i * BK), other=0.0)
-        b = tl.load(w_ptr, mask=k[:, None] < K - i * BK, other=0.0)
+        if WHOLE_K:
+            a = tl.load(x_ptr, mask=real[:, None], other=0.0)
+            b = tl.load(w_ptr)
+        else:
+            a = tl.load(x_ptr, mask=real[:, None] & (k[None, :] < K - i * BK), other=0.0)
+            b = tl.load(w_ptr, mask=k[:, None] < K - i * BK, other=0.0)
         acc = tl.dot(a, b, acc=acc, out_dtype=tl.int32 if INT8 else tl.float32)
         x_ptr += BK
         w_ptr += BK
@@ -176,7 +183,7 @@ def prepare(
     bk = tiling.bk if case.operand.quantized else min(tiling.bk, 64)
     scales = (operands.per_token_scale, operands.scale)
     sizes = (case.n, case.k, case.rows, case.slots)
-    flags = (case.dtype == "int8", case.operand.quantized)
+    flags = (case.dtype == "int8", case.operand.quantized, case.k % bk == 0)
     tail = (*scales, pairs, blocks, padded, *sizes, *flags, tiling.bm, tiling.bn, bk, tiling.group)
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
 

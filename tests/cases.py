@@ -17,6 +17,8 @@ from emitters.legality import why_illegal
 from emitters.problem import (
     ACCUMULATIONS,
     Accumulation,
+    Activation,
+    ActivationFunction,
     Bias,
     ChannelScale,
     DType,
@@ -69,7 +71,8 @@ class Case:
     """One call of grouped_matmul. Rows [0, sum(counts)) belong to experts, `spare` more to nobody.
 
     tokens: T; without `gather` x has a row for every row. reads: which tokens rows read: "any" at
-    random, "few" only the first and the last, "outside" one in three out of [0, T).
+    random, "few" only the first and the last, "outside" one in three out of [0, T). apart: rows of
+    nobody before each expert's, which `starts` then skips.
     """
 
     tokens: int = 200
@@ -83,10 +86,20 @@ class Case:
     gather: bool = True
     reads: str = "any"
     spare: int = 5
+    interleaved: bool = False
+    apart: int = 0
 
     @property
     def rows(self) -> int:
-        return sum(self.counts) + self.spare
+        return sum(self.counts) + len(self.counts) * self.apart + self.spare
+
+    @property
+    def owned(self) -> Tensor:
+        """bool [rows]: which belong to an expert."""
+        counts = torch.tensor(self.counts)
+        ends = (counts + self.apart).cumsum(0)[:, None]
+        row = torch.arange(self.rows)
+        return ((row >= ends - counts[:, None]) & (row < ends)).any(0)
 
     @property
     def problem(self) -> GemmProblem:
@@ -198,6 +211,46 @@ assert BIG_CASES["big_out"].rows * BIG_CASES["big_out"].n > 2**31
 assert BIG_CASES["big_x"].tokens * BIG_CASES["big_x"].k > 2**31
 assert len(BIG_CASES["big_weight"].counts) * 2048 * 2064 > 2**31
 
+# Activations, by turns with every kind of operand, output and other node; gates in both orders.
+_INPUTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"operand": INT8, "out": FP32},
+    {"operand": BF16, "epilogue": ()},
+    {"operand": FP16, "out": FP16, "epilogue": (Bias(FP16),)},
+    {"operand": E5M2, "epilogue": (PerTokenScale(), ExpertScale(), Bias(BF16))},
+    {"accumulation": Accumulation.TWO_LEVEL, "epilogue": (*SCALES, Bias(FP32))},
+)
+for _i, _activation in enumerate(ActivationFunction):
+    for _j, _tokens in enumerate((20, 200, 2000)):  # both templates
+        _case = replace(BASE, **_INPUTS[(_i + 2 * _j) % len(_INPUTS)], tokens=_tokens)
+        CASES[f"{_activation}_{_tokens}"] = replace(
+            _case,
+            counts=skewed(8, 2 * _tokens),
+            n=(256, 208, 512)[(_i + _j) % 3],
+            epilogue=(*_case.epilogue, Activation(_activation)),
+            reads=("any", "outside")[_i % 2],
+            interleaved=_activation.gated and (_i + _j) % 2 == 1,
+        )
+SWIGLU = replace(BASE, epilogue=(*SCALES, Activation(ActivationFunction.SWIGLU)))
+CASES |= {
+    "swiglu": replace(SWIGLU, counts=RAGGED, n=272),
+    "swiglu_interleaved": replace(SWIGLU, counts=RAGGED, n=272, interleaved=True),
+    "swiglu_n_16": replace(SWIGLU, n=16),
+    "swiglu_k_7168": replace(SWIGLU, n=528, k=7168),
+    "swiglu_tokens_16384": replace(SWIGLU, tokens=16384, counts=skewed(8, 65536), n=1536),
+    "swiglu_gpt_oss": replace(
+        FLOAT,
+        n=1440,
+        k=2880,
+        epilogue=(Bias(BF16), Activation(ActivationFunction.SWIGLU_OAI)),
+        interleaved=True,
+    ),
+    # First rows of experts that are not the ends before.
+    "starts": replace(BASE, counts=RAGGED, apart=37),
+    "starts_few_rows": replace(BASE, counts=even(8, 16), apart=3, reads="outside"),
+    "starts_no_index": replace(SWIGLU, counts=RAGGED, apart=128, gather=False),
+}
+
 # Run with every config the heuristics know for their problem, not only with the one they choose.
 EVERY_CANDIDATE = (
     "ragged",
@@ -209,9 +262,13 @@ EVERY_CANDIDATE = (
     "bias_fp32",
     "e4m3_two_level_bf16",
     "bf16_fp32_bf16",
+    "swiglu_interleaved",
+    "swiglu_tokens_16384",
+    "swiglu_gpt_oss",
+    "starts",
 )
 # Run with every legal config.
-EVERY_LEGAL = ("n_264", "n_264_two_level")
+EVERY_LEGAL = ("n_264", "n_264_two_level", "swiglu")
 # Run with CTAs that share a tile's K.
 SPLIT = ("k_7168", "k_7168_two_level", "k_2064")
 SPLIT_CONFIGS = tuple(GemmSwapSm90Config(tile_m=16, split_k=split) for split in (2, 4, 8))
@@ -279,6 +336,13 @@ def make_inputs(case: Case, device: str, exact: bool = False, seed: int = 0) -> 
     }
     if case.accumulation and case.operand in (E4M3, E5M2):
         inputs["accumulation"] = str(case.accumulation)
+    if case.apart:
+        ends = (torch.tensor(case.counts) + case.apart).cumsum(0)
+        inputs["offsets"] = ends.int().to(device)
+        inputs["starts"] = (ends - torch.tensor(case.counts)).int().to(device)
+    if case.problem.activation is not None:
+        inputs["activation"] = str(case.problem.activation.function)
+        inputs["interleaved"] = case.interleaved
     if "per_token_scale" in kinds:
         inputs["per_token_scale"] = data.scale((tokens,), 1 / _SPREAD.get(case.operand, 1.0))
     if "channel_scale" in kinds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,33 @@ from emitters.problem import Accumulation, DType, GemmProblem
 from tests.cases import Case, make_inputs
 
 
+def _silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return x * (1 + torch.erf(x / 2**0.5)) / 2
+
+
+def _oai(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": _gelu,
+    "silu": _silu,
+    "relu": lambda x: x.clamp(min=0),
+    "relu2": lambda x: x.clamp(min=0) ** 2,
+}
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "swiglu": lambda gate, up: _silu(gate) * up,
+    "geglu": lambda gate, up: _gelu(gate) * up,
+    "reglu": lambda gate, up: gate.clamp(min=0) * up,
+    "swiglu_oai": _oai,
+}
+
+
 def naive(
     x: Tensor,
     weight: Tensor,
@@ -22,19 +50,26 @@ def naive(
     per_token_scale: Tensor | None = None,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
+    activation: str | None = None,
+    interleaved: bool = False,
+    starts: Tensor | None = None,
 ) -> Tensor:
-    """The definition, float64 [rows, N], row by row with a copy of its weights; differentiable.
+    """The definition, float64 [rows, columns], row by row with a copy of its weights;
+    differentiable.
 
-    Zeros in rows past offsets[-1] and of an index outside [0, T).
+    Zeros in rows of no expert and of an index outside [0, T).
     """
     rows = len(x) if index is None else len(index)
+    columns = weight.shape[1] // (2 if activation in GATES else 1)
+    starts = torch.cat([offsets.new_zeros(1), offsets[:-1]]) if starts is None else starts
     out = []
     for row in range(rows):
-        expert = int((offsets <= row).sum())
+        owners = ((starts <= row) & (row < offsets)).nonzero().flatten().tolist()
         token = row if index is None else int(index[row])
-        if expert == len(offsets) or not 0 <= token < len(x):
-            out.append(torch.zeros(weight.shape[1], dtype=torch.float64))
+        if not owners or not 0 <= token < len(x):
+            out.append(torch.zeros(columns, dtype=torch.float64))
             continue
+        expert = owners[0]
         result = weight[expert].double() @ x[token].double()
         if per_token_scale is not None:
             result = result * per_token_scale[token].double()
@@ -42,8 +77,13 @@ def naive(
             result = result * scale[expert].double().reshape(-1)
         if bias is not None:
             result = result + bias[expert].double()
+        if activation in GATES:
+            pairs = result.reshape(-1, 2) if interleaved else result.reshape(2, -1).T
+            result = GATES[activation](*pairs.unbind(1))
+        elif activation is not None:
+            result = FUNCTIONS[activation](result)
         out.append(result)
-    return torch.stack(out) if out else torch.zeros(0, weight.shape[1], dtype=torch.float64)
+    return torch.stack(out) if out else torch.zeros(0, columns, dtype=torch.float64)
 
 
 # NaNs of a payload that no arithmetic produces: what has them was not written.
@@ -58,12 +98,12 @@ def poisoned(rows: int, n: int, dtype: torch.dtype, device: str) -> Tensor:
     return whole[:rows]
 
 
-def untouched(out: Tensor, first: int) -> bool:
-    """Whether rows from `first` on of a `poisoned` tensor, and the room behind, are unwritten."""
+def untouched(out: Tensor, rows: Tensor) -> bool:
+    """Whether those rows (bool) of a `poisoned` tensor, and the room behind, are unwritten."""
     n = out.shape[1]
-    rest = out.as_strided((len(out) + 8 - first, n), (n, 1), first * n)
+    behind = out.as_strided((8, n), (n, 1), len(out) * n)
     bits, pattern = _POISON[out.element_size()]
-    return bool((rest.view(bits) == pattern).all())
+    return all(bool((part.view(bits) == pattern).all()) for part in (out[rows], behind))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -111,42 +151,52 @@ _FAST_LIMIT = 4e-3  # measured with bf16 output: 1.9e-3 at K 2048, 2.5e-3 at K 7
 _ELEMENT_FACTOR = 6  # errors of sums are normally distributed; of 10^8 the worst is 5.7 sigma
 
 
-def limits(problem: GemmProblem) -> Errors:
-    """The largest errors a right kernel may show, by accumulation and output dtype."""
-    if problem.accumulation is Accumulation.FAST:
+def limits(problem: GemmProblem, exact: bool = False) -> Errors:
+    """The largest errors a right kernel may show, by accumulation and output dtype; exact: where
+    the sums are."""
+    if exact:
+        whole = _EXACT_LIMITS[problem.out]
+    elif problem.accumulation is Accumulation.FAST:
         whole = _FAST_LIMIT
     elif problem.accumulation is Accumulation.TWO_LEVEL:
         whole = _TWO_LEVEL_LIMITS[problem.out]
     else:
         whole = _EXACT_LIMITS[problem.out]
+    if problem.activation is not None:
+        whole *= 2  # products of columns: few large ones, and their roundings, make the norm
     # The mean of a row's N roundings scatters: of 10^5 rows the worst was 1 + 5.5 / sqrt(N) times
     # the typical one, for every N from 4 to 2048. From N 1024 on the limits above have room for it.
-    scatter = 1 + 6 / problem.n**0.5 if problem.n < 1024 else 1
+    n = problem.out_columns
+    scatter = 1 + 6 / n**0.5 if n < 1024 else 1
     return Errors(whole, whole * scatter, whole * _ELEMENT_FACTOR)
 
 
 def check(out: Tensor, case: Case, inputs: dict[str, Any], exact: bool = False) -> None:
     """Asserts that `out`, from `poisoned`, is what grouped_matmul_out must make of `inputs`."""
-    end = sum(case.counts)
-    assert untouched(out, end), "rows past offsets[-1] were written"
-    if exact:
-        torch.testing.assert_close(
-            out[:end], grouped_matmul_reference(**inputs)[:end], rtol=0, atol=0
-        )
+    owned: Any = case.owned.to(out.device)
+    assert untouched(out, ~owned), "rows that belong to no expert were written"
+    if not case.apart:
+        owned = slice(sum(case.counts))  # a view: of big cases there is no room for a copy
+    if exact and case.problem.activation is None:
+        want = grouped_matmul_reference(**inputs)[owned]
+        torch.testing.assert_close(out[owned], want, rtol=0, atol=0)
         return
-    want = grouped_matmul_reference(**{**inputs, "out_dtype": torch.float64})[:end]
+    want = grouped_matmul_reference(**{**inputs, "out_dtype": torch.float64})[owned]
+    if case.problem.activation is not None:
+        want *= case.problem.activation.scale
     if case.reads == "outside":
-        outside = (inputs["index"][:end] < 0) | (inputs["index"][:end] >= case.tokens)
-        assert not out[:end][outside].any(), "rows of an index outside [0, T) must be zeros"
-    found, allowed = errors(out[:end], want), limits(case.problem)
+        outside = (inputs["index"][owned] < 0) | (inputs["index"][owned] >= case.tokens)
+        assert not out[owned][outside].any(), "rows of an index outside [0, T) must be zeros"
+    found, allowed = errors(out[owned], want), limits(case.problem, exact)
     assert found.whole <= allowed.whole, (found, allowed)
     assert found.worst_row <= allowed.worst_row, (found, allowed)
     assert found.worst_element <= allowed.worst_element, (found, allowed)
 
 
 SCHEMA_ORDER = (
-    "x", "weight", "index", "offsets", "per_token_scale", "scale", "bias",
+    "x", "weight", "index", "offsets", "per_token_scale", "scale", "bias", "starts",
     "out_dtype", "accumulation", "expected_rows", "num_sms", "schedule",
+    "activation", "interleaved",
 )  # fmt: skip
 _CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -161,8 +211,8 @@ def opcheck(case: Case, device: str) -> None:
     float8 = case.operand in (DType.E4M3, DType.E5M2)
     checks = _CHECKS if float8 else ("test_schema", *_CHECKS)
     ops = torch.ops.cutlass_moe
-    out = poisoned(case.rows, case.n, inputs["out_dtype"], device)
-    arguments = tuple(inputs.get(name) for name in SCHEMA_ORDER)
+    out = poisoned(case.rows, case.problem.out_columns, inputs["out_dtype"], device)
+    arguments = tuple({"interleaved": False, **inputs}.get(name) for name in SCHEMA_ORDER)
     torch.library.opcheck(ops.grouped_matmul_out.default, (out, *arguments), test_utils=checks)
     torch.library.opcheck(ops.grouped_matmul.default, arguments, test_utils=checks)
     if not case.operand.quantized:

@@ -24,6 +24,8 @@ from emitters.problem import (
     ACCUMULATIONS,
     OUTPUTS,
     Accumulation,
+    Activation,
+    ActivationFunction,
     Bias,
     ChannelScale,
     DType,
@@ -43,13 +45,17 @@ PROBLEM = GemmProblem(
     gather=True,
     epilogue=(PerTokenScale(), ChannelScale()),
 )
-ODD = dataclasses.replace(PROBLEM, n=200, k=1040, num_experts=33)  # tails of N and K
+ODD = dataclasses.replace(PROBLEM, n=208, k=1040, num_experts=33)  # tails of N and K
 EPILOGUES = (
     (),
     (PerTokenScale(), ChannelScale()),
     (PerTokenScale(), ExpertScale(), Bias(DType.FP32)),
     (PerTokenScale(), ChannelScale(), Bias(DType.BF16)),
+    (PerTokenScale(), ChannelScale(), Activation(ActivationFunction.GEGLU, 1 / 32)),
+    (Bias(DType.BF16), Activation(ActivationFunction.SWIGLU_OAI)),
+    (PerTokenScale(), ChannelScale(), Activation(ActivationFunction.GELU)),
 )
+GATED = dataclasses.replace(PROBLEM, epilogue=EPILOGUES[4])
 
 
 def every_problem() -> list[GemmProblem]:
@@ -67,6 +73,7 @@ def every_problem() -> list[GemmProblem]:
     for base in (PROBLEM, ODD):
         problems.append(dataclasses.replace(base, gather=False))
         problems.append(dataclasses.replace(base, weights=WeightStorage.TABLE))
+        problems.append(dataclasses.replace(GATED, n=base.n, weights=WeightStorage.TABLE))
         problems.append(dataclasses.replace(base, num_experts=1024))
         problems.append(dataclasses.replace(base, num_experts=1, k=16))
     return problems
@@ -130,6 +137,11 @@ def test_parameters_follow_the_problem(gather: bool) -> None:
     assert names[-2:] == ["per_token_scale", "channel_scale"]
     dynamic = param_kinds(problem, GemmSm90Config(schedule=Schedule.DYNAMIC))
     assert [name for name, _ in dynamic] == [*names, "counters"]
+    gated = dataclasses.replace(problem, epilogue=GATED.epilogue)
+    at = names.index("num_rows") + 1
+    for config in (GemmSm90Config(), GemmSwapSm90Config()):
+        found = [name for name, _ in param_kinds(gated, config)]
+        assert found == [*names[:at], "column_stride", "gate_stride", *names[at:]]
 
 
 PROBLEM_REASONS = [
@@ -143,6 +155,8 @@ PROBLEM_REASONS = [
     ("no expert", {"num_experts": 0}, "must be positive"),
     ("too many experts", {"num_experts": 1025}, "at most 1024"),
     ("a node twice", {"epilogue": (ChannelScale(), ChannelScale())}, "at most once"),
+    ("a node after the activation", {"epilogue": GATED.epilogue[::-1]}, "must be last"),
+    ("gated blocks cut", {"n": 1544, "epilogue": GATED.epilogue}, "a multiple of 16"),
 ]
 
 
@@ -179,6 +193,14 @@ CONFIG_REASONS = [
 def test_illegal_configs_have_a_reason(changes: dict, reason: str) -> None:
     assert why_illegal(PROBLEM, GemmSm90Config()) is None
     assert reason in (why_illegal(PROBLEM, GemmSm90Config(**changes)) or "")
+
+
+def test_gated_tiles_hold_whole_slices_of_outputs() -> None:
+    for tile_n, reason in ((64, "multiple of 128"), (192, "multiple of 128"), (128, None)):
+        found = why_illegal(GATED, GemmSm90Config(tile_n=tile_n))
+        assert found is None if reason is None else reason in (found or "")
+    wide = dataclasses.replace(GATED, out=DType.FP32)
+    assert why_illegal(wide, GemmSm90Config(tile_n=64)) is None
 
 
 SWAP_REASONS = [

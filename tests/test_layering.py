@@ -84,8 +84,8 @@ def test_one_place_compiles():
 
 def test_cutlass_moe_runs_where_there_is_no_dsl():
     """Every module imports with the DSL blocked, and none of them loads it."""
-    modules = [f"cutlass_moe.{path.stem}" for path in FILES["cutlass_moe"]]
-    modules = [name.removesuffix(".__init__") for name in modules]
+    paths = [path.relative_to(ROOT).with_suffix("") for path in FILES["cutlass_moe"]]
+    modules = [".".join(path.parts).removesuffix(".__init__") for path in paths]
     program = (
         f"import importlib, sys; sys.modules[{DSL!r}] = None\n"
         f"for name in {modules!r}: importlib.import_module(name)"

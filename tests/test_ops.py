@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import cutlass_moe as cm
 from emitters.problem import (
     ACCUMULATIONS,
+    Activation,
+    ActivationFunction,
     Bias,
     ChannelScale,
     EpilogueNode,
@@ -160,6 +162,41 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "num_sms": ({"num_sms": 0}, ValueError, "num_sms: expected .* got 0"),
     "schedule": ({"schedule": "fair"}, ValueError, "schedule: expected .*tile.* got 'fair'"),
+    "activation": (
+        {"activation": "tanh"},
+        ValueError,
+        "activation: expected one of swiglu, .*relu2, got 'tanh'",
+    ),
+    "gated_odd_n": (
+        {
+            "activation": "geglu",
+            "weight": torch.ones(3, 23, 32).to(torch.float8_e4m3fn),
+            "scale": torch.ones(3),
+            "bias": None,
+        },
+        ValueError,
+        "weight: expected gate and up rows for geglu, got an odd N 23",
+    ),
+    "interleaved_plain": (
+        {"interleaved": True},
+        ValueError,
+        "interleaved: expected a gated activation with it, got None",
+    ),
+    "interleaved_ungated": (
+        {"interleaved": True, "activation": "gelu"},
+        ValueError,
+        "interleaved: expected a gated activation with it, got 'gelu'",
+    ),
+    "starts_dtype": (
+        {"starts": torch.zeros(3)},
+        TypeError,
+        "starts: expected torch.int32, got torch.float32",
+    ),
+    "starts_shape": (
+        {"starts": torch.zeros(4, dtype=I32)},
+        ValueError,
+        r"starts: expected shape \(3,\), got \(4,\)",
+    ),
 }
 ERROR_TABLE = pytest.mark.parametrize(
     ("change", "error", "message"), ERRORS.values(), ids=ERRORS.keys()
@@ -235,19 +272,20 @@ def test_cases(name: str) -> None:
     inputs = make_inputs(case, "cpu")
     assert cm.grouped_matmul_problem(**inputs) == case.problem
     before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
-    out = poisoned(case.rows, case.n, inputs["out_dtype"], "cpu")
+    out = poisoned(case.rows, case.problem.out_columns, inputs["out_dtype"], "cpu")
     assert torch.ops.cutlass_moe.grouped_matmul_out(out, **inputs, **_absent(inputs)) is None
     check(out, case, inputs)
     assert all(same_bits(inputs[name], tensor) for name, tensor in before.items())
-    assert same_bits(cm.grouped_matmul(**inputs)[: sum(case.counts)], out[: sum(case.counts)])
+    assert same_bits(cm.grouped_matmul(**inputs)[case.owned], out[case.owned])
 
 
-def _absent(inputs: dict[str, Any]) -> dict[str, None]:
+def _absent(inputs: dict[str, Any]) -> dict[str, Any]:
     """What the schema, which has no defaults, wants besides."""
     names = (
-        "per_token_scale", "scale", "bias", "accumulation", "expected_rows", "num_sms", "schedule"
+        "per_token_scale", "scale", "bias", "starts",
+        "accumulation", "expected_rows", "num_sms", "schedule", "activation", "interleaved",
     )  # fmt: skip
-    return {name: None for name in names if name not in inputs}
+    return {name: False if name == "interleaved" else None for name in names if name not in inputs}
 
 
 def test_scales_may_have_a_last_dimension_of_one() -> None:
@@ -321,12 +359,27 @@ def test_any_call_is_the_definition(inputs: dict[str, Any]) -> None:
 # Tracing.
 
 
-@pytest.mark.parametrize("name", ["one_token_8_experts", "bias_bf16", "float_scales", "n_8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "one_token_8_experts",
+        "bias_bf16",
+        "float_scales",
+        "n_8",
+        "starts_few_rows",
+        "geglu_20",
+        "swiglu_oai_20",
+        "gelu_20",
+    ],
+)
 def test_opcheck(name: str) -> None:
     opcheck(replace(CASES[name], spare=0), "cpu")
 
 
-@pytest.mark.parametrize("case", [SMALL, FLOAT, replace(SMALL, gather=False)], ids=str)
+GATED = replace(SMALL, epilogue=(*SCALES, Activation(ActivationFunction.SWIGLU)))
+
+
+@pytest.mark.parametrize("case", [SMALL, FLOAT, replace(SMALL, gather=False), GATED], ids=str)
 def test_fakes_know_shape_and_dtype(case: Case) -> None:
     real = make_inputs(case, "cpu")
     with FakeTensorMode() as mode:
@@ -363,10 +416,21 @@ def test_compiles_as_one_graph_for_any_number_of_tokens(case: Case) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("activation", ActivationFunction, ids=str)
+def test_gradients_through_activations(activation: ActivationFunction, compiled: bool) -> None:
+    inputs = gradient_inputs([1, 1, 4, -1, 4, 4, 1], [3, 3, 7], torch.bfloat16)
+    inputs |= {"activation": str(activation), "interleaved": activation.gated}
+    check_gradients(inputs, compiled)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("shapes", ["flat", "column", "expert"])
 @pytest.mark.parametrize("routing", GRADIENTS.values(), ids=GRADIENTS.keys())
 def test_gradients(routing: dict[str, Any], shapes: str, compiled: bool) -> None:
-    inputs = gradient_inputs(**routing, dtype=torch.bfloat16, shapes=shapes)
+    check_gradients(gradient_inputs(**routing, dtype=torch.bfloat16, shapes=shapes), compiled)
+
+
+def check_gradients(inputs: dict[str, Any], compiled: bool) -> None:
     for name in DIFFERENTIABLE:
         inputs[name].requires_grad_()
     call = cm.grouped_matmul

@@ -14,14 +14,12 @@ from perf.cases import (
     RAGGED_ROWS,
     ROUTINGS,
     SCHEDULES,
-    SUITES,
     Case,
     Ceilings,
     Workload,
     draw_topk_ids,
     floor_us,
     moved_bytes,
-    select,
     workload,
 )
 from perf.operands import Operands, Weights, relative_error
@@ -35,6 +33,7 @@ from perf.peers import (
     padded_bmm,
     usual_systems,
 )
+from perf.suites import DECODE_TOKENS, LAYER_SUITES, SUITES, select
 from perf.timing import GRAPH_LAUNCHES, divided, launches_captured, launches_within, summarise
 
 H200 = Ceilings(4424, 4255, 1365, 906, 689, 2.0)
@@ -62,9 +61,20 @@ def operands_of(case: Case) -> Operands:
 
 def test_the_whole_table_has_distinct_names_and_shares_weights_among_neighbours() -> None:
     cases = select(SUITES)
-    assert len({case.id for case in cases}) == len(cases) == 6 + 8 + 9 + 54 + 144
+    products = 6 + 8 + 9 + 54 + 2 * 6 * (15 + 1) + 6 * (11 + 1)
+    assert len({case.id for case in cases}) == len(cases) == products + 45 + 10
     changes = sum(a.weights_id != b.weights_id for a, b in zip(cases, cases[1:], strict=False))
     assert changes + 1 == len({case.weights_id for case in cases})
+
+
+def test_decode_is_the_gemm_suite_at_few_tokens() -> None:
+    fp8 = select(["decode"], ["mixtral"], ["fp8"])
+    assert {case.suite for case in fp8} == {"gemm"}
+    zipf = [case for case in fp8 if case.routing == "zipf"]
+    assert [(case.gemm, case.tokens) for case in zipf] == [("up", 128), ("down", 128)]
+    assert sorted({case.tokens for case in fp8}) == list(DECODE_TOKENS) == [2**i for i in range(10)]
+    both = select(["gemm", "decode"], ["mixtral"], ["fp8"])
+    assert set(both) == {*fp8, *select(["gemm"], ["mixtral"], ["fp8"])}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +93,10 @@ def test_unknown_names_are_refused(wrong: dict) -> None:
         select(**{"suites": ["gemm"], **wrong})
 
 
-@pytest.mark.parametrize("case", select(SUITES, tokens=(1, 16)), ids=lambda case: case.id)
+PRODUCTS = [suite for suite in SUITES if suite not in LAYER_SUITES]
+
+
+@pytest.mark.parametrize("case", select(PRODUCTS, tokens=(1, 16)), ids=lambda case: case.id)
 def test_every_case_routes_each_token_to_distinct_experts(case: Case) -> None:
     few = replace(case, tokens=min(case.tokens, 64))
     ids = draw_topk_ids(few)
@@ -266,10 +279,11 @@ def test_the_fastest_padded_product_is_taken(monkeypatch) -> None:
 
 
 def test_schedules_and_padding_are_measured_in_their_suites_alone() -> None:
-    systems = {case.suite: set(usual_systems(case)) for case in select(SUITES)}
-    assert systems["schedules"] == {"cutlass_moe", *SCHEDULES}
-    assert systems["gemm"] == set(SYSTEMS) - {*SCHEDULES, "padded_bmm"}
-    assert systems["tutorial"] == systems["gemm"] - {"stream"} | {"padded_bmm"}
+    systems = {(c.suite, c.tokens): set(usual_systems(c)) for c in select(PRODUCTS)}
+    assert systems["schedules", 1024] == {"cutlass_moe", *SCHEDULES}
+    assert systems["gemm", 512] == set(SYSTEMS) - {*SCHEDULES, "padded_bmm"}
+    assert systems["gemm", 1024] == systems["gemm", 512] - {"stream"}
+    assert systems["tutorial", 32768] == systems["gemm", 1024] | {"padded_bmm"}
 
 
 def test_a_named_schedule_reaches_the_call_and_the_note(monkeypatch) -> None:

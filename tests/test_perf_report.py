@@ -11,11 +11,12 @@ from click.testing import CliRunner
 from emitters.config import GemmSm90Config
 from perf import report
 from perf.__main__ import images_of, main
-from perf.cases import SCHEDULES, SUITES, Case, draw_topk_ids, select, workload
+from perf.cases import SCHEDULES, Case, draw_topk_ids, workload
 from perf.figures import figures
 from perf.rows import PUBLISHED, RIVALS, Row, load_published, row_of
 from perf.store import Store, default_path, load
-from tests.test_perf import H200, SMALL
+from perf.suites import SUITES, select
+from tests.test_perf import H200, PRODUCTS, SMALL
 
 ABOUT = {
     "commit": "0123456789ab",
@@ -43,7 +44,8 @@ def record_of(case: Case, us: dict[str, float], absent: dict[str, str] | None = 
 def results(tmp_path):
     """A results file with one model's fp8 and bf16 products and the shapes of another suite."""
     store = Store(tmp_path / "some-gpu.json", ABOUT)
-    for case in select(SUITES, ["qwen3-30b"], ["fp8", "bf16"], (1, 1024)):
+    suites = [suite for suite in PRODUCTS if suite != "decode"]
+    for case in select(suites, ["qwen3-30b"], ["fp8", "bf16"], (1, 1024)):
         case = replace(case, tokens=min(case.tokens, 1024))
         us = {"cutlass_moe": 10.0, "triton": 20.0, "torch": 15.0}
         store.add_case(case.id, record_of(case, us, {"quack": "not importable"}))
@@ -107,9 +109,9 @@ def test_figures_of_prefill_against_peers() -> None:
     rows += rows_with([two], {"cutlass_moe": 10.0, "triton": 45.0, "torch_gemm": 5.0})
     rows += rows_with(select(["gemm"], ["mixtral"], ["fp8"], (1, 32768)), {"cutlass_moe": 1.0})
     found = figures_of(rows)
-    assert found["fp8: triton / ours"].cells[1:5] == ["3.000", "2.000", "2", "2"]
+    assert found["fp8: triton / ours"].cells[1:6] == ["3.000", "2.000", "-", "2", "2"]
     assert found["fp8: best peer / ours"].ratios == {one_name(one): 0.9, one_name(two): 4.5}
-    assert found["fp8: best peer / ours"].cells[4:] == ["1", one_name(one)]
+    assert found["fp8: best peer / ours"].cells[5:] == ["1", one_name(one)]
     assert found["fp8: torch_gemm / ours"].ratios == {one_name(two): 0.5}
     assert not any(name.startswith(("int8", "bf16")) for name in found)
 
@@ -159,8 +161,38 @@ def test_figures_of_int8_and_of_skew_take_the_slowest() -> None:
         "mixtral down int8 8192": 0.98,
     }
     assert found["int8 / fp8, ours"].cells[2] == "1.040"
-    assert found["zipf / balanced, ours"].cells[1:4] == ["1.149", "1.200", "6"]
+    assert found["zipf / balanced, ours"].cells[1:5] == ["1.149", "1.200", "-", "6"]
     assert found["half / balanced, ours"].cells[2] == "0.900"
+
+
+def test_figures_of_few_tokens_and_whether_they_meet_their_targets() -> None:
+    cases = select(["decode"], ["mixtral"], ["fp8"])
+    us = {"triton": 11.6, "torch": 20.0, "stream": 9.5}
+    rows = [
+        *rows_with([c for c in cases if c.tokens <= 4], {**us, "cutlass_moe": 10.0}),
+        *rows_with([c for c in cases if 4 < c.tokens <= 8], {**us, "cutlass_moe": 11.7}),
+        *rows_with([c for c in cases if c.tokens > 8], {**us, "cutlass_moe": 9.8}),
+    ]
+    found = figures_of(rows)
+    verdicts = {name.removeprefix("fp8: "): figure.verdict for name, figure in found.items()}
+    assert verdicts["best peer / ours, T <= 4"] == ">= 1.15 met"
+    assert verdicts["best peer / ours, T 8..512"] == ">= 1.03 met"
+    assert verdicts["ours / stream, T < 16"] == "<= 1.10 met"
+    assert verdicts["ours / stream, T >= 16"] == "<= 1.04 met"
+    assert verdicts["ours / stream, zipf"] == "<= 1.05 met"
+    assert verdicts["best peer / stream, T <= 512"] == ">= 1.00 each met"
+    within = found["fp8: best peer, with our spread / ours, T <= 512"]
+    assert within.verdict == ">= 1.00 each met"  # 1% slower, with a spread of 10%
+    slower = [replace(row, us={**row.us, "cutlass_moe": 13.0}) for row in rows]
+    assert all("MISSED" in f.verdict for n, f in figures_of(slower).items() if "/ ours, T" in n)
+
+
+def test_bf16_is_held_against_the_best_of_triton_and_torch() -> None:
+    cases = select(["decode"], ["mixtral"], ["bf16"])
+    rows = rows_with(cases, {"cutlass_moe": 10.0, "triton": 10.4, "torch": 11.0, "quack": 9.0})
+    figure = figures_of(rows)["bf16: best of triton, torch / ours, T <= 512"]
+    assert figure.verdict == ">= 1.03 met"
+    assert set(figure.ratios.values()) == {1.04}
 
 
 def test_figures_of_the_tutorial() -> None:
@@ -180,7 +212,7 @@ def test_schedules_stand_side_by_side() -> None:
     static = report.SCHEDULES_HEADER.index("static")
     assert [line[static] for line in lines] == ["11.0", "13.0", "13.0"]
     assert [line[-1] for line in lines] == ["-", "1.20", "1.20"]
-    assert [header[0] for header, _ in report.tables(rows)] == ["schedules", "figure"]
+    assert [header[0] for header, _ in report.tables(rows, [])] == ["schedules", "figure"]
 
 
 def test_published_figures_name_cases_and_systems() -> None:
@@ -193,7 +225,7 @@ def test_the_full_table_fits_what_is_kept_of_a_long_output() -> None:
     us = dict.fromkeys(("cutlass_moe", "triton", "torch", "torch_gemm", "deepgemm"), 3456.7)
     tokens = (1, 16, 128, 1024, 1024)
     cases = [c for t in tokens for c in select(["gemm"], tokens=(t,))]
-    (table, *_) = report.tables([row_of(record_of(c, us), ABOUT, {}) for c in cases])
+    (table, *_) = report.tables([row_of(record_of(c, us), ABOUT, {}) for c in cases], [])
     table = report.text_table(*table)
     assert len(table.splitlines()) == 91
     assert len(table) < 11_000
@@ -231,7 +263,7 @@ def test_report_writes_readme_table_and_plots(results, tmp_path) -> None:
     assert "torch 15.0 | 1.50 |" in text
     full = results.with_suffix(".md").read_text()
     assert "qwen3-30b up fp8 1024" in full
-    assert "| bf16: torch / ours | 1.500 | 1.500 | 2 | 2 |" in full
+    assert "| bf16: torch / ours | 1.500 | 1.500 | - | 2 | 2 |" in full
     assert "| qwen3-30b up fp8 1024 half |" in full
     assert "not importable: quack (cases: 44" in full
     assert "call 9.5" in full

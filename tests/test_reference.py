@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from cutlass_moe.reference import (
     grouped_matmul_reference,
     grouped_matmul_reference_out,
 )
-from emitters.problem import Bias, ExpertScale, PerTokenScale
+from emitters.problem import Activation, ActivationFunction, Bias, ExpertScale, PerTokenScale
 from tests.cases import BF16, CASES, FP32, INT8, SCALES, Case, make_inputs
 from tests.numerics import (
     DIFFERENTIABLE,
@@ -41,7 +42,13 @@ SMALL = {
     "bf16": Case(tokens=9, counts=(4, 0, 7), operand=BF16, epilogue=()),
     "bias": Case(tokens=9, counts=(4, 0, 7), epilogue=(*SCALES, Bias(BF16)), reads="outside"),
     "expert_scale": Case(tokens=9, counts=(4, 7), epilogue=(PerTokenScale(), ExpertScale())),
+    "starts": Case(tokens=9, counts=(4, 0, 7), apart=2),
 }
+for _i, _activation in enumerate(ActivationFunction):
+    _epilogue = (*SCALES, Bias(BF16), Activation(_activation))
+    SMALL[str(_activation)] = Case(tokens=9, counts=(4, 0, 7), epilogue=_epilogue)
+    if _activation.gated:
+        SMALL[f"{_activation}_interleaved"] = replace(SMALL[str(_activation)], interleaved=True)
 
 
 def definition(inputs: dict[str, Any]) -> Tensor:
@@ -66,7 +73,7 @@ def test_is_the_definition(case: Case, block: int, monkeypatch: pytest.MonkeyPat
 def test_out_form_passes_the_check_of_kernels(name: str, exact: bool) -> None:
     case = CASES[name]
     inputs = make_inputs(case, "cpu", exact)
-    out = poisoned(case.rows, case.n, inputs["out_dtype"], "cpu")
+    out = poisoned(case.rows, case.problem.out_columns, inputs["out_dtype"], "cpu")
     grouped_matmul_reference_out(out, **inputs)
     check(out, case, inputs, exact)
 
@@ -109,7 +116,7 @@ def _err_in_one_element(out: Tensor) -> None:
 def test_the_check_finds_faults(fault: Any) -> None:
     case = CASES["ragged"]
     inputs = make_inputs(case, "cpu")
-    out = poisoned(case.rows, case.n, inputs["out_dtype"], "cpu")
+    out = poisoned(case.rows, case.problem.out_columns, inputs["out_dtype"], "cpu")
     grouped_matmul_reference_out(out, **inputs)
     fault(out)
     with pytest.raises(AssertionError):
@@ -119,7 +126,7 @@ def test_the_check_finds_faults(fault: Any) -> None:
 def test_the_check_wants_zeros_for_indices_outside() -> None:
     case = CASES["outside"]
     inputs = make_inputs(case, "cpu")
-    out = poisoned(case.rows, case.n, inputs["out_dtype"], "cpu")
+    out = poisoned(case.rows, case.problem.out_columns, inputs["out_dtype"], "cpu")
     grouped_matmul_reference_out(out, **inputs)
     out[0] = 1e-30
     with pytest.raises(AssertionError, match="must be zeros"):
@@ -187,6 +194,26 @@ def test_backward_is_autograd_of_the_definition(routing: dict[str, Any], shapes:
     inputs = gradient_inputs(**routing, dtype=torch.float64, shapes=shapes)
     rows = 5 if inputs["index"] is None else len(inputs["index"])
     grad = torch.randn(rows, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    got = grouped_matmul_backward(grad, **inputs, needs=(True,) * 5)
+    for name, found, want in zip(DIFFERENTIABLE, got, naive_gradients(grad, inputs), strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("activation", ActivationFunction, ids=str)
+def test_backward_through_activations(activation: ActivationFunction, interleaved: bool) -> None:
+    if interleaved and not activation.gated:
+        return
+    inputs = gradient_inputs([1, 1, 4, -1, 0, 2, 3], [2, 4, 6], dtype=torch.float64)
+    inputs |= {
+        "starts": torch.tensor([0, 3, 5], dtype=torch.int32),
+        "activation": str(activation),
+        "interleaved": interleaved,
+    }
+    inputs["x"] *= 3  # beyond the limits of swiglu_oai
+    generator = torch.Generator().manual_seed(5)
+    columns = 2 if activation.gated else 4
+    grad = torch.randn(7, columns, dtype=torch.float64, generator=generator)
     got = grouped_matmul_backward(grad, **inputs, needs=(True,) * 5)
     for name, found, want in zip(DIFFERENTIABLE, got, naive_gradients(grad, inputs), strict=True):
         torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12, msg=name)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from cutlass_moe import grouped_matmul_problem
 from cutlass_moe.demo import TORCH_DTYPES
 from cutlass_moe.heuristics import candidates
-from cutlass_moe.shapes import DTYPES, MODELS, MoeShape, problems
+from cutlass_moe.shapes import ACTIVATION_SCALE, DTYPES, MODELS, MoeShape, problems
 from emitters.legality import why_illegal
-from emitters.problem import Accumulation, DType
+from emitters.problem import Accumulation, Activation, ActivationFunction, DType
 
 every_model = pytest.mark.parametrize("shape", MODELS.values(), ids=list(MODELS))
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -32,7 +34,7 @@ def test_every_model_has_kernels(shape, dtype):
 
 @every_dtype
 def test_problems(dtype):
-    up, down = problems(MODELS["mixtral"], dtype).values()
+    up, down, activated = problems(MODELS["mixtral"], dtype).values()
     assert (up.gather, down.gather) == (True, False)
     assert (up.n, up.k, down.n, down.k) == (28672, 4096, 4096, 14336)
     nodes = [] if dtype == "bf16" else ["per_token_scale", "channel_scale"]
@@ -40,6 +42,19 @@ def test_problems(dtype):
     assert up.out is DType.BF16
     expected = {"fp8": Accumulation.FAST, "int8": Accumulation.INT32, "bf16": Accumulation.FP32}
     assert up.accumulation is expected[dtype]
+    assert activated.out_columns == down.k
+    assert activated.out is (DType.BF16 if dtype == "bf16" else DType.FP16)
+    scale = 1.0 if dtype == "bf16" else ACTIVATION_SCALE
+    assert activated.activation == Activation(ActivationFunction.SWIGLU, scale)
+
+
+def test_activations_of_models():
+    activated = problems(MODELS["gpt-oss-120b"], "bf16")["activated"]
+    assert activated.activation == Activation(ActivationFunction.SWIGLU_OAI)
+    plain = MoeShape("m", 8, 2, 64, 32, activation="gelu")
+    assert problems(plain, "bf16")["activated"].out_columns == plain.gemms["up"].n == 32
+    with pytest.raises(ValueError, match="m: activation must be one of swiglu, .*, got 'tanh'"):
+        MoeShape("m", 8, 2, 64, 32, activation="tanh")
 
 
 @every_dtype
@@ -58,7 +73,13 @@ def test_problems_are_those_that_calls_pose(dtype, bias):
             per_token_scale=torch.ones(3) if scaled else None,
             scale=torch.ones(4, problem.n) if scaled else None,
             bias=torch.ones(4, problem.n, dtype=torch.bfloat16) if bias else None,
+            activation=str(problem.activation.function) if problem.activation else None,
+            out_dtype=torch.float16 if problem.out is DType.FP16 else None,
         )
+        if scaled and problem.activation:  # as the layer asks for it
+            *nodes, activation = posed.epilogue
+            scaled_activation = replace(activation, scale=ACTIVATION_SCALE)
+            posed = replace(posed, epilogue=(*nodes, scaled_activation))
         assert posed == problem
 
 
@@ -66,7 +87,7 @@ def test_shard():
     assert MODELS["dsv3"].shard(ep=8) == MODELS["dsv3-ep8"]
     assert MODELS["mixtral"].shard() == MODELS["mixtral"]
     sharded = MODELS["gpt-oss-120b"].shard(tp=2, ep=4)
-    assert sharded == MoeShape("gpt-oss-120b-tp2-ep4", 32, 1, 2880, 1440, bias=True)
+    assert sharded == MoeShape("gpt-oss-120b-tp2-ep4", 32, 1, 2880, 1440, True, "swiglu_oai")
     assert sharded.gemms == {"up": (2880, 2880), "down": (2880, 1440)}
 
 

@@ -60,7 +60,7 @@ def test_calls_after_warmup_find_their_kernels(archive, monkeypatch, name):
         assert case.problem == problem
         used.add(case.config)
         inputs = make_inputs(case, "cuda")
-        out = poisoned(case.rows, case.n, inputs["out_dtype"], "cuda")
+        out = poisoned(case.rows, case.problem.out_columns, inputs["out_dtype"], "cuda")
         cm.grouped_matmul_out(out, **inputs)
         check(out, case, inputs)
     assert len(used) > 2 and used <= set(candidates(problem))

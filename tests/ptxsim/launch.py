@@ -13,7 +13,7 @@ from torch import Tensor
 from emitters.config import Config
 from emitters.emit import emit_ptx
 from emitters.image import LaunchRecord, ParamKind
-from emitters.problem import GemmProblem, WeightStorage
+from emitters.problem import GemmProblem, WeightStorage, gate_strides
 from tests.numerics import poisoned
 from tests.ptxsim import samples
 from tests.ptxsim.machine import Launch, Machine
@@ -75,6 +75,9 @@ class Arguments:
             "bias": self._add("bias", inputs.get("bias")),
         }
         values["expert_scale"] = values["channel_scale"]
+        interleaved = inputs.get("interleaved", False)
+        strides = gate_strides(self.problem.n, interleaved)
+        values["column_stride"], values["gate_stride"] = strides
         self.counters = np.zeros(2, np.int32)  # of a dynamic schedule
         if any(param.name == "counters" for param in self.record.params):
             data = self.counters.view(np.uint8)
@@ -82,7 +85,10 @@ class Arguments:
         values["out"] = self.memory.add("out", _bytes(out), writer=self.grid)
         if late:
             self._copy(values["out"], self.memory.add("old", np.zeros(out.nbytes, np.uint8), 0))
-        maps = {"weight": self._weight(inputs["weight"]), "out_map": self._out_map(values["out"])}
+        maps = {
+            "weight": self._weight(inputs["weight"], interleaved),
+            "out_map": self._out_map(values["out"]),
+        }
         self.parameters = self._pack(kernel, values, maps)
 
     def _add(self, name: str, tensor: Tensor | None) -> int:
@@ -98,18 +104,19 @@ class Arguments:
         self.copies += (source, target, len(self.memory.regions[-1].data) // 4)
         return target
 
-    def _weight(self, weight: Tensor) -> bytes:
+    def _weight(self, weight: Tensor, interleaved: bool) -> bytes:
         """The tensor map, or the address of a table of them."""
         p, box = self.problem, self.record.tensor_maps[0]
         base = self.memory.add("weight", _bytes(weight))
         size = p.operand.bytes
         stacked = p.weights is WeightStorage.STACKED
+        extents, strides = p.weight_view(weight.stride(), interleaved)
         maps = [
             TensorMap(
                 pointer=base + expert * weight.stride(0) * size,
                 element_bytes=size,
-                dims=(p.k, p.n, p.num_experts if stacked else 1),
-                strides=(weight.stride(1) * size, weight.stride(0) * size),
+                dims=extents,
+                strides=tuple(stride * size for stride in strides),
                 box=box.box,
                 swizzle=box.swizzle,
             ).encode()
@@ -121,7 +128,8 @@ class Arguments:
         return self.memory.add("tensor maps", table).to_bytes(8, "little")
 
     def _out_map(self, pointer: int) -> bytes:
-        n, size, box = self.problem.n, self.problem.out.bytes, self.record.tensor_maps[1]
+        n, size = self.problem.out_columns, self.problem.out.bytes
+        box = self.record.tensor_maps[1]
         return TensorMap(
             pointer=pointer,
             element_bytes=size,
@@ -170,7 +178,7 @@ def simulate(
 
     Raises Fault for a defect of the kernel; what `out` holds is the caller's to check.
     """
-    out = poisoned(rows, kernel.problem.n, inputs["out_dtype"], "cpu")
+    out = poisoned(rows, kernel.problem.out_columns, inputs["out_dtype"], "cpu")
     arguments = Arguments(kernel, inputs, out, late)
     record = kernel.record
     launch = Launch(

@@ -149,8 +149,8 @@ class Cluster:
         return self.ctas[rank]
 
     def address(self, address: int, rank: int) -> int:
-        """shared::cluster address of the same place in a CTA of the cluster."""
-        self.cta(rank)
+        """shared::cluster address of the same place in a CTA of the cluster. It may be asked for
+        where there is no such CTA; only its use is a fault."""
         return (address & OFFSET) | (rank + 1) << RANK_BIT
 
     @property

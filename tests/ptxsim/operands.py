@@ -30,6 +30,7 @@ def _same(number: int) -> Lanes:
 _SPECIAL: dict[str, Callable[[Any], Lanes]] = {
     "%tid.x": lambda f: f.warp.tid,
     "%laneid": lambda f: LANES.astype(np.uint32),
+    "%lanemask_lt": lambda f: (np.uint32(1) << LANES.astype(np.uint32)) - np.uint32(1),
     "%ctaid.x": lambda f: _same(f.warp.cta.number),
     "%nctaid.x": lambda f: _same(f.warp.cta.grid.launch.grid),
     "%cluster_ctaid.x": lambda f: _same(f.warp.cta.rank),

@@ -13,6 +13,8 @@ from emitters.problem import (
     ACCUMULATIONS,
     OUTPUTS,
     Accumulation,
+    Activation,
+    ActivationFunction,
     Bias,
     DType,
     EpilogueNode,
@@ -191,7 +193,59 @@ SWAPPED |= {
         _k(replace(FEW, accumulation=Accumulation.TWO_LEVEL), 4), replace(SWAP, split_k=2), grid=2
     ),
 }
-RUNS = NUMBERS | SHAPES | SWAPPED
+_GATED = replace(
+    BASE,
+    n=144,
+    k=144,
+    out=DType.FP16,
+    epilogue=(*SCALES, Activation(ActivationFunction.SWIGLU, 1 / 32)),
+)
+_INTERLEAVED = replace(_GATED, interleaved=True)
+_FEW_GATED = replace(_GATED, counts=FEW.counts)
+_WIDE = replace(SMALL, tile_n=128)
+ACTIVATED: dict[str, Run] = {}
+for _i, _activation in enumerate(ActivationFunction):
+    _nodes = (*EPILOGUES[list(EPILOGUES)[_i % len(EPILOGUES)]], Activation(_activation, 1 / 32))
+    _case = replace(_GATED, epilogue=_nodes, operand=DType.FP16, out=OUTPUTS[_i % 3], k=136)
+    _case = replace(_case, interleaved=_activation.gated and _i % 2 == 1)
+    ACTIVATED[f"{_activation}"] = Run(_case, _WIDE)
+    _case = replace(_case, counts=FEW.counts, interleaved=_activation.gated and _i % 2 == 0)
+    ACTIVATED[f"swap_{_activation}"] = Run(_case, replace(SWAP, tile_m=(8, 16)[_i % 2]))
+_BIASED = replace(_GATED, epilogue=(*SCALES, Bias(DType.FP32), _GATED.epilogue[-1]))
+ACTIVATED |= {
+    "gated_no_tail": Run(replace(_GATED, n=256), _WIDE),
+    "gated_256": Run(replace(_GATED, n=288), replace(SMALL, tile_n=256)),
+    "gated_64_columns": Run(replace(_INTERLEAVED, out=DType.FP32), SMALL),
+    "gated_bias": Run(_BIASED, _WIDE),
+    "gated_bias_interleaved": Run(replace(_BIASED, interleaved=True), _WIDE),
+    "gated_table": Run(_INTERLEAVED, _WIDE, storage=WeightStorage.TABLE),
+    "gated_cluster": Run(replace(_GATED, counts=PAIRS.counts), replace(CLUSTER, tile_n=128)),
+    "gated_cluster_pingpong": Run(
+        replace(_INTERLEAVED, counts=(270, 0, 33)),
+        replace(CLUSTER, tile_n=128, pingpong=True),
+    ),
+    "gated_pingpong_128": Run(
+        replace(_GATED, counts=(200, 0, 140)), replace(PINGPONG, tile_m=128, tile_n=128)
+    ),
+    "gated_int8": Run(replace(_INTERLEAVED, operand=DType.INT8, out=DType.BF16), _WIDE),
+    "gated_two_level": Run(replace(_GATED, accumulation=Accumulation.TWO_LEVEL), _WIDE),
+    "gated_no_index": Run(replace(_GATED, gather=False, reads="any"), _WIDE),
+    "gated_starts": Run(replace(_GATED, apart=19), _WIDE),
+    "starts": Run(replace(BASE, apart=19), SMALL),
+    "swap_starts": Run(replace(FEW, apart=5), SWAP),
+    "swap_gated_table": Run(_FEW_GATED, SWAP, storage=WeightStorage.TABLE),
+    "swap_gated_128": Run(
+        replace(_FEW_GATED, n=272, interleaved=True), replace(SWAP, tile_n=128, tile_m=48)
+    ),
+    "swap_gated_bias": Run(
+        replace(_BIASED, counts=FEW.counts), replace(SWAP, tile_m=32, k_boxes=2)
+    ),
+    "swap_gated_split": Run(
+        _k(replace(_FEW_GATED, n=64), 4), replace(SWAP, split_k=4, tile_m=16), grid=4
+    ),
+    "swap_gated_n_16": Run(replace(_FEW_GATED, n=16), SWAP),
+}
+RUNS = NUMBERS | SHAPES | SWAPPED | ACTIVATED
 SCHEDULES = 5  # of each run
 
 

@@ -14,8 +14,8 @@ from tests.ptxsim.outcome import AGAIN, PARKED, WAITING, YIELD
 from tests.ptxsim.ptx import Fault, Instruction
 
 _COLLECTIVES = (
-    "elect.sync", "shfl.sync", "vote.sync", "bar.warp.sync", "bar.sync", "bar.arrive",
-    "stmatrix.sync", "wgmma.", "setmaxnreg.",
+    "elect.sync", "shfl.sync", "vote.sync", "match.", "redux.sync", "bar.warp.sync", "bar.sync",
+    "bar.arrive", "stmatrix.sync", "wgmma.", "setmaxnreg.",
 )  # fmt: skip
 
 
@@ -30,7 +30,12 @@ def build(one: Instruction, operands: Operands) -> Op | None:
         "elect.sync": _elect,
         "shfl.sync.idx.b32": _shuffle,
         "shfl.sync.up.b32": _shuffle,
+        "shfl.sync.bfly.b32": _shuffle,
         "vote.sync.ballot.b32": _ballot,
+        "match.any.sync.b32": _match,
+        "redux.sync.add.s32": _reduce,
+        "redux.sync.max.u32": _reduce,
+        "redux.sync.min.u32": _reduce,
         "bar.warp.sync": _warp_barrier,
         "bar.sync": _named_barrier,
         "bar.arrive": _named_barrier,
@@ -87,7 +92,7 @@ def _shuffle(one: Instruction, operands: Operands) -> Op:
     by, bound = operands.source(one.operands[2], U32), integer(one.operands[3])
     segment, clamp = bound >> 8 & 31, bound & 31
     first = LANES & segment
-    up = ".up." in one.opcode
+    up, butterfly = ".up." in one.opcode, ".bfly." in one.opcode
 
     def shuffle(f: Any) -> None:
         step = (by(f) & np.uint32(31)).astype(np.int64)
@@ -96,7 +101,7 @@ def _shuffle(one: Instruction, operands: Operands) -> Op:
             lane = np.where(lane >= (first | clamp & ~segment), lane, LANES)
         else:
             last = first | clamp & ~segment
-            lane = first | step & ~segment
+            lane = LANES ^ step if butterfly else first | step & ~segment
             lane = np.where(lane <= last, lane, LANES)
         value, valid = handed(f)
         hand(f, value[lane], valid if valid == ALL else _bits(valid >> lane & 1 == 1))
@@ -112,6 +117,31 @@ def _ballot(one: Instruction, operands: Operands) -> Op:
         put(f, np.full(32, _bits(predicate(f)), np.uint32))
 
     return ballot
+
+
+def _match(one: Instruction, operands: Operands) -> Op:
+    _whole_warp(one, one.operands[2])
+    put, value = operands.sink(one.operands[0], U32), operands.source(one.operands[1], U32)
+
+    def match(f: Any) -> None:
+        same = value(f)[:, None] == value(f)
+        put(f, np.packbits(same, axis=1, bitorder="little").view(np.uint32)[:, 0])
+
+    return match
+
+
+def _reduce(one: Instruction, operands: Operands) -> Op:
+    """Its membermask may be a register."""
+    put, value = operands.sink(one.operands[0], U32), operands.source(one.operands[1], U32)
+    mask = operands.source(one.operands[2], U32)
+    function = {"add": np.sum, "max": np.max, "min": np.min}[one.opcode.split(".")[2]]
+
+    def reduce(f: Any) -> None:
+        if (mask(f) != ALL).any():
+            raise Fault(f"membermask {int(mask(f).min()):#x}, only whole warps are modelled")
+        put(f, np.full(32, function(value(f)), np.uint32))
+
+    return reduce
 
 
 def _warp_barrier(one: Instruction, operands: Operands) -> Op:

@@ -56,6 +56,7 @@ def build(one: Instruction, operands: Operands) -> Op | None:
         "cp.async.wait_group": _wait_group,
         "cp.async.wait_all": _wait_group,
         "stmatrix.sync.aligned.m8n8.x4.shared.b16": _store_matrices,
+        "stmatrix.sync.aligned.m8n8.x1.trans.shared.b16": _store_matrices,
         "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16": _store_matrices,
         "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16": _store_matrices,
     }
@@ -256,7 +257,7 @@ def _store_matrices(one: Instruction, operands: Operands) -> Op:
     """8x8 matrices of 16 bits; lane i gives the address of row i % 8 of matrix i // 8."""
     address = operands.address(one.operands[0])
     sources = [operands.source(name, U32) for name in braced(one.operands[1])]
-    count = 2 if ".x2." in one.opcode else 4
+    count = int(one.opcode[len("stmatrix.sync.aligned.m8n8.x")])
     if len(sources) != count:
         raise ValueError(f"{one.where()}: {count} registers expected")
 

@@ -1,0 +1,1 @@
+"""Names and signatures of other grouped GEMM libraries, on `cutlass_moe.grouped_matmul`."""

@@ -1,0 +1,95 @@
+"""What a call of fused_moe may look like."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cutlass_moe.arguments import check_accumulation, expect
+from cutlass_moe.layer_reference import GATED, NOT_GATED
+
+QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+_HIDDEN = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Layer(NamedTuple):
+    """The tensors of a layer; shapes and dtypes as in `fused_moe`."""
+
+    hidden: Tensor
+    w13: Tensor
+    w2: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+    w13_scale: Tensor | None = None
+    w2_scale: Tensor | None = None
+    w13_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
+    expert_map: Tensor | None = None
+    residual: Tensor | None = None
+
+
+class LayerOptions(NamedTuple):
+    quant: str | None = None
+    activation: str = "swiglu"
+    interleaved: bool = False
+    capacity_factor: float | None = None
+    accumulation: str | None = None
+    pdl: bool = True
+
+
+def check_layer(layer: Layer, options: LayerOptions, out: Tensor | None = None) -> None:
+    """Raises ValueError or TypeError, with what was expected and what came. Extents may be
+    symbolic."""
+    hidden, w13, w2 = layer.hidden, layer.w13, layer.w2
+    device = hidden.get_device()
+    if options.quant is not None and options.quant not in QUANTS:
+        raise ValueError(f"quant: expected None, 'fp8' or 'int8', got {options.quant!r}")
+    if options.activation not in GATED + NOT_GATED:
+        names = ", ".join(GATED + NOT_GATED)
+        raise ValueError(f"activation: expected one of {names}, got {options.activation!r}")
+    gates = 2 if options.activation in GATED else 1
+    if options.interleaved and gates == 1:
+        raise ValueError(f"interleaved: {options.activation} has no gate to interleave")
+    if options.capacity_factor is not None and not options.capacity_factor > 0:
+        raise ValueError(f"capacity_factor: expected more than 0, got {options.capacity_factor}")
+    if hidden.dim() != 2 or w13.dim() != 3 or w2.dim() != 3 or layer.topk_ids.dim() != 2:
+        raise ValueError(
+            "expected hidden [T, H], w13 [E, 2I or I, H], w2 [E, H, I] and topk_ids [T, k], got "
+            + ", ".join(str(tuple(t.shape)) for t in (hidden, w13, w2, layer.topk_ids))
+        )
+    tokens, width = hidden.shape
+    experts, _, inter = w2.shape
+    choices = (tokens, layer.topk_ids.shape[1])
+    expect("hidden", hidden, device, _HIDDEN, (hidden.shape,))
+    expect("topk_ids", layer.topk_ids, device, (torch.int32, torch.int64), (choices,))
+    expect("topk_weights", layer.topk_weights, device, (torch.float32,), (choices,))
+    dtype = QUANTS[options.quant] if options.quant else hidden.dtype
+    check_accumulation(options.accumulation, dtype)
+    for name, weight, shape in (
+        ("w13", w13, (experts, gates * inter, width)),
+        ("w2", w2, (experts, width, inter)),
+    ):
+        if weight.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {weight.dtype}")
+        if weight.shape != shape or not experts:
+            raise ValueError(f"{name}: expected [E > 0, ...] {shape}, got {tuple(weight.shape)}")
+        if weight.device != hidden.device:
+            raise ValueError(f"{name}: expected {hidden.device}, got {weight.device}")
+        scale, bias = getattr(layer, f"{name}_scale"), getattr(layer, f"{name}_bias")
+        if (scale is None) != (options.quant is None):
+            raise ValueError(f"{name}_scale: needed with quant, and only then")
+        if scale is not None:
+            shapes = (shape[:2], (experts,))
+            expect(f"{name}_scale", scale, device, (torch.float32,), shapes)
+        if bias is not None:
+            expect(f"{name}_bias", bias, device, _FLOATS, (shape[:2],))
+    if layer.expert_map is not None:
+        count = layer.expert_map.numel()
+        expect("expert_map", layer.expert_map, device, (torch.int32,), ((count,),))
+    if layer.residual is not None:
+        expect("residual", layer.residual, device, (hidden.dtype,), (hidden.shape,))
+    if out is not None:
+        expect("out", out, device, (hidden.dtype,), (hidden.shape,))

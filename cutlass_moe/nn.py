@@ -1,0 +1,319 @@
+"""Mixture-of-experts feed-forward layers as torch modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import cutlass_moe as cm
+from cutlass_moe.arguments import DTYPES
+from cutlass_moe.calls import announce_fallback
+from cutlass_moe.kernels import device_arch
+from cutlass_moe.layer_reference import (
+    GATED,
+    NOT_GATED,
+    QUANT_DTYPES,
+    Experts,
+    combine_reference,
+    feed_forward,
+    quantized,
+    topk_router_reference,
+)
+from cutlass_moe.ops import wants_gradient
+from cutlass_moe.quantize import quantize_per_token
+from emitters.legality import why_illegal
+from emitters.problem import ACCUMULATIONS, GemmProblem
+
+_QUANTIZED = ("w1_quantized", "w1_scale", "w2_quantized", "w2_scale")
+
+
+class MoeFeedForward(nn.Module):
+    """Sum over a token's experts e of weight * (act(x @ w1[e] + b1[e]) @ w2[e] + b2[e]).
+
+    embed_dim D, hidden_dim H, num_experts E. Parameters, with F = H, in the gated form 2 H:
+      w1 [E, D, F] and w2 [E, H, D]; with `bias` also b1 [E, F] and b2 [E, D];
+      router, a Linear from D to E, with a bias where `router_bias` says so;
+      of num_shared_experts S, which every token visits and whose outputs are added unweighted,
+      shared_w1 [S, D, F], shared_w2 [S, H, D] and with `bias` shared_b1 [S, F], shared_b2 [S, D].
+    activation: "gelu" (erf, the default), "silu", "relu" or "relu2" (squared).
+    top_k and router_options (scoring, renormalize, num_groups, topk_groups, scale, threshold): as
+      in `topk_router`. correction_bias: there is a float32 buffer of this name, [E], for the choice
+      of experts.
+    capacity_factor: as in `route`.
+    use_grouped_gemm=False: the padded path, always.
+
+    Kernels run bfloat16, float16 and quantised layers (`quantize_`) on a GPU that has them, where
+    no gradient is wanted. All else takes the padded path, after one warning unless it was asked for
+    or the module is training: tokens are copied to [E, longest, D], experts are batched matrix
+    products, and the host waits for the device once. That path is differentiable in the input and
+    all parameters, of any floating dtype; quantised layers have no gradient.
+    """
+
+    activations = NOT_GATED  # the first is the default
+    correction_bias: Tensor | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        activation: str | None = None,
+        top_k: int = 1,
+        num_shared_experts: int = 0,
+        bias: bool = False,
+        use_grouped_gemm: bool = True,
+        *,
+        correction_bias: bool = False,
+        router_bias: bool = False,
+        capacity_factor: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **router_options: Any,
+    ) -> None:
+        super().__init__()
+        sizes = {"embed_dim": embed_dim, "hidden_dim": hidden_dim, "num_experts": num_experts}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected a positive number, got {size}")
+        if num_shared_experts < 0:
+            raise ValueError(f"num_shared_experts: expected 0 or more, got {num_shared_experts}")
+        activation = self.activations[0] if activation is None else activation
+        if activation not in self.activations:
+            expected = ", ".join(self.activations)
+            raise ValueError(f"activation: expected one of {expected}, got {activation!r}")
+        self.embed_dim, self.hidden_dim, self.num_experts = embed_dim, hidden_dim, num_experts
+        self.activation, self.top_k = activation, top_k
+        self.num_shared_experts = num_shared_experts
+        self.use_grouped_gemm = use_grouped_gemm
+        self.capacity_factor = capacity_factor
+        self.quant: str | None = None  # "fp8" or "int8" after `quantize_`
+        self.router_options = router_options
+        topk_router_reference(torch.zeros(1, num_experts), top_k, **router_options)  # checks them
+
+        for prefix, count in (("", num_experts), ("shared_", num_shared_experts)):
+            for name, shape in self._shapes().items():
+                there = count > 0 and (bias or name.startswith("w"))
+                empty = torch.empty((count, *shape), device=device, dtype=dtype)
+                self.register_parameter(prefix + name, nn.Parameter(empty) if there else None)
+        self.router = nn.Linear(embed_dim, num_experts, router_bias, device, dtype)
+        zeros = torch.zeros(num_experts, device=device, dtype=torch.float32)
+        self.register_buffer("correction_bias", zeros if correction_bias else None)
+        for name in _QUANTIZED:
+            self.register_buffer(name, None)
+        self.reset_parameters()
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one expert's parameters."""
+        d, h = self.embed_dim, self.hidden_dim
+        width = 2 * h if self.activation in GATED else h
+        return {"w1": (d, width), "w2": (h, d), "b1": (width,), "b2": (d,)}
+
+    def reset_parameters(self) -> None:
+        """Weights are drawn as `nn.Linear` draws them, expert by expert; biases become zeros."""
+        self.router.reset_parameters()
+        for parameter in self.parameters(recurse=False):
+            bound = parameter.shape[1] ** -0.5 if parameter.dim() == 3 else 0.0
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> the same shape and dtype: that of the parameters, or any floating one
+        under autocast and where the layer is quantised.
+
+        Raises TypeError or ValueError for other inputs, RuntimeError where a gradient through a
+        quantised layer is wanted.
+        """
+        self._check(hidden)
+        x = hidden.reshape(-1, self.embed_dim)
+        differentiable = wants_gradient((x, *self.parameters()))
+        logits = self.router(x.to(self.router.weight.dtype))  # may be wider than the experts
+        choose = topk_router_reference if differentiable else cm.topk_router
+        weights, ids = choose(
+            logits, self.top_k, correction_bias=self.correction_bias, **self.router_options
+        )
+        residual = None
+        if self.num_shared_experts:
+            every = x.expand(self.num_shared_experts, *x.shape)
+            shared = self._experts("shared_")
+            residual = feed_forward(every, None, shared, self.activation).sum(0)
+        path = self._padded
+        if self.use_grouped_gemm and not (differentiable and self.training):
+            reason = self._why_no_kernel(x, differentiable)
+            if reason is None:
+                path = self._fused
+            else:
+                announce_fallback(reason)
+        return path(x, weights, ids, residual).to(hidden.dtype).view(hidden.shape)
+
+    def _check(self, hidden: Tensor) -> None:
+        if hidden.shape[-1:] != (self.embed_dim,):
+            raise ValueError(f"hidden: expected [..., {self.embed_dim}], got {list(hidden.shape)}")
+        if self.quant:
+            if wants_gradient((hidden,)):
+                raise RuntimeError(
+                    "a quantised layer has no gradient and its input requires one: "
+                    "detach it, or use torch.no_grad()"
+                )
+        elif hidden.dtype != self.w1.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(
+                f"hidden: expected {self.w1.dtype} (the parameters' dtype), got {hidden.dtype}"
+            )
+
+    def _why_no_kernel(self, x: Tensor, differentiable: bool) -> str | None:
+        if differentiable:
+            return "a gradient may be asked for (torch.no_grad() says that it won't be)"
+        if not x.is_cuda:
+            return f"tensors on {x.device}, not on a GPU"
+        shapes, arch = self._shapes(), device_arch(x.get_device())
+        weight = self._experts().w13.dtype
+        return _why_illegal(x.dtype, weight, self.num_experts, shapes["w1"], shapes["w2"], arch)
+
+    def _fused(self, x: Tensor, weights: Tensor, ids: Tensor, residual: Tensor | None) -> Tensor:
+        w13, w2, w13_scale, w2_scale, w13_bias, w2_bias = self._experts()
+        return cm.fused_moe(
+            x.contiguous(),
+            w13,
+            w2,
+            weights,
+            ids,
+            quant=self.quant,
+            w13_scale=w13_scale,
+            w2_scale=w2_scale,
+            activation=self.activation,
+            w13_bias=w13_bias,
+            w2_bias=w2_bias,
+            capacity_factor=self.capacity_factor,
+            residual=residual,
+        )
+
+    def _padded(self, x: Tensor, weights: Tensor, ids: Tensor, residual: Tensor | None) -> Tensor:
+        table = cm.route(ids, self.num_experts, capacity_factor=self.capacity_factor)
+        ends = table.offsets.long()
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        longest, rows = torch.stack([counts.max(), ends[-1]]).tolist()
+        row = torch.arange(rows, device=x.device)
+        expert = torch.searchsorted(ends, row, right=True)
+        place = expert * longest + row - (ends - counts)[expert]
+        token = table.index[:rows].long()
+
+        def padded(values: Tensor) -> Tensor:
+            """[T, ...] -> [E, longest, ...]"""
+            spread = values.new_zeros(self.num_experts * longest, *values.shape[1:])
+            spread.index_copy_(0, place, values[token])
+            return spread.view(self.num_experts, longest, *values.shape[1:])
+
+        experts = self._experts()
+        values, scale = quantized(x, experts.w13.dtype, torch.float32) if self.quant else (x, None)
+        out = feed_forward(
+            padded(values), None if scale is None else padded(scale), experts, self.activation
+        )
+        inverse = table.inverse
+        if rows:
+            inverse = place[inverse.clamp(min=0)].where(inverse >= 0, -1)
+        return combine_reference(out.flatten(0, 1).to(x.dtype), weights, inverse, residual=residual)
+
+    def _experts(self, prefix: str = "") -> Experts:
+        """What `fused_moe` takes: views of the parameters, or what `quantize_` made of them."""
+        b1, b2 = getattr(self, f"{prefix}b1"), getattr(self, f"{prefix}b2")
+        if self.quant and not prefix:
+            q1, scale1, q2, scale2 = (getattr(self, name) for name in _QUANTIZED)
+            return Experts(q1, q2, scale1, scale2, b1, b2)
+        w1, w2 = getattr(self, f"{prefix}w1"), getattr(self, f"{prefix}w2")
+        return Experts(w1.transpose(1, 2), w2.transpose(1, 2), w13_bias=b1, w2_bias=b2)
+
+    def _quantize(self, quant: str) -> None:
+        for name in ("w1", "w2"):
+            weight = getattr(self, name).detach().transpose(1, 2)
+            values = torch.empty(weight.shape, dtype=QUANT_DTYPES[quant], device=weight.device)
+            scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
+            for e, expert in enumerate(weight):  # one by one: a float32 copy of all may not fit
+                values[e], scale[e] = quantize_per_token(expert.contiguous().float(), values.dtype)
+            setattr(self, f"{name}_quantized", values)
+            setattr(self, f"{name}_scale", scale)
+            setattr(self, name, None)
+        self.quant = quant
+        self.requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoeFeedForward:
+        """Moves everything and casts parameters; buffers keep their dtypes, and so their values."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name in _QUANTIZED:  # torch would convert 8-bit values of one kind to another
+            mine, given = getattr(self, name), state_dict.get(prefix + name)
+            if mine is not None and given is not None and mine.dtype != given.dtype:
+                raise TypeError(f"{prefix}{name}: expected {mine.dtype}, got {given.dtype}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"embed_dim={self.embed_dim}, hidden_dim={self.hidden_dim}",
+            f"num_experts={self.num_experts}, activation={self.activation!r}, top_k={self.top_k}",
+            f"num_shared_experts={self.num_shared_experts}, quant={self.quant!r}",
+        ]
+        return ", ".join(parts)
+
+
+class GatedMoeFeedForward(MoeFeedForward):
+    """`MoeFeedForward` with act(x @ gate) * (x @ up) between the projections.
+
+    w1 [E, D, 2 H] is [gate | up], and so are b1 [E, 2 H], shared_w1 and shared_b1. activation:
+    "swiglu" (the default), "geglu", "reglu" or "swiglu_oai" (gpt-oss), as in `grouped_matmul`.
+    """
+
+    activations = GATED
+
+
+def quantize_(module: nn.Module, quant: str) -> nn.Module:
+    """Quantises, in place, the experts of every MoeFeedForward within a module; returns it.
+
+    quant: "fp8" (e4m3) or "int8". w1 [E, D, F] and w2 [E, H, D] are replaced by buffers, K dense:
+    w1_quantized [E, F, D] with w1_scale float32 [E, F], w2_quantized [E, D, H] with w2_scale
+    [E, D]. Inputs and activations are then quantised per token. Biases, routers and shared experts
+    stay as they are, but nothing requires grad any more. A state dict of this form loads into a
+    module that was quantised alike. Raises ValueError for another `quant`, where there is no such
+    layer, and where one is quantised already.
+    """
+    if quant not in QUANT_DTYPES:
+        expected = " or ".join(map(repr, QUANT_DTYPES))
+        raise ValueError(f"quant: expected {expected}, got {quant!r}")
+    layers = [layer for layer in module.modules() if isinstance(layer, MoeFeedForward)]
+    done = [layer for layer in layers if layer.quant]
+    if not layers or done:
+        got = f"one that is {done[0].quant} already" if done else type(module).__name__
+        raise ValueError(f"module: expected unquantised MoeFeedForward layers in it, got {got}")
+    for layer in layers:
+        layer._quantize(quant)
+    return module
+
+
+@cache
+def _why_illegal(
+    hidden: torch.dtype,
+    weight: torch.dtype,
+    experts: int,
+    w1: tuple[int, ...],
+    w2: tuple[int, ...],
+    arch: str,
+) -> str | None:
+    """Why there is no kernel for a layer's two products, or None. w1 [D, F], w2 [H, D]."""
+    if hidden not in (torch.bfloat16, torch.float16):
+        return f"hidden of {hidden}: supported are torch.bfloat16 and torch.float16"
+    if weight.itemsize > 1 and weight != hidden:  # under autocast
+        return f"hidden of {hidden} and weights of {weight}"
+    operand, out = DTYPES[weight], DTYPES[hidden]
+    for k, n in (w1, w2):
+        problem = GemmProblem(operand, ACCUMULATIONS[operand][0], out, n, k, experts, gather=True)
+        reason = why_illegal(problem, arch=arch)
+        if reason is not None:
+            return reason
+    return None

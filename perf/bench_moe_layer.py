@@ -1,0 +1,237 @@
+"""`python -m perf.bench_moe_layer`: one layer, as a user calls it, four ways.
+
+padded_bmm: the module with use_grouped_gemm=False. torch: its grouped_mm between a gather and a
+weighted sum. triton: the pipeline of `triton_layer`, its weights laid out beforehand. cutlass_moe:
+the module. All of them include the router, the choice of experts and the shared experts, and
+allocate what they need in the call. Without a GPU nothing is timed, and errors alone are printed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+import click
+import torch
+from torch.nn.functional import silu
+
+import cutlass_moe
+from cutlass_moe import nn
+from cutlass_moe.shapes import MoeShape
+from cutlass_moe.timing import flush_buffer
+from perf.layer_operands import LayerWeights
+from perf.operands import SAMPLE_ROWS, relative_error
+from perf.peers import OURS, Absent, require
+from perf.report import text_table
+from perf.rows import number
+from perf.timing import interleaved
+
+PADDED = "padded_bmm"
+SECONDS = 2.0  # of timing, all systems together
+HEADER = ("system", "error", "us", "peak MB", f"us / {PADDED}", f"peak / {PADDED}")
+Call = Callable[[], torch.Tensor]
+
+
+class Bench:
+    """A module, its input [T, D], and the ways to compute its output."""
+
+    def __init__(
+        self, shape: MoeShape, tokens: int, num_shared: int, dtype: str, gated: bool, device: str
+    ) -> None:
+        torch.manual_seed(0)
+        kind = nn.GatedMoeFeedForward if gated else nn.MoeFeedForward
+        self.shape, self.dtype, self.gated = shape, dtype, gated
+        self.activation = "swiglu" if gated else "silu"
+        self.module = kind(
+            shape.hidden, shape.inter, shape.num_experts, self.activation, shape.top_k,
+            num_shared, device=device, dtype=torch.bfloat16,
+        ).requires_grad_(False)  # fmt: skip
+        if dtype != "bf16":
+            nn.quantize_(self.module, dtype)
+        self.x = torch.randn(tokens, shape.hidden, device=device, dtype=torch.bfloat16)
+
+    def systems(self) -> dict[str, Callable[[], Call]]:
+        """Functions that prepare a system, or raise Absent."""
+        return {
+            PADDED: lambda: partial(self.by_module, use_grouped_gemm=False),
+            "torch": self.torch_grouped,
+            "triton": self.triton,
+            OURS: lambda: partial(self.by_module, use_grouped_gemm=True),
+        }
+
+    def by_module(self, use_grouped_gemm: bool) -> torch.Tensor:
+        self.module.use_grouped_gemm = use_grouped_gemm
+        return self.module(self.x)
+
+    def choice(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """topk_weights float32 [T, k] and topk_ids int32 [T, k]."""
+        return cutlass_moe.topk_router(self.module.router(self.x), self.shape.top_k)
+
+    def activate(self, up: torch.Tensor) -> torch.Tensor:
+        if not self.gated:
+            return silu(up)
+        gate, up = up.chunk(2, -1)
+        return silu(gate) * up
+
+    def shared(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What the shared experts make of x [T, D], in its dtype."""
+        if not self.module.num_shared_experts:
+            return None
+        w1, w2 = self.module.shared_w1.to(x.dtype), self.module.shared_w2.to(x.dtype)
+        return torch.matmul(self.activate(torch.matmul(x, w1)), w2).sum(0)
+
+    def weights(self) -> LayerWeights:
+        """K-major, as `fused_moe` takes them."""
+        m = self.module
+        if self.dtype == "bf16":
+            return LayerWeights(m.w1.mT.contiguous(), m.w2.mT.contiguous(), None, None)
+        return LayerWeights(m.w1_quantized, m.w2_quantized, m.w1_scale, m.w2_scale)
+
+    def torch_grouped(self) -> Call:
+        if self.dtype != "bf16":
+            raise Absent("measured with bf16 only")
+        module, k = self.module, self.shape.top_k
+        bins = torch.arange(self.shape.num_experts, device=self.x.device, dtype=torch.int32)
+
+        def call() -> torch.Tensor:
+            topk_weights, ids = self.choice()
+            experts, order = torch.sort(ids.flatten(), stable=True)
+            ends = torch.searchsorted(experts, bins, right=True, out_int32=True)
+            up = torch._grouped_mm(self.x[order // k], module.w1, offs=ends)
+            rows = torch._grouped_mm(self.activate(up), module.w2, offs=ends)
+            pairs = torch.empty_like(rows).index_copy_(0, order, rows).unflatten(0, (-1, k))
+            out = torch.bmm(topk_weights.to(pairs.dtype)[:, None], pairs)[:, 0]
+            shared = self.shared(self.x)
+            return out if shared is None else out + shared
+
+        return call
+
+    def triton(self) -> Call:
+        require("triton")
+        if self.x.device.type != "cuda":
+            raise Absent("needs a GPU")
+        from cutlass_moe.timing import batch_us
+        from perf.triton_layer import TritonLayer, tilings
+
+        weights, tokens = self.weights(), len(self.x)
+
+        def call(tiling: object) -> torch.Tensor:
+            layer = TritonLayer(self.shape, self.dtype, tokens, tiling, self.x.device, self.gated)
+            out = torch.empty_like(self.x)
+            layer(self.x, weights, *self.choice(), out, self.shared(self.x))
+            return out
+
+        rows = tokens * self.shape.top_k / self.shape.num_experts
+        calls = [partial(call, tiling) for tiling in tilings(rows)]
+        for each in calls:
+            each()  # compiles
+        return min(calls, key=lambda each: min(batch_us(each, 5, None)))
+
+    def expected(self, sample: torch.Tensor) -> torch.Tensor:
+        """The sampled tokens' output in float64."""
+        weights, x = self.weights(), self.x[sample]
+        shared = self.shared(x.double())
+        return cutlass_moe.fused_moe_reference(
+            x, weights.w13, weights.w2, *(each[sample] for each in self.choice()),
+            quant=None if self.dtype == "bf16" else self.dtype, activation=self.activation,
+            residual=shared, compute_dtype=torch.float64, **weights.options,
+        )  # fmt: skip
+
+
+def peak_bytes(call: Call) -> int:
+    """Memory that a call needs besides what is there, its output included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@click.command()
+@click.option("--batch-size", default=16, show_default=True)
+@click.option("--seq-len", default=128, show_default=True)
+@click.option("--embed-dim", default=512, show_default=True)
+@click.option("--hidden-dim", default=2048, show_default=True, help="of one expert")
+@click.option("--num-experts", default=80, show_default=True)
+@click.option("--top-k", default=8, show_default=True)
+@click.option("--num-shared", default=0, show_default=True, help="experts that every token visits")
+@click.option("--dtype", type=click.Choice(["bf16", "fp8", "int8"]), default="bf16")
+@click.option("--gated", is_flag=True, help="SwiGLU instead of SiLU")
+def main(
+    batch_size: int,
+    seq_len: int,
+    embed_dim: int,
+    hidden_dim: int,
+    num_experts: int,
+    top_k: int,
+    num_shared: int,
+    dtype: str,
+    gated: bool,
+) -> None:
+    """Print each system's error, its time and the memory that it needs above weights and input."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        os.environ["CUTLASS_MOE_STRICT"] = "1"  # the padded path must not pass for a kernel
+    tokens = batch_size * seq_len
+    if tokens < 1:
+        raise click.UsageError(f"expected tokens, got batch size {batch_size} x length {seq_len}")
+    try:
+        shape = MoeShape("bench", num_experts, top_k, embed_dim, hidden_dim)
+        bench = Bench(shape, tokens, num_shared, dtype, gated, device)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    with torch.no_grad():
+        lines, missing = measured(bench, device == "cuda")
+    click.echo(f"{tokens} tokens, {shape}, {num_shared} shared experts, {dtype}, {device}")
+    click.echo(text_table(HEADER, lines))
+    for name, reason in missing.items():
+        click.echo(f"{name}: {reason}")
+    if device == "cpu":
+        click.echo("no CUDA device: errors alone, of what a CPU can run")
+
+
+def measured(bench: Bench, timed: bool) -> tuple[list[list[str]], dict[str, str]]:
+    """Lines under HEADER, and why systems are missing."""
+    tokens, device = len(bench.x), bench.x.device
+    sample = torch.randperm(tokens, device=device)[:SAMPLE_ROWS].sort().values
+    right = bench.expected(sample)
+    calls: dict[str, Call] = {}
+    errors: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    for name, prepare in bench.systems().items():
+        try:
+            call = prepare()
+            errors[name] = relative_error(call()[sample], right)
+            calls[name] = call
+        except Absent as reason:
+            missing[name] = str(reason)
+        except RuntimeError as failure:  # a peer's failure must not end the run
+            missing[name] = f"FAILED: {str(failure)[:300]}"
+    us: dict[str, float] = {}
+    peak: dict[str, float] = {}
+    if timed:
+        peak = {name: peak_bytes(call) / 2**20 for name, call in calls.items()}
+        timings = interleaved(calls, SECONDS, flush_buffer())
+        us = {name: timing.us for name, timing in timings.items()}
+    lines = [
+        [
+            name,
+            f"{errors[name]:.1e}",
+            number(us.get(name)),
+            number(peak.get(name)),
+            over_padded(us, name),
+            over_padded(peak, name),
+        ]
+        for name in calls
+    ]
+    return lines, missing
+
+
+def over_padded(figures: dict[str, float], name: str) -> str:
+    return f"{figures[name] / figures[PADDED]:.2f}" if {name, PADDED} <= set(figures) else "-"
+
+
+if __name__ == "__main__":
+    main()
