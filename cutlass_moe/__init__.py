@@ -11,6 +11,7 @@ from cutlass_moe.layer_reference import (
     fused_moe_reference,
     topk_router_reference,
 )
+from cutlass_moe.layers import fused_moe, fused_moe_workspace_size
 from cutlass_moe.ops import grouped_matmul, grouped_matmul_out, grouped_matmul_problem
 from cutlass_moe.plans import Plan, plan
 from cutlass_moe.quantize import (
@@ -19,14 +20,17 @@ from cutlass_moe.quantize import (
     quantize_per_token_reference,
 )
 from cutlass_moe.reference import grouped_matmul_reference
-from cutlass_moe.routing import RoutingTable, route
+from cutlass_moe.routing import RoutingTable, route, route_reference
+from cutlass_moe.topk import route_logits, topk_router
 
 __all__ = [
     "Plan",
     "RoutingTable",
     "combine",
     "combine_reference",
+    "fused_moe",
     "fused_moe_reference",
+    "fused_moe_workspace_size",
     "grouped_matmul",
     "grouped_matmul_out",
     "grouped_matmul_problem",
@@ -38,6 +42,9 @@ __all__ = [
     "quantize_per_token",
     "quantize_per_token_reference",
     "route",
+    "route_logits",
+    "route_reference",
+    "topk_router",
     "topk_router_reference",
     "warmup",
 ]

@@ -67,7 +67,7 @@ class Options(NamedTuple):
 
     out_dtype: torch.dtype | None = None
     accumulation: str | None = None
-    expected_rows: int | None = None
+    expected_rows: float | None = None
     num_sms: int | None = None
     schedule: str | None = None
     activation: str | None = None
@@ -103,18 +103,18 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     if not x.is_contiguous():
         raise ValueError(f"x: expected a contiguous tensor, got strides {x.stride()}")
     _check_weight(weight, x)
-    _expect("offsets", offsets, device, _INT32, ((experts,),))
+    expect("offsets", offsets, device, _INT32, ((experts,),))
     if starts is not None:
-        _expect("starts", starts, device, _INT32, ((experts,),))
+        expect("starts", starts, device, _INT32, ((experts,),))
     if index is not None:
-        _expect("index", index, device, _INT32, ((index.numel(),),))
+        expect("index", index, device, _INT32, ((index.numel(),),))
     if per_token_scale is not None:
         shapes = ((tokens,), (tokens, 1))
-        _expect("per_token_scale", per_token_scale, device, _FLOAT32, shapes)
+        expect("per_token_scale", per_token_scale, device, _FLOAT32, shapes)
     if scale is not None:
-        _expect("scale", scale, device, _FLOAT32, ((experts, n), (experts, n, 1), (experts,)))
+        expect("scale", scale, device, _FLOAT32, ((experts, n), (experts, n, 1), (experts,)))
     if bias is not None:
-        _expect("bias", bias, device, _FLOATS, ((experts, n),))
+        expect("bias", bias, device, _FLOATS, ((experts, n),))
     if x.dtype.itemsize == 1 and (per_token_scale is None or scale is None):
         missing = "per_token_scale" if per_token_scale is None else "scale"
         raise ValueError(f"{missing}: {x.dtype} operands need per_token_scale and scale, got None")
@@ -123,15 +123,20 @@ def check(operands: Operands, options: Options) -> torch.dtype:
         raise ValueError(f"num_sms: expected a positive number, got {num_sms}")
     if schedule is not None and schedule not in _SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(_SCHEDULES)}, got {schedule!r}")
-    if accumulation is not None and accumulation not in allowed:
-        raise ValueError(
-            f"accumulation: expected {' or '.join(allowed)} for {x.dtype}, got {accumulation!r}"
-        )
+    check_accumulation(accumulation, x.dtype)
     if out_dtype is None:
         return torch.bfloat16 if x.dtype.itemsize == 1 else x.dtype
     if out_dtype not in _FLOATS:
         raise TypeError(f"out_dtype: expected bfloat16, float16 or float32, got {out_dtype}")
     return out_dtype
+
+
+def check_accumulation(accumulation: str | None, dtype: torch.dtype) -> None:
+    allowed = _ACCUMULATIONS[dtype]
+    if accumulation is not None and accumulation not in allowed:
+        raise ValueError(
+            f"accumulation: expected {' or '.join(allowed)} for {dtype}, got {accumulation!r}"
+        )
 
 
 def pose(
@@ -154,7 +159,7 @@ def pose(
 def check_out(out: Tensor, operands: Operands, options: Options, dtype: torch.dtype) -> None:
     """Raises as `check` does where `out` cannot take the product, of this dtype, of operands."""
     shape = product_shape(operands, options)
-    _expect("out", out, operands.x.get_device(), (dtype,), (shape,))
+    expect("out", out, operands.x.get_device(), (dtype,), (shape,))
 
 
 def _check_activation(activation: str | None, interleaved: bool, weight: Tensor) -> None:
@@ -205,7 +210,7 @@ def _check_weight(weight: Tensor, x: Tensor) -> None:
         )
 
 
-def _expect(
+def expect(
     name: str,
     tensor: Tensor,
     device: int,

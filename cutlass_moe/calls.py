@@ -14,9 +14,9 @@ from torch import Tensor
 from cutlass_moe import heuristics, kernels
 from cutlass_moe.arguments import Operands, Options, check, check_out, pose, product_shape
 from cutlass_moe.cache import MissingImage
-from cutlass_moe.launch import GemmKernel, Kernel
+from cutlass_moe.launch import GemmKernel, Kernel, WeightView
 from emitters.legality import why_illegal
-from emitters.problem import gate_strides
+from emitters.problem import GemmProblem, gate_strides
 from emitters.steps import Step
 
 
@@ -96,15 +96,14 @@ def enqueue(
             enqueue(kernel, grid, out, operands, table=table, interleaved=interleaved)
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
-    given = parameters(out, operands, kernel.problem.gated, table, interleaved)
-    kernel.launch_gemm(*given, grid, stream)
+    values = parameters(kernel.problem, out, operands, table=table, interleaved=interleaved)
+    kernel.launch_gemm(*values, grid, stream)
 
 
 def parameters(
-    out: Tensor, operands: Operands, gated: bool, table: int = 0, interleaved: bool = False
-) -> tuple[list[int], tuple[int, tuple[int, ...], bool] | None, tuple[int, int]]:
-    """The first three arguments of `GemmKernel.launch_gemm`; those of this as of `enqueue`, and
-    whether the activation is gated."""
+    problem: GemmProblem, out: Tensor, operands: Operands, *, table: int = 0, interleaved: bool
+) -> tuple[list[int], WeightView | None, tuple[int, int]]:
+    """The first three arguments of `GemmKernel.launch_gemm`; those of this as of `enqueue`."""
     x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
     rows = out.shape[0]
     values = [table, x.data_ptr()]
@@ -119,7 +118,7 @@ def parameters(
         x.shape[0],
         rows,
     )
-    if gated:
+    if problem.gated:
         values += gate_strides(weight.shape[1], interleaved)
     if per_token_scale is not None:
         values.append(per_token_scale.data_ptr())
@@ -131,7 +130,7 @@ def parameters(
     weight_pointer = table or weight.data_ptr()
     if (values[1] | out_pointer | weight_pointer) % 16:
         raise ValueError("x, weight and out: expected addresses in multiples of 16 bytes")
-    weights = None if table else (weight_pointer, weight.stride(), interleaved)
+    weights = None if table else WeightView(weight_pointer, weight.stride(), interleaved)
     return values, weights, (out_pointer, rows)
 
 

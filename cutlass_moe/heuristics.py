@@ -17,9 +17,11 @@ from emitters.steps import (
     CombineProblem,
     Problem,
     QuantizeProblem,
+    RouteLogitsProblem,
     RouteProblem,
     Step,
     StepConfig,
+    TopkProblem,
 )
 
 GPU = "NVIDIA H200"  # what calls are planned for where no GPU is asked
@@ -123,7 +125,9 @@ def step_config(problem: Step) -> StepConfig:
         return StepConfig(1024)
     if isinstance(problem, QuantizeProblem):
         return StepConfig(next(threads for k, threads in _ROW_THREADS if problem.k <= k))
-    return StepConfig(128 if isinstance(problem, CombineProblem) else 256)
+    if isinstance(problem, RouteLogitsProblem):
+        return StepConfig(512)
+    return StepConfig(128 if isinstance(problem, CombineProblem | TopkProblem) else 256)
 
 
 def choose(

@@ -8,7 +8,7 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from cuda.bindings import driver
@@ -223,6 +223,18 @@ class Kernel:
             self._launch(stream)
 
 
+class WeightView(NamedTuple):
+    """Weights [E, N, K] as a tensor map describes them.
+
+    strides: of E, N and K, in elements. interleaved: whether the rows of a gated problem's weights
+    are gate, up, gate, up, ...; else the first half of them is gate.
+    """
+
+    pointer: int
+    strides: tuple[int, ...]
+    interleaved: bool = False
+
+
 class GemmKernel(Kernel):
     """A grouped GEMM: encodes the tensor maps of its weights and its output, and keeps them."""
 
@@ -238,7 +250,7 @@ class GemmKernel(Kernel):
     def prepare_gemm(
         self,
         values: Sequence[int],
-        weight: tuple[int, tuple[int, ...], bool] | None,
+        weight: WeightView | None,
         out: tuple[int, int],
         grid: int,
         overlap: bool = False,
@@ -251,7 +263,7 @@ class GemmKernel(Kernel):
     def launch_gemm(
         self,
         values: Sequence[int],
-        weight: tuple[int, tuple[int, ...], bool] | None,
+        weight: WeightView | None,
         out: tuple[int, int],
         grid: int,
         stream: int,
@@ -260,9 +272,8 @@ class GemmKernel(Kernel):
         """As `launch`.
 
         values: without the counters of a dynamic schedule; what stands for a tensor map is
-        ignored. weight: pointer and strides of the [E, N, K] weights that such a map describes, and
-        whether gate and up are interleaved; out: pointer and rows of the output. A dynamic schedule
-        never overlaps: its counters are those of the launch before.
+        ignored. weight: what such a map describes; out: pointer and rows of the output. A dynamic
+        schedule never overlaps: its counters are those of the launch before.
         """
         with self._lock:
             self._fill(self._launch, values, weight, out, grid, overlap)
@@ -273,7 +284,7 @@ class GemmKernel(Kernel):
         self,
         launch: Launch,
         values: Sequence[int],
-        weight: tuple[int, tuple[int, ...], bool] | None,
+        weight: WeightView | None,
         out: tuple[int, int],
         grid: int,
         overlap: bool,
@@ -281,15 +292,12 @@ class GemmKernel(Kernel):
         launch.fill(values if self._counters is None else [*values, 0])
         launch.shape(grid, overlap and self._counters is None)
         if weight is not None:
-            self.set_weight(launch, *weight)
+            self.set_weight(launch, weight)
         self.set_out(launch, *out)
 
-    def set_weight(
-        self, launch: Launch, pointer: int, strides: tuple[int, ...], interleaved: bool
-    ) -> None:
+    def set_weight(self, launch: Launch, weight: WeightView) -> None:
         """Where the weights of a launch of this kernel are; raises as `encode_weight`."""
-        found = self._tensor_map((pointer, strides, interleaved), self.encode_weight)
-        launch.set_map(self.at["weight"], found)
+        launch.set_map(self.at["weight"], self._tensor_map(weight, self.encode_weight))
 
     def set_out(self, launch: Launch, pointer: int, rows: int) -> None:
         """Where the output of a launch of this kernel is."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cutlass_moe.arguments import expect
+from cutlass_moe.arguments import check_accumulation, expect
 from cutlass_moe.layer_reference import GATED, NOT_GATED
 
 QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -67,6 +67,7 @@ def check_layer(layer: Layer, options: LayerOptions, out: Tensor | None = None) 
     expect("topk_ids", layer.topk_ids, device, (torch.int32, torch.int64), (choices,))
     expect("topk_weights", layer.topk_weights, device, (torch.float32,), (choices,))
     dtype = QUANTS[options.quant] if options.quant else hidden.dtype
+    check_accumulation(options.accumulation, dtype)
     for name, weight, shape in (
         ("w13", w13, (experts, gates * inter, width)),
         ("w2", w2, (experts, width, inter)),
@@ -86,8 +87,8 @@ def check_layer(layer: Layer, options: LayerOptions, out: Tensor | None = None) 
         if bias is not None:
             expect(f"{name}_bias", bias, device, _FLOATS, (shape[:2],))
     if layer.expert_map is not None:
-        shape = (layer.expert_map.numel(),)
-        expect("expert_map", layer.expert_map, device, (torch.int32,), (shape,))
+        count = layer.expert_map.numel()
+        expect("expert_map", layer.expert_map, device, (torch.int32,), ((count,),))
     if layer.residual is not None:
         expect("residual", layer.residual, device, (hidden.dtype,), (hidden.shape,))
     if out is not None:

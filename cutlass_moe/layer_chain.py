@@ -8,20 +8,22 @@ import torch
 from torch import Tensor
 
 from cutlass_moe import kernels
-from cutlass_moe.calls import signature
+from cutlass_moe.arguments import Options
+from cutlass_moe.calls import announce_fallback, signature
 from cutlass_moe.combine import combine_values
 from cutlass_moe.heuristics import step_config
+from cutlass_moe.launch import WeightView
 from cutlass_moe.layer_arguments import QUANTS, Layer, LayerOptions, check_layer
 from cutlass_moe.layer_problems import problems_of
+from cutlass_moe.layer_reference import fused_moe_reference
 from cutlass_moe.quantize import quantize_values
 from cutlass_moe.routing import (
     RoutePlaces,
-    find_route,
     launch_route,
     route_scratch,
     row_capacity,
 )
-from cutlass_moe.workspace import ALIGNMENT, WorkspacePlan
+from cutlass_moe.workspace import WorkspacePlan
 from emitters.legality import why_illegal
 from emitters.problem import GemmProblem, gate_strides
 from emitters.steps import CombineProblem, QuantizeProblem
@@ -65,17 +67,17 @@ class Chain:
     def __init__(self, layer: Layer, options: LayerOptions) -> None:
         self.parts = Parts(layer, options.quant)
         self.options = options
-        self.problems = problems_of(layer, options)
-        self.why_not = self._why_not(layer)
         self.tokens, self.rows = len(layer.hidden), layer.topk_ids.numel()
-        if self.why_not is None and self.rows:
+        self.why_not: str | None = None
+        self.has_kernels = layer.hidden.is_cuda and self.rows > 0
+        if self.has_kernels:
+            self.problems = problems_of(layer, options)
+            arch = kernels.device_arch(layer.hidden.get_device())
+            reasons = (why_illegal(problem, arch=arch) for problem in self.problems if problem)
+            self.why_not = next(filter(None, reasons), None)
+            self.has_kernels = self.why_not is None
+        if self.has_kernels:
             self._load(layer)
-
-    def _why_not(self, layer: Layer) -> str | None:
-        """Why no kernels serve this layer, None where they do."""
-        arch = kernels.device_arch(layer.hidden.get_device())
-        reasons = (why_illegal(problem, arch=arch) for problem in self.problems if problem)
-        return next(filter(None, reasons), None)
 
     def _load(self, layer: Layer) -> None:
         device, problems = layer.hidden.get_device(), self.problems
@@ -84,27 +86,35 @@ class Chain:
             experts = max(experts, layer.expert_map.numel())
         per_expert = self.rows / experts
         ids = layer.topk_ids
-        self.route = find_route(problems.route.num_experts, ids.dtype, device)
+        self.route = kernels.load(problems.route, step_config(problems.route), device)
         self.capacity = row_capacity(ids, experts, self.options.capacity_factor)
-        self.up = Gemm(problems.up, device, self.tokens, self.rows, per_expert)
+        self.up = Gemm(
+            problems.up, device, self.tokens, self.rows, per_expert, self.options.interleaved
+        )
         self.down = Gemm(problems.down, device, self.rows, self.rows, per_expert)
         self.combine = Rowwise(problems.combine, device, self.tokens)
         if problems.quantize_hidden and problems.quantize_active:
             self.quantize_hidden = Rowwise(problems.quantize_hidden, device, self.tokens)
             self.quantize_active = Rowwise(problems.quantize_active, device, self.rows)
 
-    def launch(self, layer: Layer, out: Tensor, workspace: Tensor) -> None:
-        """Enqueues the layer on torch's current stream."""
-        if not self.rows:
-            out.copy_(layer.residual) if layer.residual is not None else out.zero_()
-            return
-        parts, pdl = self.parts, self.options.pdl
+    def launch(self, layer: Layer, out: Tensor, base: int) -> None:
+        """Enqueues the layer on torch's current stream. base: address of an aligned workspace."""
         device = out.get_device()
-        base = -(-workspace.data_ptr() // ALIGNMENT) * ALIGNMENT
+        if not self.has_kernels:
+            if self.why_not:
+                announce_fallback(self.why_not)
+            fused_moe_reference(**layer._asdict(), **self.options._asdict(), out=out)
+        elif torch._C._cuda_getDevice() == device:
+            self._launch(layer, out, base, torch._C._cuda_getCurrentRawStream(device))
+        else:
+            with torch.cuda.device(device):
+                self._launch(layer, out, base, torch._C._cuda_getCurrentRawStream(device))
+
+    def _launch(self, layer: Layer, out: Tensor, base: int, stream: int) -> None:
+        parts, pdl = self.parts, self.options.pdl
         routing = (parts.index, parts.offsets, parts.inverse, parts.scratch)
         places = RoutePlaces(*(base + part.offset for part in routing))
         active, rows = base + parts.active.offset, base + parts.rows.offset
-        stream = torch._C._cuda_getCurrentRawStream(device)
         x = layer.hidden.data_ptr()
         table = {"index": places.index, "ends": places.offsets}
         launch_route(
@@ -119,19 +129,22 @@ class Chain:
             down["per_token_scale"] = base + parts.quantized_scale.offset
             values = quantize_values(x, up["x"], up["per_token_scale"], self.tokens, early=pdl)
             self.quantize_hidden.launch(values, stream, pdl)
-            self.up.launch(up, layer.w13, self.options.interleaved, stream, pdl)
+            self.up.launch(up, layer.w13, stream, pdl)
             last_end = places.offsets + 4 * (self.problems.up.num_experts - 1)
             values = quantize_values(
                 active, down["x"], down["per_token_scale"], self.rows, last_end=last_end
             )
             self.quantize_active.launch(values, stream, pdl)
         else:
-            self.up.launch(up, layer.w13, self.options.interleaved, stream, False)
-        self.down.launch(down, layer.w2, False, stream, pdl)
+            self.up.launch(up, layer.w13, stream, False)
+        self.down.launch(down, layer.w2, stream, pdl)
         values = combine_values(
-            (rows, self.rows), layer.topk_weights.data_ptr(), places.inverse, address(layer.residual),
+            (rows, self.rows),
+            layer.topk_weights.data_ptr(),
+            places.inverse,
+            address(layer.residual),
             (out.data_ptr(), self.tokens),
-        )  # fmt: skip
+        )
         self.combine.launch(values, stream, pdl)
 
 
@@ -150,22 +163,33 @@ class Gemm:
     """One of a layer's grouped GEMMs, chosen and loaded."""
 
     def __init__(
-        self, problem: GemmProblem, device: int, tokens: int, rows: int, per_expert: float
+        self,
+        problem: GemmProblem,
+        device: int,
+        tokens: int,
+        rows: int,
+        per_expert: float,
+        interleaved: bool = False,
     ) -> None:
-        self.kernel, self.grid = kernels.plan(problem, device, tokens, rows, per_expert)
+        options = Options(expected_rows=per_expert)
+        self.kernel, self.grid = kernels.plan(problem, device, tokens, rows, options)
         self.names = [param.name for param in self.kernel.record.params]
         self.rows = rows
-        self.constants = {"num_tokens": tokens, "num_rows": rows, "starts": 0}
+        column, gate = gate_strides(problem.n, interleaved)
+        self.constants = {
+            "num_tokens": tokens,
+            "num_rows": rows,
+            "starts": 0,
+            "column_stride": column,
+            "gate_stride": gate,
+        }
+        self.interleaved = interleaved
 
-    def launch(
-        self, values: dict[str, int], weight: Tensor, interleaved: bool, stream: int, overlap: bool
-    ) -> None:
-        strides = gate_strides(weight.shape[1], interleaved)
+    def launch(self, values: dict[str, int], weight: Tensor, stream: int, overlap: bool) -> None:
         given = {**self.constants, **values, "weight": 0, "out_map": 0}
-        given["column_stride"], given["gate_stride"] = strides  # of a gated kernel
         self.kernel.launch_gemm(
             [given[name] for name in self.names],
-            (weight.data_ptr(), weight.stride(), interleaved),
+            WeightView(weight.data_ptr(), weight.stride(), self.interleaved),
             (values["out"], self.rows),
             self.grid,
             stream,

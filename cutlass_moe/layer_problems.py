@@ -21,7 +21,6 @@ from emitters.problem import (
     EpilogueNode,
     ExpertScale,
     GemmProblem,
-    Major,
     PerTokenScale,
 )
 from emitters.steps import CombineProblem, QuantizeProblem, RouteProblem
@@ -81,7 +80,6 @@ def layer_problems(
             num_experts=num_experts,
             gather=bool(last),
             epilogue=(*nodes, *last),
-            weight_major=Major.N if of.n_major else Major.K,
         )
 
     gates = 2 if function.gated else 1

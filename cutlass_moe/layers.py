@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutlass_moe.calls import announce_fallback
 from cutlass_moe.layer_arguments import Layer, LayerOptions, check_layer
 from cutlass_moe.layer_chain import Parts, find_chain
-from cutlass_moe.layer_reference import fused_moe_reference
 from cutlass_moe.ops import is_plain_eager, wants_gradient
 
 _lib = torch.library.Library("cutlass_moe", "FRAGMENT")
@@ -85,7 +83,7 @@ def fused_moe(
         )
     if out is None:
         out = torch.empty_like(hidden)
-    if is_plain_eager(layer):
+    if is_plain_eager(hidden, w13):
         _run(out, workspace, layer, options)
     else:
         _out_op(out, workspace, *layer, *options)
@@ -124,14 +122,10 @@ def fused_moe_workspace_size(
 
 def _run(out: Tensor, workspace: Tensor | None, layer: Layer, options: LayerOptions) -> None:
     chain = find_chain(layer, options, out)
-    if not layer.hidden.is_cuda or chain.why_not:
-        if layer.hidden.is_cuda:
-            announce_fallback(chain.why_not)
-        fused_moe_reference(*layer[:5], **layer._asdict()[5:], **options._asdict(), out=out)
-        return
+    plan = chain.parts.plan
     if workspace is None:
-        workspace = out.new_empty(chain.parts.plan.size, dtype=torch.uint8)
-    chain.launch(layer, out, workspace)
+        workspace = out.new_empty(plan.size, dtype=torch.uint8)
+    chain.launch(layer, out, plan.aligned(workspace).data_ptr())
 
 
 def _out_impl(out: Tensor, workspace: Tensor | None, *arguments: Any) -> None:

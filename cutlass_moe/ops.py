@@ -88,7 +88,7 @@ def grouped_matmul(
     options = Options(
         out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved
     )
-    if _is_plain_eager(operands):
+    if is_plain_eager(x, weight) and not wants_gradient(operands):
         return _product(operands, options)
     return _functional(*operands, *options)
 
@@ -121,10 +121,11 @@ def grouped_matmul_out(
     options = Options(
         out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved
     )
-    if _is_plain_eager(operands) and not out.requires_grad:
+    loses_gradient = wants_gradient((out, *operands))
+    if is_plain_eager(x, weight) and not loses_gradient:
         _product_into(out, operands, options)
         return
-    if wants_gradient((out, *operands)):
+    if loses_gradient:
         raise RuntimeError(
             "grouped_matmul_out has no gradient and an argument requires one: "
             "use grouped_matmul, or torch.no_grad()"
@@ -140,7 +141,7 @@ def wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
     return False
 
 
-def _is_plain_eager(operands: Operands) -> bool:
+def is_plain_eager(x: Tensor, weight: Tensor) -> bool:
     """Nobody but the op's implementation wants to see this call.
 
     It then goes past torch's dispatcher and autograd layer, which take longer than the rest of the
@@ -148,13 +149,12 @@ def _is_plain_eager(operands: Operands) -> bool:
     """
     return not (
         torch.compiler.is_compiling()
-        or type(operands.x) is not Tensor
-        or type(operands.weight) not in (Tensor, Parameter)
+        or type(x) is not Tensor
+        or type(weight) not in (Tensor, Parameter)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
-        or wants_gradient(operands)
     )
 
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from cutlass_moe.activations import is_gated
 from cutlass_moe.arguments import Operands, Options
 from cutlass_moe.calls import find_call, parameters
-from cutlass_moe.launch import GemmKernel
+from cutlass_moe.launch import GemmKernel, WeightView
 from cutlass_moe.ops import wants_gradient
 from cutlass_moe.reference import grouped_matmul_reference_out
 
 _ALIGNMENTS = {"x": 16, "weight": 16, "out": 16, "scale": 8, "bias": 8}  # bytes; others 4
-
-
-def _signature(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.stride(), tensor.get_device()
 
 
 class Plan:
@@ -27,21 +20,21 @@ class Plan:
     def __init__(
         self,
         operands: Operands,
+        options: Options,
         out: Tensor,
         kernel: GemmKernel | None,
         grid: int,
-        options: Options,
     ):
         named = {**operands._asdict(), "out": out}
         self._tensors = {name: t for name, t in named.items() if t is not None}
-        self._signatures = {name: _signature(t) for name, t in self._tensors.items()}
+        self._expected = {n: (t.shape, t.dtype, t.stride()) for n, t in self._tensors.items()}
         self._device = out.get_device()
         self._kernel = kernel
         self._options = options
         if kernel is not None:
-            gated, interleaved = is_gated(options.activation), options.interleaved
-            given = parameters(out, operands, gated, interleaved=interleaved)
-            self._launch = kernel.prepare_gemm(*given, grid)
+            self._launch = kernel.prepare_gemm(
+                *parameters(kernel.problem, out, operands, interleaved=options.interleaved), grid
+            )
             scale = "channel_scale" if "channel_scale" in kernel.at else "expert_scale"
             names = {"offsets": "ends", "scale": scale}
             params = {name: names.get(name, name) for name in self._tensors}
@@ -78,11 +71,16 @@ class Plan:
         return tensors["out"]
 
     def _replace(self, name: str, tensor: Tensor) -> None:
-        expected = self._signatures.get(name)
+        expected = self._expected.get(name)
         if expected is None:
             raise TypeError(f"{name}: planned were {', '.join(self._tensors)}")
-        if _signature(tensor) != expected:
-            shape, dtype, strides, _ = expected
+        shape, dtype, strides = expected
+        if (
+            tensor.dtype is not dtype
+            or tensor.shape != shape
+            or tensor.stride() != strides
+            or tensor.get_device() != self._device
+        ):
             raise ValueError(
                 f"{name}: expected {dtype} {list(shape)} with strides {strides} on "
                 f"{self._tensors[name].device}, as planned; got {tensor.dtype} "
@@ -91,14 +89,12 @@ class Plan:
         if tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{name} requires a gradient, and a plan has none")
         if self._kernel is not None:
-            pointer = tensor.data_ptr()
-            if pointer % _ALIGNMENTS.get(name, 4):
-                raise ValueError(
-                    f"{name}: expected an address in multiples of {_ALIGNMENTS[name]} bytes"
-                )
+            pointer, alignment = tensor.data_ptr(), _ALIGNMENTS.get(name, 4)
+            if pointer % alignment:
+                raise ValueError(f"{name}: expected an address in multiples of {alignment} bytes")
             if name == "weight":
-                interleaved = self._options.interleaved
-                self._kernel.set_weight(self._launch, pointer, tensor.stride(), interleaved)
+                view = WeightView(pointer, tensor.stride(), self._options.interleaved)
+                self._kernel.set_weight(self._launch, view)
             elif name == "out":
                 self._kernel.set_out(self._launch, pointer, tensor.shape[0])
             else:
@@ -149,4 +145,4 @@ def plan(
     call = find_call(operands, out, options)
     if out is None:
         out = x.new_empty(call.shape, dtype=call.dtype)
-    return Plan(operands, out, call.kernel, call.grid, options)
+    return Plan(operands, options, out, call.kernel, call.grid)

@@ -22,7 +22,7 @@ from emitters.problem import (
     Major,
     WeightStorage,
 )
-from emitters.steps import AnyConfig, Problem, RouteProblem, Step, StepConfig
+from emitters.steps import AnyConfig, Problem, RouteLogitsProblem, RouteProblem, Step, StepConfig
 
 
 def why_illegal(
@@ -49,8 +49,9 @@ def _step_reason(problem: Problem, config: AnyConfig | None) -> str | None:
         return f"{problem.op} has no template {config and config.template}"
     if config and (config.threads % 32 or not 32 <= config.threads <= 1024):
         return f"{config.threads} threads: a multiple of 32 up to 1024"
-    if config and isinstance(problem, RouteProblem) and config.threads < problem.num_experts:
-        return f"{config.threads} threads: one for each of {problem.num_experts} experts"
+    experts = problem.num_experts if isinstance(problem, RouteProblem | RouteLogitsProblem) else 1
+    if config and config.threads < experts:
+        return f"{config.threads} threads: one for each of {experts} experts"
     return problem.why_illegal()
 
 

