@@ -51,7 +51,8 @@ def _swap(problem: GemmProblem, tile_m: int, tile_n: int, evict_first: bool) -> 
     )
     stages = 4 if tile_m <= 16 and wide.k_steps(problem) > 3 else 3
     narrow = replace(wide, tile_n=64, stages=stages)
-    return _first_legal(problem, *((wide, narrow) if tile_n == 128 else (narrow,)))
+    # of gate and up of N-major weights only the wide one is legal
+    return _first_legal(problem, *((wide, narrow) if tile_n == 128 else (narrow, wide)))
 
 
 @lru_cache(maxsize=1024)
@@ -61,7 +62,8 @@ def _one_wave(problem: GemmProblem) -> tuple[tuple[Config, ...], tuple[Config, .
         8, 64, k_boxes=2, split_k=4, stages=4, ctas_per_sm=2, evict_first=True
     )
     alone = GemmSwapSm90Config(8, 64, k_boxes=4, stages=4, evict_first=True)
-    return _first_legal(problem, shared, alone), _first_legal(problem, alone)
+    others = _swap(problem, 8, 64, True)
+    return _first_legal(problem, shared, alone, *others), _first_legal(problem, alone, *others)
 
 
 @lru_cache(maxsize=1024)

@@ -57,9 +57,9 @@ def grouped_matmul(
     bias[e]) for the rows r of expert e, which are offsets[e - 1] <= r < offsets[e].
 
     x [T, K], contiguous: float8_e4m3fn, float8_e5m2, int8, bfloat16 or float16. weight [E, N, K]:
-    of the same dtype, K dense. index int32 [rows]: the row of x that each row of the product
-    reads, rows sorted by expert; without it
-      row r reads x[r]. An index outside [0, T) gives a row of zeros, without bias.
+      of the same dtype, K dense, or N where it is bfloat16 or float16 and not interleaved.
+    index int32 [rows]: the row of x that each row of the product reads, rows sorted by expert;
+      without it row r reads x[r]. An index outside [0, T) gives a row of zeros, without bias.
     offsets int32 [E]: cumulative ends of the experts' rows, on x's device; never read by the host.
     per_token_scale float32 [T] or [T, 1]; scale float32 [E, N], [E, N, 1] or [E]: both are needed
     for
