@@ -142,8 +142,8 @@ IDS = torch.zeros(2, 2, dtype=torch.int32)
         (IDS, 4, {"expert_map": IDS[0].to("meta")}, ValueError, "expected it on cpu, got meta"),
     ],
     ids=[
-        "float", "int16", "3d", "scalar", "ids", "no_experts", "factor", "nan", "map_int64", "map_2d",
-        "map_elsewhere",
+        "float", "int16", "3d", "scalar", "ids", "no_experts", "factor", "nan", "map_int64",
+        "map_2d", "map_elsewhere",
     ],
 )  # fmt: skip
 def test_errors(
