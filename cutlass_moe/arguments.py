@@ -194,7 +194,9 @@ def check_weight(
     if weight.dtype is not dtype:
         raise TypeError(f"{name}: expected {dtype}, got {weight.dtype}")
     if weight.shape != shape or shape[0] == 0:
-        raise ValueError(f"{name}: expected {list(shape)}, E > 0, got {list(weight.shape)}")
+        raise ValueError(
+            f"{name}: expected [E > 0, N, K] {tuple(shape)}, got {tuple(weight.shape)}"
+        )
     if weight.get_device() != like.get_device():
         raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {weight.device}")
     to_16 = 16 // weight.dtype.itemsize

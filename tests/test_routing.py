@@ -143,8 +143,7 @@ IDS = torch.zeros(2, 2, dtype=torch.int32)
     ],
     ids=[
         "float", "int16", "3d", "scalar", "ids", "no_experts", "factor", "nan", "map_int64",
-        "map_2d",
-        "map_elsewhere",
+        "map_2d", "map_elsewhere",
     ],
 )  # fmt: skip
 def test_errors(

@@ -9,6 +9,16 @@ import torch
 from torch import Tensor
 
 import cutlass_moe as cm
+from emitters.legality import why_illegal
+from emitters.problem import DType
+from emitters.steps import (
+    RouteLogitsProblem,
+    RouteProblem,
+    Step,
+    StepConfig,
+    TopkProblem,
+    problem_from_json,
+)
 from tests.topk_cases import OPTIONS, Case, check
 
 X = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
@@ -96,3 +106,32 @@ def test_a_gradient_is_not_lost(op: Any) -> None:
         op(logits, 2)
     with torch.no_grad():
         op(logits, 2)
+
+
+PROBLEMS = {
+    RouteProblem(1024, 64): None,
+    RouteProblem(0, 32): "0 experts: 1 to 1024",
+    RouteProblem(1025, 32): "1025 experts: 1 to 1024",
+    RouteProblem(8, 16): "ids of 16 bits: 32 or 64",
+    TopkProblem(1024, DType.FP16, "sigmoid", 32): None,
+    TopkProblem(1025, DType.FP16, "sigmoid", 1): "1025 experts: 1 to 1024",
+    TopkProblem(8, DType.INT8, "softmax", 1): "logits of int8",
+    TopkProblem(8, DType.FP32, "tanh", 1): "scoring 'tanh'",
+    TopkProblem(64, DType.FP32, "softmax", 64): "64 equal groups of 64 experts: 1 to 32",
+    TopkProblem(10, DType.FP32, "softmax", 4): "4 equal groups of 10 experts",
+    RouteLogitsProblem(512, DType.BF16, "softmax", 1): None,
+    RouteLogitsProblem(513, DType.BF16, "softmax", 1): "513 experts: at most 512",
+}
+
+
+@pytest.mark.parametrize(("problem", "reason"), PROBLEMS.items(), ids=map(str, PROBLEMS))
+def test_problems(problem: Step, reason: str | None) -> None:
+    assert problem_from_json(problem.to_json()) == problem
+    found = why_illegal(problem)
+    assert found is None if reason is None else reason in (found or "")
+
+
+def test_a_thread_for_each_expert() -> None:
+    problem = RouteProblem(1024, 32)
+    assert why_illegal(problem, StepConfig(1024)) is None
+    assert "992 threads: one for each of 1024" in (why_illegal(problem, StepConfig(992)) or "")
