@@ -102,7 +102,7 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     experts, n, _ = weight.shape
     if not x.is_contiguous():
         raise ValueError(f"x: expected a contiguous tensor, got strides {x.stride()}")
-    _check_weight(weight, x)
+    check_weight("weight", weight, x, (*weight.shape[:2], x.shape[1]), x.dtype)
     expect("offsets", offsets, device, _INT32, ((experts,),))
     if starts is not None:
         expect("starts", starts, device, _INT32, ((experts,),))
@@ -186,26 +186,31 @@ def is_n_major(weight: Tensor) -> bool:
     return weight.dtype.itemsize == 2 and weight.stride(1) == 1 and weight.stride(2) != 1
 
 
-def _check_weight(weight: Tensor, x: Tensor) -> None:
-    experts, n, k = weight.shape
-    if weight.dtype is not x.dtype:
-        raise TypeError(f"weight: expected {x.dtype} (x's dtype), got {weight.dtype}")
-    if k != x.shape[1] or experts == 0:
-        raise ValueError(f"weight: expected [E > 0, N, {x.shape[1]}], got {tuple(weight.shape)}")
-    if weight.get_device() != x.get_device():
-        raise ValueError(f"weight: expected a tensor on {x.device}, got one on {weight.device}")
+def check_weight(
+    name: str, weight: Tensor, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Weights of this dtype and shape [E, N, K] on `like`'s device, in memory as kernels read
+    them."""
+    if weight.dtype is not dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {weight.dtype}")
+    if weight.shape != shape or shape[0] == 0:
+        raise ValueError(
+            f"{name}: expected [E > 0, N, K] {tuple(shape)}, got {tuple(weight.shape)}"
+        )
+    if weight.get_device() != like.get_device():
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {weight.device}")
     to_16 = 16 // weight.dtype.itemsize
     either = "K or N" if weight.dtype.itemsize == 2 else "K"
     expert_stride, pitch, dense_stride = weight.stride()
-    dense, other = k, "N"
+    dense, other = shape[2], "N"
     if is_n_major(weight):
         pitch, dense_stride = dense_stride, pitch
-        dense, other = n, "K"
+        dense, other = shape[1], "K"
     ragged = pitch % to_16 or expert_stride % to_16
     if dense_stride != 1 or pitch < dense or (ragged and dense % to_16 == 0):
         # where `dense` is ragged, the problem is illegal
         raise ValueError(
-            f"weight: expected {either} dense, strides of E and {other} in multiples of {to_16} "
+            f"{name}: expected {either} dense, strides of E and {other} in multiples of {to_16} "
             f"elements, got strides {weight.stride()}"
         )
 

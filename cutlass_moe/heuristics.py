@@ -28,7 +28,8 @@ GPU = "NVIDIA H200"  # what calls are planned for where no GPU is asked
 
 # Measured on an H200 (perf/NOTES.md), at powers of two: the limits lie between them.
 _SMS = 132
-_SWAP_ROWS = ((4, 8), (10, 16), (20, 32), (40, 48))  # at most so many an expert: tiles of so many
+_SWAP_ROWS = ((2.5, 8), (10, 16), (20, 32), (40, 48))  # at most so many an expert: tiles of so many
+_LONG_ROW_BYTES = 4096  # of K: tiles of 16 rows that take so long are better narrow than wide
 _ONE_TILE_ROWS = 90  # an expert: one 128-row tile holds them, where many need two of 64 rows
 _MANY_ROWS = {192: 180, 256: 768}  # an expert, by tile_n: above, pairs of CTAs share weights
 # threads of a CTA that quantises rows of at most so many elements
@@ -43,23 +44,20 @@ def _first_legal(problem: GemmProblem, *configs: Config) -> tuple[Config, ...]:
 
 @lru_cache(maxsize=4096)
 def _swap(problem: GemmProblem, tile_m: int, tile_n: int, evict_first: bool) -> tuple[Config, ...]:
-    """Two CTAs an SM, with about 128 kB of weights on their way: more delay the rows of x."""
-    narrow = GemmSwapSm90Config(
-        tile_m,
-        64,
-        k_boxes=2,
-        stages=4 if tile_m == 8 else 3,
-        ctas_per_sm=2,
-        evict_first=evict_first,
+    """Two CTAs an SM, with about 128 kB of weights on their way, but no more than a tile's: more
+    delay the rows of x."""
+    wide = GemmSwapSm90Config(
+        tile_m, 128, k_boxes=2, stages=2, ctas_per_sm=2, evict_first=evict_first
     )
-    wide = replace(narrow, tile_n=128, stages=2)
+    stages = 4 if tile_m <= 16 and wide.k_steps(problem) > 3 else 3
+    narrow = replace(wide, tile_n=64, stages=stages)
     # of gate and up of N-major weights only the wide one is legal
     return _first_legal(problem, *((wide, narrow) if tile_n == 128 else (narrow, wide)))
 
 
 @lru_cache(maxsize=1024)
 def _one_wave(problem: GemmProblem) -> tuple[tuple[Config, ...], tuple[Config, ...]]:
-    """For tiles that fill at most a quarter, and half, of the SMs."""
+    """For tiles that fill at most a quarter, and at most all, of the SMs."""
     shared = GemmSwapSm90Config(
         8, 64, k_boxes=2, split_k=4, stages=4, ctas_per_sm=2, evict_first=True
     )
@@ -114,8 +112,8 @@ def _estimates(problem: GemmProblem) -> tuple[Config, ...]:
     """Every config that `estimate` may return."""
     found = [*_one_wave(problem), _swap(problem, 8, 64, True), _swap(problem, 8, 64, False)]
     every = _evict_first(problem, problem.num_experts)
-    for rows, tile_m in (*_SWAP_ROWS[1:], (_swap_rows(problem), _SWAP_ROWS[-1][1])):
-        found.append(_swap(problem, tile_m, _swap_columns(problem, tile_m, rows), every))
+    for rows in (*(rows for rows, _ in _SWAP_ROWS[1:]), _swap_rows(problem)):
+        found.append(_swap(problem, *_swap_tile(problem, rows), every))
     found += [_one_tile(problem), _some_rows(problem), _many_rows(problem)]
     return tuple(dict.fromkeys(config for family in found for config in family))
 
@@ -169,15 +167,14 @@ def _family(problem: GemmProblem, rows_per_expert: float) -> tuple[Config, ...]:
             return _one_tile(problem)
         many = rows_per_expert > _MANY_ROWS[_wide(problem)]
         return _many_rows(problem) if many else _some_rows(problem)
-    tile_m = next((m for rows, m in _SWAP_ROWS if rows_per_expert <= rows), _SWAP_ROWS[-1][1])
-    if tile_m > 8:
-        columns = _swap_columns(problem, tile_m, rows_per_expert)
-        return _swap(problem, tile_m, columns, _evict_first(problem, experts))
+    if rows_per_expert > _SWAP_ROWS[0][0]:
+        tile = _swap_tile(problem, rows_per_expert)
+        return _swap(problem, *tile, _evict_first(problem, experts))
     rows = rows_per_expert * experts
     tiles = min(experts, rows) * -(-problem.n // 64)
-    quarter, half = _one_wave(problem)
-    if tiles <= _SMS / 2:
-        return quarter if tiles <= _SMS / 4 else half
+    quarter, whole = _one_wave(problem)
+    if tiles <= _SMS:
+        return quarter if tiles <= _SMS / 4 else whole
     active = experts * (1 - (1 - 1 / experts) ** rows)  # of a balanced routing
     return _swap(problem, 8, 64, _evict_first(problem, active))
 
@@ -188,10 +185,16 @@ def _swap_rows(problem: GemmProblem) -> float:
     return _SWAP_ROWS[-1][0] * (2 if idle else 1)
 
 
-def _swap_columns(problem: GemmProblem, tile_m: int, rows_per_expert: float) -> int:
-    """Columns of a tile: 128, but 64 where the wide ones would all run at once, the last alone."""
+def _swap_tile(problem: GemmProblem, rows_per_expert: float) -> tuple[int, int]:
+    """Rows and columns of a tile: 128 columns, but 64 where the wide ones would all run at once,
+    the last alone. The rest of a crowded expert's rows is then a wave of its own, which costs less
+    where tiles have 32 rows than where they have 48."""
+    tile_m = next((m for rows, m in _SWAP_ROWS if rows_per_expert <= rows), _SWAP_ROWS[-1][1])
     tiles = problem.num_experts * ceil(rows_per_expert / tile_m) * -(-problem.n // 128)
-    return 64 if tiles <= 2 * _SMS else 128
+    if tiles <= 2 * _SMS:
+        return min(tile_m, 32), 64
+    long_rows = problem.k * problem.operand.bytes >= _LONG_ROW_BYTES
+    return tile_m, 64 if tile_m == 16 and long_rows else 128
 
 
 def _evict_first(problem: GemmProblem, experts: float) -> bool:

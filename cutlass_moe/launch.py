@@ -102,8 +102,10 @@ _counters = cache(Counters)
 class Launch:
     """A launch that can be repeated: a kernel's parameters, in memory of its own, and its grid.
 
-    What differs from the launch before is set in between. Not thread-safe. The driver has copied
-    all of it when a call returns, into the graph where one is captured.
+    What differs from the launch before is set in between: `values` are the parameters, addresses
+    and integers in the order of record.params; what stands for a tensor map is ignored. Not
+    thread-safe. The driver has copied all of it when a call returns, into the graph where one is
+    captured.
     """
 
     def __init__(self, kernel: Kernel) -> None:
@@ -111,8 +113,8 @@ class Launch:
         record = kernel.record
         count = len(record.params)
         self._slots = struct.Struct(f"<{count}q")
-        self._values = (ctypes.c_int64 * count)()
-        first = ctypes.addressof(self._values)
+        self.values = (ctypes.c_int64 * count)()
+        first = ctypes.addressof(self.values)
         self._pointers = (ctypes.c_void_p * count)(*(first + i * _SLOT for i in range(count)))
         self._arguments = ctypes.addressof(self._pointers)
         self._maps: dict[int, driver.CUtensorMap] = {}  # kept alive
@@ -149,12 +151,8 @@ class Launch:
         self._overlap = overlap
 
     def fill(self, values: Sequence[int]) -> None:
-        """Sets all parameters; what stands for a tensor map is ignored."""
-        self._slots.pack_into(self._values, 0, *values)
-
-    def set(self, at: int, value: int) -> None:
-        """Sets parameter number `at`, an address or an integer."""
-        self._values[at] = value
+        """Sets all of `values`."""
+        self._slots.pack_into(self.values, 0, *values)
 
     def set_map(self, at: int, tensor_map: driver.CUtensorMap) -> None:
         """Sets parameter number `at`, a tensor map."""
@@ -301,13 +299,13 @@ class GemmKernel(Kernel):
 
     def set_out(self, launch: Launch, pointer: int, rows: int) -> None:
         """Where the output of a launch of this kernel is."""
-        launch.set(self.at["out"], pointer)
+        launch.values[self.at["out"]] = pointer
         launch.set_map(self.at["out_map"], self._tensor_map((pointer, rows), self._encode_out))
 
     def set_counters(self, launch: Launch, stream: int) -> None:
         """For a call on `stream`, the current one of this device."""
         if self._counters is not None:
-            launch.set(self.at["counters"], self._counters.address(stream))
+            launch.values[self.at["counters"]] = self._counters.address(stream)
 
     def _tensor_map(
         self, key: tuple[Any, ...], encode: Callable[..., driver.CUtensorMap]

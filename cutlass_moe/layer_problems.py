@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cutlass_moe import shapes
-from cutlass_moe.arguments import DTYPES
+from cutlass_moe.arguments import DTYPES, is_n_major
 from cutlass_moe.layer_arguments import Layer, LayerOptions
 from cutlass_moe.shapes import ACTIVATION_SCALE, MoeShape
 from emitters.problem import (
@@ -21,6 +21,7 @@ from emitters.problem import (
     EpilogueNode,
     ExpertScale,
     GemmProblem,
+    Major,
     PerTokenScale,
 )
 from emitters.steps import CombineProblem, QuantizeProblem, RouteProblem
@@ -80,6 +81,7 @@ def layer_problems(
             num_experts=num_experts,
             gather=bool(last),
             epilogue=(*nodes, *last),
+            weight_major=Major.N if of.n_major else Major.K,
         )
 
     gates = 2 if function.gated else 1
@@ -101,7 +103,7 @@ def problems_of(layer: Layer, options: LayerOptions) -> LayerProblems:
         return Projection(
             0 if scale is None else scale.dim(),
             None if bias is None else DTYPES[bias.dtype],
-            weight.stride(2) != 1 and weight.stride(1) == 1,
+            is_n_major(weight),
         )
 
     return layer_problems(

@@ -141,7 +141,7 @@ def fused_moe_reference(
     if expert_map is not None:
         known = (ids >= 0) & (ids < len(expert_map))
         ids = functional.pad(expert_map.long(), (0, 1), value=-1)[ids.where(known, -1)]
-        experts = max(experts, len(expert_map))
+        experts = max(1, len(expert_map))
     limit = None if capacity_factor is None else math.ceil(ids.numel() / experts * capacity_factor)
     x, x_scale = hidden.to(compute_dtype), None
     if quant:

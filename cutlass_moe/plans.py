@@ -27,18 +27,21 @@ class Plan:
     ):
         named = {**operands._asdict(), "out": out}
         self._tensors = {name: t for name, t in named.items() if t is not None}
-        self._expected = {n: (t.shape, t.dtype, t.stride()) for n, t in self._tensors.items()}
         self._device = out.get_device()
         self._kernel = kernel
         self._options = options
+        params: dict[str, int] = {}
         if kernel is not None:
             self._launch = kernel.prepare_gemm(
                 *parameters(kernel.problem, out, operands, interleaved=options.interleaved), grid
             )
             scale = "channel_scale" if "channel_scale" in kernel.at else "expert_scale"
             names = {"offsets": "ends", "scale": scale}
-            params = {name: names.get(name, name) for name in self._tensors}
-            self._at = {name: kernel.at[param] for name, param in params.items()}
+            params = {name: kernel.at[names.get(name, name)] for name in self._tensors}
+        self._slots = {
+            name: (t.shape, t.dtype, t.stride(), _ALIGNMENTS.get(name, 4), params.get(name, 0))
+            for name, t in self._tensors.items()
+        }
 
     def __call__(
         self, x: Tensor | None = None, out: Tensor | None = None, **others: Tensor
@@ -71,10 +74,10 @@ class Plan:
         return tensors["out"]
 
     def _replace(self, name: str, tensor: Tensor) -> None:
-        expected = self._expected.get(name)
-        if expected is None:
+        slot = self._slots.get(name)
+        if slot is None:
             raise TypeError(f"{name}: planned were {', '.join(self._tensors)}")
-        shape, dtype, strides = expected
+        shape, dtype, strides, alignment, at = slot
         if (
             tensor.dtype is not dtype
             or tensor.shape != shape
@@ -89,16 +92,16 @@ class Plan:
         if tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{name} requires a gradient, and a plan has none")
         if self._kernel is not None:
-            pointer, alignment = tensor.data_ptr(), _ALIGNMENTS.get(name, 4)
+            pointer, launch = tensor.data_ptr(), self._launch
             if pointer % alignment:
                 raise ValueError(f"{name}: expected an address in multiples of {alignment} bytes")
             if name == "weight":
-                view = WeightView(pointer, tensor.stride(), self._options.interleaved)
-                self._kernel.set_weight(self._launch, view)
-            elif name == "out":
-                self._kernel.set_out(self._launch, pointer, tensor.shape[0])
-            else:
-                self._launch.set(self._at[name], pointer)
+                view = WeightView(pointer, strides, self._options.interleaved)
+                self._kernel.set_weight(launch, view)
+            elif name != "out":
+                launch.values[at] = pointer
+            elif pointer != launch.values[at]:
+                self._kernel.set_out(launch, pointer, shape[0])
         self._tensors[name] = tensor
 
     def _enqueue(self, kernel: GemmKernel) -> None:

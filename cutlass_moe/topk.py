@@ -12,11 +12,12 @@ from cutlass_moe.arguments import DTYPES
 from cutlass_moe.calls import announce_fallback, launch_step, step_kernel
 from cutlass_moe.launch import Kernel
 from cutlass_moe.layer_reference import check_router, topk_router_reference
-from cutlass_moe.routing import RoutingTable, route, row_capacity
+from cutlass_moe.routing import RoutingTable, check_capacity, route, row_capacity
 from emitters.steps import MAX_FUSED_EXPERTS, MAX_TOP_K, RouteLogitsProblem, TopkProblem
 
 _LARGEST = torch.finfo(torch.float32).max
-_FUSED_TOKENS = 16  # up to so many one launch for all is faster; measured on an H200
+# Measured on an H200: up to so many tokens, and logits, one launch for all is faster than two.
+_FUSED_TOKENS, _FUSED_LOGITS = 16, 4096
 
 
 class Router(NamedTuple):
@@ -46,12 +47,21 @@ def topk_router(
 ) -> tuple[Tensor, Tensor]:
     """Each token's k experts and their weights: Mixtral, Qwen3, DeepSeek-V3, gpt-oss.
 
-    logits [T, E]: bfloat16, float16 or float32. correction_bias: floating point [E].
-    The rules and errors are those of `topk_router_reference`. Kernels have up to 32 choices and
-      groups and compute in float32; others, and float64 logits, take the reference.
+    logits [T, E]: bfloat16, float16 or float32. scoring: "softmax" over all experts or "sigmoid".
+    Experts are chosen by logit; with a correction_bias (floating point [E]) or with groups, by
+      score + correction_bias. Equal ones go to the lower id, NaN comes after all numbers and has
+      score 0.
+    num_groups > 1: experts are num_groups equal runs of ids, and only those of the topk_groups runs
+      whose two best experts have the largest sum may be chosen.
+    A weight is the expert's score, without correction_bias; choices after the first whose score is
+      below `threshold` get id -1 and weight 0; renormalize divides a token's weights by their sum;
+      then all are multiplied by `scale`.
+    Kernels compute in float32, with up to 32 choices and groups of 1024 experts; for others, and
+      float64 logits, the reference runs.
 
-    Returns (topk_weights float32 [T, k], topk_ids int32 [T, k]), best first. Raises RuntimeError
-    where a gradient would be lost: topk_router has none, topk_router_reference has.
+    Returns (topk_weights float32 [T, k], topk_ids int32 [T, k]), best first. Raises TypeError or
+    ValueError, with what was expected and what came, for malformed arguments, RuntimeError where a
+    gradient would be lost: topk_router has none, topk_router_reference has.
     """
     router = Router(
         k, scoring, renormalize, num_groups, topk_groups, correction_bias, scale, threshold
@@ -78,8 +88,9 @@ def route_logits(
 ) -> tuple[RoutingTable, Tensor, Tensor]:
     """`topk_router` and `route` of what it chose: (table, topk_weights, topk_ids).
 
-    num_experts: of the table, default E; with expert_map the number of experts here. One launch
-    for a few tokens without expert_map. Weights of pairs that took no row are not changed.
+    num_experts: of the table, default E; with expert_map the number of experts here. A few tokens
+    take one launch, unless there is an expert_map. Weights of pairs that got no row stay as they
+    are. Raises what both raise.
     """
     router = Router(
         k, scoring, renormalize, num_groups, topk_groups, correction_bias, scale, threshold
@@ -130,9 +141,7 @@ def _refuse_gradient(name: str, *tensors: Tensor | None) -> None:
 
 def _check(logits: Tensor, router: Router) -> None:
     bias = router.correction_bias
-    check_router(
-        logits, router.k, router.scoring, router.num_groups, router.topk_groups, bias
-    )  # fmt: skip
+    check_router(logits, router.k, router.scoring, router.num_groups, router.topk_groups, bias)
     for name, value in (("scale", router.scale), ("threshold", router.threshold or 0.0)):
         if not -_LARGEST <= value <= _LARGEST:
             raise ValueError(f"{name}: expected a finite float32, got {value}")
@@ -204,9 +213,11 @@ def _topk(logits: Tensor, *arguments: Any) -> _Pair:
 def _route_logits(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     router, capacity_factor = Router(*arguments[:-1]), arguments[-1]
     _check(logits, router)
+    check_capacity(capacity_factor)
     experts = logits.shape[1]
+    few = 0 < len(logits) <= _FUSED_TOKENS and logits.numel() <= _FUSED_LOGITS
     kernel = None
-    if logits.is_cuda and 0 < len(logits) <= _FUSED_TOKENS and experts <= MAX_FUSED_EXPERTS:
+    if logits.is_cuda and few and experts <= MAX_FUSED_EXPERTS:
         kernel = _find(RouteLogitsProblem, logits, router)
     if kernel is None:
         weights, ids = _topk(logits, *router)

@@ -186,8 +186,8 @@ class Route:
 
     @cute.jit
     def same(self, expert: Int32) -> Uint32:
-        """Lanes with this lane's expert, where that is not negative. match.any takes twice as
-        long."""
+        """Lanes with this lane's expert, where that is not negative. On an H200 match.any takes 2.5
+        times as long for 128 experts."""
         found = Uint32(cute.arch.vote_ballot_sync(expert >= 0))
         for bit in range_constexpr((self.experts - 1).bit_length()):
             mine = (expert >> bit & 1) == 1

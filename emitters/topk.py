@@ -172,9 +172,9 @@ class TopkRouter:
             score = Float32(0.0)
             if keys[i] > _MISSING:
                 if const_expr(self.problem.scoring == "softmax"):
-                    score = cute.arch.exp2((scores[i] - largest) * _LOG2_E)
+                    score = cute.math.exp2((scores[i] - largest) * _LOG2_E, fastmath=True)
                 else:
-                    score = 1.0 / (1.0 + cute.arch.exp2(scores[i] * -_LOG2_E))
+                    score = 1.0 / (1.0 + cute.math.exp2(scores[i] * -_LOG2_E, fastmath=True))
             scores[i] = score
             total += score
         if const_expr(self.problem.scoring == "softmax"):

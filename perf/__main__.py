@@ -199,7 +199,7 @@ def layer_images(case: LayerCase) -> Iterator[tuple[Any, Any]]:
     problems = problems_of_shape(case.shape, case.dtype)
     *nodes, activation = problems.up.epilogue
     up = replace(problems.up, epilogue=(*nodes, replace(activation, scale=1.0)))
-    found = {*problems, up, TopkProblem(case.shape.num_experts, case.shape.top_k, DType.FP32)}
+    found = {*problems, up, TopkProblem(case.shape.num_experts, DType.FP32, "softmax", 1)}
     if problems.quantize_active:
         found.add(replace(problems.quantize_active, source_scale=1.0))
     for problem in found - {None}:

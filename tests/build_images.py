@@ -16,7 +16,9 @@ from tests import (
     layer_cases,
     test_index_group_matmul_gpu,
     test_plan_gpu,
+    test_routing_gpu,
     test_rows_gpu,
+    test_topk_gpu,
     test_warmup_gpu,
 )
 
@@ -25,7 +27,9 @@ SOURCES = (
     layer_cases,
     test_index_group_matmul_gpu,
     test_plan_gpu,
+    test_routing_gpu,
     test_rows_gpu,
+    test_topk_gpu,
     test_warmup_gpu,
 )
 

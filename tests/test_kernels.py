@@ -162,7 +162,7 @@ def test_repeated_launch_changes_what_is_set(monkeypatch):
     repeated.fill([1, 2, -3])
     repeated.shape(4, overlap=True)
     repeated(5)
-    repeated.set(1, 7)
+    repeated.values[1] = 7
     repeated(6)
     repeated.shape(8, overlap=False)
     repeated(6)

@@ -63,7 +63,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight_k": (
         {"weight": torch.ones(3, 24, 16).to(torch.float8_e4m3fn)},
         ValueError,
-        r"weight: expected .*32\].* got \(3, 24, 16\)",
+        r"weight: expected .*32\).* got \(3, 24, 16\)",
     ),
     "weight_no_experts": (
         {"weight": torch.ones(0, 24, 32).to(torch.float8_e4m3fn)},

@@ -116,9 +116,11 @@ def run_chain(names: tuple[str, ...], inputs: dict[str, Any], overlap: bool) -> 
     for i in range(24):
         with kernels.forced_config(LINKS[names[i % len(names)]]):
             kernel, grid = kernels.plan(LINK.problem, 0, LINK.tokens, LINK.rows, Options())
-        operands = Operands(x, inputs["weight"], inputs["index"], inputs["offsets"], *[None] * 3)
+        operands = Operands(
+            x, inputs["weight"], inputs["index"], inputs["offsets"], None, None, None
+        )
         x = buffers[i % 2]
-        arguments = parameters(x, operands)
+        arguments = parameters(LINK.problem, x, operands, interleaved=False)
         launch = kernel.prepare_gemm(*arguments, grid, overlap=overlap and i > 0)
         launches.append((kernel, launch))
     stream = torch.cuda.current_stream().cuda_stream

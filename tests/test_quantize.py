@@ -218,7 +218,7 @@ def test_kernels_of_every_length_compile_without_spills() -> None:
         for source in (DType.BF16, DType.FP32)
         for target in (DType.E4M3, DType.INT8)
     ] + [CombineProblem(DType.FP16, 2880, 32), CombineProblem(DType.FP32, 2880, 16)]
-    requests = [Request(p, config) for p in problems for config in heuristics.step_configs(p)]
+    requests = [Request(problem, heuristics.step_config(problem)) for problem in problems]
     for result in compile_images(requests):
         assert result.image is not None, result.error
         record = result.image.record

@@ -13,9 +13,14 @@ from torch import Tensor
 import cutlass_moe as cm
 from cutlass_moe import heuristics
 from cutlass_moe.arguments import DTYPES
-from cutlass_moe.calls import launch_step
-from cutlass_moe.combine import combine_launch, combine_reference
-from cutlass_moe.quantize import LARGEST, SOURCES, quantize_launch, quantize_per_token_reference
+from cutlass_moe.calls import launch_step, step_kernel
+from cutlass_moe.combine import combine_reference, combine_values
+from cutlass_moe.quantize import (
+    LARGEST,
+    SOURCES,
+    quantize_per_token_reference,
+    quantize_values,
+)
 from emitters.problem import DType
 from emitters.steps import CombineProblem, QuantizeProblem, Step, StepConfig
 from tests.numerics import poisoned, same_bits, untouched
@@ -38,7 +43,7 @@ def images() -> set[tuple[Step, StepConfig]]:
         for source, dtype, k in itertools.product(SOURCES, LARGEST, LENGTHS)
     ]
     problems += [CombineProblem(DTYPES[dtype], n, k) for dtype in SOURCES for n, k in SUMS]
-    return {(p, c) for p in [*problems, SCALED] for c in heuristics.step_configs(p)}
+    return {(problem, heuristics.step_config(problem)) for problem in [*problems, SCALED]}
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +51,14 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No torch path in a kernel's place."""
     monkeypatch.setenv("CUTLASS_MOE_STRICT", "1")
     yield
+
+
+def launch(
+    problem: QuantizeProblem | CombineProblem, values: list[int], rows: int, overlap: bool = False
+) -> None:
+    kernel = step_kernel(problem, 0)
+    assert kernel is not None
+    launch_step(kernel, values, problem.ctas(rows, kernel.record.threads), 0, overlap)
 
 
 def make_rows(rows: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -123,19 +136,20 @@ def test_per_channel() -> None:
 @pytest.mark.parametrize("early", [False, True], ids=["waits", "early"])
 @pytest.mark.parametrize("end", [0, 1, 99, 128, 129, 2**31 - 1])
 def test_rows_that_the_device_counts(end: int, early: bool) -> None:
-    """And the layer's other wishes: given buffers, a scaled source, a dependent launch."""
+    """And the layer's other wishes: a scaled source, early work, a dependent launch."""
     x = torch.randn(128, 768, device="cuda", dtype=torch.float16)
     q = torch.full((128, 768), 0x55, device="cuda", dtype=torch.uint8)
     scale = poisoned(128, 1, torch.float32, "cuda")
     offsets = torch.tensor([0, 0, end], dtype=torch.int32, device="cuda")
     target = q.view(torch.float8_e4m3fn)
-    launch = quantize_launch(x, target, scale, offsets=offsets, source_scale=32.0, early=early)
-    assert launch is not None
-    launch_step(*launch, 0, overlap=True)
+    addresses = (tensor.data_ptr() for tensor in (x, q, scale))
+    last_end = offsets[-1:].data_ptr()
+    values = quantize_values(*addresses, 128, last_end=last_end, early=early)
+    launch(SCALED, values, 128, overlap=True)
     count = min(end, 128)
     want, want_scale = quantize_per_token_reference(x[:count].float() * 32, target.dtype)
     assert same_bits(target[:count], want) and torch.equal(scale[:count, 0], want_scale)
-    assert (q[count:] == 0x55).all() and untouched(scale, count)
+    assert (q[count:] == 0x55).all() and untouched(scale, torch.arange(128) >= count)
 
 
 def make_sum(tokens: int, n: int, k: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
@@ -181,7 +195,7 @@ def test_combine(n: int, k: int, tokens: int, dtype: torch.dtype) -> None:
         out = poisoned(tokens, n, dtype, "cuda")
         assert cm.combine(**inputs, out=out) is out
         check_sum(out, inputs)
-        assert untouched(out, tokens)
+        assert untouched(out, torch.zeros(tokens, dtype=torch.bool))
         assert same_bits(cm.combine(**inputs), out)
 
 
@@ -211,23 +225,24 @@ def test_misaligned_rows() -> None:
 
 
 def test_graph_replay_with_other_data() -> None:
-    """Quantise, then combine what came before it, as a chain of dependent launches."""
+    """A chain of dependent launches, combine and the quantisation of what it wrote; and the ops."""
     x, sums = make_rows(128, 2048, torch.bfloat16), make_sum(128, 2048, 8, torch.bfloat16)
     q = torch.empty(128, 2048, device="cuda", dtype=torch.int8)
     scale, out = torch.empty(128, device="cuda"), torch.empty_like(x)
 
-    def launch() -> None:
-        first = combine_launch(out, *(sums[n] for n in ("rows", "topk_weights", "inverse")), None)
-        second = quantize_launch(out, q, scale)
-        assert first is not None and second is not None
-        launch_step(*first, 0)
-        launch_step(*second, 0, overlap=True)
+    inputs = tuple(sums[name].data_ptr() for name in ("topk_weights", "inverse"))
+    combined = combine_values((sums["rows"].data_ptr(), 1024), *inputs, 0, (out.data_ptr(), 128))
+    quantized = quantize_values(out.data_ptr(), q.data_ptr(), scale.data_ptr(), 128)
 
-    launch()
+    def chain() -> None:
+        launch(CombineProblem(DType.BF16, 2048, 8), combined, 128)
+        launch(QuantizeProblem(DType.BF16, DType.INT8, 2048), quantized, 128, overlap=True)
+
+    chain()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch()
+        chain()
         eager_q, eager_scale = cm.quantize_per_token(x, torch.int8)
         eager_out = cm.combine(**sums)
     for seed in (2, 3, 4):
