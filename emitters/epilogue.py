@@ -25,7 +25,7 @@ from cutlass.experimental import primitives as prims
 from emitters.activations import activate
 from emitters.config import SLICE_BYTES, SLICE_ROWS, GemmSm90Config
 from emitters.problem import (
-    GATE_BLOCK,
+    N_MAJOR_BLOCK,
     Activation,
     Bias,
     ChannelScale,
@@ -92,8 +92,9 @@ class Fragment:
         if not self.by_blocks:
             return i
         block, c = divmod(i, 4)
-        eight, in_pairs = divmod(block, 2 * GATE_BLOCK)
-        return 4 * (2 * GATE_BLOCK * eight + GATE_BLOCK * (in_pairs % 2) + in_pairs // 2) + c
+        box = N_MAJOR_BLOCK // 8  # blocks of one
+        two, in_pairs = divmod(block, 2 * box)
+        return 4 * (2 * box * two + box * (in_pairs % 2) + in_pairs // 2) + c
 
     def token_row(self, i: int):
         """Row of the tile whose token a thread reads as its i-th."""
