@@ -117,6 +117,7 @@ def parameters(
         0,  # its tensor map
         x.shape[0],
         rows,
+        0,  # early
     )
     if problem.gated:
         values += gate_strides(weight.shape[1], interleaved)
@@ -134,15 +135,15 @@ def parameters(
     return values, weights, (out_pointer, rows)
 
 
-def step_kernel(problem: Step, device: int) -> Kernel | None:
+def step_kernel(problem: Step, device: int, few: bool = False) -> Kernel | None:
     """None, and a warning, where there is no kernel and the op's torch path must do.
 
-    Raises what `kernels.load` raises but MissingImage.
+    few: as of `step_config`. Raises what `kernels.load` raises but MissingImage.
     """
     reason = why_illegal(problem, arch=kernels.device_arch(device))
     if reason is None:
         try:
-            return kernels.load(problem, heuristics.step_config(problem), device)
+            return kernels.load(problem, heuristics.step_config(problem, few), device)
         except MissingImage as error:
             reason = str(error)
     announce_fallback(reason, capturable=True)

@@ -33,6 +33,7 @@ _LONG_ROW_BYTES = 4096  # of K: tiles of 16 rows that take so long are better na
 _ONE_TILE_ROWS = 90  # an expert: one 128-row tile holds them, where many need two of 64 rows
 _MANY_ROWS = {192: 180, 256: 768}  # an expert, by tile_n: above, pairs of CTAs share weights
 # threads of a CTA that quantises rows of at most so many elements
+FEW_PAIRS = 1024  # that 256 threads route faster than 1024 do
 _ROW_THREADS = ((8192, 128), (16_384, 256), (MAX_ROW, 512))
 _EVICT_FIRST_BYTES = 300e6  # of active weights: more of them would only evict one another
 
@@ -100,7 +101,9 @@ def _widest(problem: GemmProblem, tile_m: int, tile_n: int, **options: Any) -> t
 
 def every_config(problem: Problem) -> tuple[AnyConfig, ...]:
     """That calls of this problem may take: what a build compiles."""
-    return (step_config(problem),) if isinstance(problem, Step) else candidates(problem)
+    if isinstance(problem, Step):
+        return tuple(dict.fromkeys((step_config(problem), step_config(problem, few=True))))
+    return candidates(problem)
 
 
 def candidates(problem: GemmProblem) -> tuple[Config, ...]:
@@ -118,9 +121,10 @@ def _estimates(problem: GemmProblem) -> tuple[Config, ...]:
     return tuple(dict.fromkeys(config for family in found for config in family))
 
 
-def step_config(problem: Step) -> StepConfig:
+def step_config(problem: Step, few: bool = False) -> StepConfig:
+    """few: for at most FEW_PAIRS of a RouteProblem."""
     if isinstance(problem, RouteProblem):
-        return StepConfig(1024)
+        return StepConfig(max(256, -(-problem.num_experts // 32) * 32) if few else 1024)
     if isinstance(problem, QuantizeProblem):
         return StepConfig(next(threads for k, threads in _ROW_THREADS if problem.k <= k))
     if isinstance(problem, RouteLogitsProblem):

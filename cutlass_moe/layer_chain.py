@@ -11,7 +11,7 @@ from cutlass_moe import kernels
 from cutlass_moe.arguments import Options
 from cutlass_moe.calls import announce_fallback, signature
 from cutlass_moe.combine import combine_values
-from cutlass_moe.heuristics import step_config
+from cutlass_moe.heuristics import FEW_PAIRS, step_config
 from cutlass_moe.launch import WeightView
 from cutlass_moe.layer_arguments import QUANTS, Layer, LayerOptions, check_layer
 from cutlass_moe.layer_problems import problems_of
@@ -57,11 +57,11 @@ class Chain:
     """The launches of one layer on one device.
 
     With programmatic dependent launch a kernel may start before its predecessor ends, and waits
-    for it before it reads what that wrote. GEMMs read `offsets` before they wait, so route must
-    have ended before their predecessor's wait returned: the quantisation of the tokens, which route
-    does not concern, stands between it and the up projection, works beside it and waits at its own
-    end. Without quantisation the up projection starts after route. The first kernel starts after
-    whatever came before.
+    for it before it reads what that wrote; every kernel waits, so that all before a predecessor
+    have ended too. A kernel lets its successor start once it has waited itself, so that no more
+    than two are on their way, but quantisation lets it start at once: that of the tokens works
+    while route does, and waits at its end. GEMMs are so ready when it ends; down has by then
+    loaded its first weights, for which it needs `offsets` alone, complete since up waited.
     """
 
     def __init__(self, layer: Layer, options: LayerOptions) -> None:
@@ -86,7 +86,8 @@ class Chain:
             experts = max(1, layer.expert_map.numel())
         per_expert = self.rows / experts
         ids = layer.topk_ids
-        self.route = kernels.load(problems.route, step_config(problems.route), device)
+        route = step_config(problems.route, few=self.rows <= FEW_PAIRS)
+        self.route = kernels.load(problems.route, route, device)
         self.capacity = row_capacity(ids, experts, self.options.capacity_factor)
         self.up = Gemm(
             problems.up, device, self.tokens, self.rows, per_expert, self.options.interleaved
@@ -129,15 +130,14 @@ class Chain:
             down["per_token_scale"] = base + parts.quantized_scale.offset
             values = quantize_values(x, up["x"], up["per_token_scale"], self.tokens, early=pdl)
             self.quantize_hidden.launch(values, stream, pdl)
-            self.up.launch(up, layer.w13, stream, pdl)
+        self.up.launch(up, layer.w13, stream, pdl)
+        if self.options.quant:
             last_end = places.offsets + 4 * (self.problems.up.num_experts - 1)
             values = quantize_values(
                 active, down["x"], down["per_token_scale"], self.rows, last_end=last_end
             )
             self.quantize_active.launch(values, stream, pdl)
-        else:
-            self.up.launch(up, layer.w13, stream, False)
-        self.down.launch(down, layer.w2, stream, pdl)
+        self.down.launch(down, layer.w2, stream, pdl, early=pdl)
         values = combine_values(
             (rows, self.rows),
             layer.topk_weights.data_ptr(),
@@ -185,8 +185,15 @@ class Gemm:
         }
         self.interleaved = interleaved
 
-    def launch(self, values: dict[str, int], weight: Tensor, stream: int, overlap: bool) -> None:
-        given = {**self.constants, **values, "weight": 0, "out_map": 0}
+    def launch(
+        self,
+        values: dict[str, int],
+        weight: Tensor,
+        stream: int,
+        overlap: bool,
+        early: bool = False,
+    ) -> None:
+        given = {**self.constants, **values, "weight": 0, "out_map": 0, "early": int(early)}
         self.kernel.launch_gemm(
             [given[name] for name in self.names],
             WeightView(weight.data_ptr(), weight.stride(), self.interleaved),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.calls import step_kernel
+from cutlass_moe.heuristics import FEW_PAIRS
 from cutlass_moe.launch import Kernel
 from emitters.steps import RouteProblem
 
@@ -133,12 +134,12 @@ def route_scratch(pairs: int, num_experts: int) -> int:
     return grid * num_experts if grid > 1 else 0
 
 
-def find_route(num_experts: int, dtype: torch.dtype, device: int) -> Kernel | None:
-    """The kernel for ids of `dtype`; None, and a warning, where there is none.
+def find_route(num_experts: int, dtype: torch.dtype, pairs: int, device: int) -> Kernel | None:
+    """The kernel for so many ids of `dtype`; None, and a warning, where there is none.
 
     Raises what `step_kernel` raises.
     """
-    return step_kernel(RouteProblem(num_experts, _IDS[dtype]), device)
+    return step_kernel(RouteProblem(num_experts, _IDS[dtype]), device, few=pairs <= FEW_PAIRS)
 
 
 class RoutePlaces(NamedTuple):
@@ -162,9 +163,8 @@ def launch_route(
 ) -> None:
     """Enqueues a kernel of `find_route`; allocates nothing and checks nothing.
 
-    Tensors are contiguous and on the current device. pdl: the second of two launches may start
-    before the first ends; in a dependent launch after either, all is complete once the first wait
-    returns.
+    Tensors are contiguous and on the current device. pdl: launches may start before what they
+    follow ends, and wait for it before they read or write anything.
     """
     grid = route_grid(topk_ids.numel(), num_experts)
     values = [
@@ -177,9 +177,9 @@ def launch_route(
         *places,
     ]
     if grid == 1:
-        kernel.launch([*values, 0], 1, stream)
+        kernel.launch([*values, 0], 1, stream, pdl)
     else:
-        kernel.launch([*values, 1], grid, stream)
+        kernel.launch([*values, 1], grid, stream, pdl)
         kernel.launch([*values, 2], grid, stream, pdl)
 
 
@@ -235,7 +235,7 @@ def _on_cuda(
     topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, capacity_factor: float | None
 ) -> _Table:
     device = topk_ids.get_device()
-    kernel = find_route(num_experts, topk_ids.dtype, device)
+    kernel = find_route(num_experts, topk_ids.dtype, topk_ids.numel(), device)
     if kernel is None:
         return _on_cpu(topk_ids, num_experts, expert_map, capacity_factor)
     topk_ids = topk_ids.contiguous()

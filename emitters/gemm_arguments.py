@@ -33,6 +33,7 @@ def gemm_arguments(problem: GemmProblem, config: Config) -> tuple[Argument, ...]
         _tensor("out_map", ELEMENT[problem.out], (SLICE_ROWS, problem.out_columns), (1, 0)),
         integer("num_tokens"),
         integer("num_rows"),
+        integer("early"),
         several(integer("column_stride"), integer("gate_stride")) if problem.gated else ABSENT,
         several(*(pointer(node.kind, node_element(node), 4) for node in tensor_nodes(problem))),
         pointer("counters", Int32, 8) if dynamic else ABSENT,

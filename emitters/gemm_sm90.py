@@ -77,13 +77,14 @@ class GemmSm90:
 
     @cute.jit
     def __call__(
-        self, weight, x, index, starts, ends, out, out_map, num_tokens, num_rows, gate_strides,
-        node_tensors, counters, grid, stream,
+        self, weight, x, index, starts, ends, out, out_map, num_tokens, num_rows, early,
+        gate_strides, node_tensors, counters, grid, stream,
     ):  # fmt: skip
         """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps. index is None
         where rows are taken in order. starts may be null, and counters is None but for a dynamic
         schedule: see TileScheduler. out_map: [16, N], stands for the output's tensor map.
-        gate_strides is None but for a gated activation."""
+        gate_strides is None but for a gated activation. early: not 0 where starts and ends are
+        complete before the grid before this one is waited for; they are read then."""
         if const_expr(self.problem.weights is WeightStorage.STACKED):
             # the atom reserves a parameter of 128 bytes: the host encodes the tensor map in it,
             # `load_weight` issues the copy
@@ -102,6 +103,7 @@ class GemmSm90:
             out_map,
             num_tokens,
             num_rows,
+            early,
             gate_strides,
             node_tensors,
             counters,
@@ -152,6 +154,7 @@ class GemmSm90:
         out_map: cute.CopyAtom,
         num_tokens: Int32,
         num_rows: Int32,
+        early: Int32,
         gate_strides: tuple | None,
         node_tensors: tuple | None,
         counters: cute.Pointer | None,
@@ -172,13 +175,15 @@ class GemmSm90:
                     )
             cute.arch.mbarrier_init_fence()
         if warp == 1:
+            if early == 0:
+                cute.arch.griddepcontrol_wait()
             self.scheduler.start(starts, ends, num_rows)
         if warp == 2:
             cpasync.prefetch_descriptor(out_map)
             if const_expr(self.problem.weights is WeightStorage.STACKED):
                 cpasync.prefetch_descriptor(weight)
         self.sync_cluster()
-        cute.arch.griddepcontrol_wait()  # for the grid before; its starts and ends are complete
+        cute.arch.griddepcontrol_wait()
         if thread == 0:
             cute.arch.griddepcontrol_launch_dependents()
 

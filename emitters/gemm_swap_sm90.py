@@ -208,8 +208,8 @@ class GemmSwapSm90:
     A stage holds k_boxes times 128 bytes of K: for each box tile_n rows of weight, or of N-major
     ones its K rows of every 64 columns, and tile_m rows of x, in the 128-byte swizzle. K's and N's
     tails are zeros: TMA fills what lies outside the tensor map, the gather fills its own. Weights
-    do not wait for the index: a warp of their own fills the stages, nor, in a dependent launch, for
-    the grid before: starts and ends must be complete when this one may start.
+    do not wait for the index: a warp of their own fills the stages, and if `early` does not wait
+    for the grid before this one either.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSwapSm90Config):
@@ -234,12 +234,13 @@ class GemmSwapSm90:
 
     @cute.jit
     def __call__(
-        self, weight, x, index, starts, ends, out, out_map, num_tokens, num_rows, gate_strides,
-        node_tensors, counters, grid, stream,
+        self, weight, x, index, starts, ends, out, out_map, num_tokens, num_rows, early,
+        gate_strides, node_tensors, counters, grid, stream,
     ):  # fmt: skip
         """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps. index is None
         where rows are taken in order. starts may be null, see TileScheduler. out_map, which the
-        other template stores through, is not used; counters is None."""
+        other template stores through, is not used; counters is None. early: not 0 where starts and
+        ends are complete before the grid before this one is waited for; weights are loaded then."""
         if const_expr(self.problem.weights is WeightStorage.STACKED):
             # the atom reserves a parameter of 128 bytes: the host encodes the tensor map in it,
             # `load_weight` issues the copies
@@ -259,6 +260,7 @@ class GemmSwapSm90:
             out_map,
             num_tokens,
             num_rows,
+            early,
             gate_strides,
             node_tensors,
         ).launch(
@@ -312,6 +314,7 @@ class GemmSwapSm90:
         out_map: cute.CopyAtom,
         num_tokens: Int32,
         num_rows: Int32,
+        early: Int32,
         gate_strides: tuple | None,
         node_tensors: tuple | None,
     ):
@@ -326,6 +329,8 @@ class GemmSwapSm90:
 
         weight_warp = (WARPGROUP + self.config.gather_threads) // 32
         if warp == weight_warp:
+            if early == 0:
+                cute.arch.griddepcontrol_wait()
             count = self.scheduler.build(starts, ends, num_rows)
             if cute.arch.lane_idx() == 0:
                 tiles[0] = count

@@ -82,14 +82,13 @@ class Quantize:
         row = block * self.rows + thread // self.row_threads
         if end.toint() != 0:
             num_rows = min(num_rows, cute.make_tensor(end, cute.make_layout(VECTOR))[0])
+        cute.arch.griddepcontrol_launch_dependents()
         if early == 0:
             cute.arch.griddepcontrol_wait()
-            cute.arch.griddepcontrol_launch_dependents()
         if block * self.rows < num_rows:
             self.quantize(source, q, scale, row, row < num_rows, thread)
         if early != 0:
             cute.arch.griddepcontrol_wait()
-            cute.arch.griddepcontrol_launch_dependents()
 
     @cute.jit
     def quantize(self, source, q, scale, row: Int32, counts: cutlass.Boolean, thread: Int32):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutlass_moe.heuristics import choose, step_config
+from cutlass_moe.heuristics import choose, every_config
 from cutlass_moe.layer_problems import Projection, layer_problems
 from cutlass_moe.quantize import quantize_per_token_reference
 from cutlass_moe.shapes import MODELS, MoeShape
@@ -118,7 +118,7 @@ def _images(
     found: set[tuple[Problem, AnyConfig]] = set()
     for problem in filter(None, every):
         if isinstance(problem, Step):
-            found.add((problem, step_config(problem)))
+            found |= {(problem, config) for config in every_config(problem)}
             continue
         for count in counts:
             per_expert = count * shape.top_k / shape.num_experts

@@ -40,6 +40,7 @@ def _on_gpu(run: Run, inputs: dict[str, Any]) -> Tensor:
     integers = {
         "num_tokens": len(inputs["x"]),
         "num_rows": len(out),
+        "early": 0,
         "column_stride": column_stride,
         "gate_stride": gate_stride,
     }

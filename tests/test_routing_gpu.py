@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import cutlass_moe as cm
-from cutlass_moe.heuristics import step_config
+from cutlass_moe.heuristics import every_config
 from cutlass_moe.routing import (
     RoutePlaces,
     RoutingTable,
@@ -68,7 +68,7 @@ CASES = [
 def images() -> set[tuple[Step, StepConfig]]:
     """Every (problem, config) that these tests may run."""
     problems = [RouteProblem(e, bits) for e in EXPERTS for bits in BITS]
-    return {(problem, step_config(problem)) for problem in problems}
+    return {(problem, config) for problem in problems for config in every_config(problem)}
 
 
 def poisoned(topk_ids: Tensor, num_experts: int) -> RoutingTable:
@@ -93,7 +93,7 @@ def test_cases(case: Ids, bits: int) -> None:
     scratch = torch.full((words,), POISON, dtype=torch.int32, device="cuda")
     tensors = (table.index, table.offsets, table.inverse, scratch)
     places = RoutePlaces(*(tensor.data_ptr() for tensor in tensors))
-    kernel = find_route(case.experts, ids.dtype, 0)
+    kernel = find_route(case.experts, ids.dtype, ids.numel(), 0)
     assert kernel is not None
     stream = torch.cuda.current_stream().cuda_stream
     launch_route(kernel, on_device, None, case.experts, ids.numel(), places, stream)

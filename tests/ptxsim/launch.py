@@ -70,6 +70,7 @@ class Arguments:
             "ends": self._add("ends", inputs["offsets"]),
             "num_tokens": len(inputs["x"]),
             "num_rows": len(out),
+            "early": int(late),
             "per_token_scale": self._add("per_token_scale", inputs.get("per_token_scale")),
             "channel_scale": self._add("scale", inputs.get("scale")),
             "bias": self._add("bias", inputs.get("bias")),
