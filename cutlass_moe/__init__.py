@@ -20,7 +20,8 @@ from cutlass_moe.quantize import (
     quantize_per_token_reference,
 )
 from cutlass_moe.reference import grouped_matmul_reference
-from cutlass_moe.routing import RoutingTable, route
+from cutlass_moe.routing import RoutingTable, route, route_reference
+from cutlass_moe.topk import route_logits, topk_router
 
 __all__ = [
     "Plan",
@@ -41,6 +42,9 @@ __all__ = [
     "quantize_per_token",
     "quantize_per_token_reference",
     "route",
+    "route_logits",
+    "route_reference",
+    "topk_router",
     "topk_router_reference",
     "warmup",
 ]

@@ -21,6 +21,7 @@ from emitters.problem import (
     EpilogueNode,
     ExpertScale,
     GemmProblem,
+    Major,
     PerTokenScale,
 )
 
@@ -101,7 +102,7 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     experts, n, _ = weight.shape
     if not x.is_contiguous():
         raise ValueError(f"x: expected a contiguous tensor, got strides {x.stride()}")
-    _check_weight(weight, x)
+    check_weight("weight", weight, x, (*weight.shape[:2], x.shape[1]), x.dtype)
     expect("offsets", offsets, device, _INT32, ((experts,),))
     if starts is not None:
         expect("starts", starts, device, _INT32, ((experts,),))
@@ -117,7 +118,7 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     if x.dtype.itemsize == 1 and (per_token_scale is None or scale is None):
         missing = "per_token_scale" if per_token_scale is None else "scale"
         raise ValueError(f"{missing}: {x.dtype} operands need per_token_scale and scale, got None")
-    _check_activation(activation, interleaved, n)
+    _check_activation(activation, interleaved, weight)
     if num_sms is not None and num_sms < 1:
         raise ValueError(f"num_sms: expected a positive number, got {num_sms}")
     if schedule is not None and schedule not in _SCHEDULES:
@@ -151,6 +152,7 @@ def pose(
         operands.x.dtype, out_dtype, accumulation, n, k, experts, operands.index is not None,
         operands.per_token_scale is not None, 0 if scale is None else scale.dim(),
         None if bias is None else bias.dtype, activation,
+        Major.N if is_n_major(operands.weight) else Major.K,
     )  # fmt: skip
 
 
@@ -160,7 +162,8 @@ def check_out(out: Tensor, operands: Operands, options: Options, dtype: torch.dt
     expect("out", out, operands.x.get_device(), (dtype,), (shape,))
 
 
-def _check_activation(activation: str | None, interleaved: bool, n: int) -> None:
+def _check_activation(activation: str | None, interleaved: bool, weight: Tensor) -> None:
+    n = weight.shape[1]
     if activation is not None and activation not in _ACTIVATIONS:
         names = ", ".join(_ACTIVATIONS)
         raise ValueError(f"activation: expected one of {names}, got {activation!r}")
@@ -169,27 +172,46 @@ def _check_activation(activation: str | None, interleaved: bool, n: int) -> None
             raise ValueError(
                 f"weight: expected gate and up rows for {activation}, got an odd N {n}"
             )
+        if interleaved and is_n_major(weight):
+            raise ValueError(
+                "interleaved: expected weights with K dense, whose gate and up rows can be told "
+                f"apart, got strides {weight.stride()}; a contiguous copy has K dense"
+            )
     elif interleaved:
         raise ValueError(f"interleaved: expected a gated activation with it, got {activation!r}")
 
 
-def _check_weight(weight: Tensor, x: Tensor) -> None:
-    experts, _, k = weight.shape
-    if weight.dtype is not x.dtype:
-        raise TypeError(f"weight: expected {x.dtype} (x's dtype), got {weight.dtype}")
-    if k != x.shape[1] or experts == 0:
-        raise ValueError(f"weight: expected [E > 0, N, {x.shape[1]}], got {tuple(weight.shape)}")
-    if weight.get_device() != x.get_device():
-        raise ValueError(f"weight: expected a tensor on {x.device}, got one on {weight.device}")
-    to_16 = 16 // weight.dtype.itemsize
-    expert_stride, row_stride, k_stride = weight.stride()
-    ragged = row_stride % to_16 or expert_stride % to_16
-    if (
-        k_stride != 1 or row_stride < k or (ragged and k % to_16 == 0)
-    ):  # else the problem is illegal
+def is_n_major(weight: Tensor) -> bool:
+    """Whether kernels read it as N-major: bfloat16 or float16 [E, N, K], N dense and not K."""
+    return weight.dtype.itemsize == 2 and weight.stride(1) == 1 and weight.stride(2) != 1
+
+
+def check_weight(
+    name: str, weight: Tensor, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Weights of this dtype and shape [E, N, K] on `like`'s device, in memory as kernels read
+    them."""
+    if weight.dtype is not dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {weight.dtype}")
+    if weight.shape != shape or shape[0] == 0:
         raise ValueError(
-            f"weight: expected K dense, strides of E and N in multiples of {to_16} elements, "
-            f"got strides {weight.stride()}"
+            f"{name}: expected [E > 0, N, K] {tuple(shape)}, got {tuple(weight.shape)}"
+        )
+    if weight.get_device() != like.get_device():
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {weight.device}")
+    to_16 = 16 // weight.dtype.itemsize
+    either = "K or N" if weight.dtype.itemsize == 2 else "K"
+    expert_stride, pitch, dense_stride = weight.stride()
+    dense, other = shape[2], "N"
+    if is_n_major(weight):
+        pitch, dense_stride = dense_stride, pitch
+        dense, other = shape[1], "K"
+    ragged = pitch % to_16 or expert_stride % to_16
+    if dense_stride != 1 or pitch < dense or (ragged and dense % to_16 == 0):
+        # where `dense` is ragged, the problem is illegal
+        raise ValueError(
+            f"{name}: expected {either} dense, strides of E and {other} in multiples of {to_16} "
+            f"elements, got strides {weight.stride()}"
         )
 
 
@@ -226,6 +248,7 @@ def _problem(
     scale_dims: int,
     bias_dtype: torch.dtype | None,
     activation: Activation | None,
+    weight_major: Major,
 ) -> GemmProblem:
     operand = DTYPES[dtype]
     epilogue: list[EpilogueNode] = []
@@ -246,4 +269,5 @@ def _problem(
         num_experts=experts,
         gather=gather,
         epilogue=tuple(epilogue),
+        weight_major=weight_major,
     )

@@ -17,9 +17,11 @@ from emitters.steps import (
     CombineProblem,
     Problem,
     QuantizeProblem,
+    RouteLogitsProblem,
     RouteProblem,
     Step,
     StepConfig,
+    TopkProblem,
 )
 
 GPU = "NVIDIA H200"  # what calls are planned for where no GPU is asked
@@ -49,7 +51,8 @@ def _swap(problem: GemmProblem, tile_m: int, tile_n: int, evict_first: bool) -> 
     )
     stages = 4 if tile_m <= 16 and wide.k_steps(problem) > 3 else 3
     narrow = replace(wide, tile_n=64, stages=stages)
-    return _first_legal(problem, *((wide, narrow) if tile_n == 128 else (narrow,)))
+    # of gate and up of N-major weights only the wide one is legal
+    return _first_legal(problem, *((wide, narrow) if tile_n == 128 else (narrow, wide)))
 
 
 @lru_cache(maxsize=1024)
@@ -59,7 +62,8 @@ def _one_wave(problem: GemmProblem) -> tuple[tuple[Config, ...], tuple[Config, .
         8, 64, k_boxes=2, split_k=4, stages=4, ctas_per_sm=2, evict_first=True
     )
     alone = GemmSwapSm90Config(8, 64, k_boxes=4, stages=4, evict_first=True)
-    return _first_legal(problem, shared, alone), _first_legal(problem, alone)
+    others = _swap(problem, 8, 64, True)
+    return _first_legal(problem, shared, alone, *others), _first_legal(problem, alone, *others)
 
 
 @lru_cache(maxsize=1024)
@@ -119,7 +123,9 @@ def step_config(problem: Step) -> StepConfig:
         return StepConfig(1024)
     if isinstance(problem, QuantizeProblem):
         return StepConfig(next(threads for k, threads in _ROW_THREADS if problem.k <= k))
-    return StepConfig(128 if isinstance(problem, CombineProblem) else 256)
+    if isinstance(problem, RouteLogitsProblem):
+        return StepConfig(512)
+    return StepConfig(128 if isinstance(problem, CombineProblem | TopkProblem) else 256)
 
 
 def choose(

@@ -324,7 +324,7 @@ class GemmKernel(Kernel):
     ) -> driver.CUtensorMap:
         """The tensor map through which the kernel reads weights [E, N, K] at `pointer`.
 
-        strides: of E, N and K, in elements; K is dense. A map in a table describes one expert.
+        strides: of E, N and K, in elements; K or N is dense. A map in a table describes one expert.
         Raises DriverError where pointer or strides are not multiples of 16 bytes.
         """
         view = self.problem.weight_view(strides, interleaved)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cutlass_moe.arguments import check_accumulation, expect
+from cutlass_moe.arguments import check_accumulation, check_weight, expect, is_n_major
 from cutlass_moe.layer_reference import GATED, NOT_GATED
 
 QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -53,6 +53,8 @@ def check_layer(layer: Layer, options: LayerOptions, out: Tensor | None = None) 
     gates = 2 if options.activation in GATED else 1
     if options.interleaved and gates == 1:
         raise ValueError(f"interleaved: {options.activation} has no gate to interleave")
+    if options.interleaved and is_n_major(w13):
+        raise ValueError("interleaved: expected K-major w13, got N-major")
     if options.capacity_factor is not None and not options.capacity_factor > 0:
         raise ValueError(f"capacity_factor: expected more than 0, got {options.capacity_factor}")
     if hidden.dim() != 2 or w13.dim() != 3 or w2.dim() != 3 or layer.topk_ids.dim() != 2:
@@ -72,12 +74,7 @@ def check_layer(layer: Layer, options: LayerOptions, out: Tensor | None = None) 
         ("w13", w13, (experts, gates * inter, width)),
         ("w2", w2, (experts, width, inter)),
     ):
-        if weight.dtype != dtype:
-            raise TypeError(f"{name}: expected {dtype}, got {weight.dtype}")
-        if weight.shape != shape or not experts:
-            raise ValueError(f"{name}: expected [E > 0, ...] {shape}, got {tuple(weight.shape)}")
-        if weight.device != hidden.device:
-            raise ValueError(f"{name}: expected {hidden.device}, got {weight.device}")
+        check_weight(name, weight, hidden, shape, dtype)
         scale, bias = getattr(layer, f"{name}_scale"), getattr(layer, f"{name}_bias")
         if (scale is None) != (options.quant is None):
             raise ValueError(f"{name}_scale: needed with quant, and only then")

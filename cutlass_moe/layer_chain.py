@@ -83,7 +83,7 @@ class Chain:
         device, problems = layer.hidden.get_device(), self.problems
         experts = problems.up.num_experts
         if layer.expert_map is not None:
-            experts = max(experts, layer.expert_map.numel())
+            experts = max(1, layer.expert_map.numel())
         per_expert = self.rows / experts
         ids = layer.topk_ids
         self.route = kernels.load(problems.route, step_config(problems.route), device)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cutlass_moe import shapes
-from cutlass_moe.arguments import DTYPES
+from cutlass_moe.arguments import DTYPES, is_n_major
 from cutlass_moe.layer_arguments import Layer, LayerOptions
-from cutlass_moe.shapes import MoeShape
+from cutlass_moe.shapes import ACTIVATION_SCALE, MoeShape
 from emitters.problem import (
     ACCUMULATIONS,
     Accumulation,
@@ -21,13 +21,10 @@ from emitters.problem import (
     EpilogueNode,
     ExpertScale,
     GemmProblem,
+    Major,
     PerTokenScale,
 )
 from emitters.steps import CombineProblem, QuantizeProblem, RouteProblem
-
-# Activations are kept as float16 until they are quantised: bfloat16 there costs 8e-3 relative error
-# of the layer's output, float16 3.6e-3. Times this they overflow at 2 million, not at 65504.
-ACTIVATION_SCALE = 1 / 32
 
 
 class LayerProblems(NamedTuple):
@@ -84,6 +81,7 @@ def layer_problems(
             num_experts=num_experts,
             gather=bool(last),
             epilogue=(*nodes, *last),
+            weight_major=Major.N if of.n_major else Major.K,
         )
 
     gates = 2 if function.gated else 1
@@ -105,7 +103,7 @@ def problems_of(layer: Layer, options: LayerOptions) -> LayerProblems:
         return Projection(
             0 if scale is None else scale.dim(),
             None if bias is None else DTYPES[bias.dtype],
-            weight.stride(2) != 1 and weight.stride(1) == 1,
+            is_n_major(weight),
         )
 
     return layer_problems(
@@ -125,8 +123,8 @@ def problems_of(layer: Layer, options: LayerOptions) -> LayerProblems:
 
 
 def problems_of_shape(shape: MoeShape, dtype: str) -> LayerProblems:
-    """Of a model's layer as `fused_moe` is called for it: bfloat16 outside, swiglu (with biases, as
-    gpt-oss has, swiglu_oai), a scale a channel, int32 ids.
+    """Of a model's layer as `fused_moe` is called for it: bfloat16 outside, a scale a channel,
+    int32 ids.
 
     dtype: as `shapes.problems` takes it.
     """
@@ -138,6 +136,6 @@ def problems_of_shape(shape: MoeShape, dtype: str) -> LayerProblems:
         shape.hidden,
         shape.inter,
         (operand, DType.BF16),
-        "swiglu_oai" if shape.bias else "swiglu",
+        shape.activation,
         (each, each),
     )

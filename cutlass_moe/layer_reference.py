@@ -47,7 +47,7 @@ def topk_router_reference(
     gpt-oss's softmax over the chosen logits is softmax with renormalize. Raises TypeError and
     ValueError, with what was expected and what came, for malformed arguments.
     """
-    _check_router(logits, k, scoring, num_groups, topk_groups, correction_bias)
+    check_router(logits, k, scoring, num_groups, topk_groups, correction_bias)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     missing = wide.isnan()
     top = torch.finfo(wide.dtype).max
@@ -141,7 +141,7 @@ def fused_moe_reference(
     if expert_map is not None:
         known = (ids >= 0) & (ids < len(expert_map))
         ids = functional.pad(expert_map.long(), (0, 1), value=-1)[ids.where(known, -1)]
-        experts = max(experts, len(expert_map))
+        experts = max(1, len(expert_map))
     limit = None if capacity_factor is None else math.ceil(ids.numel() / experts * capacity_factor)
     x, x_scale = hidden.to(compute_dtype), None
     if quant:
@@ -251,7 +251,7 @@ def _allowed(choice: Tensor, num_groups: int, topk_groups: int) -> Tensor:
     return allowed[:, :, None].expand_as(grouped).flatten(1)
 
 
-def _check_router(
+def check_router(
     logits: Tensor,
     k: int,
     scoring: str,

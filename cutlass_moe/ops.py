@@ -57,13 +57,12 @@ def grouped_matmul(
     bias[e]) for the rows r of expert e, which are offsets[e - 1] <= r < offsets[e].
 
     x [T, K], contiguous: float8_e4m3fn, float8_e5m2, int8, bfloat16 or float16. weight [E, N, K]:
-    of the same dtype, K dense. index int32 [rows]: the row of x that each row of the product
-    reads, rows sorted by expert; without it
-      row r reads x[r]. An index outside [0, T) gives a row of zeros, without bias.
+      of the same dtype, K dense, or N where it is bfloat16 or float16 and not interleaved.
+    index int32 [rows]: the row of x that each row of the product reads, rows sorted by expert;
+      without it row r reads x[r]. An index outside [0, T) gives a row of zeros, without bias.
     offsets int32 [E]: cumulative ends of the experts' rows, on x's device; never read by the host.
     per_token_scale float32 [T] or [T, 1]; scale float32 [E, N], [E, N, 1] or [E]: both are needed
-    for
-      8-bit operands. bias [E, N]: bfloat16, float16 or float32.
+      for 8-bit operands. bias [E, N]: bfloat16, float16 or float32.
     activation, in float32: "gelu" (by erf), "silu", "relu", "relu2" (relu squared), or gated, of a
       gate g and an up u: "swiglu" silu(g) * u, "geglu" gelu(g) * u, "reglu" relu(g) * u,
       "swiglu_oai" g * sigmoid(1.702 g) * (u + 1) with g clamped to at most 7, u to [-7, 7]. N is
@@ -72,8 +71,8 @@ def grouped_matmul(
     starts int32 [E]: first rows of the experts where they are not the ends before, as in masked and
       aligned layouts. Rows between experts are undefined.
     out_dtype: bfloat16, float16 or float32; default bfloat16 for 8-bit operands, x's dtype for
-    others. accumulation: for float8 "fast" (the default: in the tensor core, about 14 bits) or
-    "two_level"
+      others.
+    accumulation: for float8 "fast" (the default: in the tensor core, about 14 bits) or "two_level"
       (promoted to float32 every 128 elements); others have one only.
     expected_rows: rows an expert is expected to have, where rows / E misleads; changes speed alone.
     num_sms: SMs to use (default all), the rest stay free for communication.

@@ -25,11 +25,11 @@ class Plan:
         kernel: GemmKernel | None,
         grid: int,
     ):
-        self._options = options
         named = {**operands._asdict(), "out": out}
         self._tensors = {name: t for name, t in named.items() if t is not None}
         self._device = out.get_device()
         self._kernel = kernel
+        self._options = options
         params: dict[str, int] = {}
         if kernel is not None:
             self._launch = kernel.prepare_gemm(
@@ -119,21 +119,21 @@ def plan(
     per_token_scale: Tensor | None = None,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
+    activation: str | None = None,
+    interleaved: bool = False,
+    starts: Tensor | None = None,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     accumulation: str | None = None,
     expected_rows: int | None = None,
     num_sms: int | None = None,
     schedule: str | None = None,
-    activation: str | None = None,
-    interleaved: bool = False,
-    starts: Tensor | None = None,
 ) -> Plan:
     """`grouped_matmul_out` with these arguments, prepared: `p = plan(...)`, then `p()`, `p(x)` or
     `p(x, out, index=index, ...)`.
 
     A call checks no more than what it is given, allocates nothing and can be captured in a CUDA
-    graph. out [rows, N] is allocated now where none is given, and every call writes to it. The plan
+    graph. out is allocated now where none is given, and every call writes to it. The plan
     keeps its tensors alive. It is neither differentiable nor for torch.compile. Raises as
     `grouped_matmul_out` does.
     """

@@ -9,14 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cutlass_moe import kernels
-from cutlass_moe.calls import announce_fallback
-from cutlass_moe.heuristics import step_config
+from cutlass_moe.calls import step_kernel
 from cutlass_moe.launch import Kernel
-from emitters.legality import why_illegal
 from emitters.steps import RouteProblem
 
 _IDS = {torch.int32: 32, torch.int64: 64}
+_MAX_PAIRS = 1 << 28  # 128 CTAs' ranks of 21 bits
 # Measured on an H200.
 _ONE_CTA_PAIRS = 1536  # up to so many one launch is faster than two
 _CTA_PAIRS, _MOST_CTAS = 1024, 128  # of two launches
@@ -56,8 +54,8 @@ def route(
       [0, num_experts) is dropped: it takes no row.
     expert_map int32 [global experts]: for topk_ids that are global ids, the one among the
       num_experts experts here that each stands for, or -1; ids outside the map are dropped.
-    capacity_factor: an expert has at most ceil(topk_ids.numel() / num_experts * capacity_factor)
-      rows; its later pairs are dropped.
+    capacity_factor: an expert has at most ceil(topk_ids.numel() / experts * capacity_factor) rows,
+      experts being num_experts or, with an expert_map, its length; its later pairs are dropped.
 
     Nothing is read back to the host; works under CUDA graphs and torch.compile. Raises TypeError on
     another dtype, ValueError on another shape or device, on num_experts < 1 and on a negative or
@@ -87,7 +85,7 @@ def route_reference(
     rows = torch.arange(experts.numel(), dtype=torch.int32, device=topk_ids.device)
     experts, order = torch.sort(experts.where(kept, num_experts).int(), stable=True)
     ends = torch.searchsorted(experts, bins, right=True, out_int32=True)
-    capacity = row_capacity(topk_ids, num_experts, capacity_factor)
+    capacity = row_capacity(topk_ids, _num_ids(num_experts, expert_map), capacity_factor)
     if capacity < topk_ids.numel():
         starts = torch.nn.functional.pad(ends, (1, 0))[experts.long()]
         experts = experts.where(rows - starts < capacity, num_experts)
@@ -101,11 +99,23 @@ def route_reference(
     return RoutingTable(index, ends, inverse.view(topk_ids.shape))
 
 
+def check_capacity(capacity_factor: float | None) -> None:
+    if capacity_factor is not None and not 0 <= capacity_factor < math.inf:
+        raise ValueError(f"capacity_factor: expected 0 or more, finite, got {capacity_factor}")
+
+
+def _num_ids(num_experts: int, expert_map: Tensor | None) -> int:
+    """Experts that ids may name."""
+    return num_experts if expert_map is None else expert_map.numel()
+
+
 def row_capacity(topk_ids: Tensor, num_experts: int, capacity_factor: float | None) -> int:
-    """The most rows that an expert may have."""
+    """The most rows that an expert may have. num_experts: of all ranks."""
     if capacity_factor is None:
         return topk_ids.numel()
-    return min(math.ceil(topk_ids.numel() / num_experts * capacity_factor), topk_ids.numel())
+    return min(
+        math.ceil(topk_ids.numel() / max(num_experts, 1) * capacity_factor), topk_ids.numel()
+    )
 
 
 def route_grid(pairs: int, num_experts: int) -> int:
@@ -126,14 +136,9 @@ def route_scratch(pairs: int, num_experts: int) -> int:
 def find_route(num_experts: int, dtype: torch.dtype, device: int) -> Kernel | None:
     """The kernel for ids of `dtype`; None, and a warning, where there is none.
 
-    Raises what `kernels.load` raises.
+    Raises what `step_kernel` raises.
     """
-    problem = RouteProblem(num_experts, _IDS[dtype])
-    reason = why_illegal(problem, arch=kernels.device_arch(device))
-    if reason is not None:
-        announce_fallback(reason)
-        return None
-    return kernels.load(problem, step_config(problem), device)
+    return step_kernel(RouteProblem(num_experts, _IDS[dtype]), device)
 
 
 class RoutePlaces(NamedTuple):
@@ -165,7 +170,7 @@ def launch_route(
     values = [
         topk_ids.data_ptr(),
         0 if expert_map is None else expert_map.data_ptr(),
-        num_experts if expert_map is None else len(expert_map),
+        _num_ids(num_experts, expert_map),
         topk_ids.numel(),
         topk_ids.shape[1] if topk_ids.dim() == 2 else 1,
         capacity,
@@ -185,10 +190,11 @@ def _check(
         raise TypeError(f"topk_ids: expected int32 or int64, got {topk_ids.dtype}")
     if topk_ids.dim() not in (1, 2):
         raise ValueError(f"topk_ids: expected [T, top_k] or [T], got {list(topk_ids.shape)}")
+    if topk_ids.numel() > _MAX_PAIRS:
+        raise ValueError(f"topk_ids: expected at most {_MAX_PAIRS} ids, got {topk_ids.numel()}")
     if num_experts < 1:
         raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
-    if capacity_factor is not None and not 0 <= capacity_factor < math.inf:
-        raise ValueError(f"capacity_factor: expected 0 or more, finite, got {capacity_factor}")
+    check_capacity(capacity_factor)
     if expert_map is None:
         return
     if expert_map.dtype != torch.int32:
@@ -237,7 +243,7 @@ def _on_cuda(
         expert_map = expert_map.contiguous()
     table = RoutingTable.empty(topk_ids, num_experts)
     scratch = topk_ids.new_empty(route_scratch(topk_ids.numel(), num_experts), dtype=torch.int32)
-    capacity = row_capacity(topk_ids, num_experts, capacity_factor)
+    capacity = row_capacity(topk_ids, _num_ids(num_experts, expert_map), capacity_factor)
     with torch.cuda.device(device):
         stream = torch._C._cuda_getCurrentRawStream(device)
         tensors = (table.index, table.offsets, table.inverse, scratch)

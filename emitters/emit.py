@@ -25,7 +25,15 @@ from emitters.image import (
 )
 from emitters.legality import why_illegal
 from emitters.problem import GemmProblem
-from emitters.steps import AnyConfig, CombineProblem, Problem, QuantizeProblem, RouteProblem
+from emitters.steps import (
+    AnyConfig,
+    CombineProblem,
+    Problem,
+    QuantizeProblem,
+    RouteLogitsProblem,
+    RouteProblem,
+    TopkProblem,
+)
 from emitters.toolchain import load_toolchain, loaded_toolchain
 
 if TYPE_CHECKING:
@@ -118,7 +126,8 @@ def _template(problem: Problem, config: AnyConfig, arch: str, toolchain: str | N
     from emitters.gemm_sm90 import GemmSm90
     from emitters.gemm_swap_sm90 import GemmSwapSm90
     from emitters.quantize import Quantize
-    from emitters.routing import Route
+    from emitters.routing import Route, RouteLogits
+    from emitters.topk import TopkRouter
 
     kinds: dict[str, type] = {
         GemmSm90Config.template: GemmSm90,
@@ -126,6 +135,8 @@ def _template(problem: Problem, config: AnyConfig, arch: str, toolchain: str | N
         QuantizeProblem.op: Quantize,
         CombineProblem.op: Combine,
         RouteProblem.op: Route,
+        RouteLogitsProblem.op: RouteLogits,
+        TopkProblem.op: TopkRouter,
     }
     name = config.template if isinstance(problem, GemmProblem) else problem.op
     kind: Any = kinds[name]

@@ -25,12 +25,14 @@ from cutlass.experimental import primitives as prims
 from emitters.activations import activate
 from emitters.config import SLICE_BYTES, SLICE_ROWS, GemmSm90Config
 from emitters.problem import (
+    N_MAJOR_BLOCK,
     Activation,
     Bias,
     ChannelScale,
     DType,
     ExpertScale,
     GemmProblem,
+    Major,
     PerTokenScale,
 )
 from emitters.tensor_maps import tensor_map_address
@@ -65,7 +67,8 @@ class Fragment:
     WGMMA gives a thread two rows of 64, 8 apart, and of every 8 columns two neighbours: register
     m * tile_n / 2 + 4 * block + 2 * half + c is row 64 * m + 8 * half + `row`, column
     8 * block + `column` + c. Where gated, the blocks 2 * b and 2 * b + 1 are gate and up of the
-    b-th 8 outputs.
+    b-th 8 outputs; of N-major weights eight blocks and the next eight are, whose registers
+    `register` has in that order.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSm90Config, warp_row: Int32, lane: Int32):
@@ -75,6 +78,7 @@ class Fragment:
         self.column = lane % 4 * 2
         self.blocks = config.tile_n // 8
         self.gated = problem.gated
+        self.by_blocks = problem.gated and problem.weight_major is Major.N  # gate and up
         self.part_blocks = SLICE_BYTES // problem.out.bytes // 8
         self.n, self.out_columns = problem.n, problem.out_columns
         self.has_n_tail = problem.n % config.tile_n != 0
@@ -82,6 +86,15 @@ class Fragment:
         self.token_count = 2 * self.m_blocks  # rows whose tokens a thread reads
         self.channel_count = 2 * self.blocks  # columns of the tile that a thread holds
         self.part_channels = 2 * self.part_blocks  # and of a part
+
+    def register(self, i: int) -> int:
+        """Of the accumulators, which is the i-th where blocks are gate and up by turns."""
+        if not self.by_blocks:
+            return i
+        block, c = divmod(i, 4)
+        box = N_MAJOR_BLOCK // 8  # blocks of one
+        two, in_pairs = divmod(block, 2 * box)
+        return 4 * (2 * box * two + box * (in_pairs % 2) + in_pairs // 2) + c
 
     def token_row(self, i: int):
         """Row of the tile whose token a thread reads as its i-th."""
@@ -345,7 +358,7 @@ class Epilogue:
             m, part = i // self.parts, i % self.parts
             values = cute.make_rmem_tensor((count,), Float32)
             for j in range_constexpr(count):
-                values[j] = acc[i * count + j].to(Float32)
+                values[j] = acc[self.fragment.register(i * count + j)].to(Float32)
             for node in self.nodes:
                 values = node.apply(m, part, values, expert, first_column)
             if const_expr(self.problem.gather):

@@ -9,7 +9,7 @@ from emitters.arguments import ABSENT, Argument, integer, pointer, several
 from emitters.config import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, Config, Schedule
 from emitters.epilogue import ELEMENT, node_element, tensor_nodes
 from emitters.image import ParamKind, TensorMapBox
-from emitters.problem import GATE_BLOCK, GemmProblem, WeightStorage
+from emitters.problem import GATE_BLOCK, N_MAJOR_BLOCK, GemmProblem, Major, WeightStorage
 
 
 def gemm_arguments(problem: GemmProblem, config: Config) -> tuple[Argument, ...]:
@@ -20,7 +20,7 @@ def gemm_arguments(problem: GemmProblem, config: Config) -> tuple[Argument, ...]
             "weight",
             ELEMENT[problem.operand],
             (problem.n, problem.k, problem.num_experts),
-            (1, 0, 2),
+            (1, 0, 2) if problem.weight_major is Major.K else (0, 1, 2),
         )
     dynamic = config.schedule is Schedule.DYNAMIC
     return (
@@ -40,11 +40,16 @@ def gemm_arguments(problem: GemmProblem, config: Config) -> tuple[Argument, ...]
 
 
 def gemm_tensor_maps(problem: GemmProblem, config: Config) -> tuple[TensorMapBox, ...]:
-    rows = config.tile_n // config.cluster_m
-    blocks = (GATE_BLOCK, 2, rows // (2 * GATE_BLOCK)) if problem.gated else (rows,)
+    rows, k = config.tile_n // config.cluster_m, config.k_tile(problem)
+    if problem.weight_major is Major.N:
+        box = (N_MAJOR_BLOCK, k, 1, 1) if problem.gated else (N_MAJOR_BLOCK, k, 1)
+    elif problem.gated:
+        box = (k, GATE_BLOCK, 2, rows // (2 * GATE_BLOCK), 1)
+    else:
+        box = (k, rows, 1)
     weight = TensorMapBox(
         "weight",
-        box=(config.k_tile(problem), *blocks, 1),
+        box=box,
         swizzle=K_TILE_BYTES,
         l2_promotion=config.l2_promotion,
     )

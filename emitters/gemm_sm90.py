@@ -20,7 +20,13 @@ from emitters.epilogue import ELEMENT, Epilogue
 from emitters.gather import GatherIterator
 from emitters.gemm_arguments import gemm_arguments, gemm_tensor_maps
 from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
-from emitters.tensor_maps import find_weight_map, make_out_map, weight_corner
+from emitters.tensor_maps import (
+    OPERAND_MAJOR,
+    WEIGHT_LAYOUT,
+    find_weight_map,
+    make_out_map,
+    weight_corners,
+)
 from emitters.tiles import TileScheduler
 
 LOAD_AHEAD = 2  # k-steps before the last, under which the epilogue's operands are loaded
@@ -43,9 +49,9 @@ class GemmSm90:
     of both CTAs have read it. The producer's warp 1 is the scheduler's; named barrier 3 makes its
     posts known to the producer, full[s] to the consumers.
 
-    A stage holds 128 bytes of K: tile_m rows of x, then tile_n rows of weight, both in the
-    128-byte swizzle. K's and N's tails are zeros: TMA fills what lies outside the tensor map, the
-    gather fills its own.
+    A stage holds 128 bytes of K: tile_m rows of x, then tile_n rows of weight, or of N-major ones
+    its K rows of every 64 columns, both in the 128-byte swizzle. K's and N's tails are zeros: TMA
+    fills what lies outside the tensor map, the gather fills its own.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSm90Config):
@@ -109,11 +115,11 @@ class GemmSm90:
         )
 
     def stage_layouts(self):
-        """Of the stages of x and of weight: swizzled, K-major."""
-        major = utils.LayoutEnum.ROW_MAJOR
+        """Of the stages of x and of weight: swizzled."""
+        k_major, weight_major = utils.LayoutEnum.ROW_MAJOR, WEIGHT_LAYOUT[self.problem.weight_major]
         return (
-            sm90.make_smem_layout_a(major, self.tile, self.operand, self.stages),
-            sm90.make_smem_layout_b(major, self.tile, self.operand, self.stages),
+            sm90.make_smem_layout_a(k_major, self.tile, self.operand, self.stages),
+            sm90.make_smem_layout_b(weight_major, self.tile, self.operand, self.stages),
         )
 
     def storage(self):
@@ -246,46 +252,53 @@ class GemmSm90:
         """tile_n rows of 128 bytes, by the calling thread: where shared, half of them to both."""
         k = k_tile * self.tile[2]
         if const_expr(self.cluster == 1):
-            self.copy_box(
-                stage, weight_map, weight_corner(self.problem, k, column, expert), barrier, None
-            )
+            self.copy_boxes(stage, weight_map, k, column, expert, barrier, None)
         else:
             half, half_bytes = self.tile[1] // 2, self.weight_bytes // 2
             if shared != 0:
-                self.copy_box(
+                self.copy_boxes(
                     stage + rank * half_bytes,
                     weight_map,
-                    weight_corner(self.problem, k, column + rank * half, expert),
+                    k,
+                    column + rank * half,
+                    expert,
                     barrier,
                     cutlass.Int16(3),
                 )
             else:
                 for i in range_constexpr(2):
-                    self.copy_box(
+                    self.copy_boxes(
                         stage + i * half_bytes,
                         weight_map,
-                        weight_corner(self.problem, k, column + i * half, expert),
+                        k,
+                        column + i * half,
+                        expert,
                         barrier,
                         None,
                     )
 
-    def copy_box(self, stage, weight_map, coordinates, barrier, ctas):
-        prims.cp_async_bulk_tensor_shared_cluster_global(
-            stage.to_llvm_ptr(),
-            weight_map.to_llvm_ptr(),
-            coordinates,
-            barrier.to_llvm_ptr(),
-            [],
-            multicast_mask=ctas,
-        )
+    def copy_boxes(self, stage, weight_map, k, column, expert, barrier, ctas):
+        """A CTA's share of a stage, from `column` on."""
+        columns = self.tile[1] // self.cluster
+        corners = weight_corners(self.problem, k, column, columns, expert)
+        for i, corner in enumerate(corners):
+            prims.cp_async_bulk_tensor_shared_cluster_global(
+                (stage + i * (columns * K_TILE_BYTES // len(corners))).to_llvm_ptr(),
+                weight_map.to_llvm_ptr(),
+                corner,
+                barrier.to_llvm_ptr(),
+                [],
+                multicast_mask=ctas,
+            )
 
     @cute.jit
     def mma(self, storage, full, empty, consumer, thread):
         """A consumer warpgroup. consumer: which one; thread: within all of them."""
         k_major = cute.nvgpu.OperandMajorMode.K
+        weight_major = OPERAND_MAJOR[self.problem.weight_major]
         split = self.config.warpgroups_per_tile
         mma = sm90.make_trivial_tiled_mma(
-            self.operand, self.operand, k_major, k_major, self.sum_type,
+            self.operand, self.operand, k_major, weight_major, self.sum_type,
             (split, 1, 1), tiler_mn=(64, self.config.tile_n),
         )  # fmt: skip
         x_layout, weight_layout = self.stage_layouts()

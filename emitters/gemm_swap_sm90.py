@@ -14,8 +14,14 @@ from emitters.config import K_TILE_BYTES, WARPGROUP, GemmSwapSm90Config
 from emitters.epilogue import CHUNK, ELEMENT, GMEM, SMEM, Epilogue, vector
 from emitters.gather import GatherIterator
 from emitters.gemm_arguments import gemm_arguments, gemm_tensor_maps
-from emitters.problem import Accumulation, DType, GemmProblem, WeightStorage
-from emitters.tensor_maps import find_weight_map, make_out_map, weight_corner
+from emitters.problem import Accumulation, DType, GemmProblem, Major, WeightStorage
+from emitters.tensor_maps import (
+    OPERAND_MAJOR,
+    WEIGHT_LAYOUT,
+    find_weight_map,
+    make_out_map,
+    weight_corners,
+)
 from emitters.tiles import VECTOR, TileScheduler
 
 _EVICT_FIRST = 0x12F0000000000000  # the L2 policy that createpolicy makes of evict_first
@@ -27,16 +33,19 @@ class SwapFragment:
     Of every 64 columns a thread has two, 8 apart, and of every 8 rows two neighbours: register
     4 * block + 2 * half + c of a part is row 8 * block + lane % 4 * 2 + c, column 8 * half +
     lane / 4 of the warp's 16. Part `part` of the m-th 64 columns has `part_rows` rows. Where gated,
-    the halves are gate and up of the warp's 8 outputs.
+    the halves are gate and up of the warp's 8 outputs; of N-major weights the 64 columns are, whose
+    registers `register` has in that order.
 
     What belongs to rows is read by one lane a row, and passed on by shuffles.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSwapSm90Config, warp: Int32, lane: Int32):
         self.lane = lane
-        self.warp_column = warp * config.warp_columns(problem)  # its first of a block's
-        self.block_columns = 4 * config.warp_columns(problem)  # of the output, in 64 columns of N
         self.gated = problem.gated
+        self.by_blocks = problem.gated and problem.weight_major is Major.N  # gate and up
+        self.warp_column = warp * (16 if self.by_blocks else config.warp_columns(problem))
+        self.block_columns = (1 if self.by_blocks else 4) * config.warp_columns(problem)
+        self.m_registers = config.tile_m // 2
         self.strides = None  # of a gated problem's channels: see `gate_strides`
         self.m_blocks = config.tile_n // 64  # of WGMMA's M
         self.part_rows = config.part_rows
@@ -45,6 +54,14 @@ class SwapFragment:
         self.has_n_tail = problem.n % config.tile_n != 0
         self.token_count = -(-config.tile_m // 32)
         self.channel_count = config.tile_n // 32
+
+    def register(self, i: int) -> int:
+        """Of the accumulators, which is the i-th where halves are gate and up."""
+        if not self.by_blocks:
+            return i
+        m, rest = divmod(i, self.m_registers)
+        half = rest // 2 % 2
+        return half * self.m_registers + rest + 2 * (m - half)
 
     def token_row(self, i: int):
         """Row of the tile whose token a thread reads as its i-th."""
@@ -188,11 +205,11 @@ class GemmSwapSm90:
         of a cluster's rest  sends its sums   sums_empty   sums_full of CTA 0: their bytes
         of its CTA 0         adds them        sums_full    sums_empty of the others: 1 a warp
 
-    A stage holds k_boxes times 128 bytes of K: for each box tile_n rows of weight, and tile_m rows
-    of x, in the 128-byte swizzle. K's and N's tails are zeros: TMA fills what lies outside the
-    tensor map, the gather fills its own. Weights do not wait for the index: a warp of their own
-    fills the stages, nor, in a dependent launch, for the grid before: starts and ends must be
-    complete when this one may start.
+    A stage holds k_boxes times 128 bytes of K: for each box tile_n rows of weight, or of N-major
+    ones its K rows of every 64 columns, and tile_m rows of x, in the 128-byte swizzle. K's and N's
+    tails are zeros: TMA fills what lies outside the tensor map, the gather fills its own. Weights
+    do not wait for the index: a warp of their own fills the stages, nor, in a dependent launch, for
+    the grid before: starts and ends must be complete when this one may start.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSwapSm90Config):
@@ -254,12 +271,12 @@ class GemmSwapSm90:
         )
 
     def stage_layouts(self):
-        """Of the boxes of weight and of x: swizzled, K-major."""
-        major = utils.LayoutEnum.ROW_MAJOR
+        """Of the boxes of weight and of x: swizzled."""
+        k_major, weight_major = utils.LayoutEnum.ROW_MAJOR, WEIGHT_LAYOUT[self.problem.weight_major]
         boxes = self.stages * self.config.k_boxes
         return (
-            sm90.make_smem_layout_a(major, self.tile, self.operand, boxes),
-            sm90.make_smem_layout_b(major, self.tile, self.operand, boxes),
+            sm90.make_smem_layout_a(weight_major, self.tile, self.operand, boxes),
+            sm90.make_smem_layout_b(k_major, self.tile, self.operand, boxes),
         )
 
     def storage(self):
@@ -393,15 +410,17 @@ class GemmSwapSm90:
             tile += step
 
     def load_weight(self, stage, weight_map, k, column, expert, barrier):
-        """The box at element k of K and at `column`, by the calling thread."""
-        prims.cp_async_bulk_tensor_shared_cluster_global(
-            stage.to_llvm_ptr(),
-            weight_map.to_llvm_ptr(),
-            weight_corner(self.problem, k, column, expert),
-            barrier.to_llvm_ptr(),
-            [],
-            l2_cache_hint=Int64(_EVICT_FIRST) if self.config.evict_first else None,
-        )
+        """128 bytes of K from element k on, at `column`, by the calling thread."""
+        corners = weight_corners(self.problem, k, column, self.tile[0], expert)
+        for i, corner in enumerate(corners):
+            prims.cp_async_bulk_tensor_shared_cluster_global(
+                (stage + i * (self.weight_bytes // len(corners))).to_llvm_ptr(),
+                weight_map.to_llvm_ptr(),
+                corner,
+                barrier.to_llvm_ptr(),
+                [],
+                l2_cache_hint=Int64(_EVICT_FIRST) if self.config.evict_first else None,
+            )
 
     @cute.jit
     def load_x(self, storage, full, empty):
@@ -430,8 +449,9 @@ class GemmSwapSm90:
     def mma(self, storage, full, empty, sums_full, thread):
         """The consumer warpgroup."""
         k_major = cute.nvgpu.OperandMajorMode.K
+        weight_major = OPERAND_MAJOR[self.problem.weight_major]
         mma = sm90.make_trivial_tiled_mma(
-            self.operand, self.operand, k_major, k_major, self.sum_type, (1, 1, 1),
+            self.operand, self.operand, weight_major, k_major, self.sum_type, (1, 1, 1),
             tiler_mn=(64, self.config.tile_m),
         )  # fmt: skip
         weight_layout, x_layout = self.stage_layouts()

@@ -17,7 +17,7 @@ from emitters.steps import AnyConfig, Problem
 TOOLCHAINS = {"cu13": 13, "cu12": 12}  # newest first; the CUDA a driver must support to run them
 _DSL = "nvidia-cutlass-dsl"
 TENSOR_MAP_BYTES = 128  # of a CUtensorMap
-IMAGE_ABI = 3  # raised when a launch record or a parameter changes its meaning
+IMAGE_ABI = 4  # raised when a launch record or a parameter changes its meaning
 
 
 class ParamKind(Name):

@@ -14,12 +14,15 @@ from emitters.config import (
 from emitters.problem import (
     ACCUMULATIONS,
     GATE_BLOCK,
+    N_MAJOR_BLOCK,
     OUTPUTS,
     Activation,
     DType,
     GemmProblem,
+    Major,
+    WeightStorage,
 )
-from emitters.steps import AnyConfig, Problem, RouteProblem, Step, StepConfig
+from emitters.steps import AnyConfig, Problem, RouteLogitsProblem, RouteProblem, Step, StepConfig
 
 
 def why_illegal(
@@ -46,8 +49,9 @@ def _step_reason(problem: Problem, config: AnyConfig | None) -> str | None:
         return f"{problem.op} has no template {config and config.template}"
     if config and (config.threads % 32 or not 32 <= config.threads <= 1024):
         return f"{config.threads} threads: a multiple of 32 up to 1024"
-    if config and isinstance(problem, RouteProblem) and config.threads < problem.num_experts:
-        return f"{config.threads} threads: one for each of {problem.num_experts} experts"
+    experts = problem.num_experts if isinstance(problem, RouteProblem | RouteLogitsProblem) else 1
+    if config and config.threads < experts:
+        return f"{config.threads} threads: one for each of {experts} experts"
     return problem.why_illegal()
 
 
@@ -69,6 +73,13 @@ def _problem_reason(p: GemmProblem) -> str | None:
         return f"N {p.n} of a gated activation: it must be a multiple of {2 * GATE_BLOCK}"
     if p.n * p.out.bytes % 16:
         return f"N {p.n} of {p.out}: rows of the output must be multiples of 16 bytes"
+    if p.weight_major is Major.N:
+        if p.operand.bytes != 2:
+            return f"N-major weights of {p.operand}: WGMMA reads them K-major only"
+        if p.weights is WeightStorage.TABLE:
+            return "N-major weights in a table: only stacked ones are read in place"
+        if p.n * p.operand.bytes % 16:
+            return f"N {p.n} of N-major {p.operand} weights: rows must be multiples of 16 bytes"
     kinds = [node.kind for node in p.epilogue]
     if len(set(kinds)) < len(kinds):
         return f"epilogue {', '.join(kinds)}: each node at most once"
@@ -81,8 +92,8 @@ def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
     if c.tile_m not in (64, 128, 192):
         return f"tile_m {c.tile_m}: 64 rows a consumer warpgroup, one to three of them"
     step = SLICE_BYTES // DType.BF16.bytes
-    if p.gated and p.out is not DType.FP32:
-        step *= 2  # columns of weights for a slice of outputs
+    if p.gated and (p.out is not DType.FP32 or p.weight_major is Major.N):
+        step *= 2  # columns of weights for a slice of outputs, or boxes of gate and up
     if c.tile_n % step or not step <= c.tile_n <= 256:
         return f"tile_n {c.tile_n}: a multiple of {step} up to 256 (WGMMA's N, whole store slices)"
     if c.pingpong and c.tile_m > 128:
@@ -91,6 +102,8 @@ def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
         return f"cluster_m {c.cluster_m}: 1 or 2"
     if c.cluster_m > 1 and c.schedule is Schedule.DYNAMIC:
         return "a dynamic schedule of clusters: the counter serves single CTAs"
+    if p.weight_major is Major.N and c.tile_n % (N_MAJOR_BLOCK * c.cluster_m):
+        return f"tile_n {c.tile_n} in {c.cluster_m} shares of N-major weights, boxes of 64 columns"
     if c.group_m < 1 or c.group_m % c.cluster_m:
         return f"group_m {c.group_m}: a positive multiple of cluster_m"
     reason = _memory_reason(p, c)
@@ -103,8 +116,9 @@ def _config_reason(p: GemmProblem, c: GemmSm90Config) -> str | None:
             "at launch"
         )
     kinds = {node.kind for node in p.epilogue}
-    scaled_bias = {"channel_scale", "bias"} <= kinds and p.n % c.tile_n  # with a tail: predicates
-    others = 112 if scaled_bias else 80  # addresses, scales, one store slice
+    others = 80  # addresses, scales, one store slice
+    if {"channel_scale", "bias"} <= kinds:
+        others = 112 if p.n % c.tile_n else 100 if p.gated else 80  # with a tail: predicates
     return _register_reason(p, c, others, c.consumer_registers, "a consumer thread")
 
 
@@ -113,6 +127,8 @@ def _swap_reason(p: GemmProblem, c: GemmSwapSm90Config) -> str | None:
         return f"tile_m {c.tile_m}: 8, or a multiple of 16 up to 96 (WGMMA's N)"
     if c.tile_n not in (64, 128):
         return f"tile_n {c.tile_n}: 64 or 128 (blocks of 64 columns, WGMMA's M)"
+    if p.gated and p.weight_major is Major.N and c.tile_n == N_MAJOR_BLOCK:
+        return f"tile_n {c.tile_n} of N-major weights: 128 for a box of gate and one of up"
     if c.k_boxes not in (1, 2, 4):
         return f"k_boxes {c.k_boxes}: 1, 2 or 4"
     if c.split_k not in (1, 2, 4, 8):

@@ -70,6 +70,13 @@ class WeightStorage(Name):
     TABLE = "table"  # one [N, K] tensor per expert: a table of E tensor maps in global memory
 
 
+class Major(Name):
+    """Which dimension of the weights is dense."""
+
+    K = "k"
+    N = "n"  # bf16 and fp16
+
+
 @dataclass(frozen=True)
 class PerTokenScale:
     """Multiplies a row by per_token_scale[token]: float32 [T], read through the same index as x."""
@@ -139,6 +146,7 @@ _NODES: dict[str, type] = {
     c.kind: c for c in (PerTokenScale, ChannelScale, ExpertScale, Bias, Activation)
 }
 GATE_BLOCK = 8  # gate columns, then as many up columns: how a tile of a gated problem orders them
+N_MAJOR_BLOCK = 64  # columns of a box of N-major weights, 128 bytes; of gate and up by turns
 
 
 @dataclass(frozen=True)
@@ -160,6 +168,7 @@ class GemmProblem:
     gather: bool
     epilogue: tuple[EpilogueNode, ...] = ()
     weights: WeightStorage = WeightStorage.STACKED
+    weight_major: Major = Major.K
     op: ClassVar[str] = "grouped_gemm"
 
     def __post_init__(self) -> None:
@@ -188,12 +197,18 @@ class GemmProblem:
         """Extents, and strides of all but the innermost, of the tensor map that reads weights.
 
         In elements, innermost first. strides: of E, N and K. interleaved: whether rows of a gated
-        problem's weights are gate, up, gate, up, ...; else the first half of them is gate.
+        problem's weights are gate, up, gate, up, ..., which N-major ones can't be; else the first
+        half of them is gate.
         """
         experts = self.num_experts if self.weights is WeightStorage.STACKED else 1
-        expert_stride, row_stride, _ = strides
+        expert_stride, row_stride, k_stride = strides
         if experts == 1:
-            expert_stride = row_stride  # never used, but checked
+            expert_stride = max(row_stride, k_stride)  # never used, but checked
+        if self.weight_major is Major.N:
+            if not self.gated:
+                return (self.n, self.k, experts), (k_stride, expert_stride)
+            half = self.out_columns
+            return (half, self.k, 2, experts), (k_stride, half, expert_stride)
         if not self.gated:
             return (self.k, self.n, experts), (row_stride, expert_stride)
         column, gate = (stride * row_stride for stride in gate_strides(self.n, interleaved))
@@ -217,6 +232,7 @@ class GemmProblem:
                 accumulation=Accumulation(rest.pop("accumulation")),
                 out=DType(rest.pop("out")),
                 weights=WeightStorage(rest.pop("weights")),
+                weight_major=Major(rest.pop("weight_major")),
                 epilogue=tuple(_node_from_json(node) for node in rest.pop("epilogue")),
                 **rest,
             )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.utils as utils
 from cutlass import Int32, Int64, Uint32, range_constexpr
+from cutlass.memory import SmemAllocator
 
 from emitters.arguments import integer, pointer
-from emitters.steps import RouteProblem, StepConfig
+from emitters.steps import RouteLogitsProblem, RouteProblem, StepConfig
 from emitters.tiles import VECTOR
+from emitters.topk import TopkRouter, router_arguments
 
 _BATCH = 8  # loads of a thread in flight
 _EXPERT_BITS = 10  # of a pair's packed rank and expert
@@ -84,11 +85,21 @@ class Route:
         histograms: cute.Pointer,
         parts: Int32,
     ):
-        self.attach(pairs, utils.SmemAllocator().allocate_array(Int32, self.words))
-        self.clear()
-        cute.arch.sync_threads()
+        self.attach(pairs)
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        self.sort(
+            ids, expert_map, num_ids, choices, capacity, index, offsets, inverse, histograms, parts
+        )
+
+    @cute.jit
+    def sort(
+        self, ids: cute.Pointer, expert_map: cute.Pointer, num_ids: Int32, choices: Int32,
+        capacity: Int32, index: cute.Pointer, offsets: cute.Pointer, inverse: cute.Pointer,
+        histograms: cute.Pointer, parts: Int32,
+    ):  # fmt: skip
+        """After `attach`."""
+        cute.arch.sync_threads()
         vector = cute.make_layout(VECTOR)
         inverse = cute.make_tensor(inverse, vector)
         if parts != _PLACE:
@@ -105,8 +116,9 @@ class Route:
             cute.arch.sync_threads()
             self.place(choices, cute.make_tensor(index, vector), inverse, used)
 
-    def attach(self, pairs: Int32, table: cute.Pointer):
-        """table: `words` int32 of shared memory."""
+    def attach(self, pairs: Int32):
+        """Places tables in shared memory and clears them; a barrier must follow."""
+        table = SmemAllocator().allocate_array(Int32, self.words)
         experts = cute.make_layout(self.experts)
         words = cute.make_layout(self.words)
         self.table = cute.make_tensor(table, words)
@@ -125,6 +137,7 @@ class Route:
         together = self.threads * self.blocks
         self.steps = (pairs + together - 1) // together
         self.first_pair = (self.block * self.warps + self.warp) * self.steps * 32 + self.lane
+        self.clear()
 
     @cute.jit
     def clear(self):
@@ -173,8 +186,8 @@ class Route:
 
     @cute.jit
     def same(self, expert: Int32) -> Uint32:
-        """Lanes with this lane's expert, where that is not negative. match.any takes twice as
-        long."""
+        """Lanes with this lane's expert, where that is not negative. On an H200 match.any takes 2.5
+        times as long for 128 experts."""
         found = Uint32(cute.arch.vote_ballot_sync(expert >= 0))
         for bit in range_constexpr((self.experts - 1).bit_length()):
             mine = (expert >> bit & 1) == 1
@@ -281,3 +294,75 @@ class Route:
             row = used + i * together + self.block * self.threads + self.thread
             if row < self.pairs:
                 index[row] = Int32(-1)
+
+
+class RouteLogits:
+    """logits -> weights, ids, index, offsets, inverse of a few tokens, in one launch of one CTA:
+    its warps choose as `TopkRouter`'s, then all route as `Route`."""
+
+    cluster = 1
+
+    def __init__(self, problem: RouteLogitsProblem, config: StepConfig):
+        self.problem, self.threads = problem, config.threads
+        self.router = TopkRouter(problem, config)
+        self.route = Route(RouteProblem(problem.num_experts, 32), config)
+        self.smem_bytes = self.route.smem_bytes
+
+    def arguments(self):
+        """Of `__call__`, before grid and stream."""
+        return (
+            *router_arguments(self.problem),
+            integer("capacity"),
+            pointer("index", Int32, 4),
+            pointer("offsets", Int32, 4),
+            pointer("inverse", Int32, 4),
+        )
+
+    def tensor_maps(self):
+        return ()
+
+    @cute.jit
+    def __call__(
+        self, logits, correction_bias, weights, ids, num_tokens, k, topk_groups, renormalize,
+        scale, threshold, capacity, index, offsets, inverse, grid, stream,
+    ):  # fmt: skip
+        """Arguments as of `TopkRouter` and `Route`; grid: 1."""
+        self.kernel(
+            logits, correction_bias, weights, ids, num_tokens, k, topk_groups, renormalize,
+            scale, threshold, capacity, index, offsets, inverse,
+        ).launch(grid=[grid, 1, 1], block=[self.threads, 1, 1], stream=stream)  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self,
+        logits: cute.Pointer,
+        correction_bias: cute.Pointer,
+        weights: cute.Pointer,
+        ids: cute.Pointer,
+        num_tokens: Int32,
+        k: Int32,
+        topk_groups: Int32,
+        renormalize: Int32,
+        scale: Int32,
+        threshold: Int32,
+        capacity: Int32,
+        index: cute.Pointer,
+        offsets: cute.Pointer,
+        inverse: cute.Pointer,
+    ):
+        route = self.route
+        route.attach(num_tokens * k)
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        for i in cutlass.range((num_tokens + route.warps - 1) // route.warps, unroll=1):
+            token = i * route.warps + route.warp
+            if token < num_tokens:
+                self.router.route_token(
+                    token, logits, correction_bias, weights, ids, k, topk_groups, renormalize,
+                    scale, threshold,
+                )  # fmt: skip
+        nothing = cute.make_ptr(Int32, Int64(0), cute.AddressSpace.gmem, assumed_align=4)
+        route.sort(
+            ids, nothing, Int32(self.problem.num_experts), k, capacity, index, offsets, inverse,
+            nothing, Int32(_ALL_PARTS),
+        )  # fmt: skip

@@ -12,6 +12,7 @@ from emitters.problem import OUTPUTS, DType, GemmProblem
 ROW_VECTOR = 8  # elements of a row that a thread takes at a time: 16 bytes of 16-bit ones
 MAX_ROW = 32_768
 MAX_TOP_K = 32
+MAX_FUSED_EXPERTS = 512  # of route_logits: a thread sums up one, and 512 have 128 registers each
 LARGEST = {DType.E4M3: 448.0, DType.E5M2: 57344.0, DType.INT8: 127.0}  # a row's after quantisation
 
 _S = TypeVar("_S", bound="Step")
@@ -58,6 +59,44 @@ class RouteProblem(Step):
         if self.id_bits not in (32, 64):
             return f"ids of {self.id_bits} bits: 32 or 64"
         return None
+
+
+@dataclass(frozen=True)
+class TopkProblem(Step):
+    """Each token's best experts and their weights, from logits [T, num_experts].
+
+    scoring: "softmax" or "sigmoid". num_groups: equal runs of experts, of which a token may choose
+    from some.
+    """
+
+    num_experts: int
+    logits: DType
+    scoring: str
+    num_groups: int
+    op: ClassVar[str] = "topk_router"
+
+    def why_illegal(self) -> str | None:
+        if not 1 <= self.num_experts <= MAX_EXPERTS:
+            return f"{self.num_experts} experts: 1 to {MAX_EXPERTS}"
+        if self.logits not in OUTPUTS:
+            return f"logits of {self.logits}: supported are {', '.join(OUTPUTS)}"
+        if self.scoring not in ("softmax", "sigmoid"):
+            return f"scoring {self.scoring!r}: softmax or sigmoid"
+        if not 1 <= self.num_groups <= MAX_TOP_K or self.num_experts % self.num_groups:
+            return f"{self.num_groups} equal groups of {self.num_experts} experts: 1 to {MAX_TOP_K}"
+        return None
+
+
+@dataclass(frozen=True)
+class RouteLogitsProblem(TopkProblem):
+    """Both at once, of a few tokens: their best experts, and pairs sorted by expert."""
+
+    op: ClassVar[str] = "route_logits"
+
+    def why_illegal(self) -> str | None:
+        if self.num_experts > MAX_FUSED_EXPERTS:
+            return f"{self.num_experts} experts: at most {MAX_FUSED_EXPERTS}"
+        return super().why_illegal()
 
 
 @dataclass(frozen=True)
@@ -144,7 +183,15 @@ class CombineProblem(Step):
 Problem = GemmProblem | Step
 AnyConfig = Config | StepConfig
 _PROBLEMS: dict[str, type[GemmProblem] | type[Step]] = {
-    c.op: c for c in (GemmProblem, RouteProblem, QuantizeProblem, CombineProblem)
+    c.op: c
+    for c in (
+        GemmProblem,
+        RouteProblem,
+        TopkProblem,
+        RouteLogitsProblem,
+        QuantizeProblem,
+        CombineProblem,
+    )
 }
 
 

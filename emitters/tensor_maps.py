@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cutlass.cute as cute
+import cutlass.utils as utils
 from cutlass import Int32, Uint8
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import cute_nvgpu
@@ -12,7 +13,13 @@ from cutlass.experimental import primitives as prims
 
 from emitters.config import SLICE_BYTES, SLICE_ROWS
 from emitters.image import TENSOR_MAP_BYTES
-from emitters.problem import GATE_BLOCK, GemmProblem, WeightStorage
+from emitters.problem import GATE_BLOCK, N_MAJOR_BLOCK, GemmProblem, Major, WeightStorage
+
+WEIGHT_LAYOUT = {Major.K: utils.LayoutEnum.ROW_MAJOR, Major.N: utils.LayoutEnum.COL_MAJOR}
+OPERAND_MAJOR = {
+    Major.K: cute.nvgpu.OperandMajorMode.K,
+    Major.N: cute.nvgpu.OperandMajorMode.MN,
+}
 
 
 @dsl_user_op
@@ -31,13 +38,20 @@ def make_out_map(problem: GemmProblem, out: cute.Tensor):
     return atom
 
 
-def weight_corner(problem: GemmProblem, k, column: Int32, expert: Int32):
-    """Coordinates of the box at element k of K and at a tile's `column`: see weight_view."""
+def weight_corners(problem: GemmProblem, k, column: Int32, columns: int, expert: Int32):
+    """Coordinates, see `weight_view`, of the boxes at element k of K that hold a tile's `columns`
+    from `column` on, one after the other in shared memory."""
     if problem.weights is WeightStorage.TABLE:
         expert = Int32(0)
+    if problem.weight_major is Major.N:
+        block = N_MAJOR_BLOCK
+        firsts = [column + first for first in range(0, columns, block)]
+        if problem.gated:
+            return [[c // (2 * block) * block, k, c // block % 2, expert] for c in firsts]
+        return [[c, k, expert] for c in firsts]
     if problem.gated:
-        return [k, Int32(0), Int32(0), column // (2 * GATE_BLOCK), expert]
-    return [k, column, expert]
+        return [[k, Int32(0), Int32(0), column // (2 * GATE_BLOCK), expert]]
+    return [[k, column, expert]]
 
 
 def find_weight_map(problem: GemmProblem, weight, expert: Int32):

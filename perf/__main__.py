@@ -187,11 +187,23 @@ def images_of(cases: list[Case | LayerCase]) -> Iterator[tuple[Any, Any]]:
 
 
 def layer_images(case: LayerCase) -> Iterator[tuple[Any, Any]]:
-    """The images of `fused_moe`, with dependent launch and without; of its parts as `layer_peers`
-    calls them, whose activations are float16 where they are quantised; and of `topk_router`."""
-    from cutlass_moe import layers
+    """The images of `fused_moe`, of its parts as `layer_peers` calls them, whose activations are
+    not scaled, and of `topk_router`."""
+    from dataclasses import replace
 
-    return iter(layers.images(case.shape, case.dtype))
+    from cutlass_moe.heuristics import every_config
+    from cutlass_moe.layer_problems import problems_of_shape
+    from emitters.problem import DType
+    from emitters.steps import TopkProblem
+
+    problems = problems_of_shape(case.shape, case.dtype)
+    *nodes, activation = problems.up.epilogue
+    up = replace(problems.up, epilogue=(*nodes, replace(activation, scale=1.0)))
+    found = {*problems, up, TopkProblem(case.shape.num_experts, DType.FP32, "softmax", 1)}
+    if problems.quantize_active:
+        found.add(replace(problems.quantize_active, source_scale=1.0))
+    for problem in found - {None}:
+        yield from ((problem, config) for config in every_config(problem))
 
 
 @main.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -79,7 +80,7 @@ class LayerMeasurement:
 
     def admit(self, name: str, right: torch.Tensor) -> None:
         """Prepares a system, captures and replays it over a poisoned output and compares."""
-        worst = WORST_ERROR[self.case.dtype]
+        worst = WORST_ERROR[self.case.dtype] * math.sqrt(self.case.layers)
         try:
             prepared = LAYER_SYSTEMS[name](self.case, self.weights, self.inputs, self.flush)
             graph = capture([prepared.launch], 1)

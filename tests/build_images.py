@@ -16,6 +16,20 @@ from tests import (
     layer_cases,
     test_index_group_matmul_gpu,
     test_plan_gpu,
+    test_routing_gpu,
+    test_rows_gpu,
+    test_topk_gpu,
+    test_warmup_gpu,
+)
+
+SOURCES = (
+    cases,
+    layer_cases,
+    test_index_group_matmul_gpu,
+    test_plan_gpu,
+    test_routing_gpu,
+    test_rows_gpu,
+    test_topk_gpu,
     test_warmup_gpu,
 )
 
@@ -26,9 +40,8 @@ def main() -> int:
     parser.add_argument("directory", help="root of the cache to build into")
     parser.add_argument("--jobs", type=int, help="compile workers (default: one a core)")
     arguments = parser.parse_args()
-    images = cases.images() | test_index_group_matmul_gpu.images() | test_warmup_gpu.images()
-    images |= layer_cases.images() | test_plan_gpu.images()
-    requests = [Request(problem, config) for problem, config in images]
+    images = [image for source in SOURCES for image in source.images()]
+    requests = [Request(problem, config) for problem, config in dict.fromkeys(images)]
     failed = 0
     for done, result in enumerate(
         build_images(Cache([arguments.directory]), requests, arguments.jobs), 1

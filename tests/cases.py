@@ -25,6 +25,7 @@ from emitters.problem import (
     EpilogueNode,
     ExpertScale,
     GemmProblem,
+    Major,
     PerTokenScale,
 )
 
@@ -87,6 +88,7 @@ class Case:
     reads: str = "any"
     spare: int = 5
     interleaved: bool = False
+    weight_major: Major = Major.K
     apart: int = 0
 
     @property
@@ -112,6 +114,7 @@ class Case:
             num_experts=len(self.counts),
             gather=self.gather,
             epilogue=self.epilogue,
+            weight_major=self.weight_major,
         )
 
     @property
@@ -245,6 +248,37 @@ CASES |= {
         epilogue=(Bias(BF16), Activation(ActivationFunction.SWIGLU_OAI)),
         interleaved=True,
     ),
+    # Weights whose N is dense.
+    "n_major": replace(FLOAT, weight_major=Major.N, counts=RAGGED, n=264, k=328),
+    "n_major_few_rows": replace(FLOAT, weight_major=Major.N, tokens=5, counts=even(8, 16)),
+    "n_major_fp16_scales": replace(
+        FLOAT, operand=FP16, out=FP32, weight_major=Major.N, epilogue=SCALES, n=72, k=72
+    ),
+    "n_major_no_index": replace(FLOAT, weight_major=Major.N, gather=False, n=2048, k=768),
+    "n_major_gelu": replace(
+        FLOAT,
+        weight_major=Major.N,
+        epilogue=(Bias(BF16), Activation(ActivationFunction.GELU)),
+        counts=RAGGED,
+    ),
+    "n_major_swiglu": replace(
+        FLOAT,
+        weight_major=Major.N,
+        epilogue=(Activation(ActivationFunction.SWIGLU),),
+        counts=RAGGED,
+        n=400,
+        k=136,
+    ),
+    "n_major_swiglu_few_rows": replace(
+        FLOAT,
+        operand=FP16,
+        out=FP32,
+        weight_major=Major.N,
+        epilogue=(*SCALES, Bias(FP32), Activation(ActivationFunction.SWIGLU)),
+        counts=even(8, 16),
+        reads="outside",
+        n=272,
+    ),
     # First rows of experts that are not the ends before.
     "starts": replace(BASE, counts=RAGGED, apart=37),
     "starts_few_rows": replace(BASE, counts=even(8, 16), apart=3, reads="outside"),
@@ -266,9 +300,11 @@ EVERY_CANDIDATE = (
     "swiglu_tokens_16384",
     "swiglu_gpt_oss",
     "starts",
+    "n_major",
+    "n_major_swiglu",
 )
 # Run with every legal config.
-EVERY_LEGAL = ("n_264", "n_264_two_level", "swiglu")
+EVERY_LEGAL = ("n_264", "n_264_two_level", "swiglu", "n_major_swiglu")
 # Run with CTAs that share a tile's K.
 SPLIT = ("k_7168", "k_7168_two_level", "k_2064")
 SPLIT_CONFIGS = tuple(GemmSwapSm90Config(tile_m=16, split_k=split) for split in (2, 4, 8))
@@ -334,6 +370,8 @@ def make_inputs(case: Case, device: str, exact: bool = False, seed: int = 0) -> 
         "offsets": torch.tensor(case.counts).cumsum(0).int().to(device),
         "out_dtype": TORCH_DTYPES[case.out],
     }
+    if case.weight_major is Major.N:
+        inputs["weight"] = inputs["weight"].mT.contiguous().mT
     if case.accumulation and case.operand in (E4M3, E5M2):
         inputs["accumulation"] = str(case.accumulation)
     if case.apart:

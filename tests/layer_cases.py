@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cutlass_moe.heuristics import choose, step_config
 from cutlass_moe.layer_problems import Projection, layer_problems
-from cutlass_moe.quantize import quantize_per_channel
+from cutlass_moe.quantize import quantize_per_token_reference
 from cutlass_moe.shapes import MODELS, MoeShape
 from emitters.problem import ActivationFunction, DType
 from emitters.steps import AnyConfig, Problem, Step
@@ -61,9 +61,9 @@ def weights(case: LayerCase, quant: str | None, device: str) -> dict[str, Any]:
     for name, (n, k) in sizes.items():
         weight = random(n, k)
         if quant:
-            parts = [quantize_per_channel(one[None], QUANT_DTYPES[quant]) for one in weight]
-            weight = torch.cat([values for values, _ in parts])
-            found[f"{name}_scale"] = torch.cat([scale for _, scale in parts])
+            parts = [quantize_per_token_reference(one, QUANT_DTYPES[quant]) for one in weight]
+            weight = torch.stack([values for values, _ in parts])
+            found[f"{name}_scale"] = torch.stack([scale for _, scale in parts])
         found[name] = weight
         if shape.bias:
             bias = torch.empty(shape.num_experts, n, dtype=torch.bfloat16, device=device)

@@ -137,7 +137,8 @@ def test_one_failure_of_many_shows_in_the_exit_code(root, monkeypatch):
 
 
 PROBLEM = '{"op":"grouped_gemm","operand":"e4m3","accumulation":"fast","out":"bf16","n":%d,"k":256,'
-PROBLEM += '"num_experts":8,"gather":true,"epilogue":[],"weights":"stacked"}'
+PROBLEM += '"num_experts":8,"gather":true,"epilogue":[],"weights":"stacked",'
+PROBLEM += '"weight_major":"k"}'
 REFUSED = [
     ("nothing_to_build", ("build",), 2, "either --model"),
     ("both", ("build", "--model", "mixtral", "--problem", PROBLEM % 256), 2, "either --model"),

@@ -31,6 +31,7 @@ from emitters.problem import (
     DType,
     ExpertScale,
     GemmProblem,
+    Major,
     PerTokenScale,
     WeightStorage,
 )
@@ -72,6 +73,11 @@ def every_problem() -> list[GemmProblem]:
     ]
     for base in (PROBLEM, ODD):
         problems.append(dataclasses.replace(base, gather=False))
+        for epilogue in ((), (Activation(ActivationFunction.SWIGLU),)):
+            changes = {"operand": DType.BF16, "accumulation": Accumulation.FP32}
+            problems.append(
+                dataclasses.replace(base, **changes, epilogue=epilogue, weight_major=Major.N)
+            )
         problems.append(dataclasses.replace(base, weights=WeightStorage.TABLE))
         problems.append(dataclasses.replace(GATED, n=base.n, weights=WeightStorage.TABLE))
         problems.append(dataclasses.replace(base, num_experts=1024))
@@ -194,6 +200,30 @@ CONFIG_REASONS = [
 def test_illegal_configs_have_a_reason(changes: dict, reason: str) -> None:
     assert why_illegal(PROBLEM, GemmSm90Config()) is None
     assert reason in (why_illegal(PROBLEM, GemmSm90Config(**changes)) or "")
+
+
+def test_n_major_weights_have_reasons() -> None:
+    n_major = dataclasses.replace(
+        PROBLEM,
+        operand=DType.BF16,
+        accumulation=Accumulation.FP32,
+        epilogue=(),
+        weight_major=Major.N,
+    )
+    gated = dataclasses.replace(n_major, epilogue=GATED.epilogue[2:])
+    table = dataclasses.replace(n_major, weights=WeightStorage.TABLE)
+    ragged = dataclasses.replace(n_major, n=1532, out=DType.FP32)
+    assert "K-major only" in (why_illegal(dataclasses.replace(PROBLEM, weight_major=Major.N)) or "")
+    assert "only stacked ones" in (why_illegal(table) or "")
+    assert "multiples of 16 bytes" in (why_illegal(ragged) or "")
+    pairs = GemmSm90Config(tile_n=64, cluster_m=2)
+    assert "boxes of 64 columns" in (why_illegal(n_major, pairs) or "")
+    assert why_illegal(n_major, GemmSm90Config(tile_n=64)) is None
+    assert "one of up" in (why_illegal(gated, GemmSwapSm90Config()) or "")
+    assert why_illegal(gated, GemmSwapSm90Config(tile_n=128)) is None
+    for rows in (0.1, 4.0, 1000.0):
+        config = heuristics.choose(gated, 1, rows)
+        assert isinstance(config, GemmSwapSm90Config) == (rows < 1000)
 
 
 def test_gated_tiles_hold_whole_slices_of_outputs() -> None:

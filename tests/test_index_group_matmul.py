@@ -278,7 +278,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight_k": (
         {"weight": [fp8(24, 16) for _ in range(3)]},
         ValueError,
-        r"weight: expected .*32\], got \(3, 24, 16\)",
+        r"weight: expected .*32\), got \(3, 24, 16\)",
     ),
     "weight_n_major": (
         {"weight": [fp8(24, 32), fp8(32, 24).T, fp8(24, 32)]},

@@ -37,7 +37,7 @@ def launch(given: dict[str, Any]) -> Tensor:
     out = poisoned(*hidden.shape, hidden.dtype, "cuda")
     result = cm.fused_moe(*tensors, **rest, out=out, workspace=workspace)
     assert result is out
-    assert untouched(out, len(hidden))
+    assert untouched(out, torch.zeros(len(hidden), dtype=torch.bool, device="cuda"))
     return out
 
 
@@ -47,7 +47,8 @@ def error(out: Tensor, given: dict[str, Any]) -> float:
 
 
 def limit(given: dict[str, Any]) -> float:
-    return LIMITS[given["quant"], given.get("accumulation")]
+    few = 1.5 if given["topk_ids"].numel() < 100 else 1  # of rows: their errors scatter
+    return few * LIMITS[given["quant"], given.get("accumulation")]
 
 
 @pytest.mark.parametrize(

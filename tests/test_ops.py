@@ -63,7 +63,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight_k": (
         {"weight": torch.ones(3, 24, 16).to(torch.float8_e4m3fn)},
         ValueError,
-        r"weight: expected .*32\].* got \(3, 24, 16\)",
+        r"weight: expected .*32\).* got \(3, 24, 16\)",
     ),
     "weight_no_experts": (
         {"weight": torch.ones(0, 24, 32).to(torch.float8_e4m3fn)},
@@ -176,6 +176,24 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         },
         ValueError,
         "weight: expected gate and up rows for geglu, got an odd N 23",
+    ),
+    "n_major_interleaved": (
+        {
+            "x": torch.ones(9, 32, dtype=BFLOAT),
+            "weight": torch.ones(3, 32, 24, dtype=BFLOAT).mT,
+            "activation": "swiglu",
+            "interleaved": True,
+        },
+        ValueError,
+        r"interleaved: expected weights with K dense.* got strides \(768, 1, 24\)",
+    ),
+    "n_major_pitch": (
+        {
+            "x": torch.ones(9, 32, dtype=BFLOAT),
+            "weight": torch.ones(3, 32, 28).to(BFLOAT)[..., :24].mT,
+        },
+        ValueError,
+        r"weight: expected K or N dense, strides of E and K in multiples of 8 .*\(896, 1, 28\)",
     ),
     "interleaved_plain": (
         {"interleaved": True},
@@ -367,6 +385,7 @@ def test_any_call_is_the_definition(inputs: dict[str, Any]) -> None:
         "float_scales",
         "n_8",
         "starts_few_rows",
+        "n_major_few_rows",
         "geglu_20",
         "swiglu_oai_20",
         "gelu_20",

@@ -9,8 +9,16 @@ import pytest
 
 from emitters.config import Config
 from emitters.image import build_identity
-from emitters.problem import Accumulation, GemmProblem, WeightStorage
-from tests.cases import Case, make_inputs
+from emitters.problem import (
+    Accumulation,
+    Activation,
+    ActivationFunction,
+    DType,
+    GemmProblem,
+    Major,
+    WeightStorage,
+)
+from tests.cases import SCALES, Case, make_inputs
 from tests.numerics import check
 from tests.ptxsim import launch
 from tests.ptxsim.mutations import MUTATIONS
@@ -20,6 +28,8 @@ from tests.ptxsim.schedule import MODES, Schedule
 
 pytestmark = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
 CASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=400, spare=3)
+GATED = replace(CASE, n=144, epilogue=(*SCALES, Activation(ActivationFunction.SWIGLU)))
+N_MAJOR = replace(GATED, operand=DType.BF16, epilogue=(), weight_major=Major.N)
 KERNELS: dict[str, tuple[Case, Config]] = {
     "base": (CASE, SMALL),
     "no_tails": (replace(CASE, n=64), SMALL),
@@ -34,6 +44,11 @@ KERNELS: dict[str, tuple[Case, Config]] = {
     "cluster": (replace(CASE, counts=(140, 0, 33)), CLUSTER),
     "pingpong": (CASE, PINGPONG),
     "split": (replace(CASE, counts=(9, 0, 5), n=136), RUNS["swap_split_2"].config),
+    "gated": (GATED, replace(SMALL, tile_n=128)),
+    "swap_gated": (replace(GATED, counts=(9, 0, 5)), RUNS["swap_gated_128"].config),
+    "n_major": (N_MAJOR, SMALL),
+    "n_major_gated": (replace(N_MAJOR, epilogue=GATED.epilogue), replace(SMALL, tile_n=128)),
+    "starts": (replace(CASE, apart=5), SMALL),
     "many_experts": (replace(CASE, counts=(9, 0, 70, 3)), SMALL),
 }
 

@@ -143,7 +143,7 @@ def test_clusters_that_cannot_be_launched() -> None:
 @needs_dsl
 def test_line_numbers_change_no_instruction() -> None:
     """What is simulated is what an image holds."""
-    shipped = Code(parse(emit._compile(BASE.problem, SMALL, "sm_90a", "")[1])).instructions
+    shipped = Code(parse(emit._emit(BASE.problem, SMALL, "sm_90a")[1])).instructions
     simulated = launch.kernel(BASE.problem, SMALL).code.instructions
     assert [one.text for one in shipped] == [one.text for one in simulated]
 

@@ -98,7 +98,12 @@ def test_route(name: str) -> None:
 DEFECTS = {
     "no_warp_barrier": ("one_cta", "bar.warp.sync", "// bar.warp.sync", "nothing orders it after"),
     "no_barrier": ("one_cta", "bar.sync", "// bar.sync", "nothing orders it after"),
-    "no_wait": ("two_ctas", "griddepcontrol.wait", "// griddepcontrol.wait", "nothing orders it"),
+    "no_wait": (
+        "two_ctas",
+        "griddepcontrol.wait",
+        "// griddepcontrol.wait",
+        "before griddepcontrol.wait",
+    ),
     "ranks_from_above": ("one_cta", "%lanemask_lt", "%laneid", "two lanes write"),
 }
 

@@ -11,7 +11,17 @@ import torch
 from emitters.image import build_identity
 from tests.cases import Case, make_inputs
 from tests.ptxsim import launch
-from tests.ptxsim.runs import BASE, NUMBERS, SCHEDULES, SHAPES, SMALL, SWAPPED, check_schedules
+from tests.ptxsim.runs import (
+    ACTIVATED,
+    BASE,
+    N_MAJOR,
+    NUMBERS,
+    SCHEDULES,
+    SHAPES,
+    SMALL,
+    SWAPPED,
+    check_schedules,
+)
 from tests.ptxsim.schedule import Schedule
 
 pytestmark = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
@@ -27,20 +37,15 @@ def test_swapped_kernels_are_right(name: str) -> None:
     check_schedules(SWAPPED[name], SCHEDULES * list(SWAPPED).index(name))
 
 
+@pytest.mark.parametrize("name", ACTIVATED | N_MAJOR)
+def test_activations_and_n_major_weights(name: str) -> None:
+    runs = ACTIVATED | N_MAJOR
+    check_schedules(runs[name], SCHEDULES * list(runs).index(name))
+
+
 def _simulate(inputs: dict[str, Any], case: Case) -> torch.Tensor:
     kernel = launch.kernel(case.problem, SMALL)
     return launch.simulate(kernel, inputs, Schedule(5), rows=case.rows)
-
-
-def test_starts_leave_gaps_between_experts() -> None:
-    """With starts given, rows between an expert's end and the next one's start stay untouched."""
-    case = replace(BASE, k=144)
-    inputs = make_inputs(case, "cpu", exact=True)
-    inputs["starts"] = torch.tensor([0, 70, 75], dtype=torch.int32)
-    close = make_inputs(case, "cpu", exact=True)
-    out, want = _simulate(inputs, case), _simulate(close, case)
-    assert torch.equal(out[:70], want[:70])
-    assert torch.equal(out[75:103], want[75:103])
 
 
 @pytest.mark.parametrize("offsets", [(-5, 300, 20), (2**31 - 1, 0, 0)])

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cutlass_moe import heuristics
+from cutlass_moe import heuristics, kernels
+from cutlass_moe.cache import MissingImage
+from cutlass_moe.calls import step_kernel
 from cutlass_moe.compiler import Request, compile_images
 from cutlass_moe.quantize import (
     quantize_per_channel,
@@ -191,6 +193,22 @@ def test_problems_round_trip() -> None:
         assert problem_from_json(problem.to_json()) == problem
 
 
+def test_without_an_image_the_torch_path_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*arguments: object) -> None:
+        raise MissingImage("no image of a kernel that quantises")
+
+    monkeypatch.setattr(kernels, "device_arch", lambda device: "sm_90a")
+    monkeypatch.setattr(kernels, "load", load)
+    with pytest.warns(UserWarning, match="no image of a kernel that quantises"):
+        assert step_kernel(GOOD, 0) is None
+    monkeypatch.setattr(kernels, "device_arch", lambda device: "sm_80")
+    with pytest.warns(UserWarning, match="no template for sm_80"):
+        assert step_kernel(GOOD, 0) is None
+    monkeypatch.setenv("CUTLASS_MOE_STRICT", "1")
+    with pytest.raises(RuntimeError, match="CUTLASS_MOE_STRICT=1"):
+        step_kernel(GOOD, 0)
+
+
 @pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
 def test_kernels_of_every_length_compile_without_spills() -> None:
     lengths = (8, 72, 768, 2048, 2880, 7168, 8200, 14336, 16392, 32768)
@@ -200,7 +218,7 @@ def test_kernels_of_every_length_compile_without_spills() -> None:
         for source in (DType.BF16, DType.FP32)
         for target in (DType.E4M3, DType.INT8)
     ] + [CombineProblem(DType.FP16, 2880, 32), CombineProblem(DType.FP32, 2880, 16)]
-    requests = [Request(p, config) for p in problems for config in heuristics.step_configs(p)]
+    requests = [Request(problem, heuristics.step_config(problem)) for problem in problems]
     for result in compile_images(requests):
         assert result.image is not None, result.error
         record = result.image.record

@@ -133,6 +133,7 @@ IDS = torch.zeros(2, 2, dtype=torch.int32)
         (IDS.short(), 4, {}, TypeError, "got torch.int16"),
         (IDS[None], 4, {}, ValueError, r"got \[1, 2, 2\]"),
         (IDS[0, 0], 4, {}, ValueError, r"got \[\]"),
+        (IDS[:, :1].expand(2, 2**28), 4, {}, ValueError, "expected at most 268435456 ids"),
         (IDS, 0, {}, ValueError, "expected at least 1, got 0"),
         (IDS, 4, {"capacity_factor": -1.0}, ValueError, "expected 0 or more, finite, got -1.0"),
         (IDS, 4, {"capacity_factor": float("nan")}, ValueError, "got nan"),
@@ -141,8 +142,8 @@ IDS = torch.zeros(2, 2, dtype=torch.int32)
         (IDS, 4, {"expert_map": IDS[0].to("meta")}, ValueError, "expected it on cpu, got meta"),
     ],
     ids=[
-        "float", "int16", "3d", "scalar", "no_experts", "factor", "nan", "map_int64", "map_2d",
-        "map_elsewhere",
+        "float", "int16", "3d", "scalar", "ids", "no_experts", "factor", "nan", "map_int64",
+        "map_2d", "map_elsewhere",
     ],
 )  # fmt: skip
 def test_errors(

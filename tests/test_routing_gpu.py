@@ -12,6 +12,7 @@ from torch import Tensor
 import cutlass_moe as cm
 from cutlass_moe.heuristics import step_config
 from cutlass_moe.routing import (
+    RoutePlaces,
     RoutingTable,
     find_route,
     launch_route,
@@ -88,12 +89,14 @@ def test_cases(case: Ids, bits: int) -> None:
     ids = case.make().to(BITS[bits])
     on_device = ids.cuda()
     table = poisoned(on_device, case.experts)
-    scratch = torch.full(
-        (route_scratch(ids.numel(), case.experts),), POISON, device="cuda", dtype=torch.int32
-    )
-    stream = torch.cuda.current_stream().cuda_stream
+    words = route_scratch(ids.numel(), case.experts)
+    scratch = torch.full((words,), POISON, dtype=torch.int32, device="cuda")
+    tensors = (table.index, table.offsets, table.inverse, scratch)
+    places = RoutePlaces(*(tensor.data_ptr() for tensor in tensors))
     kernel = find_route(case.experts, ids.dtype, 0)
-    launch_route(kernel, table, scratch, on_device, None, ids.numel(), stream)
+    assert kernel is not None
+    stream = torch.cuda.current_stream().cuda_stream
+    launch_route(kernel, on_device, None, case.experts, ids.numel(), places, stream)
     check(table, route_reference(ids, case.experts))
 
 

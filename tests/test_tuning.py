@@ -140,6 +140,9 @@ def test_shipped_table(model, dtype):
     for problem in problems(shape, dtype).values():
         for rows in (128, 256, 512, 1024):
             config = tuned.lookup(problem, GPU, rows)
+            if config is None:
+                assert problem.gated  # whose tiles are not all that up has
+                config = heuristics.estimate(problem, rows * shape.num_experts, rows)
             assert config in heuristics.candidates(problem)
 
 

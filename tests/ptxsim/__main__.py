@@ -32,6 +32,7 @@ def main() -> int:
         tokens=options.tokens, counts=counts, n=problem.n, k=problem.k, operand=problem.operand,
         out=problem.out, accumulation=problem.accumulation, epilogue=problem.epilogue,
         gather=problem.gather, reads="outside" if problem.gather else "any",
+        weight_major=problem.weight_major,
     )  # fmt: skip
     modes = [options.mode] if options.mode else list(MODES)
     wrong = [mode for mode in modes if not _run(kernel, case, mode, options)]

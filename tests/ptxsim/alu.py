@@ -101,6 +101,21 @@ def _select(a: np.ndarray, b: np.ndarray, p: np.ndarray) -> np.ndarray:
     return np.where(p, a, b)
 
 
+def _wide(a: np.ndarray) -> np.ndarray:
+    """bf16 -> float32"""
+    return (a.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _unordered(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.isnan(a) | np.isnan(b)
+
+
+def _exp2(a: np.ndarray) -> np.ndarray:
+    """Rounded once, where the hardware may err in the last two bits; subnormals become 0."""
+    power = np.exp2(a.astype(np.float64)).astype(np.float32)
+    return np.where(power < np.finfo(np.float32).tiny, np.float32(0), power)
+
+
 # opcode: (function, kind of the result, kinds of the operands)
 _TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
     "mul.wide.s32": (lambda a, b: a.astype(np.int64) * b.astype(np.int64), I64, (I32, I32)),
@@ -109,6 +124,7 @@ _TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
     "mul.hi.s32": (_high(np.int64, np.int32), I32, (I32, I32)),
     "mul.hi.u32": (_high(np.uint64, np.uint32), U32, (U32, U32)),
     "mad.lo.s32": (lambda a, b, c: a * b + c, I32, (I32, I32, I32)),
+    "mad.lo.s64": (lambda a, b, c: a * b + c, I64, (I64, I64, I64)),
     "abs.f32": (np.abs, F32, (F32,)),
     "neg.f32": (np.negative, F32, (F32,)),
     "max.NaN.f32": (np.maximum, F32, (F32, F32)),
@@ -116,9 +132,6 @@ _TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
     "ex2.approx.ftz.f32": (np.exp2, F32, (F32,)),  # exactly rounded: the GPU's is within 2 ulp
     "rcp.approx.ftz.f32": (np.reciprocal, F32, (F32,)),
     "fma.rn.f32": (fma, F32, (F32, F32, F32)),
-    "abs.f32": (np.abs, F32, (F32,)),
-    "neg.f32": (np.negative, F32, (F32,)),
-    "max.NaN.f32": (np.maximum, F32, (F32, F32)),
     "div.rn.f32": (_quietly(np.divide), F32, (F32, F32)),
     "rcp.rn.f32": (_quietly(lambda a: np.float32(1.0) / a), F32, (F32,)),
     "cvt.rn.satfinite.e4m3x2.f32": (_fp8_bits(torch.float8_e4m3fn, 448.0), U16, (F32, F32)),
@@ -128,17 +141,15 @@ _TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
     "not.pred": (np.logical_not, B, (B,)),
     "not.b32": (np.invert, U32, (U32,)),
     "neg.s32": (np.negative, I32, (I32,)),
+    "setp.nan.f32": (_unordered, B, (F32, F32)),
+    "setp.nan.bf16": (lambda a, b: _unordered(_wide(a), _wide(b)), B, (U16, U16)),
     "popc.b32": (_popcount, U32, (U32,)),
     "cvt.u64.u32": (lambda a: a.astype(np.uint64), U64, (U32,)),
     "cvt.s64.s32": (lambda a: a.astype(np.int64), I64, (I32,)),
     "cvt.u32.u64": (lambda a: a.astype(np.uint32), U32, (U64,)),
     "cvt.rn.f32.s32": (lambda a: a.astype(np.float32), F32, (I32,)),
     "cvt.f32.f16": (lambda a: a.view(np.float16).astype(np.float32), F32, (U16,)),
-    "cvt.f32.bf16": (
-        lambda a: (a.astype(np.uint32) << np.uint32(16)).view(np.float32),
-        F32,
-        (U16,),
-    ),
+    "cvt.f32.bf16": (_wide, F32, (U16,)),
     "cvt.rn.bf16x2.f32": (_pack(bf16_bits), U32, (F32, F32)),
     "cvt.rn.f16x2.f32": (_pack(_f16_bits), U32, (F32, F32)),
     "shl.b32": (_shift(np.left_shift, 32), U32, (U32, U32)),
@@ -176,7 +187,7 @@ _COMPARES = {
     "gt": np.greater,
     "ge": np.greater_equal,
 }
-_COMPARED = {"s32": I32, "u32": U32, "b32": U32, "s64": I64, "u64": U64, "b64": U64}
+_COMPARED = {"s32": I32, "u32": U32, "b32": U32, "s64": I64, "u64": U64, "b64": U64, "f32": F32}
 for _op, _function in _COMPARES.items():
     for _name, _kind in _COMPARED.items():
         _TABLE[f"setp.{_op}.{_name}"] = (_function, B, (_kind, _kind))

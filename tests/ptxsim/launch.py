@@ -13,7 +13,7 @@ from torch import Tensor
 from emitters.config import Config
 from emitters.emit import emit_ptx
 from emitters.image import LaunchRecord, ParamKind
-from emitters.problem import GemmProblem, WeightStorage, gate_strides
+from emitters.problem import GemmProblem, Major, WeightStorage, gate_strides
 from tests.numerics import poisoned
 from tests.ptxsim import samples
 from tests.ptxsim.machine import Launch, Machine
@@ -107,7 +107,8 @@ class Arguments:
     def _weight(self, weight: Tensor, interleaved: bool) -> bytes:
         """The tensor map, or the address of a table of them."""
         p, box = self.problem, self.record.tensor_maps[0]
-        base = self.memory.add("weight", _bytes(weight))
+        dense = weight if p.weight_major is Major.K else weight.mT
+        base = self.memory.add("weight", _bytes(dense))
         size = p.operand.bytes
         stacked = p.weights is WeightStorage.STACKED
         extents, strides = p.weight_view(weight.stride(), interleaved)

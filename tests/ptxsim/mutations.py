@@ -52,6 +52,12 @@ def swap_scales(ptx: str) -> str:
     return ptx[:start] + body.replace("[?]", f"[{second}]")
 
 
+def swap_gate_strides(ptx: str) -> str:
+    start = ptx.index("{\n")
+    body = ptx[start:].replace("_param_9]", "?").replace("_param_10]", "_param_9]")
+    return ptx[:start] + body.replace("?", "_param_10]")
+
+
 def initial_phase(ptx: str) -> str:
     """The producer begins as if its stages were full."""
     parity = re.search(r"try_wait\S+ P1, \[%r\d+\], (%r\d+)", ptx[ptx.index(PRODUCER) :])
@@ -343,6 +349,37 @@ MUTATIONS: dict[str, Mutation] = {
         consumer(r"barrier.cluster.arrive;(?s:.*?)barrier.cluster.wait;", ""),
         ("has exited", "exits: nothing", "exits before"),
         "cluster",
+    ),
+    # activations, N-major weights, starts
+    "gate_strides_swapped": Mutation(swap_gate_strides, (_WRONG, "bytes"), "gated"),
+    "gate_strides_swapped_in_swap": Mutation(swap_gate_strides, (_WRONG, "bytes"), "swap_gated"),
+    "coordinates_of_gates_swapped": Mutation(
+        producer(r"(tensor.5d\S+ \[[^]]*\], \[%rd\d+, \{%r\d+,) (%r\d+), (%r\d+), (%r\d+)",
+                 r"\1 \4, \3, \2"),
+        (_WRONG,),
+        "gated",
+    ),
+    "exponent_of_the_other_sign": Mutation(
+        consumer("0fBFB8AA3B", "0f3FB8AA3B"), (_WRONG,), "gated"
+    ),
+    "not_divided": Mutation(
+        consumer(r"rcp.approx.ftz.f32 (%r\d+), (%r\d+);", r"mov.b32 \1, \2;"), (_WRONG,), "gated"
+    ),
+    "second_half_of_a_slice_elsewhere": Mutation(
+        consumer(r"(stmatrix\S+ \[%r\d+)\]", r"\1+16]", 2),
+        (_WRONG, "uninitialised", _UNORDERED),
+        "gated",
+    ),
+    "not_transposed": Mutation(consumer(r"(p, 1, 1, 0,) 1;", r"\1 0;"), (_WRONG,), "n_major"),
+    "gate_in_place_of_up": Mutation(
+        producer(r"(tensor.4d\S+ \[[^]]*\], \[%rd\d+, \{%r\d+, %r\d+,) %r\d+,", r"\1 0,", 1),
+        (_WRONG,),
+        "n_major_gated",
+    ),
+    "starts_ignored": Mutation(
+        setup(r"setp.eq.b64 (%p\d+), %rd\d+, 0;", r"setp.eq.b32 \1, 0, 0;"),
+        ("belongs to no expert", "never written"),
+        "starts",
     ),
     # ping-pong
     "first_turn_not_passed": Mutation(

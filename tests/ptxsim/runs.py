@@ -20,6 +20,7 @@ from emitters.problem import (
     EpilogueNode,
     ExpertScale,
     GemmProblem,
+    Major,
     PerTokenScale,
     WeightStorage,
 )
@@ -245,7 +246,52 @@ ACTIVATED |= {
     ),
     "swap_gated_n_16": Run(replace(_FEW_GATED, n=16), SWAP),
 }
-RUNS = NUMBERS | SHAPES | SWAPPED | ACTIVATED
+_N_MAJOR = replace(
+    BASE, weight_major=Major.N, operand=DType.FP16, out=DType.FP16, epilogue=(), n=136, k=136
+)
+_N_GATED = replace(_N_MAJOR, n=144, epilogue=(*SCALES, _GATED.epilogue[-1]))
+_N_FEW = replace(_N_MAJOR, counts=FEW.counts)
+_N_FEW_GATED = replace(_N_GATED, counts=FEW.counts)
+_SWAP_128 = replace(SWAP, tile_n=128)
+N_MAJOR: dict[str, Run] = {
+    "n_major": Run(_N_MAJOR),
+    "n_major_bf16_256": Run(
+        replace(_N_MAJOR, n=264, operand=DType.BF16, out=DType.FP32), replace(SMALL, tile_n=256)
+    ),
+    "n_major_two_consumers": Run(
+        replace(_N_MAJOR, counts=(140, 0, 33)), replace(SMALL, tile_m=128, tile_n=192)
+    ),
+    "n_major_cluster": Run(replace(_N_MAJOR, counts=PAIRS.counts), replace(CLUSTER, tile_n=128)),
+    "n_major_pingpong": Run(_N_MAJOR, PINGPONG),
+    "n_major_gated": Run(_N_GATED, _WIDE),
+    "n_major_gated_256": Run(replace(_N_GATED, n=528), replace(SMALL, tile_n=256)),
+    "n_major_gated_fp32": Run(replace(_N_GATED, out=DType.FP32), _WIDE),
+    "n_major_gated_cluster": Run(
+        replace(_N_GATED, counts=PAIRS.counts), replace(CLUSTER, tile_n=128)
+    ),
+    "n_major_gated_cluster_256": Run(
+        replace(_N_GATED, n=272, counts=PAIRS.counts), replace(CLUSTER, tile_n=256)
+    ),
+    "n_major_gated_pingpong_128": Run(
+        replace(_N_GATED, counts=(200, 0, 140)), replace(PINGPONG, tile_m=128, tile_n=128)
+    ),
+    "swap_n_major": Run(_N_FEW, SWAP),
+    "swap_n_major_128": Run(
+        replace(_N_FEW, operand=DType.BF16, out=DType.BF16), replace(_SWAP_128, tile_m=16)
+    ),
+    "swap_n_major_boxes": Run(
+        replace(_N_FEW, n=72), replace(SWAP, tile_m=32, k_boxes=2, evict_first=True)
+    ),
+    "swap_n_major_split": Run(_k(_N_FEW, 4), replace(_SWAP_128, split_k=4), grid=4),
+    "swap_n_major_gated": Run(_N_FEW_GATED, _SWAP_128),
+    "swap_n_major_gated_fp32": Run(
+        replace(_N_FEW_GATED, out=DType.FP32, n=272), replace(_SWAP_128, tile_m=48)
+    ),
+    "swap_n_major_gated_split": Run(
+        _k(_N_FEW_GATED, 4), replace(_SWAP_128, split_k=2, tile_m=16, k_boxes=2), grid=4
+    ),
+}
+RUNS = NUMBERS | SHAPES | SWAPPED | ACTIVATED | N_MAJOR
 SCHEDULES = 5  # of each run
 
 

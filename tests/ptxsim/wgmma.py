@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -46,12 +46,14 @@ _K = {"e4m3": 32, "e5m2": 32, "s8": 32, "f16": 16, "bf16": 16}
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one wgmma.mma_async: operands both from shared memory, K-major."""
+    """Of one wgmma.mma_async: operands both from shared memory, K-major but where transposed."""
 
     n: int
     a: str
     b: str
     integer: bool
+    a_transposed: bool = False
+    b_transposed: bool = False
 
     @classmethod
     def parse(cls, opcode: str) -> Shape:
@@ -68,8 +70,9 @@ class Shape:
 
 
 @lru_cache(maxsize=1024)
-def operand_chunks(descriptor: int, first: int, last: int) -> np.ndarray:
-    """Shared addresses of the 16-byte halves of 32 bytes of K, rows first .. last - 1."""
+def operand_chunks(descriptor: int, first: int, last: int, transposed: bool) -> np.ndarray:
+    """Shared addresses of the 16-byte halves of 32 bytes of K, rows first .. last - 1; transposed:
+    of 8 rows each, for all of them at each of 16 elements of K."""
     layout = descriptor >> 62
     if layout != 1:
         raise Fault(f"matrix descriptor {descriptor:#x}: only the 128-byte swizzle is modelled")
@@ -77,9 +80,21 @@ def operand_chunks(descriptor: int, first: int, last: int) -> np.ndarray:
         raise Fault(f"matrix descriptor {descriptor:#x}: base offset")
     base = (descriptor & 0x3FFF) << 4
     stride = (descriptor >> 32 & 0x3FFF) << 4
+    if transposed:
+        block_stride = (descriptor >> 16 & 0x3FFF) << 4  # between 64 rows
+        k, row = np.arange(16)[:, None], np.arange(first, last, 8)
+        linear = base + row // 64 * block_stride + row % 64 * 2 + k // 8 * stride + k % 8 * 128
+        return swizzled(linear.ravel(), 128)
     row = np.arange(first, last)[:, None]
     linear = base + row // 8 * stride + row % 8 * 128 + np.array([0, 16])
     return swizzled(linear.ravel(), 128)
+
+
+def _rows(chunks: np.ndarray, transposed: bool) -> np.ndarray:
+    """uint8 [rows, 32] from the chunks at `operand_chunks`."""
+    if not transposed:
+        return chunks.reshape(-1, 32)
+    return np.ascontiguousarray(chunks.view(np.uint16).reshape(16, -1).T).view(np.uint8)
 
 
 @dataclass
@@ -98,17 +113,16 @@ class Multiply:
     def chunks(self) -> tuple[np.ndarray, np.ndarray]:
         first = 16 * self.quarter
         return (
-            operand_chunks(self.a, first, first + 16),
-            operand_chunks(self.b, 0, self.shape.n),
+            operand_chunks(self.a, first, first + 16, self.shape.a_transposed),
+            operand_chunks(self.b, 0, self.shape.n, self.shape.b_transposed),
         )
 
     def fetch(self, memory: OrderedMemory) -> None:
         """Takes the operands' bytes as they are now."""
         if self.operands is None:
-            a, b = (
-                memory.data[at[:, None] + np.arange(16)].reshape(-1, 32) for at in self.chunks()
-            )
-            self.operands = a, b
+            a, b = (memory.data[at[:, None] + np.arange(16)] for at in self.chunks())
+            shape = self.shape
+            self.operands = _rows(a, shape.a_transposed), _rows(b, shape.b_transposed)
 
     def result(self, accumulators: list[np.ndarray]) -> np.ndarray:
         """uint32 [n / 2, 32]: the new accumulators by register and lane."""
@@ -160,7 +174,10 @@ def _multiply(one: Instruction, operands: Operands) -> Op:
     if len(registers) != shape.n // 2:
         raise ValueError(f"{one.where()}: {shape.n // 2} accumulators expected")
     rest = one.operands[4:]
-    expected = [] if shape.integer else ["1", "1"] + (["0", "0"] if "16" in shape.a else [])
+    if "16" in shape.a and len(rest) == 4 and set(rest[2:]) <= {"0", "1"}:
+        shape = replace(shape, a_transposed=rest[2] == "1", b_transposed=rest[3] == "1")
+        rest = rest[:2]
+    expected = [] if shape.integer else ["1", "1"]
     if rest != expected:
         raise ValueError(f"{one.where()}: scales and transpositions {rest}, modelled: {expected}")
 
