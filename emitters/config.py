@@ -17,6 +17,7 @@ SLOT_WORDS = 8  # int32 of a posted unit
 WARPGROUP = 128
 _SMEM_PER_SM = 233_472  # 228 KiB, of which each CTA loses 1 KiB to the system
 _SMEM_RESERVED = 1024
+_SMEM_UNIT = 128
 _REGISTERS_PER_SM = 65_536
 
 
@@ -87,7 +88,11 @@ class _Sm90Config:
         return max(0, min(fit, self.MAX_STAGES))
 
     def smem_bytes(self, problem: GemmProblem) -> int:
-        return self.fixed_smem_bytes(problem) + self.pipeline_stages(problem) * self.stage_bytes
+        """So many at least that an SM holds ctas_per_sm CTAs and no more: in a dependent launch the
+        SMs that the grid before leaves first would get more than their share."""
+        needed = self.fixed_smem_bytes(problem) + self.pipeline_stages(problem) * self.stage_bytes
+        too_many = _SMEM_PER_SM // (self.ctas_per_sm + 1) - _SMEM_RESERVED
+        return max(needed, too_many + _SMEM_UNIT)
 
 
 @dataclass(frozen=True)

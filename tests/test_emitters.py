@@ -125,6 +125,7 @@ def test_records_say_what_was_asked(compiled: list[Result]) -> None:
         assert GemmProblem.from_json(record.problem) == problem
         assert config_from_json(record.config) == config
         assert record.smem_bytes == config.smem_bytes(problem) <= 232_448 // config.ctas_per_sm
+        assert (record.smem_bytes + 1024) * (config.ctas_per_sm + 1) > 233_472  # no CTA more
         assert record.threads * config.ctas_per_sm * record.registers <= 65_536
 
 
