@@ -58,7 +58,7 @@ class Case:
         arguments = {
             "ids": ids, "expert_map": local if self.mapped else 0, "num_ids": number,
             "pairs": pairs, "choices": self.choices,
-            "capacity": row_capacity(torch.from_numpy(ids), self.experts, self.factor), **outputs,
+            "capacity": row_capacity(torch.from_numpy(ids), number, self.factor), **outputs,
         }  # fmt: skip
         parts = (0,) if self.ctas == 1 else (1, 2)
         launches = [(kernel, self.ctas, {**arguments, "parts": part}) for part in parts]

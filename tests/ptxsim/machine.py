@@ -20,7 +20,11 @@ from tests.ptxsim.warp import Code, Fragment, Trace, Warp
 
 @dataclass(frozen=True)
 class Launch:
-    """What a host gives to a kernel. grid, cluster: CTAs; registers: of a thread, at launch."""
+    """What a host gives to a kernel.
+
+    grid, cluster: CTAs; registers: of a thread, at launch. triggers_at_once: it may let the next
+    grid start before it has waited for the one before; what that reads then is the host's to know.
+    """
 
     code: Code
     grid: int
@@ -28,6 +32,7 @@ class Launch:
     registers: int
     parameters: bytes
     cluster: int = 1
+    triggers_at_once: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.cluster <= 8 or self.grid % self.cluster:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emitters.steps import QuantizeProblem
 from tests.ptxsim.machine import Launch, Machine
 from tests.ptxsim.memory import GlobalMemory
 from tests.ptxsim.ptx import Fault
@@ -67,7 +68,14 @@ def _launch(stage: Stage, address: dict[int, int]) -> Launch:
         number = address[id(value)] if isinstance(value, Tensor) else value
         data = number.to_bytes(param.size, "little", signed=True)
         packed[declared.offset : declared.offset + param.size] = data
-    return Launch(code, stage.grid, record.smem_bytes, record.registers, bytes(packed))
+    return Launch(
+        code,
+        stage.grid,
+        record.smem_bytes,
+        record.registers,
+        bytes(packed),
+        triggers_at_once=record.problem["op"] == QuantizeProblem.op,
+    )
 
 
 def _check(

@@ -320,9 +320,10 @@ def _set_registers(one: Instruction, operands: Operands) -> Op:
 
 
 def _launch_dependents(f: Any) -> Any:
-    """Not before this grid's own wait: what starts then may read what the grid before writes."""
+    """Unless allowed, not before this grid's own wait: what starts then may read what the grid
+    before writes."""
     cta = f.warp.cta
-    if cta.access(f.threads).early:
+    if cta.access(f.threads).early and not cta.grid.launch.triggers_at_once:
         raise Fault("griddepcontrol.launch_dependents before griddepcontrol.wait")
     cta.grid.trigger(cta)
     return YIELD
