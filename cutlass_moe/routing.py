@@ -48,6 +48,7 @@ def route(
     *,
     expert_map: Tensor | None = None,
     capacity_factor: float | None = None,
+    pdl: bool = True,
 ) -> RoutingTable:
     """Sorts (token, choice) pairs by expert, stably: by token, then choice, within an expert.
 
@@ -57,13 +58,15 @@ def route(
       num_experts experts here that each stands for, or -1; ids outside the map are dropped.
     capacity_factor: an expert has at most ceil(topk_ids.numel() / experts * capacity_factor) rows,
       experts being num_experts or, with an expert_map, its length; its later pairs are dropped.
+    pdl: kernels may start before their predecessors end (programmatic dependent launch), for which
+      they wait before they read anything.
 
     Nothing is read back to the host; works under CUDA graphs and torch.compile. Raises TypeError on
     another dtype, ValueError on another shape or device, on num_experts < 1 and on a negative or
     infinite capacity_factor.
     """
     _check(topk_ids, num_experts, expert_map, capacity_factor)
-    return RoutingTable(*_op(topk_ids, num_experts, expert_map, capacity_factor))
+    return RoutingTable(*_op(topk_ids, num_experts, expert_map, capacity_factor, pdl))
 
 
 def route_reference(
@@ -214,7 +217,7 @@ def _shapes(topk_ids: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 _lib = torch.library.Library("cutlass_moe", "FRAGMENT")
 _lib.define(
-    "route(Tensor topk_ids, int num_experts, Tensor? expert_map, float? capacity_factor)"
+    "route(Tensor topk_ids, int num_experts, Tensor? expert_map, float? capacity_factor, bool pdl)"
     " -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -223,7 +226,11 @@ _Table = tuple[Tensor, Tensor, Tensor]
 
 
 def _on_cpu(
-    topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, capacity_factor: float | None
+    topk_ids: Tensor,
+    num_experts: int,
+    expert_map: Tensor | None,
+    capacity_factor: float | None,
+    pdl: bool,
 ) -> _Table:
     table = route_reference(
         topk_ids, num_experts, expert_map=expert_map, capacity_factor=capacity_factor
@@ -232,12 +239,16 @@ def _on_cpu(
 
 
 def _on_cuda(
-    topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, capacity_factor: float | None
+    topk_ids: Tensor,
+    num_experts: int,
+    expert_map: Tensor | None,
+    capacity_factor: float | None,
+    pdl: bool,
 ) -> _Table:
     device = topk_ids.get_device()
     kernel = find_route(num_experts, topk_ids.dtype, topk_ids.numel(), device)
     if kernel is None:
-        return _on_cpu(topk_ids, num_experts, expert_map, capacity_factor)
+        return _on_cpu(topk_ids, num_experts, expert_map, capacity_factor, pdl)
     topk_ids = topk_ids.contiguous()
     if expert_map is not None:
         expert_map = expert_map.contiguous()
@@ -248,12 +259,16 @@ def _on_cuda(
         stream = torch._C._cuda_getCurrentRawStream(device)
         tensors = (table.index, table.offsets, table.inverse, scratch)
         places = RoutePlaces(*(tensor.data_ptr() for tensor in tensors))
-        launch_route(kernel, topk_ids, expert_map, num_experts, capacity, places, stream)
+        launch_route(kernel, topk_ids, expert_map, num_experts, capacity, places, stream, pdl)
     return table.index, table.offsets, table.inverse
 
 
 def _fake(
-    topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, capacity_factor: float | None
+    topk_ids: Tensor,
+    num_experts: int,
+    expert_map: Tensor | None,
+    capacity_factor: float | None,
+    pdl: bool,
 ) -> _Table:
     table = RoutingTable.empty(topk_ids, num_experts)
     return table.index, table.offsets, table.inverse

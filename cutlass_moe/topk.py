@@ -44,6 +44,7 @@ def topk_router(
     correction_bias: Tensor | None = None,
     scale: float = 1.0,
     threshold: float | None = None,
+    pdl: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Each token's k experts and their weights: Mixtral, Qwen3, DeepSeek-V3, gpt-oss.
 
@@ -59,6 +60,9 @@ def topk_router(
     Kernels compute in float32, with up to 32 choices and groups of 1024 experts; for others, and
       float64 logits, the reference runs.
 
+    pdl: the kernel may start before its predecessor ends (programmatic dependent launch), for which
+      it waits before it reads anything.
+
     Returns (topk_weights float32 [T, k], topk_ids int32 [T, k]), best first. Raises TypeError or
     ValueError, with what was expected and what came, for malformed arguments, RuntimeError where a
     gradient would be lost: topk_router has none, topk_router_reference has.
@@ -67,7 +71,7 @@ def topk_router(
         k, scoring, renormalize, num_groups, topk_groups, correction_bias, scale, threshold
     )
     _refuse_gradient("topk_router", logits, correction_bias)
-    weights, ids = _topk_op(logits, *router)
+    weights, ids = _topk_op(logits, *router, pdl)
     return weights, ids
 
 
@@ -85,6 +89,7 @@ def route_logits(
     num_experts: int | None = None,
     expert_map: Tensor | None = None,
     capacity_factor: float | None = None,
+    pdl: bool = True,
 ) -> tuple[RoutingTable, Tensor, Tensor]:
     """`topk_router` and `route` of what it chose: (table, topk_weights, topk_ids).
 
@@ -97,11 +102,11 @@ def route_logits(
     )
     _refuse_gradient("route_logits", logits, correction_bias)
     if num_experts is None and expert_map is None:
-        *table, weights, ids = _fused_op(logits, *router, capacity_factor)
+        *table, weights, ids = _fused_op(logits, *router, capacity_factor, pdl)
         return RoutingTable(*table), weights, ids
-    weights, ids = _topk_op(logits, *router)
+    weights, ids = _topk_op(logits, *router, pdl)
     experts = logits.shape[1] if num_experts is None else num_experts
-    table = route(ids, experts, expert_map=expert_map, capacity_factor=capacity_factor)
+    table = route(ids, experts, expert_map=expert_map, capacity_factor=capacity_factor, pdl=pdl)
     return table, weights, ids
 
 
@@ -172,8 +177,9 @@ _INPUTS = (
     "Tensor? correction_bias, float scale, float? threshold"
 )
 for _schema in (
-    f"topk_router({_INPUTS}) -> (Tensor, Tensor)",
-    f"route_logits({_INPUTS}, float? capacity_factor) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"topk_router({_INPUTS}, bool pdl) -> (Tensor, Tensor)",
+    f"route_logits({_INPUTS}, float? capacity_factor, bool pdl)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 ):
     _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _topk_op = torch.ops.cutlass_moe.topk_router.default
@@ -195,7 +201,7 @@ def _operands(logits: Tensor, router: Router) -> tuple[Tensor, Tensor | None]:
 
 
 def _topk(logits: Tensor, *arguments: Any) -> _Pair:
-    router = Router(*arguments)
+    router, pdl = Router(*arguments[:-1]), arguments[-1]
     _check(logits, router)
     kernel = None
     if logits.is_cuda and len(logits):
@@ -206,12 +212,12 @@ def _topk(logits: Tensor, *arguments: Any) -> _Pair:
     logits, bias = _operands(logits, router)
     warps = kernel.record.threads // 32
     values = router_values(logits, router, bias, weights, ids)
-    launch_step(kernel, values, -(-len(logits) // warps), logits.get_device())
+    launch_step(kernel, values, -(-len(logits) // warps), logits.get_device(), pdl)
     return weights, ids
 
 
 def _route_logits(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    router, capacity_factor = Router(*arguments[:-1]), arguments[-1]
+    router, (capacity_factor, pdl) = Router(*arguments[:-2]), arguments[-2:]
     _check(logits, router)
     check_capacity(capacity_factor)
     experts = logits.shape[1]
@@ -220,8 +226,8 @@ def _route_logits(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     if logits.is_cuda and few and experts <= MAX_FUSED_EXPERTS:
         kernel = _find(RouteLogitsProblem, logits, router)
     if kernel is None:
-        weights, ids = _topk(logits, *router)
-        table = route(ids, experts, capacity_factor=capacity_factor)
+        weights, ids = _topk(logits, *router, pdl)
+        table = route(ids, experts, capacity_factor=capacity_factor, pdl=pdl)
     else:
         weights, ids = _empty(logits, router)
         table = RoutingTable.empty(ids, experts)
@@ -229,18 +235,18 @@ def _route_logits(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         values = router_values(logits, router, bias, weights, ids)
         values.append(row_capacity(ids, experts, capacity_factor))
         values += (t.data_ptr() for t in (table.index, table.offsets, table.inverse))
-        launch_step(kernel, values, 1, logits.get_device())
+        launch_step(kernel, values, 1, logits.get_device(), pdl)
     return table.index, table.offsets, table.inverse, weights, ids
 
 
 def _topk_fake(logits: Tensor, *arguments: Any) -> _Pair:
-    router = Router(*arguments)
+    router = Router(*arguments[:-1])
     _check(logits, router)
     return _empty(logits, router)
 
 
 def _route_logits_fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    router = Router(*arguments[:-1])
+    router = Router(*arguments[:-2])
     _check(logits, router)
     weights, ids = _empty(logits, router)
     table = RoutingTable.empty(ids, logits.shape[1])

@@ -87,7 +87,7 @@ def ours(
             **weights.options,
         )  # fmt: skip
 
-    return prepared(weights, inputs, layer, partial(cutlass_moe.topk_router, k=top_k))
+    return prepared(weights, inputs, layer, partial(cutlass_moe.topk_router, k=top_k, pdl=pdl))
 
 
 def triton_layers(

@@ -113,7 +113,7 @@ def test_capacity_rounds_up() -> None:
 def test_op(with_map: bool, factor: float | None) -> None:
     expert_map = torch.tensor([1, -1, 0, 2], dtype=torch.int32) if with_map else None
     ids = torch.randint(-1, 5, (6, 2))
-    torch.library.opcheck(cutlass_moe.routing._op, (ids, 3, expert_map, factor))
+    torch.library.opcheck(cutlass_moe.routing._op, (ids, 3, expert_map, factor, True))
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (7,), (0, 3)], ids=str)

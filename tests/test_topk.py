@@ -56,10 +56,10 @@ def test_ops() -> None:
         (X, 4, "softmax", True, 1, 1, None, 1.0, None),
         (X.bfloat16(), 4, "sigmoid", False, 4, 2, bias, 2.5, 0.1),
     ):
-        torch.library.opcheck(torch.ops.cutlass_moe.topk_router.default, arguments)
+        torch.library.opcheck(torch.ops.cutlass_moe.topk_router.default, (*arguments, True))
         for factor in (None, 1.0):
             op = torch.ops.cutlass_moe.route_logits.default
-            torch.library.opcheck(op, (*arguments, factor))
+            torch.library.opcheck(op, (*arguments, factor, True))
 
 
 def test_compiles_as_one_graph() -> None:
