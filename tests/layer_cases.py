@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cutlass_moe.heuristics import choose, every_config
+from cutlass_moe.heuristics import choose, every_config, step_config
 from cutlass_moe.layer_problems import Projection, layer_problems
 from cutlass_moe.quantize import quantize_per_token_reference
 from cutlass_moe.shapes import MODELS, MoeShape
 from emitters.problem import ActivationFunction, DType
-from emitters.steps import AnyConfig, Problem, Step
+from emitters.steps import AnyConfig, Problem, Step, TopkProblem
 
 QUANT_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 # A layer's relative error to float64 with the same quantisation points, by quant, accumulation.
@@ -86,7 +87,7 @@ def tokens(case: LayerCase, count: int, device: str, seed: int = 0) -> dict[str,
 
 
 def images() -> set[tuple[Problem, AnyConfig]]:
-    """Of all the calls in tests/test_layers_gpu.py."""
+    """Of all the calls in tests/test_layers_gpu.py and tests/test_nn_gpu.py."""
     found: set[tuple[Problem, AnyConfig]] = set()
     for case in CASES.values():
         for quant, accumulation in LIMITS:
@@ -94,7 +95,15 @@ def images() -> set[tuple[Problem, AnyConfig]]:
     for quant in (None, "int8", "fp8"):
         for activation in ActivationFunction:
             found |= _images(replace(SMALL, activation=str(activation)), quant)
-    return found | _images(SMALL, None, n_major=True)
+    for scoring, dtype in product(("softmax", "sigmoid"), (DType.FP32, DType.BF16)):
+        router = TopkProblem(SMALL.shape.num_experts, dtype, scoring, 1)
+        found.add((router, step_config(router)))
+    for activation in ("swiglu", "swiglu_oai", "relu2"):  # of tests/test_nn_gpu.py's modules
+        for bias in (False, True):
+            case = replace(SMALL, shape=replace(SMALL.shape, bias=bias), activation=activation)
+            for quant in (None, "int8", "fp8"):
+                found |= _images(case, quant, n_major=quant is None)
+    return found
 
 
 def _images(
