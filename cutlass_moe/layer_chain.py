@@ -106,7 +106,9 @@ class Chain:
     def launch(self, layer: Layer, out: Tensor, base: int) -> None:
         """Enqueues the layer on torch's current stream. base: address of an aligned workspace."""
         device = out.get_device()
-        if not self.has_kernels:
+        if not self.rows:
+            out.zero_() if layer.residual is None else out.copy_(layer.residual)
+        elif not self.has_kernels:
             if self.why_not:
                 announce_fallback(self.why_not)
             fused_moe_reference(**layer._asdict(), **self.options._asdict(), out=out)

@@ -20,12 +20,12 @@ from emitters.steps import AnyConfig, Problem, Step, TopkProblem
 QUANT_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 # A layer's relative error to float64 with the same quantisation points, by quant, accumulation.
 # fp8 with fast sums: an error of 1e-3 before an activation is quantised turns some of its values
-# over to the next of 8 bits, which costs 1e-2 (perf/NOTES.md).
+# over to the next of 8 bits, which costs 1e-2 (perf/NOTES.md); a sum over K 14336 has one of its own.
 LIMITS = {
     (None, None): 4e-3,
     ("int8", None): 5e-3,
     ("fp8", "two_level"): 1e-2,
-    ("fp8", None): 2e-2,
+    ("fp8", None): 2.5e-2,
 }
 TOKENS = (0, 1, 7, 128, 4096)
 
