@@ -8,6 +8,9 @@ from torch.nn import functional
 
 from emitters.problem import ActivationFunction
 
+GATED = tuple(str(function) for function in ActivationFunction if function.gated)
+NOT_GATED = tuple(str(function) for function in ActivationFunction if not function.gated)
+ACTIVATIONS = GATED + NOT_GATED
 _OAI_LIMIT, _OAI_SLOPE = 7.0, 1.702
 
 
@@ -16,8 +19,11 @@ def is_gated(activation: str | None) -> bool:
 
 
 def activate(x: Tensor, activation: str, interleaved: bool = False) -> Tensor:
-    """[rows, N] -> [rows, N], or [rows, N / 2] where gated: of [gate, up] halves or, interleaved,
-    of columns gate, up, gate, up, ..."""
+    """[..., N] -> [..., N], or [..., N / 2] where gated: of [gate, up] halves or, interleaved, of
+    columns gate, up, gate, up, ... Raises ValueError for another activation."""
+    if activation not in ACTIVATIONS:
+        expected = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation: expected one of {expected}, got {activation!r}")
     function = ActivationFunction(activation)
     if not function.gated:
         return _ungated(x, function)
@@ -53,8 +59,8 @@ def activate_backward(
 
 def _gate_and_up(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     if interleaved:
-        return x[:, ::2], x[:, 1::2]
-    gate, up = x.chunk(2, 1)
+        return x[..., ::2], x[..., 1::2]
+    gate, up = x.chunk(2, -1)
     return gate, up
 
 

@@ -20,17 +20,17 @@ from cutlass_moe.archive import pack as pack_directory
 from cutlass_moe.cache import Cache, default_cache, open_root
 from cutlass_moe.cli_common import (
     IMAGE_COLUMNS,
-    Projection,
+    Posed,
     config_words,
     console,
     dtypes_option,
     find_layers,
     image_cells,
     models_option,
-    projections,
+    posed,
     shard_options,
 )
-from cutlass_moe.heuristics import candidates
+from cutlass_moe.heuristics import every_config
 from cutlass_moe.launch import why_unloadable
 from cutlass_moe.roots import (
     RECORD,
@@ -66,7 +66,7 @@ class Need:
 
     model: str
     dtype: str
-    projection: str
+    name: str
     arch: str
     key: str
     config: dict[str, Any]
@@ -119,7 +119,7 @@ def verify(
     """
     if (dtypes or tp or ep) and not models:
         raise click.UsageError("--dtype, --tp and --ep are those of a --model")
-    asked = projections(find_layers(models, tp, ep), dtypes or ("fp8",))
+    asked = posed(find_layers(models, tp, ep), dtypes or ("fp8",))
     version = driver_cuda() if cuda is None else _cuda_version(cuda)
     sound: set[str] = set()
     faults: list[Fault] = []
@@ -229,7 +229,7 @@ def prune(
     if not cache.writable:
         raise click.ClickException(f"{cache.root} can't be written to (archives never can)")
     identities = [_installed() if text == INSTALLED else text for text in builds]
-    kept = projections(find_layers(models, tp, ep), DTYPES)
+    kept = posed(find_layers(models, tp, ep), DTYPES)
     used = {need.key for need in _needed(kept)}
     now = time.time()
 
@@ -299,10 +299,9 @@ def _why_faulty(root: Root, arch: str, key: str, cuda: int | None) -> str | None
     return why_unloadable(record.build, cuda)
 
 
-def _needed(asked: Iterable[Projection]) -> Iterator[Need]:
-    for projection in asked:
-        layer, dtype, name, problem = projection
-        for config in candidates(problem):
+def _needed(asked: Iterable[Posed]) -> Iterator[Need]:
+    for layer, dtype, name, problem in asked:
+        for config in every_config(problem):
             for arch in ARCHS:
                 key = image_key(problem, config, arch)
                 yield Need(layer.model, dtype, name, arch, key, config.to_json())
@@ -319,7 +318,7 @@ def _show(sound: int, faults: Sequence[Fault], missing: Sequence[Need], cuda: in
     for fault in faults:
         click.echo(f"{fault.root} {fault.image}: {fault.reason}" if fault.image else fault.reason)
     for need in missing:
-        words = f"{need.model} {need.dtype} {need.projection}, {config_words(need.config)}"
+        words = f"{need.model} {need.dtype} {need.name}, {config_words(need.config)}"
         click.echo(f"missing: {need.arch}/{need.key} for {words}")
     if cuda is None:
         click.echo("no CUDA driver here: not checked whether it can load them (--cuda says which)")

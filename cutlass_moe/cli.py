@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -23,7 +22,7 @@ from cutlass_moe.cache import Cache, default_cache
 from cutlass_moe.cache_cli import COMMANDS
 from cutlass_moe.cli_common import (
     IMAGE_COLUMNS,
-    Projection,
+    Posed,
     config_words,
     console,
     dtype_choice,
@@ -31,8 +30,8 @@ from cutlass_moe.cli_common import (
     find_layers,
     image_cells,
     models_option,
+    posed,
     problem_words,
-    projections,
     shard_options,
 )
 from cutlass_moe.compiler import (
@@ -42,7 +41,8 @@ from cutlass_moe.compiler import (
     build_images,
     write_manifest,
 )
-from cutlass_moe.heuristics import candidates, choose, estimate, every_config
+from cutlass_moe.heuristics import choose, estimate, every_config
+from cutlass_moe.layer_problems import gemm_problems
 from cutlass_moe.roots import UntrustedRoot
 from emitters.config import ARCHS, Config, GemmSwapSm90Config
 from emitters.image import TOOLCHAINS, image_key
@@ -69,7 +69,7 @@ class _Main(click.Group):
 @click.group(cls=_Main)
 @click.version_option(package_name="cutlass-moe")
 def main() -> None:
-    """Mixture-of-experts grouped GEMM for NVIDIA Hopper: kernel images and a demonstration."""
+    """Mixture-of-experts layers for NVIDIA Hopper: kernel images and a demonstration."""
 
 
 @main.command()
@@ -98,7 +98,7 @@ def demo(
         raise click.UsageError("either --tokens or --topk-ids: a saved routing has its own tokens")
     layers = find_layers([model])
     try:
-        built = _build(default_cache(), _requests(projections(layers, [dtype])), jobs)
+        built = _build(default_cache(), _requests(posed(layers, [dtype])), jobs)
     except CompilerNotInstalled as error:
         console.print(f"Nothing compiled: {error}", markup=False)
         built = True
@@ -165,8 +165,7 @@ def build(
         requests = _requests_of("--problem", parsed, configs, arch)
     else:
         dtypes = layers.pop("dtypes") or ("fp8",)
-        configs_of = tuning.space if for_tuning else candidates
-        requests = _requests(projections(find_layers(**layers), dtypes), arch, configs_of)
+        requests = _requests(posed(find_layers(**layers), dtypes), arch, for_tuning)
     cache = _destination(output)
     try:
         built = _build(cache, requests, jobs, toolchain)
@@ -200,9 +199,10 @@ def tune(output: Path, dtypes: Sequence[str], **layers: Any) -> None:
         raise click.UsageError("expected --model")
     ratios: list[float] = []
     try:
-        for projection in projections(find_layers(**layers), dtypes or ("fp8",)):
-            if projection.problem.activation is None:  # tables take both for one
-                ratios += _tune(projection, output)
+        for one in posed(find_layers(**layers), dtypes or ("fp8",)):
+            # tables take up with and without its activation for one
+            if isinstance(one.problem, GemmProblem) and one.problem.activation is None:
+                ratios += _tune(str(one), one.problem, one.layer.shape.top_k, output)
     except (ValueError, LookupError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
     console.print(f"The table is in {output}", markup=False)
@@ -213,16 +213,15 @@ def tune(output: Path, dtypes: Sequence[str], **layers: Any) -> None:
         )
 
 
-def _tune(projection: Projection, output: Path) -> list[float]:
+def _tune(name: str, problem: GemmProblem, top_k: int, output: Path) -> list[float]:
     """How many times as long as the best each number of tokens takes without a table."""
-    problem, shape = projection.problem, projection.layer.shape
     gpu = tuning.gpu_name()
     images = tuning.find_images(problem, tuning.space(problem))
     console.print(
-        f"{projection}: {len(images.configs)} configs; left out are {images.missing} that may not "
+        f"{name}: {len(images.configs)} configs; left out are {images.missing} that may not "
         f"be compiled here and {images.spilling} that spill registers"
     )
-    measuring = tuning.measure(problem, shape.top_k, images.configs)
+    measuring = tuning.measure(problem, top_k, images.configs)
     count = len(tuning.TOKENS)
     measured = list(track(measuring, "Measuring", count, console=console, transient=True))
     entries = tuning.choices(measured)
@@ -230,7 +229,7 @@ def _tune(projection: Projection, output: Path) -> list[float]:
     table = Table("tokens", "rows an expert", "config", "us", "without a table")
     ratios = []
     for one, entry in zip(measured, entries, strict=True):
-        rows = one.tokens * (1 if problem.gather else shape.top_k)
+        rows = one.tokens * (1 if problem.gather else top_k)
         us = one.us.get(estimate(problem, rows, one.rows_per_expert))
         ratios += [] if us is None else [us / min(one.us.values())]
         cells = (f"{one.rows_per_expert:g}", config_words(entry.config.to_json()))
@@ -244,13 +243,12 @@ def _tune(projection: Projection, output: Path) -> list[float]:
 @click.option("--dtype", type=dtype_choice, default="fp8", show_default=True)
 @click.option("--tokens", type=click.IntRange(1), multiple=True, help="Repeatable.")
 def show_config(model: str, dtype: str, tokens: tuple[int, ...]) -> None:
-    """Show which config serves a model's projections, and what follows from it."""
+    """Show which config serves a model's grouped GEMMs, and what follows from it."""
     columns = ("tokens", "config", "stages", "smem", "threads", "registers", "image")
-    for projection in projections(find_layers([model]), [dtype]):
-        shape, problem = projection.layer.shape, projection.problem
-        table = Table(
-            *columns, title=f"{shape.name} {projection.name}: {problem_words(problem.to_json())}"
-        )
+    (layer,) = find_layers([model])
+    shape = layer.shape
+    for name, problem in gemm_problems(shape, dtype).items():
+        table = Table(*columns, title=f"{shape.name} {name}: {problem_words(problem.to_json())}")
         for count in tokens or TOKENS:
             rows = count * shape.top_k
             config = choose(problem, count if problem.gather else rows, rows / shape.num_experts)
@@ -290,12 +288,15 @@ def _registers(config: Config) -> str:
 
 
 def _requests(
-    asked: Iterable[Projection],
-    arch: str = ARCHS[0],
-    configs_of: Callable[[GemmProblem], Sequence[AnyConfig]] = candidates,
+    asked: Iterable[Posed], arch: str = ARCHS[0], for_tuning: bool = False
 ) -> list[Request]:
-    found = (_requests_of(str(one), one.problem, configs_of(one.problem), arch) for one in asked)
-    return list(dict.fromkeys(itertools.chain.from_iterable(found)))
+    found: list[Request] = []
+    for one in asked:
+        configs: Sequence[AnyConfig] = every_config(one.problem)
+        if for_tuning and isinstance(one.problem, GemmProblem):
+            configs = tuning.space(one.problem)
+        found += _requests_of(str(one), one.problem, configs, arch)
+    return list(dict.fromkeys(found))
 
 
 def _requests_of(

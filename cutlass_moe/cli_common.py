@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import click
 from rich.console import Console
 
+from cutlass_moe.layer_problems import model_problems
 from cutlass_moe.models import find_shape, read_shapes
-from cutlass_moe.shapes import DTYPES, MODELS, MoeShape, problems
+from cutlass_moe.shapes import DTYPES, MODELS, MoeShape
 from emitters.config import GemmSwapSm90Config
 from emitters.image import LaunchRecord
 from emitters.problem import GemmProblem
+from emitters.steps import Problem, StepConfig
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -41,13 +43,13 @@ class Layer(NamedTuple):
     shape: MoeShape
 
 
-class Projection(NamedTuple):
-    """One projection of a layer and the problem it poses."""
+class Posed(NamedTuple):
+    """One of the problems that a layer poses, by the name that `model_problems` has for it."""
 
     layer: Layer
     dtype: str
     name: str
-    problem: GemmProblem
+    problem: Problem
 
     def __str__(self) -> str:
         return f"{self.layer.shape.name} {self.dtype} {self.name}"
@@ -78,11 +80,11 @@ def find_layers(
         raise click.UsageError(str(error)) from error
 
 
-def projections(layers: Sequence[Layer], dtypes: Iterable[str]) -> list[Projection]:
+def posed(layers: Sequence[Layer], dtypes: Iterable[str]) -> list[Posed]:
     return [
-        Projection(layer, dtype, name, problem)
+        Posed(layer, dtype, name, problem)
         for layer, dtype in itertools.product(layers, dtypes)
-        for name, problem in problems(layer.shape, dtype).items()
+        for name, problem in model_problems(layer.shape, dtype).items()
     ]
 
 
@@ -93,13 +95,33 @@ def image_cells(record: LaunchRecord) -> list[str]:
 
 
 def problem_words(problem: dict[str, Any]) -> str:
+    if problem["op"] != GemmProblem.op:
+        return _step_words(**problem)
     size = f"E {problem['num_experts']} N {problem['n']} K {problem['k']}"
     nodes = [node["kind"] for node in problem["epilogue"]]
     gather = ["gather"] if problem["gather"] else []
     return " ".join([f"{problem['operand']} > {problem['out']}", size, *gather, *nodes])
 
 
+def _step_words(op: str, **problem: Any) -> str:
+    """Of a step's problem: its op and its fields, those left out that say nothing."""
+    words = {
+        "num_experts": "E {}",
+        "id_bits": "int{}",
+        "source": "{} >",
+        "source_scale": "scale {:g}" if problem.get("source_scale") != 1 else "",
+        "k": "K {}",
+        "n": "N {}",
+        "top_k": "k {}",
+        "num_groups": "{} groups" if problem.get("num_groups") != 1 else "",
+    }
+    found = (words.get(name, "{}").format(value) for name, value in problem.items())
+    return " ".join(filter(None, [op, *found]))
+
+
 def config_words(config: dict[str, Any]) -> str:
+    if config["template"] == StepConfig.template:
+        return f"{config['threads']} threads"
     tile = f"{config['tile_m']}x{config['tile_n']}"
     if config["template"] == GemmSwapSm90Config.template:
         return f"swap {tile} K/{config['split_k']} {config['ctas_per_sm']}/SM"

@@ -18,13 +18,13 @@ from cutlass_moe.arguments import Options
 from cutlass_moe.cache import Cache, MissingImage, default_cache
 from cutlass_moe.compiler import build_command, compile_image
 from cutlass_moe.launch import GemmKernel, Kernel
+from cutlass_moe.layer_problems import model_problems
 from cutlass_moe.models import find_shape
 from cutlass_moe.roots import Entry
-from cutlass_moe.shapes import problems
 from emitters.config import Config
 from emitters.image import Image, build_identity, image_key
 from emitters.problem import GemmProblem
-from emitters.steps import AnyConfig, Problem
+from emitters.steps import AnyConfig, Problem, Step
 
 _kernels: dict[tuple[Problem, AnyConfig, int], Kernel] = {}
 _lock = threading.Lock()
@@ -89,9 +89,10 @@ def _nearest(cache: Cache, problem: Problem, config: AnyConfig, arch: str) -> st
     def distance(entry: Entry) -> tuple[int, ...]:
         return tuple(map(len, differences(entry)))
 
-    nearest = min(cache.entries(), key=distance, default=None)
+    alike = (e for e in cache.entries() if e.record.problem.get("op") == problem.op)
+    nearest = min(alike, key=distance, default=None)
     if nearest is None:
-        return "There are no images at all."
+        return f"There are no images of {problem.op} at all."
     words = "; ".join(itertools.chain(*differences(nearest)))
     return f"The nearest of the images there, {nearest.key[:12]}, is for {words}."
 
@@ -120,7 +121,7 @@ def load(problem: Problem, config: AnyConfig, device: int, image: Image | None =
 
 
 def warmup(
-    model_or_problems: str | GemmProblem | Iterable[GemmProblem],
+    model_or_problems: str | Problem | Iterable[Problem],
     device: int | torch.device | None = None,
     dtype: str = "fp8",
 ) -> None:
@@ -128,9 +129,10 @@ def warmup(
 
     What the cache lacks is compiled first, several at a time. A model is a name that
     `cutlass_moe.shapes.MODELS` has, a Hugging Face config.json or the directory of one, and dtype
-    ("fp8", "int8" or "bf16") that of its operands; `cutlass_moe.grouped_matmul_problem` says which
-    problem a call poses. device: default the current one. Raises ValueError for another name, file
-    or dtype, and what `load` raises.
+    ("fp8", "int8" or "bf16") that of its operands; its problems are those of
+    `cutlass_moe.layer_problems.model_problems`: of `fused_moe` and the router too.
+    `cutlass_moe.grouped_matmul_problem` says which problem a call poses. device: default the
+    current one. Raises ValueError for another name, file or dtype, and what `load` raises.
     """
     asked = _problems(model_or_problems, dtype)
     index = torch.cuda._utils._get_device_index(device, optional=True)
@@ -138,7 +140,7 @@ def warmup(
     wanted = [
         (problem, config)
         for problem in asked
-        for config in heuristics.candidates(problem)
+        for config in heuristics.every_config(problem)
         if (problem, config, index) not in _kernels
     ]
     default_cache()  # once, not in every thread
@@ -148,14 +150,12 @@ def warmup(
         load(problem, config, index, image)
 
 
-def _problems(
-    model_or_problems: str | GemmProblem | Iterable[GemmProblem], dtype: str
-) -> list[GemmProblem]:
-    if isinstance(model_or_problems, GemmProblem):
+def _problems(model_or_problems: str | Problem | Iterable[Problem], dtype: str) -> list[Problem]:
+    if isinstance(model_or_problems, GemmProblem | Step):
         return [model_or_problems]
     if not isinstance(model_or_problems, str):
         return list(model_or_problems)
-    return list(problems(find_shape(model_or_problems), dtype).values())
+    return list(model_problems(find_shape(model_or_problems), dtype).values())
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a call of fused_moe may look like."""
+"""What a call of fused_moe may look like, and the problems it poses."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cutlass_moe.arguments import check_accumulation, check_weight, expect, is_n_major
-from cutlass_moe.layer_reference import GATED, NOT_GATED
+from cutlass_moe.activations import ACTIVATIONS, GATED
+from cutlass_moe.arguments import DTYPES, check_accumulation, check_weight, expect, is_n_major
+from cutlass_moe.layer_problems import LayerProblems, Projection, layer_problems
 
 QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _HIDDEN = (torch.bfloat16, torch.float16)
@@ -47,8 +48,8 @@ def check_layer(layer: Layer, options: LayerOptions, out: Tensor | None = None) 
     device = hidden.get_device()
     if options.quant is not None and options.quant not in QUANTS:
         raise ValueError(f"quant: expected None, 'fp8' or 'int8', got {options.quant!r}")
-    if options.activation not in GATED + NOT_GATED:
-        names = ", ".join(GATED + NOT_GATED)
+    if options.activation not in ACTIVATIONS:
+        names = ", ".join(ACTIVATIONS)
         raise ValueError(f"activation: expected one of {names}, got {options.activation!r}")
     gates = 2 if options.activation in GATED else 1
     if options.interleaved and gates == 1:
@@ -90,3 +91,30 @@ def check_layer(layer: Layer, options: LayerOptions, out: Tensor | None = None) 
         expect("residual", layer.residual, device, (hidden.dtype,), (hidden.shape,))
     if out is not None:
         expect("out", out, device, (hidden.dtype,), (hidden.shape,))
+
+
+def problems_of(layer: Layer, options: LayerOptions) -> LayerProblems:
+    """Of checked arguments of `fused_moe`."""
+    num_experts, hidden, inter = layer.w2.shape
+
+    def projection(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Projection:
+        return Projection(
+            0 if scale is None else scale.dim(),
+            None if bias is None else DTYPES[bias.dtype],
+            is_n_major(weight),
+        )
+
+    return layer_problems(
+        num_experts,
+        layer.topk_ids.shape[1],
+        hidden,
+        inter,
+        (DTYPES[layer.w2.dtype], DTYPES[layer.hidden.dtype]),
+        options.activation,
+        (
+            projection(layer.w13, layer.w13_scale, layer.w13_bias),
+            projection(layer.w2, layer.w2_scale, layer.w2_bias),
+        ),
+        options.accumulation,
+        8 * layer.topk_ids.dtype.itemsize,
+    )

@@ -13,8 +13,7 @@ from cutlass_moe.calls import announce_fallback, signature
 from cutlass_moe.combine import combine_values
 from cutlass_moe.heuristics import FEW_PAIRS, step_config
 from cutlass_moe.launch import WeightView
-from cutlass_moe.layer_arguments import QUANTS, Layer, LayerOptions, check_layer
-from cutlass_moe.layer_problems import problems_of
+from cutlass_moe.layer_arguments import QUANTS, Layer, LayerOptions, check_layer, problems_of
 from cutlass_moe.layer_reference import fused_moe_reference
 from cutlass_moe.quantize import quantize_values
 from cutlass_moe.routing import (

@@ -1,15 +1,11 @@
-"""The problems of a layer's kernels."""
+"""The problems of a layer's kernels, and all that a model's kernels are built for."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
-from torch import Tensor
-
-from cutlass_moe import shapes
-from cutlass_moe.arguments import DTYPES, is_n_major
-from cutlass_moe.layer_arguments import Layer, LayerOptions
-from cutlass_moe.shapes import ACTIVATION_SCALE, MoeShape
+from cutlass_moe.shapes import DTYPES, MoeShape
 from emitters.problem import (
     ACCUMULATIONS,
     Accumulation,
@@ -24,7 +20,19 @@ from emitters.problem import (
     Major,
     PerTokenScale,
 )
-from emitters.steps import CombineProblem, QuantizeProblem, RouteProblem
+from emitters.steps import (
+    MAX_FUSED_EXPERTS,
+    CombineProblem,
+    Problem,
+    QuantizeProblem,
+    RouteLogitsProblem,
+    RouteProblem,
+    TopkProblem,
+)
+
+# Activations are kept as float16 until they are quantised: bfloat16 there costs 8e-3 relative error
+# of the layer's output, float16 3.6e-3. Times this they overflow at 2 million, not at 65504.
+ACTIVATION_SCALE = 1 / 32
 
 
 class LayerProblems(NamedTuple):
@@ -95,47 +103,50 @@ def layer_problems(
     )
 
 
-def problems_of(layer: Layer, options: LayerOptions) -> LayerProblems:
-    """Of checked arguments of `fused_moe`."""
-    num_experts, hidden, inter = layer.w2.shape
-
-    def projection(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Projection:
-        return Projection(
-            0 if scale is None else scale.dim(),
-            None if bias is None else DTYPES[bias.dtype],
-            is_n_major(weight),
-        )
-
-    return layer_problems(
-        num_experts,
-        layer.topk_ids.shape[1],
-        hidden,
-        inter,
-        (DTYPES[layer.w2.dtype], DTYPES[layer.hidden.dtype]),
-        options.activation,
-        (
-            projection(layer.w13, layer.w13_scale, layer.w13_bias),
-            projection(layer.w2, layer.w2_scale, layer.w2_bias),
-        ),
-        options.accumulation,
-        8 * layer.topk_ids.dtype.itemsize,
-    )
-
-
 def problems_of_shape(shape: MoeShape, dtype: str) -> LayerProblems:
-    """Of a model's layer as `fused_moe` is called for it: bfloat16 outside, a scale a channel,
-    int32 ids.
+    """Of a model's layer as `fused_moe` is called for it: bfloat16 outside, a scale a channel, a
+    bfloat16 bias, int32 ids, of which a token has those of all ranks.
 
-    dtype: as `shapes.problems` takes it.
+    dtype: "fp8" (e4m3), "int8" or "bf16". Raises ValueError for another.
     """
-    operand = shapes.DTYPES[dtype]
+    if dtype not in DTYPES:
+        raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}")
+    operand = DTYPES[dtype]
     each = Projection(2 if operand.quantized else 0, DType.BF16 if shape.bias else None)
     return layer_problems(
         shape.num_experts,
-        shape.top_k,
+        shape.routed.top_k,
         shape.hidden,
         shape.inter,
         (operand, DType.BF16),
         shape.activation,
         (each, each),
     )
+
+
+def gemm_problems(shape: MoeShape, dtype: str) -> dict[str, GemmProblem]:
+    """A model's grouped GEMMs: "up" (rows gathered) and "down" (rows in order), with bf16 output,
+    and "activated", the up projection of `fused_moe`. Arguments as in `problems_of_shape`."""
+    layer = problems_of_shape(shape, dtype)
+    up = replace(layer.up, out=DType.BF16, epilogue=layer.up.epilogue[:-1])
+    return {"up": up, "down": layer.down, "activated": layer.up}
+
+
+def model_problems(shape: MoeShape, dtype: str) -> dict[str, Problem]:
+    """All that a model's layer launches by `grouped_matmul`, `fused_moe`, `quantize_per_token` of
+    bf16, and by `route`, `topk_router` and `route_logits` of bf16 or float32 logits, with the
+    model's scoring and groups. Arguments as in `problems_of_shape`."""
+    layer = problems_of_shape(shape, dtype)
+    found: dict[str, Problem] = {**gemm_problems(shape, dtype), "combine": layer.combine}
+    for bits in (32, 64):
+        found[f"route int{bits}"] = replace(layer.route, id_bits=bits)
+    for logits in (DType.BF16, DType.FP32):
+        router = (shape.routed.num_experts, logits, shape.scoring, shape.num_groups)
+        found[f"topk_router {logits}"] = TopkProblem(*router)
+        if shape.routed.num_experts <= MAX_FUSED_EXPERTS and shape.all_ranks is None:
+            found[f"route_logits {logits}"] = RouteLogitsProblem(*router)
+    if layer.quantize_hidden and layer.quantize_active:
+        found["quantize hidden"] = layer.quantize_hidden
+        found["quantize activated"] = layer.quantize_active
+        found["quantize inter"] = replace(layer.quantize_hidden, k=shape.inter)
+    return found

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cutlass_moe.activations import activate
 from cutlass_moe.quantize import quantize_per_token_reference
-
-QUANT_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-GATED = ("swiglu", "geglu", "reglu", "swiglu_oai")
-NOT_GATED = ("gelu", "silu", "relu", "relu2")
+from cutlass_moe.shapes import SCORINGS
 
 
 def topk_router_reference(
@@ -204,31 +202,6 @@ def quantized(x: Tensor, dtype: torch.dtype, to: torch.dtype) -> tuple[Tensor, T
     return values.to(to), scale.to(to)
 
 
-def activate(x: Tensor, activation: str, interleaved: bool = False) -> Tensor:
-    """[..., 2I] -> [..., I] for gated activations, of [gate, up] halves or, where interleaved, of
-    gate, up, gate, up, ...; [..., I] -> [..., I] for others."""
-    if activation not in GATED + NOT_GATED:
-        expected = ", ".join(GATED + NOT_GATED)
-        raise ValueError(f"activation: expected one of {expected}, got {activation!r}")
-    if activation == "gelu":
-        return functional.gelu(x)
-    if activation == "silu":
-        return functional.silu(x)
-    if activation == "relu":
-        return x.relu()
-    if activation == "relu2":
-        return x.relu().square()
-    gate, up = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
-    if activation == "swiglu":
-        return functional.silu(gate) * up
-    if activation == "geglu":
-        return functional.gelu(gate) * up
-    if activation == "reglu":
-        return gate.relu() * up
-    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
-    return gate * (1.702 * gate).sigmoid() * (up + 1)
-
-
 def _product(
     x: Tensor, x_scale: Tensor | None, weight: Tensor, scale: Tensor | None, bias: Tensor | None
 ) -> Tensor:
@@ -264,7 +237,7 @@ def check_router(
     if logits.dim() != 2 or not logits.shape[1]:
         raise ValueError(f"logits: expected [T, E > 0], got {list(logits.shape)}")
     experts = logits.shape[1]
-    if scoring not in ("softmax", "sigmoid"):
+    if scoring not in SCORINGS:
         raise ValueError(f"scoring: expected 'softmax' or 'sigmoid', got {scoring!r}")
     if num_groups < 1 or experts % num_groups:
         raise ValueError(f"num_groups: expected a divisor of {experts} experts, got {num_groups}")

@@ -10,8 +10,11 @@ from typing import Any
 
 from cutlass_moe.shapes import MODELS, MoeShape
 
+_OPTIONAL = {"bias", "activation", "scoring", "num_groups"}
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
-_GPT_OSS = ("gpt_oss",)  # model types whose experts no field of config.json describes
+# Model types whose experts, or whose routers' scoring, no field of config.json need describe.
+_GPT_OSS = ("gpt_oss",)
+_SIGMOID = ("deepseek_v3", "glm4_moe", "llama4_text")
 
 
 def find_shape(name: str) -> MoeShape:
@@ -53,29 +56,33 @@ def read_config(path: Path) -> MoeShape:
     if missing:
         raise ValueError(f"{file}: not a mixture of experts, it lacks {', '.join(missing)}")
     absolute = file.absolute()
+    default_scoring = "sigmoid" if model.get("model_type") in _SIGMOID else "softmax"
     return MoeShape(
         name=absolute.parent.name if file.name == "config.json" else file.stem,
         bias=model.get("model_type") in _GPT_OSS,
         activation="swiglu_oai" if model.get("model_type") in _GPT_OSS else "swiglu",
+        scoring=model.get("scoring_func") or default_scoring,
+        num_groups=model.get("n_group") or 1,
         **{field: _first(model, n) for field, n in names.items()},
     )
 
 
 def read_shapes(path: Path) -> list[MoeShape]:
     """The shapes in a .toml or .json file: tables `[[shapes]]` or a list of objects, whose keys are
-    the fields of MoeShape, bias and activation optional. Raises ValueError for other files."""
+    the fields of MoeShape but all_ranks, those after inter optional. Raises ValueError for other
+    files."""
     plain = _parse(path)
     listed = plain.get("shapes") if isinstance(plain, dict) else plain
     if not isinstance(listed, list) or not listed:
         raise ValueError(f"{path}: expected a list of shapes, in TOML as tables [[shapes]]")
-    known = {field.name for field in fields(MoeShape)}
-    needed = known - {"bias", "activation"}
+    known = {field.name for field in fields(MoeShape)} - {"all_ranks"}
+    needed = known - _OPTIONAL
     shapes = []
     for i, shape in enumerate(listed, 1):
         if not isinstance(shape, dict) or not needed <= shape.keys() <= known:
             raise ValueError(
                 f"{path}: expected shape {i} to have {', '.join(sorted(needed))} and, "
-                f"where wanted, bias and activation, got {shape!r}"
+                f"where wanted, {', '.join(sorted(_OPTIONAL))}, got {shape!r}"
             )
         shapes.append(MoeShape(**shape))
     return shapes

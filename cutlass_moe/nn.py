@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import cutlass_moe as cm
+from cutlass_moe.activations import GATED, NOT_GATED
 from cutlass_moe.arguments import DTYPES
 from cutlass_moe.calls import announce_fallback
 from cutlass_moe.kernels import device_arch
+from cutlass_moe.layer_arguments import QUANTS
+from cutlass_moe.layer_problems import Projection, layer_problems
 from cutlass_moe.layer_reference import (
-    GATED,
-    NOT_GATED,
-    QUANT_DTYPES,
     Experts,
     combine_reference,
     feed_forward,
@@ -26,7 +26,6 @@ from cutlass_moe.layer_reference import (
 from cutlass_moe.ops import wants_gradient
 from cutlass_moe.quantize import quantize_per_token
 from emitters.legality import why_illegal
-from emitters.problem import ACCUMULATIONS, GemmProblem
 
 _QUANTIZED = ("w1_quantized", "w1_scale", "w2_quantized", "w2_scale")
 
@@ -167,9 +166,14 @@ class MoeFeedForward(nn.Module):
             return "a gradient may be asked for (torch.no_grad() says that it won't be)"
         if not x.is_cuda:
             return f"tensors on {x.device}, not on a GPU"
-        shapes, arch = self._shapes(), device_arch(x.get_device())
-        weight = self._experts().w13.dtype
-        return _why_illegal(x.dtype, weight, self.num_experts, shapes["w1"], shapes["w2"], arch)
+        experts = self._experts()
+        return _why_illegal(
+            (self.num_experts, self.top_k, self.embed_dim, self.hidden_dim),
+            (experts.w13.dtype, x.dtype),
+            self.activation,
+            None if experts.w13_bias is None else experts.w13_bias.dtype,
+            device_arch(x.get_device()),
+        )
 
     def _fused(self, x: Tensor, weights: Tensor, ids: Tensor, residual: Tensor | None) -> Tensor:
         w13, w2, w13_scale, w2_scale, w13_bias, w2_bias = self._experts()
@@ -227,7 +231,7 @@ class MoeFeedForward(nn.Module):
     def _quantize(self, quant: str) -> None:
         for name in ("w1", "w2"):
             weight = getattr(self, name).detach().transpose(1, 2)
-            values = torch.empty(weight.shape, dtype=QUANT_DTYPES[quant], device=weight.device)
+            values = torch.empty(weight.shape, dtype=QUANTS[quant], device=weight.device)
             scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
             for e, expert in enumerate(weight):  # one by one: a float32 copy of all may not fit
                 values[e], scale[e] = quantize_per_token(expert.contiguous().float(), values.dtype)
@@ -283,8 +287,8 @@ def quantize_(module: nn.Module, quant: str) -> nn.Module:
     module that was quantised alike. Raises ValueError for another `quant`, where there is no such
     layer, and where one is quantised already.
     """
-    if quant not in QUANT_DTYPES:
-        expected = " or ".join(map(repr, QUANT_DTYPES))
+    if quant not in QUANTS:
+        expected = " or ".join(map(repr, QUANTS))
         raise ValueError(f"quant: expected {expected}, got {quant!r}")
     layers = [layer for layer in module.modules() if isinstance(layer, MoeFeedForward)]
     done = [layer for layer in layers if layer.quant]
@@ -298,22 +302,24 @@ def quantize_(module: nn.Module, quant: str) -> nn.Module:
 
 @cache
 def _why_illegal(
-    hidden: torch.dtype,
-    weight: torch.dtype,
-    experts: int,
-    w1: tuple[int, ...],
-    w2: tuple[int, ...],
+    sizes: tuple[int, int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    activation: str,
+    bias: torch.dtype | None,
     arch: str,
 ) -> str | None:
-    """Why there is no kernel for a layer's two products, or None. w1 [D, F], w2 [H, D]."""
+    """Why there are no kernels for a layer, or None. sizes: num_experts, top_k, embed_dim,
+    hidden_dim. dtypes: of the weights and of the layer's input."""
+    weight, hidden = dtypes
     if hidden not in (torch.bfloat16, torch.float16):
         return f"hidden of {hidden}: supported are torch.bfloat16 and torch.float16"
-    if weight.itemsize > 1 and weight != hidden:  # under autocast
+    quantized = weight in QUANTS.values()
+    if not quantized and weight != hidden:  # under autocast
         return f"hidden of {hidden} and weights of {weight}"
-    operand, out = DTYPES[weight], DTYPES[hidden]
-    for k, n in (w1, w2):
-        problem = GemmProblem(operand, ACCUMULATIONS[operand][0], out, n, k, experts, gather=True)
-        reason = why_illegal(problem, arch=arch)
-        if reason is not None:
-            return reason
-    return None
+    if bias not in (None, torch.bfloat16, torch.float16, torch.float32):
+        return f"biases of {bias}: at most 32 bits"
+    kind = None if bias is None else DTYPES[bias]
+    each = Projection(2, kind) if quantized else Projection(0, kind, n_major=True)
+    problems = layer_problems(*sizes, (DTYPES[weight], DTYPES[hidden]), activation, (each, each))
+    reasons = (why_illegal(problem, arch=arch) for problem in problems if problem)
+    return next(filter(None, reasons), None)

@@ -5,21 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from emitters.problem import (
-    ACCUMULATIONS,
-    Activation,
-    ActivationFunction,
-    Bias,
-    ChannelScale,
-    DType,
-    GemmProblem,
-    PerTokenScale,
-)
+from emitters.problem import ActivationFunction, DType
 
 DTYPES = {"fp8": DType.E4M3, "int8": DType.INT8, "bf16": DType.BF16}  # as users call them
-# Activations are kept as float16 until they are quantised: bfloat16 there costs 8e-3 relative error
-# of the layer's output, float16 3.6e-3. Times this they overflow at 2 million, not at 65504.
-ACTIVATION_SCALE = 1 / 32
+SCORINGS = ("softmax", "sigmoid")  # of a router
+_ACTIVATIONS = tuple(map(str, ActivationFunction))
 
 
 class Gemm(NamedTuple):
@@ -29,11 +19,20 @@ class Gemm(NamedTuple):
     k: int
 
 
+class Routed(NamedTuple):
+    """What a router sees of a layer: all ranks' experts, and how many a token chooses of them."""
+
+    num_experts: int
+    top_k: int
+
+
 @dataclass(frozen=True)
 class MoeShape:
     """hidden: width of the layer's input and output; inter: width between the projections, of one
-    expert; bias: whether both projections have one; activation: as in `grouped_matmul`. Raises
-    ValueError for values of other types, sizes below 1 and unknown activations."""
+    expert; bias: whether both projections have one; activation: as in `grouped_matmul`; scoring and
+    num_groups: the router's, as in `topk_router`; all_ranks: where other ranks have experts too.
+    Raises ValueError for values of other types, sizes below 1, unknown names and groups that do
+    not divide."""
 
     name: str
     num_experts: int
@@ -42,19 +41,26 @@ class MoeShape:
     inter: int
     bias: bool = False
     activation: str = "swiglu"
+    scoring: str = "softmax"
+    num_groups: int = 1
+    all_ranks: Routed | None = None
 
     def __post_init__(self) -> None:
-        for field in ("num_experts", "top_k", "hidden", "inter"):
+        for field in ("num_experts", "top_k", "hidden", "inter", "num_groups"):
             value = getattr(self, field)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{self.name}: {field} must be a positive integer, got {value!r}")
         if type(self.name) is not str or type(self.bias) is not bool:
             raise ValueError(f"expected a string as name and a bool as bias, got {self}")
-        names = tuple(map(str, ActivationFunction))
-        if self.activation not in names:
-            expected = ", ".join(names)
+        for field, names in (("activation", _ACTIVATIONS), ("scoring", SCORINGS)):
+            value = getattr(self, field)
+            if value not in names:
+                expected = ", ".join(names)
+                raise ValueError(f"{self.name}: {field} must be one of {expected}, got {value!r}")
+        if self.routed.num_experts % self.num_groups:
             raise ValueError(
-                f"{self.name}: activation must be one of {expected}, got {self.activation!r}"
+                f"{self.name}: num_groups {self.num_groups} does not divide "
+                f"{self.routed.num_experts} experts"
             )
 
     def shard(self, tp: int = 1, ep: int = 1) -> MoeShape:
@@ -73,7 +79,13 @@ class MoeShape:
             num_experts=self.num_experts // ep,
             top_k=max(1, self.top_k // ep),
             inter=self.inter // tp,
+            all_ranks=self.routed if ep > 1 else self.all_ranks,
         )
+
+    @property
+    def routed(self) -> Routed:
+        """The experts that tokens choose among, and how many each chooses."""
+        return self.all_ranks or Routed(self.num_experts, self.top_k)
 
     @property
     def gemms(self) -> dict[str, Gemm]:
@@ -89,47 +101,22 @@ MODELS: dict[str, MoeShape] = {
         MoeShape("qwen3-235b", 128, 8, 4096, 1536),
         MoeShape("qwen3-next", 512, 10, 2048, 512),
         MoeShape("mixtral", 8, 2, 4096, 14336),
-        MoeShape("dsv3", 256, 8, 7168, 2048),
+        MoeShape("dsv3", 256, 8, 7168, 2048, scoring="sigmoid", num_groups=8),
+        # one of 8 ranks: a token visits about one local expert
         MoeShape(
-            "dsv3-ep8", 32, 1, 7168, 2048
-        ),  # one of 8 ranks: a token visits about one local expert
+            "dsv3-ep8",
+            32,
+            1,
+            7168,
+            2048,
+            scoring="sigmoid",
+            num_groups=8,
+            all_ranks=Routed(256, 8),
+        ),  # fmt: skip
         MoeShape("dsv2-lite", 64, 6, 2048, 1408),
-        MoeShape("kimi-k2", 384, 8, 7168, 2048),
-        MoeShape("glm-4.5-air", 128, 8, 4096, 1408),
-        MoeShape("llama4-maverick", 128, 1, 5120, 8192),
+        MoeShape("kimi-k2", 384, 8, 7168, 2048, scoring="sigmoid"),
+        MoeShape("glm-4.5-air", 128, 8, 4096, 1408, scoring="sigmoid"),
+        MoeShape("llama4-maverick", 128, 1, 5120, 8192, scoring="sigmoid"),
         MoeShape("gpt-oss-120b", 128, 4, 2880, 2880, bias=True, activation="swiglu_oai"),
     )
 }
-
-
-def problems(shape: MoeShape, dtype: str) -> dict[str, GemmProblem]:
-    """The layer's problems: "up" (rows gathered) and "down" (rows in order), with bf16 output, and
-    "activated", up with the activation, whose output is fp16 times ACTIVATION_SCALE where 8-bit.
-
-    dtype: "fp8" (e4m3), "int8" or "bf16"; the 8-bit ones have a per-token and a per-channel scale.
-    A bias is bf16; of the ranks that share an expert, all but one give zeros to the sum of down.
-    Raises ValueError for another dtype.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}")
-    operand = DTYPES[dtype]
-    scales = (PerTokenScale(), ChannelScale()) if operand.quantized else ()
-    epilogue = (*scales, *((Bias(DType.BF16),) if shape.bias else ()))
-    found = {
-        name: GemmProblem(
-            operand=operand,
-            accumulation=ACCUMULATIONS[operand][0],
-            out=DType.BF16,
-            n=gemm.n,
-            k=gemm.k,
-            num_experts=shape.num_experts,
-            gather=name == "up",
-            epilogue=epilogue,
-        )
-        for name, gemm in shape.gemms.items()
-    }
-    scale = ACTIVATION_SCALE if operand.quantized else 1.0
-    activation = Activation(ActivationFunction(shape.activation), scale)
-    out = DType.FP16 if operand.quantized else DType.BF16
-    found["activated"] = replace(found["up"], out=out, epilogue=(*epilogue, activation))
-    return found

@@ -196,7 +196,8 @@ def layer_images(case: LayerCase) -> Iterator[tuple[Any, Any]]:
     from emitters.problem import DType
     from emitters.steps import TopkProblem
 
-    problems = problems_of_shape(case.shape, case.dtype)
+    # of tokens that choose among this rank's experts
+    problems = problems_of_shape(replace(case.shape, all_ranks=None), case.dtype)
     *nodes, activation = problems.up.epilogue
     up = replace(problems.up, epilogue=(*nodes, replace(activation, scale=1.0)))
     found = {*problems, up, TopkProblem(case.shape.num_experts, DType.FP32, "softmax", 1)}

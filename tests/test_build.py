@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,20 +18,22 @@ from click.testing import CliRunner
 
 from cutlass_moe import cli
 from cutlass_moe.cache import Cache
-from cutlass_moe.heuristics import candidates
-from cutlass_moe.shapes import MoeShape, problems
+from cutlass_moe.heuristics import every_config
+from cutlass_moe.layer_problems import model_problems
+from cutlass_moe.shapes import MoeShape
 from emitters.image import build_identity
 
 pytestmark = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
-SHAPE = MoeShape("small", 8, 2, 256, 128)
-IMAGES = sum(len(candidates(problem)) for problem in problems(SHAPE, "int8").values())
+LISTED = {"name": "small", "num_experts": 8, "top_k": 2, "hidden": 256, "inter": 128}
+SHAPE = MoeShape(**LISTED)
+IMAGES = sum(len(every_config(problem)) for problem in model_problems(SHAPE, "int8").values())
 PROGRAM = "from cutlass_moe.cli import main; main()"
 
 
 @pytest.fixture
 def words(tmp_path) -> list[str]:
     """The command line of a small build into tmp_path / "root"."""
-    (tmp_path / "shapes.json").write_text(json.dumps([asdict(SHAPE)]))
+    (tmp_path / "shapes.json").write_text(json.dumps([LISTED]))
     where = ["--shapes", str(tmp_path / "shapes.json"), "--output", str(tmp_path / "root")]
     return ["build", *where, "--dtype", "int8", "--jobs", "2"]
 

@@ -13,16 +13,17 @@ from click.testing import CliRunner, Result
 
 from cutlass_moe import cache_cli, cli
 from cutlass_moe.cache import Cache
-from cutlass_moe.heuristics import candidates
+from cutlass_moe.heuristics import every_config
+from cutlass_moe.layer_problems import model_problems
 from cutlass_moe.models import read_config
 from cutlass_moe.roots import CUBIN, RECORD
-from cutlass_moe.shapes import MODELS, MoeShape, problems
+from cutlass_moe.shapes import DTYPES, MODELS, MoeShape
 from emitters.image import Image, image_key
 from tests.fake_images import ARCH, OTHER, cut, files_below, image_for, make_image
 
 TINY = MoeShape("tiny", 8, 2, 256, 128)
 SMALL = MoeShape("small", 4, 2, 512, 128)
-PAIRS = [(p, c) for p in problems(TINY, "fp8").values() for c in candidates(p)]
+PAIRS = [(p, c) for p in model_problems(TINY, "fp8").values() for c in every_config(p)]
 CU12, CU13 = "nvidia-cutlass-dsl 4.8.1 cu12 emitters 0", "nvidia-cutlass-dsl 4.8.1 cu13 emitters 0"
 
 
@@ -33,8 +34,8 @@ def call(*words: str | Path) -> Result:
 def fill(root: Path, build: str = CU12, shape: MoeShape = TINY, dtype: str = "fp8") -> list[str]:
     """Writes all images of a model and returns their keys."""
     keys = []
-    for problem in problems(shape, dtype).values():
-        for config in candidates(problem):
+    for problem in model_problems(shape, dtype).values():
+        for config in every_config(problem):
             key, image = image_for(problem, config, build)
             Cache([root]).store(ARCH, key, image)
             keys.append(key)
@@ -73,7 +74,8 @@ def test_list(root, archive):
     assert result.exit_code == 0
     for key in keys_in(root):
         assert result.output.count(key[:12]) == 2
-    assert "e4m3 > bf16 E 8 N 256" in result.output
+    for words in ("e4m3 > bf16 E 8 N 256", "route E 8 int64", "combine bf16 N 256 k 2"):
+        assert words in result.output
 
 
 def test_list_as_json(root, archive):
@@ -228,7 +230,9 @@ def test_verify_and_prune_take_one_rank_of_a_config_file(tmp_path):
     assert result.exit_code == 0, result.output
     assert keys_in(tmp_path / "rank") == set(keys)
     assert call("prune", tmp_path / "rank", "--keep-model", file).exit_code == 0
-    assert keys_in(tmp_path / "rank") == set()
+    left = [entry.record.problem["op"] for entry in Cache([tmp_path / "rank"]).entries()]
+    assert 0 < len(left) < len(keys)
+    assert "grouped_gemm" not in left  # but steps that the whole layer has too
 
 
 def test_pack(root, archive):
@@ -286,9 +290,14 @@ def test_prune_of_other_builds_than_the_installed_one(root, monkeypatch):
 
 
 def test_prune_by_model(root):
-    others = fill(root, shape=SMALL, dtype="bf16")
+    fill(root, shape=SMALL, dtype="bf16")
+    before = keys_in(root)
+    every = [problem for dtype in DTYPES for problem in model_problems(SMALL, dtype).values()]
+    used = {
+        image_key(problem, config, ARCH) for problem in every for config in every_config(problem)
+    }
     assert call("prune", root, "--keep-model", "mixtral").exit_code == 0
-    assert keys_in(root) == set(others)
+    assert keys_in(root) == before & used != before
 
 
 def test_prune_by_age(root):

@@ -17,14 +17,25 @@ from click.testing import CliRunner, Result
 from cutlass_moe import cli, cli_common, compiler
 from cutlass_moe.cache import Cache
 from cutlass_moe.compiler import build_command
-from cutlass_moe.heuristics import candidates
-from cutlass_moe.shapes import MODELS, MoeShape, problems
+from cutlass_moe.heuristics import every_config
+from cutlass_moe.layer_problems import model_problems
+from cutlass_moe.shapes import MODELS, MoeShape
 from emitters.config import GemmSm90Config
 from emitters.image import build_identity, default_toolchain, image_key
 
 needs_dsl = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
 TINY = MoeShape("tiny", 8, 2, 256, 128)
-REQUESTS = [(p, c) for p in problems(TINY, "fp8").values() for c in candidates(p)]
+REQUESTS = [(p, c) for p in model_problems(TINY, "fp8").values() for c in every_config(p)]
+
+STEPS = (
+    "route E 8 int32",
+    "route E 8 int64",
+    "topk_router E 8 fp32 softmax",
+    "route_logits E 8 bf16 softmax",
+    "quantize bf16 > e4m3 K 256",
+    "quantize fp16 > e4m3 K 128 scale 32",
+    "combine bf16 N 256 k 2",
+)
 
 
 def call(*words: str | Path) -> Result:
@@ -64,7 +75,8 @@ def test_build_of_a_model(built):
     assert result.exit_code == 0, result.output
     assert keys(root) == {image_key(problem, config, "sm_90a") for problem, config in REQUESTS}
     assert len(json.loads((root / "manifest.json").read_text())["images"]) == len(REQUESTS)
-    assert "e4m3 > bf16 E 8 N 256 K 256" in result.output
+    for words in ("e4m3 > bf16 E 8 N 256 K 256", *STEPS, "256 threads"):
+        assert words in result.output
     assert "cached" not in result.output
 
 
@@ -101,6 +113,11 @@ def asked(monkeypatch):
     return asked
 
 
+def as_listed(shape: MoeShape) -> dict[str, object]:
+    plain = dataclasses.asdict(shape)
+    return {name: value for name, value in plain.items() if value is not None}
+
+
 def test_build_of_files_and_names(asked, tmp_path):
     """Several models at once, of every kind of source, sharded alike."""
     config = {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 16}
@@ -110,7 +127,7 @@ def test_build_of_files_and_names(asked, tmp_path):
         text = json.dumps({**config, "num_experts_per_tok": 2})
         (tmp_path / name / "config.json").write_text(text)
     listed = [MoeShape("c", 8, 2, 128, 64), MoeShape("d", 8, 2, 256, 64, bias=True)]
-    (tmp_path / "list.json").write_text(json.dumps([dataclasses.asdict(one) for one in listed]))
+    (tmp_path / "list.json").write_text(json.dumps([as_listed(one) for one in listed]))
     models = ("--model", tmp_path / "a", "--model", tmp_path / "b" / "config.json")
     others = ("--model", "qwen3-30b", "--shapes", tmp_path / "list.json")
     dtypes = ("--dtype", "int8", "--dtype", "bf16")
@@ -118,7 +135,9 @@ def test_build_of_files_and_names(asked, tmp_path):
     assert result.exit_code == 0, result.output
     shapes = [MoeShape("a", 32, 2, 512, 256), MoeShape("b", 64, 2, 512, 256), TINY, *listed]
     ranks = [shape.shard(tp=2, ep=8) for shape in shapes]
-    expected = [problems(rank, dtype).values() for rank in ranks for dtype in ("int8", "bf16")]
+    expected = [
+        model_problems(rank, dtype).values() for rank in ranks for dtype in ("int8", "bf16")
+    ]
     assert set(asked) == {problem for pair in expected for problem in pair}
     assert {problem.num_experts for problem in asked} == {4, 8, 1}
 
@@ -127,8 +146,8 @@ def test_build_of_files_and_names(asked, tmp_path):
 def test_one_failure_of_many_shows_in_the_exit_code(root, monkeypatch):
     problem, config = REQUESTS[0]
     monkeypatch.setattr(cli, "why_illegal", lambda *_: None)
-    monkeypatch.setattr(cli, "candidates", lambda _: (config, GemmSm90Config(tile_n=100)))
-    monkeypatch.setattr(cli_common, "problems", lambda *_: {"up": problem})
+    monkeypatch.setattr(cli, "every_config", lambda _: (config, GemmSm90Config(tile_n=100)))
+    monkeypatch.setattr(cli_common, "model_problems", lambda *_: {"up": problem})
     result = call("build", "--model", "qwen3-30b")
     assert result.exit_code == 1
     assert "Failed:" in result.output

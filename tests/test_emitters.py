@@ -10,6 +10,7 @@ import pytest
 
 from cutlass_moe import heuristics, shapes
 from cutlass_moe.compiler import Request, Result, compile_image, compile_images
+from cutlass_moe.layer_problems import model_problems
 from emitters.config import (
     GemmSm90Config,
     GemmSwapSm90Config,
@@ -93,8 +94,8 @@ def compiled() -> list[Result]:
         configs = heuristics.candidates(problem)
         requests.append(Request(problem, configs[i % len(configs)]))
     for dtype in shapes.DTYPES:
-        for problem in shapes.problems(shapes.MODELS["qwen3-30b"], dtype).values():
-            requests += [Request(problem, config) for config in heuristics.candidates(problem)]
+        for problem in model_problems(shapes.MODELS["qwen3-30b"], dtype).values():
+            requests += [Request(problem, config) for config in heuristics.every_config(problem)]
     return list(compile_images(dict.fromkeys(requests)))
 
 

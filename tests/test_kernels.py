@@ -16,12 +16,14 @@ from cutlass_moe import kernels, launch
 from cutlass_moe.cache import Cache, MissingImage
 from cutlass_moe.compiler import build_command
 from cutlass_moe.launch import DriverError, Kernel, Launch, why_unloadable
-from cutlass_moe.shapes import MODELS, problems
+from cutlass_moe.layer_problems import gemm_problems, model_problems
+from cutlass_moe.shapes import MODELS
 from emitters.config import GemmSm90Config
 from emitters.image import Param, ParamKind
+from emitters.steps import RouteProblem, StepConfig
 from tests.fake_images import ARCH, image_for, make_image
 
-PROBLEM = problems(MODELS["mixtral"], "fp8")["up"]
+PROBLEM = gemm_problems(MODELS["mixtral"], "fp8")["up"]
 CONFIG = GemmSm90Config(128, 256)
 MIXTRAL = {
     "hidden_size": 4096,
@@ -61,7 +63,7 @@ def test_image_that_is_there_needs_no_jit(root, monkeypatch):
 
 
 NEAREST = [
-    ("nothing", [], "There are no images at all."),
+    ("nothing", [], "There are no images of grouped_gemm at all."),
     ("config", [(PROBLEM, GemmSm90Config(64, 256))], "is for tile_m 64, not 128."),
     (
         "problem_before_config",
@@ -101,6 +103,19 @@ def test_missing_image_is_an_error_that_says_what_to_do(root, monkeypatch, there
     command = told.splitlines()[-1]
     assert command == build_command(PROBLEM, CONFIG, ARCH)
     assert shlex.split(command)[:2] == ["cutlass-moe", "build"]
+
+
+def test_nearest_image_of_a_step(root, monkeypatch):
+    """One of the same op, though others have more fields in common."""
+    asked, config = RouteProblem(128, 64), StepConfig(1024)
+    store(root, dataclasses.replace(PROBLEM, num_experts=128), CONFIG)
+    monkeypatch.setenv("CUTLASS_MOE_JIT", "0")
+    with pytest.raises(MissingImage, match="There are no images of route at all"):
+        kernels.find_image(asked, config, ARCH)
+    store(root, RouteProblem(64, 32), StepConfig(256))
+    words = "is for num_experts 64, not 128; id_bits 32, not 64; threads 256, not 1024."
+    with pytest.raises(MissingImage, match=words):
+        kernels.find_image(asked, config, ARCH)
 
 
 def test_missing_image_without_the_compiler(root, monkeypatch):
@@ -189,15 +204,16 @@ def test_warmup_of_an_unknown_model_or_dtype(asked, options, words):
 
 
 @pytest.mark.parametrize("source", ["name", "file", "problems"])
-def test_warmup_loads_every_candidate_once(root, tmp_path, monkeypatch, source):
-    asked = problems(MODELS["mixtral"], "bf16").values()
-    wanted = [(p, c) for p in asked for c in kernels.heuristics.candidates(p)]
+def test_warmup_loads_every_config_once(root, tmp_path, monkeypatch, source):
+    asked = model_problems(MODELS["mixtral"], "bf16").values()
+    wanted = [(p, c) for p in asked for c in kernels.heuristics.every_config(p)]
     images = dict(store(root, *pair) for pair in wanted)
     loaded = []
     monkeypatch.setenv("CUTLASS_MOE_JIT", "0")
     monkeypatch.setattr(kernels, "_kernels", {})
     monkeypatch.setattr(kernels, "device_arch", lambda device: ARCH)
-    monkeypatch.setattr(kernels, "GemmKernel", lambda image, device: loaded.append((image, device)))
+    for kind in ("GemmKernel", "Kernel"):
+        monkeypatch.setattr(kernels, kind, lambda image, device: loaded.append((image, device)))
     monkeypatch.setattr("torch.cuda._utils._get_device_index", lambda device, optional: 3)
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
     (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))

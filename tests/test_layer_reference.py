@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cutlass_moe.activations import GATED, NOT_GATED
 from cutlass_moe.layer_reference import (
-    GATED,
-    NOT_GATED,
     combine_reference,
     fused_moe_reference,
     topk_router_reference,

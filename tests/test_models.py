@@ -30,9 +30,11 @@ DEEPSEEK_V3 = {
     "hidden_size": 7168,
     "intermediate_size": 18432,
     "moe_intermediate_size": 2048,
+    "n_group": 8,
     "n_routed_experts": 256,
     "n_shared_experts": 1,
     "num_experts_per_tok": 8,
+    "scoring_func": "sigmoid",
 }
 GPT_OSS = {
     "model_type": "gpt_oss",
@@ -69,13 +71,17 @@ DEEPSEEK_V2 = {**DEEPSEEK_V3, "model_type": "deepseek_v2", "hidden_size": 2048} 
     "intermediate_size": 10944,
     "moe_intermediate_size": 1408,
     "n_routed_experts": 64,
+    "n_group": 1,
     "n_shared_experts": 2,
     "num_experts_per_tok": 6,
+    "scoring_func": "softmax",
 }
-KIMI_K2 = {**DEEPSEEK_V3, "model_type": "kimi_k2", "n_routed_experts": 384}
+KIMI_K2 = {**DEEPSEEK_V3, "model_type": "kimi_k2", "n_group": 1, "n_routed_experts": 384}
 GLM = {**DEEPSEEK_V3, "model_type": "glm4_moe", "hidden_size": 4096, "n_routed_experts": 128} | {
     "intermediate_size": 10944,
     "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "scoring_func": None,
 }
 FAMILIES = [
     ("mixtral", MIXTRAL, MODELS["mixtral"]),
@@ -172,14 +178,19 @@ bias = true
 """
 
 
+def plain(shape):
+    """As a file has it."""
+    return {name: value for name, value in asdict(shape).items() if value is not None}
+
+
 def test_lists_of_shapes(tmp_path):
     (tmp_path / "shapes.toml").write_text(TOML)
-    (tmp_path / "shapes.json").write_text(json.dumps([asdict(shape) for shape in SHAPES]))
+    (tmp_path / "shapes.json").write_text(json.dumps([plain(shape) for shape in SHAPES]))
     assert read_shapes(tmp_path / "shapes.toml") == SHAPES
     assert read_shapes(tmp_path / "shapes.json") == SHAPES
 
 
-ROW = asdict(SHAPES[0])
+ROW = plain(SHAPES[0])
 BAD_LISTS = [
     ("empty", "json", [], "expected a list of shapes"),
     ("one_object", "json", ROW, "expected a list of shapes"),
@@ -188,16 +199,17 @@ BAD_LISTS = [
     ("unknown", "json", [{**ROW, "dtype": "fp8"}], "'dtype': 'fp8'"),
     ("type", "json", [{**ROW, "hidden": "2048"}], "hidden must be a positive integer, got '2048'"),
     ("bias", "json", [{**ROW, "bias": 1}], "a bool as bias"),
+    ("rank", "json", [{**ROW, "all_ranks": [64, 6]}], "where wanted, activation, bias, num_groups"),
     ("name", "json", [{**ROW, "name": None}], "a string as name"),
     ("json_in_toml", "toml", [ROW], "shapes.toml: "),
 ]
 
 
 @pytest.mark.parametrize(
-    ("ending", "plain", "message"), [b[1:] for b in BAD_LISTS], ids=[b[0] for b in BAD_LISTS]
+    ("ending", "listed", "message"), [b[1:] for b in BAD_LISTS], ids=[b[0] for b in BAD_LISTS]
 )
-def test_bad_list_of_shapes(tmp_path, ending, plain, message):
+def test_bad_list_of_shapes(tmp_path, ending, listed, message):
     file = tmp_path / f"shapes.{ending}"
-    file.write_text(json.dumps(plain))
+    file.write_text(json.dumps(listed))
     with pytest.raises(ValueError, match=message):
         read_shapes(file)

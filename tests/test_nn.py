@@ -226,28 +226,33 @@ def test_training_never_asks_for_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("hidden", "weight", "sizes", "reason"),
+    ("hidden", "weight", "bias", "sizes", "reason"),
     [
-        (torch.bfloat16, torch.bfloat16, (8, 64, 32, 16), None),
-        (torch.float16, torch.int8, (8, 64, 32, 16), None),
-        (torch.bfloat16, torch.float8_e4m3fn, (8, 64, 32, 32), None),
-        (torch.float32, torch.float32, (8, 64, 32, 16), "hidden of torch.float32"),
-        (torch.float16, torch.bfloat16, (8, 64, 32, 16), "weights of torch.bfloat16"),
-        (torch.bfloat16, torch.bfloat16, (8, 68, 32, 16), "multiples of 16 bytes"),
-        (torch.bfloat16, torch.bfloat16, (8, 64, 24, 12), "multiples of 16 bytes"),
-        (torch.bfloat16, torch.int8, (8, 64, 48, 24), "multiples of 16 bytes"),
-        (torch.bfloat16, torch.bfloat16, (5000, 64, 32, 16), "5000 experts"),
+        (torch.bfloat16, torch.bfloat16, None, (8, 2, 64, 16), None),
+        (torch.float16, torch.int8, torch.float32, (8, 2, 64, 16), None),
+        (torch.bfloat16, torch.float8_e4m3fn, None, (8, 2, 64, 32), None),
+        (torch.float32, torch.float32, None, (8, 2, 64, 16), "hidden of torch.float32"),
+        (torch.float16, torch.bfloat16, None, (8, 2, 64, 16), "weights of torch.bfloat16"),
+        (torch.bfloat16, torch.int8, torch.float64, (8, 2, 64, 16), "biases of torch.float64"),
+        (torch.bfloat16, torch.bfloat16, None, (8, 2, 68, 16), "multiples of 16 bytes"),
+        (torch.bfloat16, torch.bfloat16, None, (8, 2, 64, 12), "a multiple of 16"),
+        (torch.bfloat16, torch.int8, None, (8, 2, 64, 24), "multiples of 16 bytes"),
+        (torch.bfloat16, torch.bfloat16, None, (5000, 2, 64, 16), "5000 experts"),
+        (torch.bfloat16, torch.bfloat16, None, (64, 33, 64, 16), "33 rows of bf16 a token"),
     ],
 )
 def test_which_layers_have_kernels(
-    hidden: torch.dtype, weight: torch.dtype, sizes: tuple[int, ...], reason: str | None
+    hidden: torch.dtype,
+    weight: torch.dtype,
+    bias: torch.dtype | None,
+    sizes: tuple[int, ...],
+    reason: str | None,
 ) -> None:
-    experts, d, width, h = sizes
-    found = modules._why_illegal(hidden, weight, experts, (d, width), (h, d), arch="sm_90a")
+    asked = (sizes, (weight, hidden), "swiglu", bias)
+    found = modules._why_illegal(*asked, "sm_90a")
     assert found is None if reason is None else reason in found
     if reason is None:
-        found = modules._why_illegal(hidden, weight, experts, (d, width), (h, d), arch="sm_80")
-        assert "sm_80" in found
+        assert "sm_80" in modules._why_illegal(*asked, "sm_80")
 
 
 def test_warns_once() -> None:

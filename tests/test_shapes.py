@@ -9,10 +9,18 @@ import torch
 
 from cutlass_moe import grouped_matmul_problem
 from cutlass_moe.demo import TORCH_DTYPES
-from cutlass_moe.heuristics import candidates
-from cutlass_moe.shapes import ACTIVATION_SCALE, DTYPES, MODELS, MoeShape, problems
+from cutlass_moe.heuristics import every_config
+from cutlass_moe.layer_problems import ACTIVATION_SCALE, gemm_problems, model_problems
+from cutlass_moe.shapes import DTYPES, MODELS, MoeShape, Routed
 from emitters.legality import why_illegal
 from emitters.problem import Accumulation, Activation, ActivationFunction, DType
+from emitters.steps import (
+    CombineProblem,
+    QuantizeProblem,
+    RouteLogitsProblem,
+    RouteProblem,
+    TopkProblem,
+)
 
 every_model = pytest.mark.parametrize("shape", MODELS.values(), ids=list(MODELS))
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -21,20 +29,19 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 def test_names_and_gemms():
     assert all(name == shape.name for name, shape in MODELS.items())
     assert MODELS["qwen3-30b"].gemms == {"up": (1536, 2048), "down": (2048, 768)}
-    assert MODELS["dsv3-ep8"] == MoeShape("dsv3-ep8", 32, 1, 7168, 2048)
 
 
 @every_model
 @every_dtype
 def test_every_model_has_kernels(shape, dtype):
-    for problem in problems(shape, dtype).values():
-        assert why_illegal(problem) is None
-        assert candidates(problem)
+    for problem in model_problems(shape, dtype).values():
+        assert every_config(problem)
+        assert all(why_illegal(problem, config) is None for config in every_config(problem))
 
 
 @every_dtype
 def test_problems(dtype):
-    up, down, activated = problems(MODELS["mixtral"], dtype).values()
+    up, down, activated = gemm_problems(MODELS["mixtral"], dtype).values()
     assert (up.gather, down.gather) == (True, False)
     assert (up.n, up.k, down.n, down.k) == (28672, 4096, 4096, 14336)
     nodes = [] if dtype == "bf16" else ["per_token_scale", "channel_scale"]
@@ -49,12 +56,16 @@ def test_problems(dtype):
 
 
 def test_activations_of_models():
-    activated = problems(MODELS["gpt-oss-120b"], "bf16")["activated"]
+    activated = gemm_problems(MODELS["gpt-oss-120b"], "bf16")["activated"]
     assert activated.activation == Activation(ActivationFunction.SWIGLU_OAI)
     plain = MoeShape("m", 8, 2, 64, 32, activation="gelu")
-    assert problems(plain, "bf16")["activated"].out_columns == plain.gemms["up"].n == 32
+    assert gemm_problems(plain, "bf16")["activated"].out_columns == plain.gemms["up"].n == 32
     with pytest.raises(ValueError, match="m: activation must be one of swiglu, .*, got 'tanh'"):
         MoeShape("m", 8, 2, 64, 32, activation="tanh")
+    with pytest.raises(ValueError, match="m: scoring must be one of softmax, sigmoid, got 'max'"):
+        MoeShape("m", 8, 2, 64, 32, scoring="max")
+    with pytest.raises(ValueError, match="m: num_groups 3 does not divide 8 experts"):
+        MoeShape("m", 8, 2, 64, 32, num_groups=3)
 
 
 @every_dtype
@@ -62,7 +73,7 @@ def test_activations_of_models():
 def test_problems_are_those_that_calls_pose(dtype, bias):
     """Else a build would compile images that no call asks for."""
     shape = MoeShape("small", 4, 2, 64, 32, bias)
-    for problem in problems(shape, dtype).values():
+    for problem in gemm_problems(shape, dtype).values():
         operand = TORCH_DTYPES[dtype]
         scaled = operand != torch.bfloat16
         posed = grouped_matmul_problem(
@@ -83,11 +94,31 @@ def test_problems_are_those_that_calls_pose(dtype, bias):
         assert posed == problem
 
 
+def test_steps():
+    """Of a rank, the router and the sum over a token's rows are those of all ranks."""
+    problems = model_problems(MODELS["dsv3"].shard(tp=2, ep=16), "fp8")
+    assert {name: p for name, p in problems.items() if name not in ("up", "down", "activated")} == {
+        "combine": CombineProblem(DType.BF16, 7168, 8),
+        "route int32": RouteProblem(16, 32),
+        "route int64": RouteProblem(16, 64),
+        "topk_router bf16": TopkProblem(256, DType.BF16, "sigmoid", 8),
+        "topk_router fp32": TopkProblem(256, DType.FP32, "sigmoid", 8),
+        "quantize hidden": QuantizeProblem(DType.BF16, DType.E4M3, 7168),
+        "quantize activated": QuantizeProblem(DType.FP16, DType.E4M3, 1024, 32.0),
+        "quantize inter": QuantizeProblem(DType.BF16, DType.E4M3, 1024),
+    }
+    whole = model_problems(MODELS["qwen3-30b"], "bf16")
+    assert whole["route_logits fp32"] == RouteLogitsProblem(128, DType.FP32, "softmax", 1)
+    assert not any(isinstance(problem, QuantizeProblem) for problem in whole.values())
+
+
 def test_shard():
     assert MODELS["dsv3"].shard(ep=8) == MODELS["dsv3-ep8"]
     assert MODELS["mixtral"].shard() == MODELS["mixtral"]
     sharded = MODELS["gpt-oss-120b"].shard(tp=2, ep=4)
-    assert sharded == MoeShape("gpt-oss-120b-tp2-ep4", 32, 1, 2880, 1440, True, "swiglu_oai")
+    rank = MoeShape("gpt-oss-120b-tp2-ep4", 32, 1, 2880, 1440, True, "swiglu_oai")
+    assert sharded == replace(rank, all_ranks=Routed(128, 4))
+    assert MODELS["dsv3"].shard(ep=2).shard(ep=4).routed == (256, 8)
     assert sharded.gemms == {"up": (2880, 2880), "down": (2880, 1440)}
 
 
@@ -106,4 +137,4 @@ def test_sizes_are_positive_integers(wrong):
 
 def test_unknown_dtype():
     with pytest.raises(ValueError, match="fp8, int8, bf16, got 'fp4'"):
-        problems(MODELS["mixtral"], "fp4")
+        gemm_problems(MODELS["mixtral"], "fp4")

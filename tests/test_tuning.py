@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from cutlass_moe import cli, heuristics, kernels, tuned, tuning
 from cutlass_moe.cache import Cache, MissingImage
-from cutlass_moe.shapes import DTYPES, MODELS, MoeShape, problems
+from cutlass_moe.layer_problems import gemm_problems
+from cutlass_moe.shapes import DTYPES, MODELS, MoeShape
 from cutlass_moe.tuned import Entry
 from emitters.config import GemmSm90Config
 from emitters.image import Image
@@ -20,7 +21,7 @@ from tests.fake_images import ARCH, image_for
 
 GPU = "NVIDIA H200"
 SHAPE = MoeShape("small", 8, 2, 512, 256)
-PROBLEM = problems(SHAPE, "fp8")["up"]
+PROBLEM = gemm_problems(SHAPE, "fp8")["up"]
 NAME = tuned.name_of(PROBLEM)
 NARROW, WIDE, ODD = GemmSm90Config(64, 64), GemmSm90Config(128, 256), GemmSm90Config(64, 192)
 TABLE = {GPU: {NAME: (Entry(1.0, NARROW, 5.0), Entry(16.0, WIDE, 9.0))}}
@@ -87,7 +88,7 @@ def test_first_file_answers(file, tmp_path, monkeypatch):
     assert tuned.lookup(PROBLEM, GPU, 1) == ODD
     assert tuned.configs(PROBLEM) == (ODD,)
     monkeypatch.setenv("CUTLASS_MOE_TUNING", str(first))
-    problem = problems(MODELS["mixtral"], "fp8")["up"]
+    problem = gemm_problems(MODELS["mixtral"], "fp8")["up"]
     assert tuned.lookup(problem, GPU, 256) in tuned.configs(problem)  # the package's
 
 
@@ -137,7 +138,7 @@ def test_bad_table(tmp_path, monkeypatch, text, words):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shipped_table(model, dtype):
     shape = MODELS[model]
-    for problem in problems(shape, dtype).values():
+    for problem in gemm_problems(shape, dtype).values():
         for rows in (128, 256, 512, 1024):
             config = tuned.lookup(problem, GPU, rows)
             if config is None:
@@ -149,7 +150,7 @@ def test_shipped_table(model, dtype):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_space(model, dtype):
-    for problem in problems(MODELS[model], dtype).values():
+    for problem in gemm_problems(MODELS[model], dtype).values():
         space = tuning.space(problem)
         assert set(heuristics.candidates(problem)) <= set(space)
         assert len(space) == len(set(space)) <= 24
@@ -235,7 +236,7 @@ def test_operands_pose_the_problem(monkeypatch, dtype, bias, name):
         monkeypatch.setattr(
             torch, maker, lambda *a, _make=make, **k: _make(*a, **{**k, "device": "cpu"})
         )
-    problem = problems(dataclasses.replace(SHAPE, bias=bias), dtype)[name]
+    problem = gemm_problems(dataclasses.replace(SHAPE, bias=bias), dtype)[name]
     run = tuning.Operands.of(problem, 2, 16).product(8)
     (out,) = run.args
     assert grouped_matmul_problem(**run.keywords) == problem
@@ -272,7 +273,7 @@ def test_tune_writes_a_table(root, tmp_path, monkeypatch):
     (entries,) = {tuple(entries) for entries in tuned.read(output)["A GPU"].values()}
     assert [e.config for e in entries] == [NARROW] * 6 + [WIDE] * 10
     assert set(tuned.read(output)["A GPU"]) == {
-        tuned.name_of(problem) for problem in problems(SHAPE, "fp8").values()
+        tuned.name_of(problem) for problem in gemm_problems(SHAPE, "fp8").values()
     }
 
 
@@ -291,5 +292,5 @@ def test_build_for_tuning(monkeypatch):
     monkeypatch.setitem(MODELS, "small", SHAPE)
     result = CliRunner().invoke(cli.main, ["build", "--model", "small", "--for-tuning"])
     assert result.exit_code == 0, result.output
-    for problem in problems(SHAPE, "fp8").values():
+    for problem in gemm_problems(SHAPE, "fp8").values():
         assert {r.config for r in asked if r.problem == problem} == set(tuning.space(problem))
