@@ -96,27 +96,29 @@ def image_cells(record: LaunchRecord) -> list[str]:
 
 def problem_words(problem: dict[str, Any]) -> str:
     if problem["op"] != GemmProblem.op:
-        return _step_words(**problem)
+        plain = {"num_groups": 1, "source_scale": 1.0}  # go without saying
+        there = [n for n in _STEP_WORDS if n in problem and problem[n] != plain.get(n)]
+        return " ".join([problem["op"], *(_STEP_WORDS[n].format(problem[n]) for n in there)])
     size = f"E {problem['num_experts']} N {problem['n']} K {problem['k']}"
     nodes = [node["kind"] for node in problem["epilogue"]]
     gather = ["gather"] if problem["gather"] else []
     return " ".join([f"{problem['operand']} > {problem['out']}", size, *gather, *nodes])
 
 
-def _step_words(op: str, **problem: Any) -> str:
-    """Of a step's problem: its op and its fields, those left out that say nothing."""
-    words = {
-        "num_experts": "E {}",
-        "id_bits": "int{}",
-        "source": "{} >",
-        "source_scale": "scale {:g}" if problem.get("source_scale") != 1 else "",
-        "k": "K {}",
-        "n": "N {}",
-        "top_k": "k {}",
-        "num_groups": "{} groups" if problem.get("num_groups") != 1 else "",
-    }
-    found = (words.get(name, "{}").format(value) for name, value in problem.items())
-    return " ".join(filter(None, [op, *found]))
+_STEP_WORDS = {  # in this order
+    "num_experts": "E {}",
+    "id_bits": "int{}",
+    "logits": "{}",
+    "scoring": "{}",
+    "num_groups": "groups {}",
+    "dtype": "{}",
+    "source": "{} >",
+    "target": "{}",
+    "k": "K {}",
+    "n": "N {}",
+    "top_k": "k {}",
+    "source_scale": "scale {:g}",
+}
 
 
 def config_words(config: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from emitters.steps import AnyConfig, Problem, Step, TopkProblem
 QUANT_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 # A layer's relative error to float64 with the same quantisation points, by quant, accumulation.
 # fp8 with fast sums: an error of 1e-3 before an activation is quantised turns some of its values
-# over to the next of 8 bits, which costs 1e-2 (perf/NOTES.md); a sum over K 14336 has one of its own.
+# over to the next of 8 bits, which costs 1e-2 (perf/NOTES.md).
 LIMITS = {
     (None, None): 4e-3,
     ("int8", None): 5e-3,
