@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -13,6 +12,8 @@ import torch
 from click.testing import CliRunner
 
 import cutlass_moe
+from cutlass_moe.heuristics import every_config
+from cutlass_moe.layer_problems import problems_of_shape
 from cutlass_moe.shapes import MODELS, MoeShape
 from perf import layer_peers, measure_layers, report
 from perf.__main__ import images_of, main
@@ -89,7 +90,7 @@ def library(monkeypatch) -> SimpleNamespace:
         fused_moe=layer_by_fake,
         fused_moe_workspace_size=lambda *_, **__: 64,
         fused_moe_reference=dense,
-        topk_router=lambda logits, k: chosen_by_torch(logits, k),
+        topk_router=lambda logits, k, *, pdl: chosen_by_torch(logits, k),
         combine=lambda rows, topk_weights, inverse: (
             rows[inverse.long()] * topk_weights[..., None]
         ).sum(1),
@@ -252,18 +253,11 @@ def test_copies_exceed_l2_or_fill_the_graph(moved: int) -> None:
     assert number == {1: 24, 10 << 20: 24, 1 << 30: 2}[moved]
 
 
-def test_build_asks_the_library_for_a_layers_images(monkeypatch) -> None:
-    asked = []
-
-    def images(shape: MoeShape, dtype: str) -> list[tuple[str, str]]:
-        asked.append((shape.name, dtype))
-        return [("problem", "config")]
-
-    module = SimpleNamespace(images=images)
-    monkeypatch.setitem(sys.modules, "cutlass_moe.layers", module)
-    monkeypatch.setattr(cutlass_moe, "layers", module, raising=False)
-    assert list(images_of([LAYERS[0], CHAIN])) == [("problem", "config")] * 2
-    assert asked == [("small", "fp8"), ("small", "int8")]
+def test_build_covers_a_layers_images() -> None:
+    for case in (LAYERS[0], CHAIN):
+        asked = set(images_of([case]))
+        for problem in filter(None, problems_of_shape(SHAPE, case.dtype)):
+            assert {(problem, config) for config in every_config(problem)} <= asked
 
 
 # Reports

@@ -29,10 +29,10 @@ KERNELS: dict[str, tuple[Case, Config]] = {
     "swap_no_rows": (replace(FEW, counts=(0, 0, 0)), SWAP),
 }
 WAIT, TRIGGER = "griddepcontrol.wait;", "griddepcontrol.launch_dependents;"
-MUTATIONS: dict[str, tuple[Edit, str]] = {
-    "no_wait": (replace_nth(WAIT, ""), "before griddepcontrol.wait"),
+MUTATIONS: dict[str, tuple[Edit, str]] = {  # of the second wait, which is that of `early`
+    "no_wait": (replace_nth(WAIT, "", 1), "before griddepcontrol.wait"),
     "triggers_before_it_waits": (
-        replace_nth(WAIT, f"{TRIGGER} {WAIT}"),
+        replace_nth(WAIT, f"{TRIGGER} {WAIT}", 1),
         "launch_dependents before griddepcontrol.wait",
     ),
     "one_warp_waits": (
@@ -40,6 +40,7 @@ MUTATIONS: dict[str, tuple[Edit, str]] = {
             WAIT,
             "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.gt.u32 p, t, 31; "
             f"@p bra past; {WAIT} past: }}",
+            1,
         ),
         "before griddepcontrol.wait",
     ),

@@ -186,7 +186,7 @@ MUTATIONS: dict[str, Mutation] = {
     # split K: sums from CTA to CTA
     "sums_expect_half_the_bytes": Mutation(
         replace_nth(r"(mov.b32 %r\d+,) 2048;", r"\1 1024;"),
-        (_PENDING, _DEADLOCK, "phase", _UNORDERED),
+        (_PENDING, _DEADLOCK, "phase", _UNORDERED, "uninitialised"),
         "split",
     ),
     "sums_are_not_asked_for_again": Mutation(
