@@ -91,7 +91,7 @@ def demo(
     seed: int,
     jobs: int | None,
 ) -> None:
-    """Compile a model's kernels for sm_90a, run its projections and check them."""
+    """Compile a model's kernels for sm_90a, run its projections and its layer and check them."""
     from cutlass_moe.demo import run  # imports torch
 
     if tokens and topk_ids:

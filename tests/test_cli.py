@@ -293,9 +293,10 @@ def test_demo_of_a_bad_routing(filled, tmp_path, monkeypatch, ids, message):
 
 
 @needs_dsl
-def test_demo_whose_results_are_wrong_fails(filled, monkeypatch):
+@pytest.mark.parametrize("limit", ["ERROR_LIMIT", "LAYER_ERROR_LIMIT"])
+def test_demo_whose_results_are_wrong_fails(filled, monkeypatch, limit):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("cutlass_moe.demo.ERROR_LIMIT", 1e-9)
+    monkeypatch.setattr(f"cutlass_moe.demo.{limit}", 1e-9)
     assert call("demo").exit_code == 1
 
 
