@@ -22,7 +22,7 @@ import cutlass_moe
 from cutlass_moe import arguments, calls, heuristics, kernels
 from cutlass_moe.cache import Cache, default_cache
 from cutlass_moe.compiler import compile_image
-from cutlass_moe.launch import GemmKernel
+from cutlass_moe.launch import Kernel
 from perf.cases import Case
 from perf.operands import Operands, Weights
 from perf.suites import seed_cases
@@ -117,7 +117,7 @@ def load_ms() -> dict[str, float]:
         start = time.perf_counter()
         image = fresh.load(entry.arch, entry.key)
         assert image is not None
-        GemmKernel(image, torch.cuda.current_device())
+        Kernel(image, torch.cuda.current_device())
         times.append((time.perf_counter() - start) * 1e3)
     warm = times[1:]  # the first one finds the driver asleep
     median, worst = statistics.median(warm), max(warm)
