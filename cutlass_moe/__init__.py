@@ -20,7 +20,7 @@ from cutlass_moe.quantize import (
     quantize_per_token_reference,
 )
 from cutlass_moe.reference import grouped_matmul_reference
-from cutlass_moe.routing import RoutingTable, route, route_reference
+from cutlass_moe.routing import RoutingTable, renormalize_kept, route, route_reference
 from cutlass_moe.topk import route_logits, topk_router
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "quantize_per_channel",
     "quantize_per_token",
     "quantize_per_token_reference",
+    "renormalize_kept",
     "route",
     "route_logits",
     "route_reference",

@@ -103,6 +103,23 @@ def route_reference(
     return RoutingTable(index, ends, inverse.view(topk_ids.shape))
 
 
+def renormalize_kept(topk_weights: Tensor, inverse: Tensor) -> Tensor:
+    """Of each token, the weights of pairs without a row shared out among those that have one.
+
+    topk_weights [T, k], floating point; inverse [T, k] of a `RoutingTable` of all experts: that of
+    one rank's does not tell dropped pairs from those of other ranks. Returns weights that have the
+    same sum a token, 0 where inverse is -1; a token without a row has zeros alone. Raises
+    ValueError on different shapes.
+    """
+    if topk_weights.shape != inverse.shape:
+        expected, got = list(inverse.shape), list(topk_weights.shape)
+        raise ValueError(f"topk_weights: expected {expected} as inverse has, got {got}")
+    kept = topk_weights.where(inverse >= 0, 0)
+    left = kept.sum(-1, keepdim=True)
+    share = topk_weights.sum(-1, keepdim=True) / left
+    return kept * share.where(left != 0, 0)
+
+
 def check_capacity(capacity_factor: float | None) -> None:
     if capacity_factor is not None and not 0 <= capacity_factor < math.inf:
         raise ValueError(f"capacity_factor: expected 0 or more, finite, got {capacity_factor}")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cutlass_moe.routing
-from cutlass_moe.routing import RoutingTable, route, row_capacity
+from cutlass_moe.routing import RoutingTable, renormalize_kept, route, row_capacity
 
 
 def expected(
@@ -106,6 +106,19 @@ def test_capacity_rounds_up() -> None:
     assert row_capacity(ids, 3, 1.0) == 3
     assert row_capacity(ids, 3, None) == row_capacity(ids, 3, 1e9) == 7
     assert route(ids, 3, capacity_factor=1.0).inverse.flatten().tolist() == [0, 1, 2, *[-1] * 4]
+
+
+def test_weights_of_dropped_pairs_go_to_the_others() -> None:
+    ids = torch.tensor([[0, 1], [0, 2], [0, -1], [1, 0]])
+    weights = torch.tensor([[0.5, 0.25], [0.5, 0.5], [0.75, 0.0], [0.125, 0.375]])
+    inverse = route(ids, 3, capacity_factor=0.3).inverse  # one row an expert
+    assert (inverse >= 0).tolist() == [[True, True], [False, True], [False] * 2, [False] * 2]
+    shared = renormalize_kept(weights, inverse)
+    assert shared.tolist() == [[0.5, 0.25], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+    one = torch.tensor([[3, -1]])
+    assert renormalize_kept(torch.tensor([[0.6, 0.2]]), one)[0].tolist() == pytest.approx([0.8, 0])
+    with pytest.raises(ValueError, match=r"expected \[4, 2\]"):
+        renormalize_kept(weights[:2], inverse)
 
 
 @pytest.mark.parametrize("factor", [None, 0.5], ids=str)
