@@ -39,9 +39,11 @@ def against_triton(layers: Sequence[LayerRow]) -> Iterable[Figure]:
     for dtype in DTYPES:
         for tokens, most in LAYER_TARGETS.items():
             rows = [r for r in layers if (r.case.dtype, r.case.tokens) == (dtype, tokens)]
-            name = f"{dtype}: layer, ours / triton, T = {tokens}"
+            name = f"{dtype}: layer, ours / triton{{}}, T = {tokens}"
             target = None if dtype == "bf16" else most
-            yield Figure(name, ratios(rows, OURS, TRITON), max, target)
+            yield Figure(name.format(""), ratios(rows, OURS, TRITON), max, target)
+            first = {r.name: r.us[OURS] / r.published for r in rows if r.published and OURS in r.us}
+            yield Figure(name.format("'s published time"), first, max, target)
         mine = [row for row in layers if row.case.dtype == dtype and OURS in row.errors]
         errors = {row.name: row.errors[OURS] / ERRORS[dtype] for row in mine}
         yield Figure(f"{dtype}: layer, our error / {ERRORS[dtype]}", errors, max, 1.0, each=True)

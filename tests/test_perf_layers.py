@@ -291,6 +291,8 @@ def test_figures_of_layers_against_triton() -> None:
         "0.600", "0.600", "<= 0.65 met", "3",
     ]  # fmt: skip
     assert found["fp8: layer, ours / triton, T = 128"].verdict == "<= 0.97 MISSED"
+    published = found["fp8: layer, ours / triton's published time, T = 1"]
+    assert published.cells[1:5] == ["0.667", "0.667", "<= 0.65 MISSED", "1"]
     assert found["layer, triton / its published time"].verdict == "<= 1.05 each MISSED"
     assert found["fp8: layer, our error / 0.01"].cells[1:4] == [
         "0.400",

@@ -21,7 +21,8 @@ def expected(
         local = dict(enumerate(expert_map.tolist()))
         ids = [local.get(e, -1) for e in ids]
     pairs: list[list[int]] = [[] for _ in range(num_experts)]
-    room = len(ids) if factor is None else len(ids) / num_experts * factor
+    experts = num_experts if expert_map is None else len(expert_map)  # of all ranks
+    room = len(ids) if factor is None else len(ids) / max(experts, 1) * factor
     for p, e in enumerate(ids):
         if 0 <= e < num_experts and len(pairs[e]) < room:
             pairs[e].append(p)
