@@ -10,6 +10,7 @@ from torch import Tensor
 from cutlass_moe.activations import ACTIVATIONS, GATED
 from cutlass_moe.arguments import DTYPES, check_accumulation, check_weight, expect, is_n_major
 from cutlass_moe.layer_problems import LayerProblems, Projection, layer_problems
+from cutlass_moe.routing import check_capacity
 
 QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _HIDDEN = (torch.bfloat16, torch.float16)
@@ -56,8 +57,7 @@ def check_layer(layer: Layer, options: LayerOptions, out: Tensor | None = None) 
         raise ValueError(f"interleaved: {options.activation} has no gate to interleave")
     if options.interleaved and is_n_major(w13):
         raise ValueError("interleaved: expected K-major w13, got N-major")
-    if options.capacity_factor is not None and not options.capacity_factor > 0:
-        raise ValueError(f"capacity_factor: expected more than 0, got {options.capacity_factor}")
+    check_capacity(options.capacity_factor)
     if hidden.dim() != 2 or w13.dim() != 3 or w2.dim() != 3 or layer.topk_ids.dim() != 2:
         raise ValueError(
             "expected hidden [T, H], w13 [E, 2I or I, H], w2 [E, H, I] and topk_ids [T, k], got "
@@ -91,6 +91,18 @@ def check_layer(layer: Layer, options: LayerOptions, out: Tensor | None = None) 
         expect("residual", layer.residual, device, (hidden.dtype,), (hidden.shape,))
     if out is not None:
         expect("out", out, device, (hidden.dtype,), (hidden.shape,))
+
+
+def check_addresses(layer: Layer, out: Tensor) -> None:
+    """Raises ValueError where kernels could not read or write at the tensors' addresses."""
+    wide = (layer.hidden, layer.w13, layer.w2, layer.residual, out)
+    if any(tensor is not None and tensor.data_ptr() % 16 for tensor in wide):
+        raise ValueError(
+            "hidden, w13, w2, residual and out: expected addresses in multiples of 16 bytes"
+        )
+    narrow = (layer.w13_scale, layer.w2_scale, layer.w13_bias, layer.w2_bias)
+    if any(tensor is not None and tensor.data_ptr() % 8 for tensor in narrow):
+        raise ValueError("scales and biases: expected addresses in multiples of 8 bytes")
 
 
 def problems_of(layer: Layer, options: LayerOptions) -> LayerProblems:

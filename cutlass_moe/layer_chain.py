@@ -13,7 +13,14 @@ from cutlass_moe.calls import announce_fallback, signature
 from cutlass_moe.combine import combine_values
 from cutlass_moe.heuristics import FEW_PAIRS, step_config
 from cutlass_moe.launch import WeightView
-from cutlass_moe.layer_arguments import QUANTS, Layer, LayerOptions, check_layer, problems_of
+from cutlass_moe.layer_arguments import (
+    QUANTS,
+    Layer,
+    LayerOptions,
+    check_addresses,
+    check_layer,
+    problems_of,
+)
 from cutlass_moe.layer_reference import fused_moe_reference
 from cutlass_moe.quantize import quantize_values
 from cutlass_moe.routing import (
@@ -118,6 +125,7 @@ class Chain:
                 self._launch(layer, out, base, torch._C._cuda_getCurrentRawStream(device))
 
     def _launch(self, layer: Layer, out: Tensor, base: int, stream: int) -> None:
+        check_addresses(layer, out)
         parts, pdl = self.parts, self.pdl
         routing = (parts.index, parts.offsets, parts.inverse, parts.scratch)
         places = RoutePlaces(*(base + part.offset for part in routing))

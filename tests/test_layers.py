@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import cutlass_moe as cm
+from cutlass_moe.layer_arguments import Layer, check_addresses
 from cutlass_moe.layer_problems import problems_of_shape
 from cutlass_moe.shapes import MODELS
 from emitters.legality import why_illegal
@@ -60,7 +61,7 @@ BAD = (
     ("w2_scale", lambda s: s[:, 1:], ValueError, "w2_scale: expected shape"),
     ("activation", "tanh", ValueError, "activation: expected one of swiglu"),
     ("activation", "relu", ValueError, "w13: expected"),
-    ("capacity_factor", 0.0, ValueError, "capacity_factor: expected more than 0, got 0.0"),
+    ("capacity_factor", -0.5, ValueError, "capacity_factor: expected 0 or more, finite, got -0.5"),
     ("accumulation", "slow", ValueError, "accumulation: expected"),
     ("residual", torch.zeros(4, 256).bfloat16(), ValueError, "residual: expected shape"),
     ("expert_map", torch.zeros(9), TypeError, "expert_map: expected torch.int32"),
@@ -73,6 +74,19 @@ BAD = (
 def test_refused(name: str, value: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         cm.fused_moe(**changed(name, value) if name != "out" else arguments(out=value))
+
+
+@pytest.mark.parametrize("name", ["hidden", "w13", "w2", "out", "w13_scale", "w2_scale"])
+def test_addresses_that_kernels_cannot_take_are_refused(name: str) -> None:
+    given = arguments(quant="int8")
+    layer = Layer(**{field: given.get(field) for field in Layer._fields})
+    out = torch.empty_like(layer.hidden)
+    check_addresses(layer, out)
+    tensors = {**layer._asdict(), "out": out}
+    buffer = tensors[name].new_empty(tensors[name].numel() + 1)
+    tensors[name] = buffer[1:].view(tensors[name].shape)
+    with pytest.raises(ValueError, match="expected addresses in multiples of"):
+        check_addresses(Layer(**{f: tensors[f] for f in Layer._fields}), tensors["out"])
 
 
 def test_a_gradient_is_not_lost_silently() -> None:
