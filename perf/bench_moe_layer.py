@@ -184,7 +184,10 @@ def main(
         raise click.UsageError(str(error)) from error
     with torch.no_grad():
         lines, missing = measured(bench, device == "cuda")
-    click.echo(f"{tokens} tokens, {shape}, {num_shared} shared experts, {dtype}, {device}")
+    click.echo(
+        f"{tokens} tokens, D {embed_dim}, H {hidden_dim}, {num_experts} experts, top-{top_k}, "
+        f"{num_shared} shared, {bench.activation}, {dtype}, {device}"
+    )
     click.echo(text_table(HEADER, lines))
     for name, reason in missing.items():
         click.echo(f"{name}: {reason}")
