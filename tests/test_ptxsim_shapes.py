@@ -12,9 +12,7 @@ from emitters.image import build_identity
 from tests.cases import Case, make_inputs
 from tests.ptxsim import launch
 from tests.ptxsim.runs import (
-    ACTIVATED,
     BASE,
-    N_MAJOR,
     NUMBERS,
     SCHEDULES,
     SHAPES,
@@ -35,12 +33,6 @@ def test_kernels_are_right(name: str) -> None:
 @pytest.mark.parametrize("name", SWAPPED)
 def test_swapped_kernels_are_right(name: str) -> None:
     check_schedules(SWAPPED[name], SCHEDULES * list(SWAPPED).index(name))
-
-
-@pytest.mark.parametrize("name", ACTIVATED | N_MAJOR)
-def test_activations_and_n_major_weights(name: str) -> None:
-    runs = ACTIVATED | N_MAJOR
-    check_schedules(runs[name], SCHEDULES * list(runs).index(name))
 
 
 def _simulate(inputs: dict[str, Any], case: Case) -> torch.Tensor:

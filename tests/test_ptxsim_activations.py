@@ -1,0 +1,16 @@
+"""Every activation, and N-major weights, in the PTX simulator."""
+
+from __future__ import annotations
+
+import pytest
+
+from emitters.image import build_identity
+from tests.ptxsim.runs import ACTIVATED, N_MAJOR, SCHEDULES, check_schedules
+
+pytestmark = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
+RUNS = ACTIVATED | N_MAJOR
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_kernels_are_right(name: str) -> None:
+    check_schedules(RUNS[name], SCHEDULES * list(RUNS).index(name))
