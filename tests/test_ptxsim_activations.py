@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from emitters.image import build_identity
-from tests.ptxsim.runs import ACTIVATED, N_MAJOR, SCHEDULES, check_schedules
+from tests.ptxsim.runs import ACTIVATED, N_MAJOR, check_schedules
 
 pytestmark = pytest.mark.skipif(build_identity() is None, reason="needs nvidia-cutlass-dsl")
 RUNS = ACTIVATED | N_MAJOR
+SCHEDULES = 3  # of each: unlike others in arithmetic and addresses, hardly in their waits
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_kernels_are_right(name: str) -> None:
-    check_schedules(RUNS[name], SCHEDULES * list(RUNS).index(name))
+    check_schedules(RUNS[name], SCHEDULES * list(RUNS).index(name), SCHEDULES)
