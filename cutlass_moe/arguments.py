@@ -8,21 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cutlass_moe.activations import is_gated
+from cutlass_moe.activations import ACTIVATIONS, is_gated
 from emitters.config import Schedule
 from emitters.problem import (
     ACCUMULATIONS,
     Accumulation,
     Activation,
     ActivationFunction,
-    Bias,
-    ChannelScale,
     DType,
-    EpilogueNode,
-    ExpertScale,
     GemmProblem,
     Major,
-    PerTokenScale,
+    make_epilogue,
 )
 
 DTYPES = {
@@ -39,7 +35,6 @@ _ACCUMULATIONS = {
     if operand in ACCUMULATIONS
 }
 _SCHEDULES = tuple(map(str, Schedule))
-_ACTIVATIONS = tuple(map(str, ActivationFunction))
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _FLOAT32, _INT32 = (torch.float32,), (torch.int32,)
 
@@ -118,7 +113,10 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     if x.dtype.itemsize == 1 and (per_token_scale is None or scale is None):
         missing = "per_token_scale" if per_token_scale is None else "scale"
         raise ValueError(f"{missing}: {x.dtype} operands need per_token_scale and scale, got None")
-    _check_activation(activation, interleaved, weight)
+    if activation is not None:
+        check_activation("weight", weight, activation, interleaved)
+    elif interleaved:
+        raise ValueError("interleaved: expected a gated activation with it, got None")
     if num_sms is not None and num_sms < 1:
         raise ValueError(f"num_sms: expected a positive number, got {num_sms}")
     if schedule is not None and schedule not in _SCHEDULES:
@@ -162,15 +160,16 @@ def check_out(out: Tensor, operands: Operands, options: Options, dtype: torch.dt
     expect("out", out, operands.x.get_device(), (dtype,), (shape,))
 
 
-def _check_activation(activation: str | None, interleaved: bool, weight: Tensor) -> None:
+def check_activation(name: str, weight: Tensor, activation: str, interleaved: bool) -> None:
+    """Of the product with these weights [E, N, K]."""
     n = weight.shape[1]
-    if activation is not None and activation not in _ACTIVATIONS:
-        names = ", ".join(_ACTIVATIONS)
+    if activation not in ACTIVATIONS:
+        names = ", ".join(ACTIVATIONS)
         raise ValueError(f"activation: expected one of {names}, got {activation!r}")
     if is_gated(activation):
         if n % 2:
             raise ValueError(
-                f"weight: expected gate and up rows for {activation}, got an odd N {n}"
+                f"{name}: expected gate and up rows for {activation}, got an odd N {n}"
             )
         if interleaved and is_n_major(weight):
             raise ValueError(
@@ -251,15 +250,7 @@ def _problem(
     weight_major: Major,
 ) -> GemmProblem:
     operand = DTYPES[dtype]
-    epilogue: list[EpilogueNode] = []
-    if has_per_token_scale:
-        epilogue.append(PerTokenScale())
-    if scale_dims:
-        epilogue.append(ExpertScale() if scale_dims == 1 else ChannelScale())
-    if bias_dtype is not None:
-        epilogue.append(Bias(DTYPES[bias_dtype]))
-    if activation is not None:
-        epilogue.append(activation)
+    bias = None if bias_dtype is None else DTYPES[bias_dtype]
     return GemmProblem(
         operand=operand,
         accumulation=Accumulation(accumulation or ACCUMULATIONS[operand][0]),
@@ -268,6 +259,6 @@ def _problem(
         k=k,
         num_experts=experts,
         gather=gather,
-        epilogue=tuple(epilogue),
+        epilogue=make_epilogue(has_per_token_scale, scale_dims, bias, activation),
         weight_major=weight_major,
     )

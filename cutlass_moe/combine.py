@@ -8,6 +8,7 @@ from torch import Tensor
 from cutlass_moe.arguments import DTYPES
 from cutlass_moe.calls import launch_step, step_kernel
 from cutlass_moe.layer_reference import combine_reference
+from cutlass_moe.ops import wants_gradient
 from emitters.steps import CombineProblem
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -39,7 +40,7 @@ def combine(
     RuntimeError where a gradient would be lost: combine has none.
     """
     tensors = (rows, topk_weights, inverse, residual, out)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if wants_gradient(tensors):
         raise RuntimeError(
             "combine has no gradient and an argument requires one: detach it, or call under "
             "torch.no_grad()"

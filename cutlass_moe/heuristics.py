@@ -14,14 +14,12 @@ from emitters.problem import GemmProblem
 from emitters.steps import (
     MAX_ROW,
     AnyConfig,
-    CombineProblem,
     Problem,
     QuantizeProblem,
     RouteLogitsProblem,
     RouteProblem,
     Step,
     StepConfig,
-    TopkProblem,
 )
 
 GPU = "NVIDIA H200"  # what calls are planned for where no GPU is asked
@@ -32,8 +30,8 @@ _SWAP_ROWS = ((2.5, 8), (10, 16), (20, 32), (40, 48))  # at most so many an expe
 _LONG_ROW_BYTES = 4096  # of K: tiles of 16 rows that take so long are better narrow than wide
 _ONE_TILE_ROWS = 90  # an expert: one 128-row tile holds them, where many need two of 64 rows
 _MANY_ROWS = {192: 180, 256: 768}  # an expert, by tile_n: above, pairs of CTAs share weights
-# threads of a CTA that quantises rows of at most so many elements
 FEW_PAIRS = 1024  # that 256 threads route faster than 1024 do
+# threads of a CTA that quantises rows of at most so many elements
 _ROW_THREADS = ((8192, 128), (16_384, 256), (MAX_ROW, 512))
 _EVICT_FIRST_BYTES = 300e6  # of active weights: more of them would only evict one another
 
@@ -129,7 +127,7 @@ def step_config(problem: Step, few: bool = False) -> StepConfig:
         return StepConfig(next(threads for k, threads in _ROW_THREADS if problem.k <= k))
     if isinstance(problem, RouteLogitsProblem):
         return StepConfig(512)
-    return StepConfig(128 if isinstance(problem, CombineProblem | TopkProblem) else 256)
+    return StepConfig(128)
 
 
 def choose(

@@ -7,8 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cutlass_moe.activations import ACTIVATIONS, GATED
-from cutlass_moe.arguments import DTYPES, check_accumulation, check_weight, expect, is_n_major
+from cutlass_moe.activations import is_gated
+from cutlass_moe.arguments import (
+    DTYPES,
+    check_accumulation,
+    check_activation,
+    check_weight,
+    expect,
+    is_n_major,
+)
 from cutlass_moe.layer_problems import LayerProblems, Projection, layer_problems
 from cutlass_moe.routing import check_capacity
 
@@ -49,20 +56,14 @@ def check_layer(layer: Layer, options: LayerOptions, out: Tensor | None = None) 
     device = hidden.get_device()
     if options.quant is not None and options.quant not in QUANTS:
         raise ValueError(f"quant: expected None, 'fp8' or 'int8', got {options.quant!r}")
-    if options.activation not in ACTIVATIONS:
-        names = ", ".join(ACTIVATIONS)
-        raise ValueError(f"activation: expected one of {names}, got {options.activation!r}")
-    gates = 2 if options.activation in GATED else 1
-    if options.interleaved and gates == 1:
-        raise ValueError(f"interleaved: {options.activation} has no gate to interleave")
-    if options.interleaved and is_n_major(w13):
-        raise ValueError("interleaved: expected K-major w13, got N-major")
     check_capacity(options.capacity_factor)
     if hidden.dim() != 2 or w13.dim() != 3 or w2.dim() != 3 or layer.topk_ids.dim() != 2:
         raise ValueError(
             "expected hidden [T, H], w13 [E, 2I or I, H], w2 [E, H, I] and topk_ids [T, k], got "
             + ", ".join(str(tuple(t.shape)) for t in (hidden, w13, w2, layer.topk_ids))
         )
+    check_activation("w13", w13, options.activation, options.interleaved)
+    gates = 2 if is_gated(options.activation) else 1
     tokens, width = hidden.shape
     experts, _, inter = w2.shape
     choices = (tokens, layer.topk_ids.shape[1])

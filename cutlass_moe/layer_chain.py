@@ -30,7 +30,6 @@ from cutlass_moe.routing import (
     row_capacity,
 )
 from cutlass_moe.workspace import WorkspacePlan
-from emitters.legality import why_illegal
 from emitters.problem import GemmProblem, gate_strides
 from emitters.steps import CombineProblem, QuantizeProblem
 
@@ -83,8 +82,7 @@ class Chain:
         if self.has_kernels:
             self.problems = problems_of(layer, options)
             arch = kernels.device_arch(layer.hidden.get_device())
-            reasons = (why_illegal(problem, arch=arch) for problem in self.problems if problem)
-            self.why_not = next(filter(None, reasons), None)
+            self.why_not = self.problems.why_illegal(arch)
             self.has_kernels = self.why_not is None
         if self.has_kernels:
             self._load(layer)

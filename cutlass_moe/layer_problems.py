@@ -6,19 +6,16 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from cutlass_moe.shapes import DTYPES, MoeShape
+from emitters.legality import why_illegal
 from emitters.problem import (
     ACCUMULATIONS,
     Accumulation,
     Activation,
     ActivationFunction,
-    Bias,
-    ChannelScale,
     DType,
-    EpilogueNode,
-    ExpertScale,
     GemmProblem,
     Major,
-    PerTokenScale,
+    make_epilogue,
 )
 from emitters.steps import (
     MAX_FUSED_EXPERTS,
@@ -44,6 +41,11 @@ class LayerProblems(NamedTuple):
     quantize_active: QuantizeProblem | None
     down: GemmProblem
     combine: CombineProblem
+
+    def why_illegal(self, arch: str) -> str | None:
+        """None where every kernel can be built, else the first reason."""
+        reasons = (why_illegal(problem, arch=arch) for problem in self if problem)
+        return next(filter(None, reasons), None)
 
 
 class Projection(NamedTuple):
@@ -74,12 +76,9 @@ def layer_problems(
     scale = ACTIVATION_SCALE if quantized else 1.0
     up, down = projections
 
-    def gemm(of: Projection, n: int, k: int, out: DType, *last: EpilogueNode) -> GemmProblem:
-        nodes: list[EpilogueNode] = [PerTokenScale()] if quantized else []
-        if of.scale_dims:
-            nodes.append(ExpertScale() if of.scale_dims == 1 else ChannelScale())
-        if of.bias:
-            nodes.append(Bias(of.bias))
+    def gemm(
+        of: Projection, n: int, k: int, out: DType, node: Activation | None = None
+    ) -> GemmProblem:
         return GemmProblem(
             operand=operand,
             accumulation=Accumulation(accumulation or ACCUMULATIONS[operand][0]),
@@ -87,8 +86,8 @@ def layer_problems(
             n=n,
             k=k,
             num_experts=num_experts,
-            gather=bool(last),
-            epilogue=(*nodes, *last),
+            gather=node is not None,
+            epilogue=make_epilogue(quantized, of.scale_dims, of.bias, node),
             weight_major=Major.N if of.n_major else Major.K,
         )
 

@@ -5,7 +5,6 @@ They are differentiable, but not through a quantisation.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,8 @@ from torch.nn import functional
 
 from cutlass_moe.activations import activate
 from cutlass_moe.quantize import quantize_per_token_reference
-from cutlass_moe.shapes import SCORINGS
+from cutlass_moe.routing import row_capacity
+from emitters.steps import SCORINGS
 
 
 def topk_router_reference(
@@ -29,21 +29,10 @@ def topk_router_reference(
     scale: float = 1.0,
     threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Each token's k experts and their weights: Mixtral, Qwen3, DeepSeek-V3, gpt-oss.
+    """`cutlass_moe.topk_router`, differentiable in logits of any floating dtype.
 
-    logits [T, E], floating point. scoring: "softmax" over all experts or "sigmoid", in float32
-      (float64 for such logits). A NaN counts as score 0.
-    Experts are chosen by logit; with a correction_bias [E] or with groups, by score +
-      correction_bias. Equal ones go to the lower id, NaN comes after all numbers.
-    num_groups > 1: experts are num_groups equal runs of ids, and only those of the topk_groups runs
-      whose two best experts have the largest sum may be chosen.
-    A weight is the expert's score, without correction_bias; choices after the first whose score is
-      below `threshold` get id -1 and weight 0; renormalize divides a token's weights by their sum;
-      then all are multiplied by `scale`.
-
-    Returns (topk_weights [T, k], float32 or as logits' float64, topk_ids int32 [T, k]), best first.
-    gpt-oss's softmax over the chosen logits is softmax with renormalize. Raises TypeError and
-    ValueError, with what was expected and what came, for malformed arguments.
+    Scores and weights are float32, of float64 logits float64. gpt-oss's softmax over the chosen
+    logits is softmax with renormalize. Raises as `topk_router` does.
     """
     check_router(logits, k, scoring, num_groups, topk_groups, correction_bias)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -139,8 +128,8 @@ def fused_moe_reference(
     if expert_map is not None:
         known = (ids >= 0) & (ids < len(expert_map))
         ids = functional.pad(expert_map.long(), (0, 1), value=-1)[ids.where(known, -1)]
-        experts = max(1, len(expert_map))
-    limit = None if capacity_factor is None else math.ceil(ids.numel() / experts * capacity_factor)
+        experts = len(expert_map)
+    limit = row_capacity(ids, experts, capacity_factor)
     x, x_scale = hidden.to(compute_dtype), None
     if quant:
         x, x_scale = quantized(hidden, w13.dtype, compute_dtype)

@@ -25,7 +25,6 @@ from cutlass_moe.layer_reference import (
 )
 from cutlass_moe.ops import wants_gradient
 from cutlass_moe.quantize import quantize_per_token
-from emitters.legality import why_illegal
 
 _QUANTIZED = ("w1_quantized", "w1_scale", "w2_quantized", "w2_scale")
 
@@ -321,5 +320,4 @@ def _why_illegal(
     kind = None if bias is None else DTYPES[bias]
     each = Projection(2, kind) if quantized else Projection(0, kind, n_major=True)
     problems = layer_problems(*sizes, (DTYPES[weight], DTYPES[hidden]), activation, (each, each))
-    reasons = (why_illegal(problem, arch=arch) for problem in problems if problem)
-    return next(filter(None, reasons), None)
+    return problems.why_illegal(arch)

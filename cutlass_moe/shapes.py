@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from emitters.problem import ActivationFunction, DType
+from emitters.steps import SCORINGS
 
 DTYPES = {"fp8": DType.E4M3, "int8": DType.INT8, "bf16": DType.BF16}  # as users call them
-SCORINGS = ("softmax", "sigmoid")  # of a router
 _ACTIVATIONS = tuple(map(str, ActivationFunction))
 
 

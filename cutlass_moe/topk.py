@@ -12,6 +12,7 @@ from cutlass_moe.arguments import DTYPES
 from cutlass_moe.calls import announce_fallback, launch_step, step_kernel
 from cutlass_moe.launch import Kernel
 from cutlass_moe.layer_reference import check_router, topk_router_reference
+from cutlass_moe.ops import wants_gradient
 from cutlass_moe.routing import RoutingTable, check_capacity, route, row_capacity
 from emitters.steps import MAX_FUSED_EXPERTS, MAX_TOP_K, RouteLogitsProblem, TopkProblem
 
@@ -137,7 +138,7 @@ def _bits(value: float) -> int:
 
 
 def _refuse_gradient(name: str, *tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if wants_gradient(tensors):
         raise RuntimeError(
             f"{name} has no gradient and an argument requires one: use topk_router_reference, or "
             "torch.no_grad()"

@@ -149,6 +149,20 @@ GATE_BLOCK = 8  # gate columns, then as many up columns: how a tile of a gated p
 N_MAJOR_BLOCK = 64  # columns of a box of N-major weights, 128 bytes; of gate and up by turns
 
 
+def make_epilogue(
+    per_token_scale: bool, scale_dims: int, bias: DType | None, activation: Activation | None
+) -> tuple[EpilogueNode, ...]:
+    """Nodes of what a product has, in the usual order. scale_dims: of its scale; 0 without one."""
+    nodes: list[EpilogueNode] = [PerTokenScale()] if per_token_scale else []
+    if scale_dims:
+        nodes.append(ExpertScale() if scale_dims == 1 else ChannelScale())
+    if bias is not None:
+        nodes.append(Bias(bias))
+    if activation is not None:
+        nodes.append(activation)
+    return tuple(nodes)
+
+
 @dataclass(frozen=True)
 class GemmProblem:
     """out[r, n] = epilogue(sum_k x[index[r], k] * weight[e(r), n, k]), rows r sorted by expert e.

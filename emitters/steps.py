@@ -12,6 +12,7 @@ from emitters.problem import OUTPUTS, DType, GemmProblem
 ROW_VECTOR = 8  # elements of a row that a thread takes at a time: 16 bytes of 16-bit ones
 MAX_ROW = 32_768
 MAX_TOP_K = 32
+SCORINGS = ("softmax", "sigmoid")  # of a router
 MAX_FUSED_EXPERTS = 512  # of route_logits: a thread sums up one, and 512 have 128 registers each
 LARGEST = {DType.E4M3: 448.0, DType.E5M2: 57344.0, DType.INT8: 127.0}  # a row's after quantisation
 
@@ -80,8 +81,8 @@ class TopkProblem(Step):
             return f"{self.num_experts} experts: 1 to {MAX_EXPERTS}"
         if self.logits not in OUTPUTS:
             return f"logits of {self.logits}: supported are {', '.join(OUTPUTS)}"
-        if self.scoring not in ("softmax", "sigmoid"):
-            return f"scoring {self.scoring!r}: softmax or sigmoid"
+        if self.scoring not in SCORINGS:
+            return f"scoring {self.scoring!r}: {' or '.join(SCORINGS)}"
         if not 1 <= self.num_groups <= MAX_TOP_K or self.num_experts % self.num_groups:
             return f"{self.num_groups} equal groups of {self.num_experts} experts: 1 to {MAX_TOP_K}"
         return None

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.heuristics import choose, every_config, step_config
+from cutlass_moe.layer_arguments import QUANTS
 from cutlass_moe.layer_problems import Projection, layer_problems
 from cutlass_moe.quantize import quantize_per_token_reference
 from cutlass_moe.shapes import MODELS, MoeShape
 from emitters.problem import ActivationFunction, DType
 from emitters.steps import AnyConfig, Problem, Step, TopkProblem
 
-QUANT_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 # A layer's relative error to float64 with the same quantisation points, by quant, accumulation.
 # fp8 with fast sums: an error of 1e-3 before an activation is quantised turns some of its values
 # over to the next of 8 bits, which costs 1e-2 (perf/NOTES.md).
@@ -62,7 +62,7 @@ def weights(case: LayerCase, quant: str | None, device: str) -> dict[str, Any]:
     for name, (n, k) in sizes.items():
         weight = random(n, k)
         if quant:
-            parts = [quantize_per_token_reference(one, QUANT_DTYPES[quant]) for one in weight]
+            parts = [quantize_per_token_reference(one, QUANTS[quant]) for one in weight]
             weight = torch.stack([values for values, _ in parts])
             found[f"{name}_scale"] = torch.stack([scale for _, scale in parts])
         found[name] = weight
