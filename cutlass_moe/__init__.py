@@ -1,27 +1,26 @@
 """Mixture-of-experts grouped GEMM for PyTorch: no token is copied, kernels come from a cache."""
 
-from cutlass_moe.combine import combine
-from cutlass_moe.index_group_matmul import (
-    index_group_matmul,
-    index_group_matmul_workspace_size,
+from cutlass_moe.layer.fused_moe import fused_moe, fused_moe_workspace_size
+from cutlass_moe.layer.reference import fused_moe_reference
+from cutlass_moe.ops.combine import combine, combine_reference
+from cutlass_moe.ops.grouped_matmul import (
+    grouped_matmul,
+    grouped_matmul_out,
+    grouped_matmul_problem,
 )
-from cutlass_moe.kernels import warmup
-from cutlass_moe.layer_reference import (
-    combine_reference,
-    fused_moe_reference,
-    topk_router_reference,
-)
-from cutlass_moe.layers import fused_moe, fused_moe_workspace_size
-from cutlass_moe.ops import grouped_matmul, grouped_matmul_out, grouped_matmul_problem
-from cutlass_moe.plans import Plan, plan
-from cutlass_moe.quantize import (
+from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference
+from cutlass_moe.ops.index_group_matmul import index_group_matmul, index_group_matmul_workspace_size
+from cutlass_moe.ops.plan import Plan, plan
+from cutlass_moe.ops.quantize import (
     quantize_per_channel,
     quantize_per_token,
     quantize_per_token_reference,
 )
-from cutlass_moe.reference import grouped_matmul_reference
-from cutlass_moe.routing import RoutingTable, renormalize_kept, route, route_reference
-from cutlass_moe.topk import route_logits, topk_router
+from cutlass_moe.ops.route import RoutingTable, renormalize_kept, route, route_reference
+from cutlass_moe.ops.router import route_logits, topk_router, topk_router_reference
+from cutlass_moe.warmup import warmup
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Plan",

@@ -10,21 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import cutlass_moe as cm
-from cutlass_moe.activations import GATED, NOT_GATED
-from cutlass_moe.arguments import DTYPES
-from cutlass_moe.calls import announce_fallback
-from cutlass_moe.kernels import device_arch
-from cutlass_moe.layer_arguments import QUANTS
-from cutlass_moe.layer_problems import Projection, layer_problems
-from cutlass_moe.layer_reference import (
-    Experts,
-    combine_reference,
-    feed_forward,
-    quantized,
-    topk_router_reference,
-)
-from cutlass_moe.ops import wants_gradient
-from cutlass_moe.quantize import quantize_per_token
+from cutlass_moe.layer.padded import Experts, feed_forward, quantized
+from cutlass_moe.layer.steps import Projection, layer_problems
+from cutlass_moe.operands import DTYPES, QUANTS
+from cutlass_moe.ops.activations import GATED, NOT_GATED
+from cutlass_moe.ops.combine import combine_reference
+from cutlass_moe.ops.grouped_matmul import wants_gradient
+from cutlass_moe.ops.quantize import quantize_per_token
+from cutlass_moe.ops.router import topk_router_reference
+from cutlass_moe.runtime.fallback import announce_fallback
+from cutlass_moe.runtime.library import device_arch
 
 _QUANTIZED = ("w1_quantized", "w1_scale", "w2_quantized", "w2_scale")
 

@@ -15,9 +15,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from emitters.emit import emit
-from emitters.image import Image
-from emitters.steps import any_config_from_json, problem_from_json
+from emitters.compile.emit import emit
+from emitters.spec.image import Image
+from emitters.spec.registry import any_config_from_json, problem_from_json
 
 
 def main() -> None:

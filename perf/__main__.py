@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from perf import suites
-from perf.cases import ROUTINGS, SCHEDULES, Case
-from perf.layer_cases import LayerCase
+from perf.layer.cases import LayerCase
+from perf.product.cases import ROUTINGS, SCHEDULES, Case
 from perf.suites import GEMM_MODELS, GEMM_TOKENS, POWERS_OF_TWO, PREFILL_TOKENS, SUITES
 
 TOKENS = {"all": POWERS_OF_TWO, "prefill": PREFILL_TOKENS}
@@ -94,10 +94,10 @@ def main() -> None:
 def run(system: str, budget: float, commit: str, out: Path | None, **choice: str) -> None:
     """Measure cases and their peers, and merge the results into perf/results/<gpu>.json."""
     need_gpu()
-    from perf.layer_peers import LAYER_SYSTEMS
+    from perf.layer.peers import LAYER_SYSTEMS
     from perf.machine import ceilings
-    from perf.measure import measure_all
-    from perf.peers import SYSTEMS
+    from perf.product.measure import measure_all
+    from perf.product.peers import SYSTEMS
     from perf.report import summary
     from perf.store import Store, default_path
 
@@ -156,8 +156,8 @@ def host(commit: str, out: Path | None, jit: bool) -> None:
 @click.option("--jobs", type=int, help="compile workers; default: one a core")
 def build(jobs: int | None, **choice: str) -> None:
     """Compile every image that a run of these cases may launch. Needs the DSL, no GPU."""
-    from cutlass_moe.cache import default_cache
-    from cutlass_moe.compiler import Request, build_images
+    from cutlass_moe.images.cache import default_cache
+    from cutlass_moe.images.compiler import Request, build_images
 
     requests = [Request(*pair) for pair in dict.fromkeys(images_of(selected(**choice)))]
     failed = 0
@@ -173,7 +173,7 @@ def build(jobs: int | None, **choice: str) -> None:
 
 def images_of(cases: list[Case | LayerCase]) -> Iterator[tuple[Any, Any]]:
     """Problem and config of the images that a run of these cases may launch, with repetitions."""
-    from cutlass_moe.heuristics import candidates, choose
+    from cutlass_moe.choose.heuristics_sm90 import candidates, choose
 
     for case in cases:
         if isinstance(case, LayerCase):
@@ -191,10 +191,10 @@ def layer_images(case: LayerCase) -> Iterator[tuple[Any, Any]]:
     not scaled, and of `topk_router`."""
     from dataclasses import replace
 
-    from cutlass_moe.heuristics import every_config
-    from cutlass_moe.layer_problems import problems_of_shape
-    from emitters.problem import DType
-    from emitters.steps import TopkProblem
+    from cutlass_moe.choose.heuristics_sm90 import every_config
+    from cutlass_moe.models.problems import problems_of_shape
+    from emitters.spec.dtypes import DType
+    from emitters.spec.layer_steps import TopkProblem
 
     # of tokens that choose among this rank's experts
     problems = problems_of_shape(replace(case.shape, all_ranks=None), case.dtype)
@@ -213,10 +213,10 @@ def layer_images(case: LayerCase) -> Iterator[tuple[Any, Any]]:
 def report(results: Path | None, readme: Path) -> None:
     """Write plots, the full table and the README's table from a results file."""
     from perf import store
-    from perf.layer_rows import layer_rows_of
+    from perf.layer.rows import layer_rows_of
     from perf.plots import write_plots
+    from perf.product.rows import load_published, rows_of
     from perf.report import full_report, insert, readme_table
-    from perf.rows import load_published, rows_of
 
     found = [results] if results else sorted(store.RESULTS.glob("*.json"))
     if len(found) != 1:

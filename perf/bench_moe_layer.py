@@ -18,13 +18,13 @@ from torch.nn.functional import silu
 
 import cutlass_moe
 from cutlass_moe import nn
-from cutlass_moe.shapes import MoeShape
-from cutlass_moe.timing import flush_buffer
-from perf.layer_operands import LayerWeights
-from perf.operands import SAMPLE_ROWS, relative_error
-from perf.peers import OURS, Absent, require
+from cutlass_moe.models.shapes import MoeShape
+from cutlass_moe.tune.timing import flush_buffer
+from perf.layer.operands import LayerWeights
+from perf.product.operands import SAMPLE_ROWS, relative_error
+from perf.product.peers import OURS, Absent, require
+from perf.product.rows import number
 from perf.report import text_table
-from perf.rows import number
 from perf.timing import interleaved
 
 PADDED = "padded_bmm"
@@ -111,8 +111,8 @@ class Bench:
         require("triton")
         if self.x.device.type != "cuda":
             raise Absent("needs a GPU")
-        from cutlass_moe.timing import batch_us
-        from perf.triton_layer import TritonLayer, tilings
+        from cutlass_moe.tune.timing import batch_us
+        from perf.layer.triton import TritonLayer, tilings
 
         weights, tokens = self.weights(), len(self.x)
 

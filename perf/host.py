@@ -19,12 +19,13 @@ import torch
 from cuda.bindings import driver
 
 import cutlass_moe
-from cutlass_moe import arguments, calls, heuristics, kernels
-from cutlass_moe.cache import Cache, default_cache
-from cutlass_moe.compiler import compile_image
-from cutlass_moe.launch import Kernel
-from perf.cases import Case
-from perf.operands import Operands, Weights
+from cutlass_moe.choose import heuristics_sm90 as heuristics
+from cutlass_moe.images.cache import Cache, default_cache
+from cutlass_moe.images.compiler import compile_image
+from cutlass_moe.ops import _checks, dispatch
+from cutlass_moe.runtime.kernel import Kernel
+from perf.product.cases import Case
+from perf.product.operands import Operands, Weights
 from perf.suites import seed_cases
 
 CALLS = 100  # in a row, of a kernel shorter than its call: the launch queue never fills
@@ -59,15 +60,17 @@ def call_parts() -> dict[str, float]:
     case = next(case for case in seed_cases(["fp8"], ["balanced"]))
     inputs = Operands.of(case, Weights.of(case))
     optional: dict[str, Any] = {
-        name: inputs.options.get(name) for name in arguments.Operands._fields[2:]
+        name: inputs.options.get(name) for name in _checks.Operands._fields[2:]
     }
-    tensors = arguments.Operands(inputs.x, inputs.weight, **optional)
+    tensors = _checks.Operands(inputs.x, inputs.weight, **optional)
     shape, device = (case.rows, case.n), inputs.x.device
     out = torch.empty(shape, dtype=torch.bfloat16, device=device)
     into = partial(cutlass_moe.grouped_matmul_out, out, *tensors[:2], **inputs.options)
-    options = arguments.Options()
-    kernel, grid = kernels.plan(case.problem, device.index, case.x_rows, case.rows, options)
-    enqueue = partial(calls.enqueue, kernel, grid, out, tensors)
+    options = _checks.Options()
+    kernel, grid = dispatch.choose_launch(
+        case.problem, device.index, case.x_rows, case.rows, options
+    )
+    enqueue = partial(dispatch.enqueue, kernel, grid, out, tensors)
     whole = host_time(partial(cutlass_moe.grouped_matmul, *tensors[:2], **inputs.options))
     enqueued = host_time(enqueue)
     plan = cutlass_moe.plan(*tensors[:2], **inputs.options, out=out)
@@ -77,12 +80,12 @@ def call_parts() -> dict[str, float]:
         "grouped_matmul_out": host_time(into).us,
         "plan()": host_time(plan).us,
         "plan(x, out)": host_time(partial(plan, inputs.x, out)).us,
-        "signature": host_time(partial(calls.find_call, tensors, out, options)).us,
+        "signature": host_time(partial(dispatch.find_call, tensors, out, options)).us,
         "allocation": host_time(partial(torch.empty, shape, dtype=out.dtype, device=device)).us,
         "parameters": unlaunched_time(enqueue).us,
         "driver": round(enqueued.us - unlaunched_time(enqueue).us, 2),
         "dispatcher (skipped)": host_time(partial(noop(), out, *tensors, *options)).us,
-        "checks (skipped)": host_time(partial(arguments.check, tensors, options)).us,
+        "checks (skipped)": host_time(partial(_checks.check, tensors, options)).us,
         "a torch op (out.add_)": host_time(partial(out.add_, 1)).us,
     }
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from cutlass_moe.cache import default_cache
-from perf.cases import Ceilings
+from cutlass_moe.images.cache import default_cache
+from perf.product.cases import Ceilings
 from perf.timing import interleaved
 
 STREAM_BYTES = 4 << 30

@@ -9,11 +9,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from perf.cases import flops, moved_bytes
-from perf.figures import STREAM
-from perf.layer_peers import NO_PDL
-from perf.layer_rows import TRITON, LayerRow
-from perf.rows import DAGGER, OURS, RIVALS, Row
+from perf.layer.peers import NO_PDL
+from perf.layer.rows import TRITON, LayerRow
+from perf.product.cases import flops, moved_bytes
+from perf.product.figures import STREAM
+from perf.product.rows import DAGGER, OURS, RIVALS, Row
 from perf.suites import DECODE_TOKENS
 
 COLORS = {

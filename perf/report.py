@@ -9,13 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from perf.cases import SCHEDULES, moved_bytes
-from perf.figures import HEADER as FIGURES_HEADER
-from perf.figures import figures
-from perf.layer_cases import CHAIN_LAYERS
-from perf.layer_figures import layer_figures
-from perf.layer_rows import TRITON, LayerRow, layer_rows_of, layer_tables
-from perf.rows import DAGGER, OURS, Row, Table, load_published, number, ours_over_ours, rows_of
+from perf.layer.cases import CHAIN_LAYERS
+from perf.layer.figures import layer_figures
+from perf.layer.rows import TRITON, LayerRow, layer_rows_of, layer_tables
+from perf.product.cases import SCHEDULES, moved_bytes
+from perf.product.figures import HEADER as FIGURES_HEADER
+from perf.product.figures import figures
+from perf.product.rows import (
+    DAGGER,
+    OURS,
+    Row,
+    Table,
+    load_published,
+    number,
+    ours_over_ours,
+    rows_of,
+)
 from perf.suites import GEMM_TOKENS
 
 BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"

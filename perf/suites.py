@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from cutlass_moe.shapes import DTYPES, MODELS
-from perf.cases import RAGGED_ROWS, ROUTINGS, Case
-from perf.layer_cases import CHAIN_DTYPES, LayerCase, chain_cases, layer_cases
+from cutlass_moe.models.shapes import DTYPES, MODELS
+from perf.layer.cases import CHAIN_DTYPES, LayerCase, chain_cases, layer_cases
+from perf.product.cases import RAGGED_ROWS, ROUTINGS, Case
 
 LAYER_SUITES = ("layer", "chain")
 SUITES = ("gemm", "decode", "seed", "deepgemm", "tutorial", "schedules", *LAYER_SUITES)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cutlass_moe.timing import FLUSH_BYTES, batch_us
+from cutlass_moe.tune.timing import FLUSH_BYTES, batch_us
 
 ROUNDS = 5
 WARM_UP = 3

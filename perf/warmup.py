@@ -17,8 +17,8 @@ from typing import Any
 
 import click
 
-from cutlass_moe.shapes import DTYPES, MODELS
-from emitters.problem import Bias, GemmProblem
+from cutlass_moe.models.shapes import DTYPES, MODELS
+from emitters.spec.gemm import Bias, GemmProblem
 
 TOKENS = 16
 
@@ -60,10 +60,11 @@ def one_round(model: str, dtype: str) -> dict[str, Any]:
     import torch
 
     import cutlass_moe
-    from cutlass_moe import kernels
-    from cutlass_moe.cli_common import config_words
-    from cutlass_moe.heuristics import candidates
-    from cutlass_moe.layer_problems import gemm_problems
+    from cutlass_moe.choose.heuristics_sm90 import candidates
+    from cutlass_moe.cli.common import config_words
+    from cutlass_moe.models.problems import gemm_problems
+    from cutlass_moe.ops import dispatch
+    from cutlass_moe.runtime import library
 
     torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
@@ -79,7 +80,7 @@ def one_round(model: str, dtype: str) -> dict[str, Any]:
         for config in candidates(problem):
             what = f"{name} {config_words(config.to_json())}"
             calls[what] = []
-            with kernels.forced_config(config):
+            with dispatch.forced_config(config):
                 for _ in range(3):
                     torch.cuda.synchronize()
                     start = time.perf_counter()
@@ -89,7 +90,7 @@ def one_round(model: str, dtype: str) -> dict[str, Any]:
     return {
         "warmup_ms": times[0],
         "again_ms": times[1],
-        "kernels": len(kernels._kernels),
+        "kernels": len(library._kernels),
         "calls_us": calls,
     }
 
@@ -98,7 +99,7 @@ def zeros(problem: GemmProblem) -> dict[str, Any]:
     """Arguments of a call: TOKENS rows of x, each expert with one row until they are used up."""
     import torch
 
-    from perf.operands import TORCH_DTYPES
+    from perf.product.operands import TORCH_DTYPES
 
     dtype = next(TORCH_DTYPES[name] for name in DTYPES if DTYPES[name] is problem.operand)
     experts, n, k = problem.num_experts, problem.n, problem.k

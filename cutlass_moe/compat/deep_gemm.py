@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cutlass_moe.ops import grouped_matmul_out
+from cutlass_moe.ops.grouped_matmul import grouped_matmul_out
 
 Operand = Tensor | tuple[Tensor, Tensor]
 

@@ -6,14 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from emitters.config import config_from_json
-from emitters.image import LaunchRecord
-from emitters.problem import GemmProblem
-from tests.cases import Case, make_inputs
-from tests.numerics import check
-from tests.ptxsim import launch
+from emitters.spec.gemm import GemmProblem
+from emitters.spec.image import LaunchRecord
+from emitters.spec.registry import config_from_json
+from tests.ptxsim.kernels import launch
 from tests.ptxsim.ptx import Fault
 from tests.ptxsim.schedule import MODES, Schedule
+from tests.support.cases import Case, make_inputs
+from tests.support.numerics import check
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutlass_moe.ops import grouped_matmul
+from cutlass_moe.ops.grouped_matmul import grouped_matmul
 
 
 def gmm(

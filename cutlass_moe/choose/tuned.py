@@ -1,0 +1,142 @@
+"""Tables of what was measured to be fastest: GPU, problem, rows an expert -> config.
+
+They come from `cutlass-moe tune`. Those of CUTLASS_MOE_TUNING, a list of files like PATH, go
+before the ones in this package; the first that knows a GPU and problem answers. A table is JSON:
+
+    {"NVIDIA H200": {"e4m3 fast, E 8, N 4096, K 14336": [
+        {"config": {...}, "us": {ROWS_PER_EXPERT: MICROSECONDS, ...}}, ...]}}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from emitters.spec.gemm import GemmProblem
+from emitters.spec.registry import Config, config_from_json, why_illegal
+
+VARIABLE = "CUTLASS_MOE_TUNING"
+FAR = 1.5  # a little more than half of a power of two, the steps of `tune`
+_SHIPPED = tuple(sorted(map(str, Path(__file__).with_name("tables").glob("*.json"))))
+
+
+class Entry(NamedTuple):
+    """What was fastest at a number of rows an expert, and the microseconds it took."""
+
+    rows_per_expert: float
+    config: Config
+    us: float
+
+
+Table = dict[str, dict[str, tuple[Entry, ...]]]  # by GPU, then by `name_of` a problem
+
+
+def name_of(problem: GemmProblem) -> str:
+    """What a table calls a problem: gather and epilogue, activations included, hardly change which
+    config is fastest."""
+    size = f"E {problem.num_experts}, N {problem.n}, K {problem.k}"
+    return f"{problem.operand} {problem.accumulation}, {size}"
+
+
+def lookup(problem: GemmProblem, gpu: str, rows_per_expert: float) -> Config | None:
+    """The config measured at the nearest number of rows an expert, by ratio.
+
+    None without a table, and beyond FAR times what was measured. Raises ValueError for a file of
+    CUTLASS_MOE_TUNING that is no table.
+    """
+
+    def far(entry: Entry) -> float:
+        return abs(math.log(entry.rows_per_expert / rows_per_expert))
+
+    entries = _entries(problem, gpu, os.environ.get(VARIABLE, ""))
+    if not entries or rows_per_expert <= 0:
+        return None
+    nearest = min(entries, key=far)
+    return nearest.config if far(nearest) <= math.log(FAR) else None
+
+
+def configs(problem: GemmProblem) -> tuple[Config, ...]:
+    """Every config that `lookup` may return, on any GPU. Raises as it does."""
+    files = os.environ.get(VARIABLE, "")
+    gpus = dict.fromkeys(gpu for table in _tables(files) for gpu in table)
+    found = (entry.config for gpu in gpus for entry in _entries(problem, gpu, files))
+    return tuple(dict.fromkeys(found))
+
+
+@lru_cache(maxsize=4096)
+def _entries(problem: GemmProblem, gpu: str, files: str) -> tuple[Entry, ...]:
+    """Of the first table that has any, those that this output and epilogue allow."""
+    name = name_of(problem)
+    known = (table.get(gpu, {}).get(name, ()) for table in _tables(files))
+    entries = next(filter(None, known), ())
+    return tuple(entry for entry in entries if why_illegal(problem, entry.config) is None)
+
+
+@lru_cache(maxsize=16)
+def _tables(files: str) -> tuple[Table, ...]:
+    return tuple(read(Path(file)) for file in (*filter(None, files.split(os.pathsep)), *_SHIPPED))
+
+
+def read(path: Path) -> Table:
+    """The table in a file. Raises ValueError."""
+    try:
+        plain = json.loads(path.read_text())
+        return {
+            gpu: {name: _parse(listed) for name, listed in problems.items()}
+            for gpu, problems in plain.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{path}: expected a table that `cutlass-moe tune` wrote: {error!r}"
+        ) from error
+
+
+def _parse(listed: list[dict[str, Any]]) -> tuple[Entry, ...]:
+    entries = [
+        Entry(float(rows), config_from_json(one["config"]), float(us))
+        for one in listed
+        for rows, us in one["us"].items()
+    ]
+    if not entries or min(entry.rows_per_expert for entry in entries) <= 0:
+        raise ValueError("expected one or more numbers of rows an expert, all positive")
+    return tuple(sorted(entries, key=lambda entry: entry.rows_per_expert))
+
+
+def merge(path: Path, table: Table) -> None:
+    """Writes a table into a file, in place of what it says of the same GPUs and problems.
+
+    The file appears whole. Raises OSError, and ValueError where it is no table.
+    """
+    merged = read(path) if path.exists() else {}
+    for gpu, problems in table.items():
+        merged[gpu] = dict(sorted({**merged.get(gpu, {}), **problems}.items()))
+    plain = {
+        gpu: {name: _to_json(entries) for name, entries in problems.items()}
+        for gpu, problems in sorted(merged.items())
+    }
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(_dump(plain))
+    fresh.replace(path)
+
+
+def _to_json(entries: tuple[Entry, ...]) -> list[dict[str, Any]]:
+    found: dict[Config, dict[str, float]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.rows_per_expert):
+        found.setdefault(entry.config, {})[f"{entry.rows_per_expert:g}"] = round(entry.us, 1)
+    return [{"config": config.to_json(), "us": us} for config, us in found.items()]
+
+
+def _dump(plain: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    """JSON, a line a config."""
+    gpus = []
+    for gpu, problems in plain.items():
+        lines = [
+            f"  {json.dumps(name)}: [\n   " + ",\n   ".join(map(json.dumps, listed)) + "]"
+            for name, listed in problems.items()
+        ]
+        gpus.append(f" {json.dumps(gpu)}: {{\n" + ",\n".join(lines) + "}")
+    return "{\n" + ",\n".join(gpus) + "}\n"

@@ -1,0 +1,134 @@
+"""What the shell's commands share: the console, options, and words for problems and configs."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from rich.console import Console
+
+from cutlass_moe.models.files import find_shape, read_shapes
+from cutlass_moe.models.problems import model_problems
+from cutlass_moe.models.shapes import DTYPES, MODELS, MoeShape
+from emitters.spec.config_sm90 import GemmSwapSm90Config
+from emitters.spec.gemm import GemmProblem
+from emitters.spec.image import LaunchRecord
+from emitters.spec.layer_steps import StepConfig
+from emitters.spec.registry import Problem
+
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+models_option = click.option(
+    "--model",
+    "models",
+    metavar="MODEL",
+    multiple=True,
+    help=f"Repeatable: {', '.join(MODELS)}, a Hugging Face config.json or a directory with one.",
+)
+dtype_choice = click.Choice(list(DTYPES))
+dtypes_option = click.option(
+    "--dtype", "dtypes", type=dtype_choice, multiple=True, help="Repeatable [default: fp8]."
+)
+
+IMAGE_COLUMNS = ("problem", "config", "registers", "spills", "smem")
+
+
+class Layer(NamedTuple):
+    """A model's layer, or what one rank holds of it; model: what the user calls the whole."""
+
+    model: str
+    shape: MoeShape
+
+
+class Posed(NamedTuple):
+    """One of the problems that a layer poses, by the name that `model_problems` has for it."""
+
+    layer: Layer
+    dtype: str
+    name: str
+    problem: Problem
+
+    def __str__(self) -> str:
+        return f"{self.layer.shape.name} {self.dtype} {self.name}"
+
+
+def shard_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--tp and --ep of a command."""
+    tp = click.option("--tp", type=click.IntRange(1), help="Ranks that share each expert's inter.")
+    ep = click.option("--ep", type=click.IntRange(1), help="Ranks that share the experts.")
+    return tp(ep(command))
+
+
+def find_layers(
+    models: Iterable[str],
+    tp: int | None = None,
+    ep: int | None = None,
+    files: Iterable[Path] = (),
+) -> list[Layer]:
+    """The layers of models and of files of shapes, as one of tp x ep ranks holds them.
+
+    Raises click.UsageError.
+    """
+    try:
+        layers = [Layer(model, find_shape(model)) for model in models]
+        layers += [Layer(shape.name, shape) for file in files for shape in read_shapes(file)]
+        return [Layer(model, shape.shard(tp or 1, ep or 1)) for model, shape in layers]
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def posed(layers: Sequence[Layer], dtypes: Iterable[str]) -> list[Posed]:
+    return [
+        Posed(layer, dtype, name, problem)
+        for layer, dtype in itertools.product(layers, dtypes)
+        for name, problem in model_problems(layer.shape, dtype).items()
+    ]
+
+
+def image_cells(record: LaunchRecord) -> list[str]:
+    """What IMAGE_COLUMNS say of an image."""
+    numbers = (record.registers, record.spill_bytes, record.smem_bytes)
+    return [problem_words(record.problem), config_words(record.config), *map(str, numbers)]
+
+
+def problem_words(problem: dict[str, Any]) -> str:
+    if problem["op"] != GemmProblem.op:
+        plain = {"num_groups": 1, "source_scale": 1.0}  # go without saying
+        there = [n for n in _STEP_WORDS if n in problem and problem[n] != plain.get(n)]
+        return " ".join([problem["op"], *(_STEP_WORDS[n].format(problem[n]) for n in there)])
+    size = f"E {problem['num_experts']} N {problem['n']} K {problem['k']}"
+    nodes = [node["kind"] for node in problem["epilogue"]]
+    gather = ["gather"] if problem["gather"] else []
+    return " ".join([f"{problem['operand']} > {problem['out']}", size, *gather, *nodes])
+
+
+_STEP_WORDS = {  # in this order
+    "num_experts": "E {}",
+    "id_bits": "int{}",
+    "logits": "{}",
+    "scoring": "{}",
+    "num_groups": "groups {}",
+    "dtype": "{}",
+    "source": "{} >",
+    "target": "{}",
+    "k": "K {}",
+    "n": "N {}",
+    "top_k": "k {}",
+    "source_scale": "scale {:g}",
+}
+
+
+def config_words(config: dict[str, Any]) -> str:
+    if config["template"] == StepConfig.template:
+        return f"{config['threads']} threads"
+    tile = f"{config['tile_m']}x{config['tile_n']}"
+    if config["template"] == GemmSwapSm90Config.template:
+        return f"swap {tile} K/{config['split_k']} {config['ctas_per_sm']}/SM"
+    pingpong = ["ping-pong"] if config["pingpong"] else []
+    cluster = [f"cluster {config['cluster_m']}"] if config["cluster_m"] > 1 else []
+    group = f"group {config['group_m']}"
+    return " ".join([tile, *pingpong, *cluster, group, f"{config['ctas_per_sm']}/SM"])

@@ -1,0 +1,258 @@
+"""What `cutlass-moe demo` runs: a model's two projections, and its layer, on one routing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from cutlass_moe.layer.fused_moe import fused_moe
+from cutlass_moe.models.shapes import MoeShape
+from cutlass_moe.ops.activations import activate
+from cutlass_moe.ops.combine import combine_reference
+from cutlass_moe.ops.grouped_matmul import grouped_matmul
+from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference
+from cutlass_moe.ops.quantize import quantize_per_channel, quantize_per_token
+from cutlass_moe.ops.route import RoutingTable, route
+
+TORCH_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat16}
+GPU_TOKENS, CPU_TOKENS = 4096, 4
+ERROR_LIMIT = 4e-3  # rounding to bf16 gives 1.7e-3, the fast sums of fp8 up to 2.5e-3
+# Of a layer to its projections one by one, whose results are rounded to bf16 before they are
+# activated and quantised: some 8-bit values turn over to the next, which costs up to 2e-2.
+LAYER_ERROR_LIMIT = 3e-2
+LAUNCHES = 30
+CHECKED_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Operand:
+    """8-bit values and float32 scales of their rows, or bf16 values alone."""
+
+    values: Tensor
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Product:
+    """The arguments of a grouped_matmul: x [T, K], weight [E, N, K], bias [E, N]; rows: its number
+    of rows."""
+
+    x: Operand
+    weight: Operand
+    bias: Tensor | None
+    rows: int
+    offsets: Tensor
+    index: Tensor | None = None
+
+    def run(self, multiply: Callable[..., Tensor] = grouped_matmul) -> Tensor:
+        out = multiply(
+            self.x.values,
+            self.weight.values,
+            index=self.index,
+            offsets=self.offsets,
+            per_token_scale=self.x.scale,
+            scale=self.weight.scale,
+            bias=self.bias,
+        )
+        return out[: self.rows]
+
+    def flops(self) -> float:
+        return 2.0 * self.rows * self.weight.values[0].numel()
+
+    def moved_weights(self) -> float:
+        """Bytes of the experts that have rows."""
+        experts = len(self.offsets[self.offsets > 0].unique())
+        return float(experts * self.weight.values[0].nbytes)
+
+
+def run(
+    shape: MoeShape,
+    dtype: str,
+    console: Console,
+    *,
+    tokens: int | None = None,
+    topk_ids: Path | None = None,
+    seed: int = 0,
+) -> bool:
+    """Runs up, activation, down on random data, each by itself and as one layer: kernels on an SM90
+    GPU, else the reference on the CPU.
+
+    Prints a table, returns whether the results are right. Raises ValueError where the file of
+    topk_ids holds no routing.
+    """
+    gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    if not gpu:
+        console.print("No SM90 GPU here: all runs through the reference, on the CPU.")
+    torch.manual_seed(seed)
+    count = tokens or (GPU_TOKENS if gpu else CPU_TOKENS)
+    ids = saved_routing(topk_ids) if topk_ids else skewed_routing(shape, count)
+    ids = ids.to("cuda" if gpu else "cpu")
+    routing = route(ids, shape.num_experts)
+    if not int(routing.offsets[-1]):
+        raise ValueError(f"expected ids in [0, {shape.num_experts}), got none")
+    hidden = torch.randn(len(ids), shape.hidden, device=ids.device, dtype=torch.bfloat16)
+    topk_weights = torch.rand(ids.shape, device=ids.device)
+    topk_weights /= topk_weights.sum(1, keepdim=True)
+
+    table = Table("", "tokens", "rows", "time", "TFLOP/s", "GB/s", "relative error")
+    up = _up_product(shape, TORCH_DTYPES[dtype], hidden, routing)
+    gates, up_error = _measure_product("up", up, table)
+    active = activate(gates.float(), shape.activation).bfloat16()
+    down = _down_product(shape, TORCH_DTYPES[dtype], active, routing.offsets)
+    rows, down_error = _measure_product("down", down, table)
+
+    def layer() -> Tensor:
+        return fused_moe(
+            hidden, up.weight.values, down.weight.values, topk_weights, ids,
+            quant=None if dtype == "bf16" else dtype,
+            w13_scale=up.weight.scale, w2_scale=down.weight.scale,
+            activation=shape.activation, w13_bias=up.bias, w2_bias=down.bias,
+        )  # fmt: skip
+
+    out, seconds = _run_timed(layer, gpu)
+    layer_error = _relative_error(out, combine_reference(rows, topk_weights, routing.inverse))
+    weights = up.moved_weights() + down.moved_weights()
+    moved = weights + hidden.nbytes + out.nbytes
+    flops = up.flops() + down.flops()
+    table.add_row("layer", *_cells(len(hidden), up.rows, seconds, flops, moved, layer_error, gpu))
+    console.print(table)
+    right = max(up_error, down_error) <= ERROR_LIMIT
+    return right and layer_error <= LAYER_ERROR_LIMIT
+
+
+def skewed_routing(shape: MoeShape, tokens: int) -> Tensor:
+    """topk_ids int64 [tokens, top_k]: the r-th favourite expert has 1 / r of the first one's
+    weight."""
+    weight = 1.0 / torch.randperm(shape.num_experts).add(1)
+    return torch.multinomial(weight.expand(tokens, -1), shape.top_k)
+
+
+def saved_routing(path: Path) -> Tensor:
+    """topk_ids [tokens, top_k] as `numpy.save` wrote them. Raises ValueError on other arrays."""
+    import numpy as np  # not needed by anything else here
+
+    ids = np.load(path)
+    if ids.ndim != 2 or ids.dtype not in (np.int32, np.int64) or not len(ids):
+        raise ValueError(
+            f"{path}: expected topk_ids [tokens, top_k] of int32 or int64, "
+            f"got {list(ids.shape)} of {ids.dtype}"
+        )
+    return torch.from_numpy(ids)
+
+
+def _up_product(
+    shape: MoeShape, dtype: torch.dtype, hidden: Tensor, routing: RoutingTable
+) -> Product:
+    weight = _random_weight(shape, "up", dtype, routing.offsets)
+    bias = _random_bias(shape, "up", hidden.device)
+    rows = int(routing.offsets[-1])
+    return Product(_operand(hidden, dtype), weight, bias, rows, routing.offsets, routing.index)
+
+
+def _down_product(shape: MoeShape, dtype: torch.dtype, active: Tensor, offsets: Tensor) -> Product:
+    weight = _random_weight(shape, "down", dtype, offsets)
+    bias = _random_bias(shape, "down", active.device)
+    return Product(_operand(active, dtype), weight, bias, len(active), offsets)
+
+
+def _operand(x: Tensor, dtype: torch.dtype) -> Operand:
+    return Operand(x) if dtype == torch.bfloat16 else Operand(*quantize_per_token(x, dtype))
+
+
+def _random_weight(shape: MoeShape, name: str, dtype: torch.dtype, offsets: Tensor) -> Operand:
+    """Normal weights of unit gain, for the experts that have rows.
+
+    The others are never read, nor is their memory touched: a large model fits in a small host.
+    """
+    n, k = shape.gemms[name]
+    counts = offsets.diff(prepend=offsets.new_zeros(1))
+    values = torch.empty(shape.num_experts, n, k, dtype=dtype, device=offsets.device)
+    scale = torch.ones(shape.num_experts, n, device=offsets.device)
+    for expert in counts.nonzero().flatten().tolist():
+        dense = torch.randn(1, n, k, device=offsets.device).div_(k**0.5)
+        if dtype == torch.bfloat16:
+            values[expert] = dense[0]
+        else:
+            values[expert], scale[expert] = (part[0] for part in quantize_per_channel(dense, dtype))
+    return Operand(values, None if dtype == torch.bfloat16 else scale)
+
+
+def _random_bias(shape: MoeShape, name: str, device: torch.device) -> Tensor | None:
+    if not shape.bias:
+        return None
+    n = shape.gemms[name].n
+    return torch.randn(shape.num_experts, n, device=device, dtype=torch.bfloat16)
+
+
+def _measure_product(name: str, product: Product, table: Table) -> tuple[Tensor, float]:
+    """Runs a product and adds its row to the table. Returns its result and relative error."""
+    gpu = product.offsets.is_cuda
+    out, seconds = _run_timed(product.run, gpu)
+    if gpu:
+        error = _relative_error(out, product.run(grouped_matmul_reference))
+    else:
+        error = _relative_error(*_some_rows(product, out))
+    tokens, moved = len(product.x.values), product.moved_weights()
+    moved += product.x.values.nbytes + out.nbytes
+    table.add_row(name, *_cells(tokens, product.rows, seconds, product.flops(), moved, error, gpu))
+    return out, error
+
+
+def _cells(
+    tokens: int, rows: int, seconds: float, flops: float, moved: float, error: float, gpu: bool
+) -> tuple[str, ...]:
+    return (
+        str(tokens),
+        str(rows),
+        f"{seconds * 1e6:.1f} us" if gpu else f"{seconds:.2f} s",
+        f"{flops / seconds / 1e12:.3g}",
+        f"{moved / seconds / 1e9:.3g}",
+        f"{error:.2e}",
+    )
+
+
+def _run_timed(call: Callable[[], Tensor], gpu: bool) -> tuple[Tensor, float]:
+    """The result, and seconds of one call: on a GPU the median of many."""
+    start = time.perf_counter()
+    out = call()
+    if not gpu:
+        return out, time.perf_counter() - start
+    times = []
+    for _ in range(LAUNCHES):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e-3)
+    return out, median(times)
+
+
+def _some_rows(product: Product, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Some rows of out, and the same made one by one in float32: no code of the reference."""
+    rows = torch.linspace(0, product.rows - 1, CHECKED_ROWS).long().unique()
+    experts = torch.searchsorted(product.offsets, rows, right=True)
+    tokens = rows if product.index is None else product.index[rows].long()
+    pairs = zip(experts, tokens, strict=True)
+    expected = torch.stack([_dense(product.weight, e) @ _dense(product.x, t) for e, t in pairs])
+    if product.bias is not None:
+        expected += product.bias[experts]
+    return out[rows], expected
+
+
+def _dense(operand: Operand, i: Tensor) -> Tensor:
+    values = operand.values[i].float()
+    return values if operand.scale is None else values * operand.scale[i][..., None]
+
+
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    expected = expected.double()
+    return float((got.double() - expected).norm() / expected.norm())

@@ -1,0 +1,169 @@
+"""Images in files: how an image is written down, the directory that holds images, whom to trust.
+
+An image is two files, <arch>/<key>/{kernel.cubin, launch.json}, in a directory or in an archive
+(`cutlass_moe.archive`). launch.json holds the cubin's sha256 and a seal, the sha256 of everything
+else in it and of its place. Hashes find damage; against malice stands the rule that only the owner
+of a root may write to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from emitters.spec.image import Image, LaunchRecord
+
+CUBIN = "kernel.cubin"
+RECORD = "launch.json"
+PLACE = re.compile(r"(sm_\d+[a-z]?)/([0-9a-f]{64})")  # arch and key
+TRUST = "CUTLASS_MOE_TRUST_ROOT"
+
+
+class DamagedImage(ValueError):
+    """An image, or a whole archive, is incomplete or is not what was written."""
+
+
+class UntrustedRoot(RuntimeError):
+    """Others could have written the code in a root."""
+
+
+class Files(NamedTuple):
+    """The contents of an image's files."""
+
+    record: bytes
+    cubin: bytes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of a root. cubin_bytes: the size of its cubin."""
+
+    root: Path
+    arch: str
+    key: str
+    record: LaunchRecord
+    cubin_bytes: int
+
+
+class Root(Protocol):
+    """A place where images are read."""
+
+    path: Path
+
+    def names(self) -> list[tuple[str, str]]:
+        """(arch, key) of every image, sound or not, in order. Raises DamagedImage."""
+
+    def files(self, arch: str, key: str) -> Files | None:
+        """What is there, or None. Raises DamagedImage, UntrustedRoot."""
+
+
+class Directory:
+    """The images of a directory, which others may be writing to or emptying."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def names(self) -> list[tuple[str, str]]:
+        places = (PLACE.fullmatch("/".join(p.parts[-2:])) for p in self.path.glob("sm_*/*"))
+        return sorted((place[1], place[2]) for place in places if place)
+
+    def files(self, arch: str, key: str) -> Files | None:
+        place = self.path / arch / key
+        while True:
+            try:
+                require_trust(self.path, os.stat(self.path))
+                directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                raise DamagedImage(f"{self.path}: {arch}/{key}: {error}") from error
+            try:  # both files of one generation, whatever is renamed meanwhile
+                return Files(*(_read_file(place / name, directory) for name in (RECORD, CUBIN)))
+            except OSError as error:
+                if _is_at(directory, place):
+                    raise DamagedImage(f"{self.path}: {arch}/{key}: {error}") from error
+            finally:
+                os.close(directory)
+
+
+def read_image(root: Root, arch: str, key: str) -> Image | None:
+    """An image that is what was written, or None. Raises DamagedImage, UntrustedRoot."""
+    files = root.files(arch, key)
+    if files is None:
+        return None
+    try:
+        return image_of(arch, key, files)
+    except ValueError as error:
+        raise DamagedImage(f"{root.path}: {arch}/{key}: {error}") from error
+
+
+def files_of(arch: str, key: str, image: Image) -> Files:
+    """An image as it is written at a place: the same image gives the same bytes."""
+    record = json.loads(image.record.to_json())
+    sealed = {**record, "seal": _seal(arch, key, record)}
+    text = json.dumps(sealed, indent=1, sort_keys=True) + "\n"
+    return Files(text.encode(), image.cubin)
+
+
+def image_of(arch: str, key: str, files: Files) -> Image:
+    """Inverse of `files_of`. Raises ValueError where a file is not what was written there."""
+    plain = json.loads(files.record)
+    if not isinstance(plain, dict) or plain.pop("seal", None) != _seal(arch, key, plain):
+        raise ValueError(f"{RECORD} is not what was written")
+    record = LaunchRecord.from_json(json.dumps(plain))
+    if hashlib.sha256(files.cubin).hexdigest() != record.cubin_sha256:
+        raise ValueError(f"{CUBIN} of {len(files.cubin)} bytes is not what was written")
+    return Image(files.cubin, record)
+
+
+def require_trust(path: Path, status: os.stat_result) -> None:
+    """Raises UntrustedRoot where others than this user and root can write a file or directory.
+
+    CUTLASS_MOE_TRUST_ROOT=1 trusts them.
+    """
+    user = os.geteuid()
+    if os.environ.get(TRUST) == "1":
+        return
+    if status.st_uid not in (0, user):
+        why = f"belongs to user {status.st_uid}, expected {user} (this process's) or 0"
+    elif status.st_mode & 0o022:
+        why = f"can be written by others (mode {status.st_mode & 0o7777:o}): chmod -R go-w"
+    else:
+        return
+    raise UntrustedRoot(
+        f"images are code, and {path} {why}. Set {TRUST}=1 to trust whoever can write there"
+    )
+
+
+def sync_directory(path: Path) -> None:
+    """Returns once the names in a directory are on disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_file(path: Path, directory: int) -> bytes:
+    descriptor = os.open(path.name, os.O_RDONLY, dir_fd=directory)
+    with os.fdopen(descriptor, "rb") as file:
+        require_trust(path, os.fstat(descriptor))
+        return file.read()
+
+
+def _is_at(directory: int, place: Path) -> bool:
+    """Whether an open directory is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(directory), os.stat(place))
+    except OSError:
+        return False
+
+
+def _seal(arch: str, key: str, record: dict[str, Any]) -> str:
+    text = json.dumps([arch, key, record], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,105 @@
+"""What a call of fused_moe may look like, and the problems it poses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cutlass_moe.layer.steps import LayerProblems, Projection, layer_problems
+from cutlass_moe.operands import DTYPES, QUANTS, Layer, LayerOptions
+from cutlass_moe.ops._checks import (
+    check_accumulation,
+    check_activation,
+    check_weight,
+    expect,
+    is_n_major,
+)
+from cutlass_moe.ops.activations import is_gated
+from cutlass_moe.ops.route import check_capacity
+
+_HIDDEN = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_layer(layer: Layer, options: LayerOptions, out: Tensor | None = None) -> None:
+    """Raises ValueError or TypeError, with what was expected and what came. Extents may be
+    symbolic."""
+    hidden, w13, w2 = layer.hidden, layer.w13, layer.w2
+    device = hidden.get_device()
+    if options.quant is not None and options.quant not in QUANTS:
+        raise ValueError(f"quant: expected None, 'fp8' or 'int8', got {options.quant!r}")
+    check_capacity(options.capacity_factor)
+    if hidden.dim() != 2 or w13.dim() != 3 or w2.dim() != 3 or layer.topk_ids.dim() != 2:
+        raise ValueError(
+            "expected hidden [T, H], w13 [E, 2I or I, H], w2 [E, H, I] and topk_ids [T, k], got "
+            + ", ".join(str(tuple(t.shape)) for t in (hidden, w13, w2, layer.topk_ids))
+        )
+    check_activation("w13", w13, options.activation, options.interleaved)
+    gates = 2 if is_gated(options.activation) else 1
+    tokens, width = hidden.shape
+    experts, _, inter = w2.shape
+    choices = (tokens, layer.topk_ids.shape[1])
+    expect("hidden", hidden, device, _HIDDEN, (hidden.shape,))
+    expect("topk_ids", layer.topk_ids, device, (torch.int32, torch.int64), (choices,))
+    expect("topk_weights", layer.topk_weights, device, (torch.float32,), (choices,))
+    dtype = QUANTS[options.quant] if options.quant else hidden.dtype
+    check_accumulation(options.accumulation, dtype)
+    for name, weight, shape in (
+        ("w13", w13, (experts, gates * inter, width)),
+        ("w2", w2, (experts, width, inter)),
+    ):
+        check_weight(name, weight, hidden, shape, dtype)
+        scale, bias = getattr(layer, f"{name}_scale"), getattr(layer, f"{name}_bias")
+        if (scale is None) != (options.quant is None):
+            raise ValueError(f"{name}_scale: needed with quant, and only then")
+        if scale is not None:
+            shapes = (shape[:2], (experts,))
+            expect(f"{name}_scale", scale, device, (torch.float32,), shapes)
+        if bias is not None:
+            expect(f"{name}_bias", bias, device, _FLOATS, (shape[:2],))
+    if layer.expert_map is not None:
+        count = layer.expert_map.numel()
+        expect("expert_map", layer.expert_map, device, (torch.int32,), ((count,),))
+    if layer.residual is not None:
+        expect("residual", layer.residual, device, (hidden.dtype,), (hidden.shape,))
+    if out is not None:
+        expect("out", out, device, (hidden.dtype,), (hidden.shape,))
+
+
+def check_addresses(layer: Layer, out: Tensor) -> None:
+    """Raises ValueError where kernels could not read or write at the tensors' addresses."""
+    wide = (layer.hidden, layer.w13, layer.w2, layer.residual, out)
+    if any(tensor is not None and tensor.data_ptr() % 16 for tensor in wide):
+        raise ValueError(
+            "hidden, w13, w2, residual and out: expected addresses in multiples of 16 bytes"
+        )
+    narrow = (layer.w13_scale, layer.w2_scale, layer.w13_bias, layer.w2_bias)
+    if any(tensor is not None and tensor.data_ptr() % 8 for tensor in narrow):
+        raise ValueError("scales and biases: expected addresses in multiples of 8 bytes")
+
+
+def problems_of(layer: Layer, options: LayerOptions) -> LayerProblems:
+    """Of checked arguments of `fused_moe`."""
+    num_experts, hidden, inter = layer.w2.shape
+
+    def projection(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Projection:
+        return Projection(
+            0 if scale is None else scale.dim(),
+            None if bias is None else DTYPES[bias.dtype],
+            is_n_major(weight),
+        )
+
+    return layer_problems(
+        num_experts,
+        layer.topk_ids.shape[1],
+        hidden,
+        inter,
+        (DTYPES[layer.w2.dtype], DTYPES[layer.hidden.dtype]),
+        options.activation,
+        (
+            projection(layer.w13, layer.w13_scale, layer.w13_bias),
+            projection(layer.w2, layer.w2_scale, layer.w2_bias),
+        ),
+        options.accumulation,
+        8 * layer.topk_ids.dtype.itemsize,
+    )

@@ -1,0 +1,68 @@
+"""Experts on padded rows, in plain PyTorch: what modules train with and references use."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cutlass_moe.ops.activations import activate
+from cutlass_moe.ops.quantize import quantize_per_token_reference
+
+
+class Experts(NamedTuple):
+    """Weights of a layer's experts, as `fused_moe` takes them."""
+
+    w13: Tensor
+    w2: Tensor
+    w13_scale: Tensor | None = None
+    w2_scale: Tensor | None = None
+    w13_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
+
+    def only(self, e: int) -> Experts:
+        """Those of one expert."""
+        return Experts(*(None if part is None else part[e : e + 1] for part in self))  # type: ignore
+
+
+def feed_forward(
+    x: Tensor,
+    x_scale: Tensor | None,
+    experts: Experts,
+    activation: str,
+    interleaved: bool = False,
+) -> Tensor:
+    """x [E, M, H] -> [E, M, H]: each expert on rows of its own, in x's dtype.
+
+    x_scale [E, M] says that x holds 8-bit values: the activation is then quantised as well.
+    """
+    w13, w2, w13_scale, w2_scale, w13_bias, w2_bias = experts
+    up = _product(x, x_scale, w13, w13_scale, w13_bias)
+    active = activate(up, activation, interleaved)
+    if x_scale is None:
+        return _product(active, None, w2, w2_scale, w2_bias)
+    values, scale = quantized(active, w2.dtype, x.dtype)
+    return _product(values, scale, w2, w2_scale, w2_bias)
+
+
+def quantized(x: Tensor, dtype: torch.dtype, to: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [..., K] -> the values of its 8-bit form and their scale [...], both in dtype `to`.
+
+    Without a gradient.
+    """
+    values, scale = quantize_per_token_reference(x.detach(), dtype)
+    return values.to(to), scale.to(to)
+
+
+def _product(
+    x: Tensor, x_scale: Tensor | None, weight: Tensor, scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """[E, M, N] of x [E, M, K], x_scale [E, M], weight [E, N, K], scale [E, N] or [E], bias
+    [E, N]."""
+    product = torch.bmm(x, weight.to(x.dtype).transpose(1, 2))
+    if x_scale is not None:
+        product = product * x_scale[..., None]
+    if scale is not None:
+        product = product * scale.to(x.dtype).view(len(weight), 1, -1)
+    return product if bias is None else product + bias.to(x.dtype)[:, None]

@@ -1,0 +1,65 @@
+"""The problems of a layer's kernels, and all that a model's kernels are built for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cutlass_moe.layer.steps import LayerProblems, Projection, layer_problems
+from cutlass_moe.models.shapes import DTYPES, MoeShape
+from emitters.spec.dtypes import DType
+from emitters.spec.gemm import GemmProblem
+from emitters.spec.layer_steps import (
+    MAX_FUSED_EXPERTS,
+    RouteLogitsProblem,
+    TopkProblem,
+)
+from emitters.spec.registry import Problem
+
+
+def problems_of_shape(shape: MoeShape, dtype: str) -> LayerProblems:
+    """Of a model's layer as `fused_moe` is called for it: bfloat16 outside, a scale a channel, a
+    bfloat16 bias, int32 ids, of which a token has those of all ranks.
+
+    dtype: "fp8" (e4m3), "int8" or "bf16". Raises ValueError for another.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}")
+    operand = DTYPES[dtype]
+    each = Projection(2 if operand.quantized else 0, DType.BF16 if shape.bias else None)
+    return layer_problems(
+        shape.num_experts,
+        shape.routed.top_k,
+        shape.hidden,
+        shape.inter,
+        (operand, DType.BF16),
+        shape.activation,
+        (each, each),
+    )
+
+
+def gemm_problems(shape: MoeShape, dtype: str) -> dict[str, GemmProblem]:
+    """A model's grouped GEMMs: "up" (rows gathered) and "down" (rows in order), with bf16 output,
+    and "activated", the up projection of `fused_moe`. Arguments as in `problems_of_shape`."""
+    layer = problems_of_shape(shape, dtype)
+    up = replace(layer.up, out=DType.BF16, epilogue=layer.up.epilogue[:-1])
+    return {"up": up, "down": layer.down, "activated": layer.up}
+
+
+def model_problems(shape: MoeShape, dtype: str) -> dict[str, Problem]:
+    """All that a model's layer launches by `grouped_matmul`, `fused_moe`, `quantize_per_token` of
+    bf16, and by `route`, `topk_router` and `route_logits` of bf16 or float32 logits, with the
+    model's scoring and groups. Arguments as in `problems_of_shape`."""
+    layer = problems_of_shape(shape, dtype)
+    found: dict[str, Problem] = {**gemm_problems(shape, dtype), "combine": layer.combine}
+    for bits in (32, 64):
+        found[f"route int{bits}"] = replace(layer.route, id_bits=bits)
+    for logits in (DType.BF16, DType.FP32):
+        router = (shape.routed.num_experts, logits, shape.scoring, shape.num_groups)
+        found[f"topk_router {logits}"] = TopkProblem(*router)
+        if shape.routed.num_experts <= MAX_FUSED_EXPERTS and shape.all_ranks is None:
+            found[f"route_logits {logits}"] = RouteLogitsProblem(*router)
+    if layer.quantize_hidden and layer.quantize_active:
+        found["quantize hidden"] = layer.quantize_hidden
+        found["quantize activated"] = layer.quantize_active
+        found["quantize inter"] = replace(layer.quantize_hidden, k=shape.inter)
+    return found

@@ -1,0 +1,123 @@
+"""Named shapes of mixture-of-experts layers that people run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from emitters.spec.dtypes import DType
+from emitters.spec.gemm import ActivationFunction
+from emitters.spec.layer_steps import SCORINGS
+
+DTYPES = {"fp8": DType.E4M3, "int8": DType.INT8, "bf16": DType.BF16}  # as users call them
+_ACTIVATIONS = tuple(map(str, ActivationFunction))
+
+
+class Gemm(NamedTuple):
+    """One expert's matrix product: N columns of output, K of input."""
+
+    n: int
+    k: int
+
+
+class Routed(NamedTuple):
+    """What a router sees of a layer: all ranks' experts, and how many a token chooses of them."""
+
+    num_experts: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """hidden: width of the layer's input and output; inter: width between the projections, of one
+    expert; bias: whether both projections have one; activation: as in `grouped_matmul`; scoring and
+    num_groups: the router's, as in `topk_router`; all_ranks: where other ranks have experts too.
+    Raises ValueError for values of other types, sizes below 1, unknown names and groups that do
+    not divide."""
+
+    name: str
+    num_experts: int
+    top_k: int
+    hidden: int
+    inter: int
+    bias: bool = False
+    activation: str = "swiglu"
+    scoring: str = "softmax"
+    num_groups: int = 1
+    all_ranks: Routed | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("num_experts", "top_k", "hidden", "inter", "num_groups"):
+            value = getattr(self, field)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{self.name}: {field} must be a positive integer, got {value!r}")
+        if type(self.name) is not str or type(self.bias) is not bool:
+            raise ValueError(f"expected a string as name and a bool as bias, got {self}")
+        for field, names in (("activation", _ACTIVATIONS), ("scoring", SCORINGS)):
+            value = getattr(self, field)
+            if value not in names:
+                expected = ", ".join(names)
+                raise ValueError(f"{self.name}: {field} must be one of {expected}, got {value!r}")
+        if self.routed.num_experts % self.num_groups:
+            raise ValueError(
+                f"{self.name}: num_groups {self.num_groups} does not divide "
+                f"{self.routed.num_experts} experts"
+            )
+
+    def shard(self, tp: int = 1, ep: int = 1) -> MoeShape:
+        """What one rank holds of the layer: 1 / tp of each expert's inter, 1 / ep of the experts.
+
+        Its top_k is the mean number of local experts a token visits, rounded down, at least 1.
+        Raises ValueError where tp or ep does not divide.
+        """
+        if self.inter % tp:
+            raise ValueError(f"{self.name}: tp {tp} does not divide inter {self.inter}")
+        if self.num_experts % ep:
+            raise ValueError(f"{self.name}: ep {ep} does not divide {self.num_experts} experts")
+        return replace(
+            self,
+            name=self.name + (f"-tp{tp}" if tp > 1 else "") + (f"-ep{ep}" if ep > 1 else ""),
+            num_experts=self.num_experts // ep,
+            top_k=max(1, self.top_k // ep),
+            inter=self.inter // tp,
+            all_ranks=self.routed if ep > 1 else self.all_ranks,
+        )
+
+    @property
+    def routed(self) -> Routed:
+        """The experts that tokens choose among, and how many each chooses."""
+        return self.all_ranks or Routed(self.num_experts, self.top_k)
+
+    @property
+    def gemms(self) -> dict[str, Gemm]:
+        """up makes the activation's columns from a token, down makes a token from its result."""
+        columns = 2 * self.inter if ActivationFunction(self.activation).gated else self.inter
+        return {"up": Gemm(columns, self.hidden), "down": Gemm(self.hidden, self.inter)}
+
+
+MODELS: dict[str, MoeShape] = {
+    shape.name: shape
+    for shape in (
+        MoeShape("qwen3-30b", 128, 8, 2048, 768),
+        MoeShape("qwen3-235b", 128, 8, 4096, 1536),
+        MoeShape("qwen3-next", 512, 10, 2048, 512),
+        MoeShape("mixtral", 8, 2, 4096, 14336),
+        MoeShape("dsv3", 256, 8, 7168, 2048, scoring="sigmoid", num_groups=8),
+        # one of 8 ranks: a token visits about one local expert
+        MoeShape(
+            "dsv3-ep8",
+            32,
+            1,
+            7168,
+            2048,
+            scoring="sigmoid",
+            num_groups=8,
+            all_ranks=Routed(256, 8),
+        ),  # fmt: skip
+        MoeShape("dsv2-lite", 64, 6, 2048, 1408),
+        MoeShape("kimi-k2", 384, 8, 7168, 2048, scoring="sigmoid"),
+        MoeShape("glm-4.5-air", 128, 8, 4096, 1408, scoring="sigmoid"),
+        MoeShape("llama4-maverick", 128, 1, 5120, 8192, scoring="sigmoid"),
+        MoeShape("gpt-oss-120b", 128, 4, 2880, 2880, bias=True, activation="swiglu_oai"),
+    )
+}

@@ -1,0 +1,83 @@
+"""Activations of an up projection, and their gradients, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from emitters.spec.gemm import ActivationFunction
+
+GATED = tuple(str(function) for function in ActivationFunction if function.gated)
+NOT_GATED = tuple(str(function) for function in ActivationFunction if not function.gated)
+ACTIVATIONS = GATED + NOT_GATED
+_OAI_LIMIT, _OAI_SLOPE = 7.0, 1.702
+
+
+def is_gated(activation: str | None) -> bool:
+    return activation is not None and ActivationFunction(activation).gated
+
+
+def activate(x: Tensor, activation: str, interleaved: bool = False) -> Tensor:
+    """[..., N] -> [..., N], or [..., N / 2] where gated: of [gate, up] halves or, interleaved, of
+    columns gate, up, gate, up, ... Raises ValueError for another activation."""
+    if activation not in ACTIVATIONS:
+        expected = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation: expected one of {expected}, got {activation!r}")
+    function = ActivationFunction(activation)
+    if not function.gated:
+        return _ungated(x, function)
+    gate, up = _gate_and_up(x, interleaved)
+    if function is ActivationFunction.SWIGLU_OAI:
+        gate, up = gate.clamp(max=_OAI_LIMIT), up.clamp(-_OAI_LIMIT, _OAI_LIMIT)
+        return gate * torch.sigmoid(_OAI_SLOPE * gate) * (up + 1)
+    return _ungated(gate, function) * up
+
+
+def activate_backward(
+    grad: Tensor, x: Tensor, activation: str, interleaved: bool = False
+) -> Tensor:
+    """The gradient of `activate`'s x, from that of its result."""
+    function = ActivationFunction(activation)
+    if not function.gated:
+        return grad * _slope(x, function)
+    result = torch.empty_like(x)
+    gate, up = _gate_and_up(x, interleaved)
+    gate_grad, up_grad = _gate_and_up(result, interleaved)
+    if function is ActivationFunction.SWIGLU_OAI:
+        below, inside = gate <= _OAI_LIMIT, up.abs() <= _OAI_LIMIT
+        gate, up = gate.clamp(max=_OAI_LIMIT), up.clamp(-_OAI_LIMIT, _OAI_LIMIT)
+        sigmoid = torch.sigmoid(_OAI_SLOPE * gate)
+        slope = sigmoid * (1 + _OAI_SLOPE * gate * (1 - sigmoid))
+        gate_grad.copy_(grad * (up + 1) * slope * below)
+        up_grad.copy_(grad * gate * sigmoid * inside)
+    else:
+        gate_grad.copy_(grad * up * _slope(gate, function))
+        up_grad.copy_(grad * _ungated(gate, function))
+    return result
+
+
+def _gate_and_up(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    if interleaved:
+        return x[..., ::2], x[..., 1::2]
+    gate, up = x.chunk(2, -1)
+    return gate, up
+
+
+def _ungated(x: Tensor, function: ActivationFunction) -> Tensor:
+    if function in (ActivationFunction.SILU, ActivationFunction.SWIGLU):
+        return functional.silu(x)
+    if function in (ActivationFunction.GELU, ActivationFunction.GEGLU):
+        return functional.gelu(x)
+    positive = x.relu()
+    return positive.square() if function is ActivationFunction.RELU2 else positive
+
+
+def _slope(x: Tensor, function: ActivationFunction) -> Tensor:
+    """Of `_ungated` at x."""
+    one = torch.ones_like(x)
+    if function in (ActivationFunction.SILU, ActivationFunction.SWIGLU):
+        return torch.ops.aten.silu_backward(one, x)
+    if function in (ActivationFunction.GELU, ActivationFunction.GEGLU):
+        return torch.ops.aten.gelu_backward(one, x)
+    return 2 * x.relu() if function is ActivationFunction.RELU2 else (x > 0).to(x.dtype)

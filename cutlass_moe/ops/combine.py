@@ -1,0 +1,186 @@
+"""combine: each token's output, the weighted sum of its rows of the product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cutlass_moe.operands import DTYPES
+from cutlass_moe.ops.dispatch import launch_step, step_kernel
+from cutlass_moe.ops.grouped_matmul import wants_gradient
+from emitters.spec.layer_steps import CombineProblem
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MAX_ELEMENTS = 2**34  # of out, exclusive: a thread of a launch takes 8
+
+_lib = torch.library.Library("cutlass_moe", "FRAGMENT")
+_INPUTS = "Tensor rows, Tensor topk_weights, Tensor inverse, Tensor? residual"
+_lib.define(f"combine({_INPUTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_lib.define(f"combine_out(Tensor(a!) out, {_INPUTS}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def combine(
+    rows: Tensor,
+    topk_weights: Tensor,
+    inverse: Tensor,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """out[t] = residual[t] + sum over j of topk_weights[t, j] * rows[inverse[t, j]], in float32 and
+    in the order of j.
+
+    rows [R, N]: bfloat16, float16 or float32. topk_weights float32 [T, k]. inverse int32 [T, k]: a
+    pair whose inverse lies outside [0, R), -1 say, adds nothing, not even a NaN. residual [T, N] of
+    rows' dtype. All on one device, contiguous.
+
+    Returns out, [T, N] of rows' dtype; one that is given is written, and may be the residual.
+    Raises TypeError or ValueError, with what was expected and what came, for malformed arguments,
+    RuntimeError where a gradient would be lost: combine has none.
+    """
+    tensors = (rows, topk_weights, inverse, residual, out)
+    if wants_gradient(tensors):
+        raise RuntimeError(
+            "combine has no gradient and an argument requires one: detach it, or call under "
+            "torch.no_grad()"
+        )
+    if out is None:
+        return torch.ops.cutlass_moe.combine.default(rows, topk_weights, inverse, residual)
+    torch.ops.cutlass_moe.combine_out.default(out, rows, topk_weights, inverse, residual)
+    return out
+
+
+def combine_values(
+    rows: tuple[int, int], topk_weights: int, inverse: int, residual: int, out: tuple[int, int]
+) -> list[int]:
+    """What the kernel of a CombineProblem is launched with, on `ctas(tokens, threads)` CTAs.
+
+    rows, out: address and number of rows; others: addresses, residual may be 0. In a dependent
+    launch topk_weights and inverse are read before the kernel before this one is waited for.
+    """
+    return [rows[0], topk_weights, inverse, residual, out[0], rows[1], out[1]]
+
+
+def _check(
+    rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None, out: Tensor | None
+) -> None:
+    if rows.dtype not in _DTYPES:
+        raise TypeError(f"rows: expected {', '.join(map(str, _DTYPES))}, got {rows.dtype}")
+    if rows.dim() != 2 or inverse.dim() != 2:
+        got = f"{tuple(rows.shape)} and {tuple(inverse.shape)}"
+        raise ValueError(f"expected rows [R, N] and inverse [T, k], got {got}")
+    pairs, shape = tuple(inverse.shape), (inverse.shape[0], rows.shape[1])
+    for name, tensor, dtype, wanted in (
+        ("rows", rows, rows.dtype, tuple(rows.shape)),
+        ("topk_weights", topk_weights, torch.float32, pairs),
+        ("inverse", inverse, torch.int32, pairs),
+        ("residual", residual, rows.dtype, shape),
+        ("out", out, rows.dtype, shape),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+        if tensor.shape != wanted:
+            raise ValueError(f"{name}: expected shape {wanted}, got {tuple(tensor.shape)}")
+        if tensor.device != rows.device:
+            raise ValueError(
+                f"{name}: expected a tensor on {rows.device}, got one on {tensor.device}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+
+
+def _combine(
+    rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
+) -> Tensor:
+    _check(rows, topk_weights, inverse, residual, None)
+    out = _empty(rows, inverse)
+    _into(out, rows, topk_weights, inverse, residual)
+    return out
+
+
+def _combine_out(
+    out: Tensor, rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
+) -> None:
+    _check(rows, topk_weights, inverse, residual, out)
+    _into(out, rows, topk_weights, inverse, residual)
+
+
+def _into(
+    out: Tensor, rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
+) -> None:
+    if out.numel() >= _MAX_ELEMENTS:
+        raise ValueError(f"out: expected fewer than 2^34 elements, got {out.numel()}")
+    kernel = None
+    if rows.is_cuda and out.numel():
+        large = (rows, out) if residual is None else (rows, residual, out)
+        if any(tensor.data_ptr() % 16 for tensor in large):
+            raise ValueError("rows, residual and out: expected addresses in multiples of 16 bytes")
+        problem = CombineProblem(DTYPES[rows.dtype], rows.shape[1], inverse.shape[1])
+        kernel = step_kernel(problem, rows.get_device())
+    if kernel is None:
+        combine_reference(rows, topk_weights, inverse, residual=residual, out=out)
+        return
+    values = combine_values(
+        (rows.data_ptr(), len(rows)),
+        topk_weights.data_ptr(),
+        inverse.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        (out.data_ptr(), len(out)),
+    )
+    launch_step(kernel, values, problem.ctas(len(out), kernel.record.threads), rows.get_device())
+
+
+def _empty(rows: Tensor, inverse: Tensor) -> Tensor:
+    return rows.new_empty((inverse.shape[0], rows.shape[1]))
+
+
+def _fake(rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None) -> Tensor:
+    _check(rows, topk_weights, inverse, residual, None)
+    return _empty(rows, inverse)
+
+
+def _fake_out(
+    out: Tensor, rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
+) -> None:
+    _check(rows, topk_weights, inverse, residual, out)
+
+
+for _name, _implementation, _meta in (
+    ("combine", _combine, _fake),
+    ("combine_out", _combine_out, _fake_out),
+):
+    for _key in ("CPU", "CUDA"):
+        _lib.impl(_name, _implementation, _key)
+    torch.library.register_fake(f"cutlass_moe::{_name}", _meta, lib=_lib)
+
+
+def combine_reference(
+    rows: Tensor,
+    topk_weights: Tensor,
+    inverse: Tensor,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """[T, N] of rows' dtype: residual[t] + sum over j of topk_weights[t, j] * rows[inverse[t, j]].
+
+    rows [R, N], topk_weights [T, k] and residual [T, N]: floating point. inverse int32 or int64
+    [T, k]: a pair whose inverse lies outside [0, R) adds nothing, whatever it and the rows hold.
+    Sums run over j in order, in float32 or in float64 where rows have it. out, where given, is
+    written and returned; it may have another dtype.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    count = len(rows)
+    if not count:
+        rows = rows.new_zeros(1, rows.shape[1])  # for the pairs without a row to point at
+    total = rows.new_zeros(len(inverse), rows.shape[1], dtype=wide)
+    if residual is not None:
+        total = total + residual.to(wide)
+    for row, weight in zip(inverse.unbind(1), topk_weights.unbind(1), strict=True):
+        kept = (row >= 0) & (row < count)
+        values = rows[row.where(kept, 0).long()].to(wide)
+        values = values.masked_fill(~kept[:, None], 0)
+        total = total + values * weight.to(wide).masked_fill(~kept, 0)[:, None]
+    return total.to(rows.dtype) if out is None else out.copy_(total)

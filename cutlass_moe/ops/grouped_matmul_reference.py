@@ -1,0 +1,203 @@
+"""The grouped matrix product and its gradients in plain PyTorch: what the kernels are held to.
+
+CPU tensors and problems without a kernel take this path. It reads `offsets` back and walks the
+experts on the host, so it is neither fast nor fit for CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cutlass_moe.ops.activations import activate, activate_backward, is_gated
+
+Tensors = tuple[Tensor | None, ...]
+_BLOCK_ELEMENTS = 1 << 24  # of the largest float64 temporary: 128 MiB
+
+
+def grouped_matmul_reference(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    index: Tensor | None = None,
+    offsets: Tensor,
+    per_token_scale: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    interleaved: bool = False,
+    starts: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    accumulation: str | None = None,
+    expected_rows: int | None = None,
+    num_sms: int | None = None,
+) -> Tensor:
+    """`cutlass_moe.grouped_matmul` in float64: zeros in rows that belong to no expert.
+
+    Takes the arguments of `grouped_matmul`, which checks them, and float32 and float64 operands
+    besides. `out_dtype` defaults to bfloat16 for 8-bit operands and to x's dtype for others.
+    `accumulation`, `expected_rows` and `num_sms` concern kernels only.
+    """
+    rows = len(x) if index is None else len(index)
+    default = torch.bfloat16 if x.element_size() == 1 else x.dtype
+    n = weight.shape[1]
+    columns = n // 2 if is_gated(activation) else n
+    out = x.new_zeros((rows, columns), dtype=out_dtype or default)
+    grouped_matmul_reference_out(
+        out,
+        x,
+        weight,
+        index=index,
+        offsets=offsets,
+        per_token_scale=per_token_scale,
+        scale=scale,
+        bias=bias,
+        activation=activation,
+        interleaved=interleaved,
+        starts=starts,
+    )
+    return out
+
+
+def grouped_matmul_reference_out(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    index: Tensor | None = None,
+    offsets: Tensor,
+    per_token_scale: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    interleaved: bool = False,
+    starts: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    accumulation: str | None = None,
+    expected_rows: int | None = None,
+    num_sms: int | None = None,
+) -> None:
+    """`cutlass_moe.grouped_matmul_out` in float64: writes the rows of `out` that experts have.
+
+    Products, sums (exact for int8), scales, bias and activation are float64; the result is
+    converted once, to out's dtype, whatever `out_dtype` says. A row whose index lies outside [0, T)
+    becomes zeros, without bias.
+    """
+    step = max(1, _BLOCK_ELEMENTS // max(weight.shape[1:]))
+    for expert, first, last in _groups(starts, offsets, len(out)):
+        for start in range(first, last, step):
+            end = min(start + step, last)
+            row, token = _inside(index, start, end, x)
+            result = x[token].double() @ weight[expert].double().T
+            if per_token_scale is not None:
+                result *= per_token_scale.flatten()[token].double()[:, None]
+            if scale is not None:
+                result *= scale[expert].flatten().double()
+            if bias is not None:
+                result += bias[expert].double()
+            if activation is not None:
+                result = activate(result, activation, interleaved)
+            out[start:end] = 0
+            out[row] = result.to(out.dtype)
+
+
+def grouped_matmul_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    index: Tensor | None,
+    offsets: Tensor,
+    per_token_scale: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    starts: Tensor | None = None,
+    activation: str | None = None,
+    interleaved: bool = False,
+    needs: tuple[bool, ...],
+) -> Tensors:
+    """Gradients of (x, weight, per_token_scale, scale, bias); None where not asked for or absent.
+
+    grad is the result's gradient, the rest the product's inputs, none of them 8-bit.
+    Sums run in float32, in float64 for float64 operands; a gradient has its input's shape and
+    dtype. A token that several rows read collects their sum; rows of no expert and rows of an index
+    outside [0, T) give nothing.
+    """
+    inputs = (x, weight, per_token_scale, scale, bias)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # An expert's weights are written once: no wide copy of all of them.
+    grads = tuple(
+        torch.zeros_like(tensor, dtype=tensor.dtype if tensor is weight else wide)
+        if need and tensor is not None
+        else None
+        for tensor, need in zip(inputs, needs, strict=True)
+    )
+    for expert, first, last in _groups(starts, offsets, len(grad)):
+        row, token = _inside(index, first, last, x)
+        _add_expert(grads, expert, token, grad[row].to(wide), inputs, activation, interleaved)
+    return tuple(
+        None if total is None or tensor is None else total.to(tensor.dtype)
+        for total, tensor in zip(grads, inputs, strict=True)
+    )
+
+
+def _add_expert(
+    grads: Tensors,
+    expert: int,
+    token: Tensor,
+    grad: Tensor,
+    inputs: Tensors,
+    activation: str | None,
+    interleaved: bool,
+) -> None:
+    """Adds to `grads` what the rows of one expert give; token and grad are those of these rows."""
+    x, weight, per_token_scale, scale, bias = inputs
+    dx, dweight, dtoken, dscale, dbias = grads
+    assert x is not None and weight is not None
+    a, b = x[token].to(grad.dtype), weight[expert].to(grad.dtype)
+    one = grad.new_ones(1)
+    by_row = one if per_token_scale is None else per_token_scale.flatten()[token][:, None]
+    by_column = one if scale is None else scale[expert].flatten()
+    if activation is not None:
+        before = a @ b.T * by_row * by_column
+        if bias is not None:
+            before += bias[expert]
+        grad = activate_backward(grad, before, activation, interleaved)
+    if dbias is not None:
+        dbias[expert] = grad.sum(0)
+    if dtoken is not None:
+        share = (grad * (a @ b.T) * by_column).sum(1)
+        dtoken.index_add_(0, token, share.view(-1, *dtoken.shape[1:]))
+    if dscale is not None:
+        share = (grad * (a @ b.T) * by_row).sum(0)
+        dscale[expert] = share.sum_to_size(by_column.shape).view(dscale.shape[1:])
+    grad = grad * by_row * by_column
+    if dx is not None:
+        dx.index_add_(0, token, grad @ b)
+    if dweight is not None:
+        dweight[expert] = grad.T @ a
+
+
+def _groups(starts: Tensor | None, ends: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, end) of every expert that has rows. starts: default the ends before."""
+    given = None if starts is None or not rows else starts.tolist()
+    first = 0
+    for expert, end in enumerate(ends.tolist() if rows else ()):  # no rows: nothing is read
+        if given is not None:
+            first = max(given[expert], 0)
+        last = min(end, rows)
+        if first < last:
+            yield expert, first, last
+            first = last
+
+
+def _inside(index: Tensor | None, start: int, end: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of rows [start, end) whose token exists, and their tokens: int64, on x's device."""
+    row = torch.arange(start, end, device=x.device)
+    if index is None:
+        return row, row
+    token = index[start:end].long()
+    inside = (token >= 0) & (token < len(x))
+    return row[inside], token[inside]

@@ -1,0 +1,405 @@
+"""index_group_matmul: the grouped product of operands that come whole or one tensor per expert.
+
+Weights are never copied: slices at equal distances become a view, others a table of tensor maps.
+Other operands become a view where they lie end to end, else they are copied to the workspace.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cutlass_moe.operands import Operands, Options
+from cutlass_moe.ops import dispatch
+from cutlass_moe.ops._checks import check, check_out
+from cutlass_moe.ops.dispatch import enqueue, pose
+from cutlass_moe.ops.grouped_matmul import wants_gradient
+from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference_out
+from cutlass_moe.runtime import library
+from cutlass_moe.runtime.fallback import announce_fallback
+from cutlass_moe.runtime.kernel import GemmKernel
+from cutlass_moe.runtime.workspace import Place, WorkspacePlan, found, stand_in, view_of_slices
+from emitters.spec.gemm import WeightStorage
+from emitters.spec.image import TENSOR_MAP_BYTES
+from emitters.spec.registry import why_illegal
+
+Tensors = Tensor | Sequence[Tensor]
+
+
+def index_group_matmul(
+    x: Tensors,
+    weight: Tensors,
+    scale: Tensors | None,
+    per_token_scale: Tensors | None,
+    group_list: Tensor,
+    out: Tensors,
+    *,
+    index: Tensor | None = None,
+    group_list_type: str = "cumsum",
+    bias: Tensor | None = None,
+    accumulation: str | None = None,
+    expected_rows: int | None = None,
+    num_sms: int | None = None,
+) -> None:
+    """`grouped_matmul_out` whose operands are tensors or lists: of one, or of one per expert.
+
+    x [T, K], or [M_e, K] for each expert e, of the dtypes of `grouped_matmul`.
+    weight [E, N, K], or [N, K] for each expert, of x's dtype, K dense.
+    scale float32 [E, N], [E, N, 1] or [E], or [N], [N, 1], [1] or [] for each expert.
+    per_token_scale float32 [T] or [T, 1], or [M_e] or [M_e, 1] for each expert. 8-bit operands need
+      both scales, others take None as well.
+    group_list int32 or int64 [E] on x's device, never read by the host: cumulative ends of the
+      experts' rows (group_list_type "cumsum") or their numbers of rows ("count").
+    out [rows, N], or [M_e, N] for each expert: bfloat16, float16 or float32.
+    index int32 [rows]: the row of x that each row of the product reads, rows sorted by expert; x
+      and per_token_scale are then single tensors. Without it row r reads row r of x.
+    bias, accumulation, expected_rows, num_sms: as in `grouped_matmul`.
+
+    Experts' rows follow each other from row 0 on. But where x, per_token_scale or out come one per
+    expert, an expert's rows are the first of its tensor's, as many as group_list counts, at most
+    all. Other rows of out are left untouched. Single tensors, and lists whose tensors are parts of
+    one, cost nothing; other lists, but weights, are copied by every call. CPU tensors take the
+    reference. Raises ValueError or TypeError, with what was expected and what came, for malformed
+    arguments; RuntimeError where a gradient would be lost, and where a list needs a table from the
+    host while a CUDA graph is captured: prepare that call before with
+    `index_group_matmul_workspace_size`.
+    """
+    size, executor = index_group_matmul_workspace_size(
+        x, weight, scale, per_token_scale, group_list, out,
+        index=index, group_list_type=group_list_type, bias=bias, accumulation=accumulation,
+        expected_rows=expected_rows, num_sms=num_sms,
+    )  # fmt: skip
+    executor.run(torch.empty(size, dtype=torch.uint8, device=executor.device))
+
+
+def index_group_matmul_workspace_size(
+    x: Tensors,
+    weight: Tensors,
+    scale: Tensors | None,
+    per_token_scale: Tensors | None,
+    group_list: Tensor,
+    out: Tensors,
+    *,
+    index: Tensor | None = None,
+    group_list_type: str = "cumsum",
+    bias: Tensor | None = None,
+    accumulation: str | None = None,
+    expected_rows: int | None = None,
+    num_sms: int | None = None,
+) -> tuple[int, Executor]:
+    """The first step of `index_group_matmul`: checks its arguments, loads the kernel.
+
+    Returns the bytes of workspace that a run needs, and the executor whose `run` is the second
+    step. Raises what `index_group_matmul` raises.
+    """
+    arguments = _Arguments(
+        x, weight, scale, per_token_scale, group_list, out,
+        index, group_list_type, bias, accumulation, expected_rows, num_sms,
+    )  # fmt: skip
+    executor = Executor(arguments)
+    return executor.workspace_size, executor
+
+
+class _Arguments(NamedTuple):
+    x: Tensors
+    weight: Tensors
+    scale: Tensors | None
+    per_token_scale: Tensors | None
+    group_list: Tensor
+    out: Tensors
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
+    group_list_type: str
+    bias: Tensor | None
+    accumulation: str | None
+    expected_rows: int | None
+    num_sms: int | None
+
+
+class Executor:
+    """A checked call of `index_group_matmul`, to be run any number of times.
+
+    It keeps the call's tensors, which every run reads anew. It must outlive the runs it enqueued
+    and the CUDA graphs that captured one: they read tables in its pinned host memory.
+    workspace_size: bytes of workspace that a run needs. device: of all tensors.
+    """
+
+    def __init__(self, arguments: _Arguments) -> None:
+        self._arguments = arguments
+        self.device = _check_tensors(arguments)
+        self._weights = weights = _weights(arguments.weight)
+        experts = len(weights)
+        n, k = weights.shape[1:] if isinstance(weights, Tensor) else weights[0].shape
+        _check_groups(arguments, experts)
+        x = _entries("x", arguments.x, experts)
+        out = _entries("out", arguments.out, experts)
+        token_scale = _entries("per_token_scale", arguments.per_token_scale, experts)
+        scale = _scales(arguments.scale, experts, n)
+
+        self._plan = plan = WorkspacePlan(self.device)
+        lengths = _lengths({"x": x, "per_token_scale": token_scale, "out": out}, arguments.index)
+        self._limits = plan.table(_limits(lengths)) if lengths else None
+        self._groups = self._ends = None
+        group_list, kind = arguments.group_list, arguments.group_list_type
+        if lengths or kind == "count" or group_list.dtype != torch.int32:
+            self._groups = plan.place((2 * experts,), torch.int32)
+            self._ends = plan.place((experts,), torch.int32)
+        self._out = plan.join(out)
+        self._operands: tuple[Tensor | Place | None, ...] = (
+            plan.join(x),
+            weights if isinstance(weights, Tensor) else weights[0].expand(experts, n, k),
+            arguments.index,
+            self._ends or group_list,
+            plan.join(token_scale) if token_scale else None,
+            plan.join(scale) if scale else None,
+            arguments.bias,
+        )
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Checks what the operands will be once they are joined; finds the problem, its kernel."""
+        arguments, weights = self._arguments, self._weights
+        operands, out = Operands(*map(stand_in, self._operands)), stand_in(self._out)
+        asked = (arguments.accumulation, arguments.expected_rows, arguments.num_sms)
+        options = Options(out.dtype, *asked)
+        strides = {operands.weight.stride()}
+        if isinstance(weights, list):
+            strides = {(0, *weight.stride()) for weight in weights}
+        for stride in strides:
+            weight = operands.weight.new_empty_strided(operands.weight.shape, stride)
+            operands = operands._replace(weight=weight)
+            check(operands, options)
+        check_out(out, operands, options, out.dtype)
+
+        problem = pose(operands, out.dtype, arguments.accumulation)
+        if isinstance(weights, list):
+            problem = replace(problem, weights=WeightStorage.TABLE)
+        self._launch: tuple[GemmKernel, int] | None = None
+        self._table: Place | None = None
+        self._why_illegal: str | None = None
+        if self.device.type == "cuda" and len(out):
+            index = self.device.index
+            self._why_illegal = why_illegal(problem, arch=library.device_arch(index))
+            if self._why_illegal is None:
+                self._launch = dispatch.choose_launch(
+                    problem, index, len(operands.x), len(out), options
+                )
+                if isinstance(weights, list):
+                    self._table = self._plan.table(_tensor_maps(self._launch[0], weights))
+        self.workspace_size = self._plan.size
+
+    def run(
+        self, workspace: Tensor | None = None, stream: torch.cuda.Stream | int | None = None
+    ) -> None:
+        """Enqueues the product and returns at once: allocates nothing and waits for nothing.
+
+        workspace: contiguous uint8 [workspace_size or more] on the call's device, which no other
+        run uses until this one is done; None where workspace_size is 0. stream: default torch's
+        current one; a handle's stream must outlive the executor. May be captured in a CUDA graph.
+        Raises ValueError for another workspace or a stream of another device. (CPU tensors, and
+        problems without a kernel, take the reference, which allocates and waits.)
+        """
+        workspace = self._plan.aligned(workspace)
+        with self._on(stream), torch.no_grad():
+            self._plan.fill(workspace)
+            self._find_ends(workspace)
+            self._compute(workspace)
+            self._plan.write_back(self._out, workspace)
+
+    def _on(self, stream: torch.cuda.Stream | int | None) -> AbstractContextManager[Any]:
+        if stream is None:
+            return nullcontext()
+        if self.device.type != "cuda":
+            raise ValueError(f"stream: expected None for tensors on {self.device}, got {stream}")
+        if not isinstance(stream, torch.cuda.Stream):
+            # 0 and 1 both mean the default stream, and ExternalStream takes neither
+            handle, default = int(stream), torch.cuda.default_stream(self.device)
+            external = torch.cuda.ExternalStream
+            stream = external(handle, device=self.device) if handle > 1 else default
+        if stream.device != self.device:
+            raise ValueError(f"stream: expected one of {self.device}, got one of {stream.device}")
+        return torch.cuda.stream(stream)
+
+    def _find_ends(self, workspace: Tensor) -> None:
+        """int32 ends of the experts' rows from group_list. Not by cumsum, which allocates."""
+        if self._ends is None or self._groups is None:
+            return
+        ends, groups = self._ends.of(workspace), self._groups.of(workspace)
+        experts, given = len(ends), self._arguments.group_list
+        counted = self._arguments.group_list_type == "count"
+        if self._limits is None and not counted:
+            ends.copy_(given)
+            return
+        groups[:experts].zero_()
+        groups[experts:].copy_(given)
+        if self._limits is not None:
+            starts, limits = self._limits.of(workspace)
+            torch.add(starts, groups[experts:], out=ends)
+            if not counted:
+                ends.sub_(groups[experts - 1 : -1])
+            torch.minimum(ends, limits, out=ends)
+        else:  # windows over zeros and counts, each of which reaches one count further
+            torch.sum(groups[1:].unfold(0, experts, 1), 1, dtype=torch.int32, out=ends)
+
+    def _compute(self, workspace: Tensor) -> None:
+        starts = None if self._limits is None else self._limits.of(workspace)[0]
+        parts = (found(part, workspace) for part in self._operands)
+        operands = Operands(*parts)._replace(starts=starts)
+        out: Tensor = found(self._out, workspace)
+        if self._launch is not None:
+            table = self._table.of(workspace).data_ptr() if self._table else 0
+            enqueue(*self._launch, out, operands, table=table)
+        elif len(out):
+            if self._why_illegal is not None:
+                announce_fallback(self._why_illegal)
+            _reference(out, operands, self._weights)
+
+
+def _weights(value: Tensors) -> Tensor | list[Tensor]:
+    """[E, N, K] where that takes no copy, else [N, K] of every expert."""
+    single = isinstance(value, Tensor)
+    entries = _entries("weight", value, 1 if single else len(value))
+    shape = entries[0].shape
+    if len(entries) == 1 and len(shape) == 3:
+        return entries[0]
+    for e, entry in enumerate(entries):
+        if single or len(shape) != 2 or entry.shape != shape:
+            wanted = "[E, N, K]" if single else f"[N, K] as weight[0], {tuple(shape)}"
+            raise ValueError(f"weight[{e}]: expected {wanted}, got {tuple(entry.shape)}")
+    if len(entries) == 1:
+        return entries[0][None]
+    stacked = view_of_slices(entries)
+    return entries if stacked is None else stacked
+
+
+def _scales(value: Tensors | None, experts: int, n: int) -> list[Tensor]:
+    """One tensor as `grouped_matmul` takes it, or a row of one, [1, N] or [1], for each expert."""
+    entries = _entries("scale", value, experts)
+    wholes = ((experts, n), (experts, n, 1), (experts,))
+    if len(entries) < experts or (len(entries) == 1 and entries[0].shape in wholes):
+        return entries
+    shapes = ((n,), (n, 1), (1,), ())
+    for e, entry in enumerate(entries):
+        if entry.shape not in shapes:
+            wanted = " or ".join(map(str, shapes))
+            raise ValueError(f"scale[{e}]: expected shape {wanted}, got {tuple(entry.shape)}")
+    return [entry.view(1) if entry.numel() == 1 else entry.view(1, n) for entry in entries]
+
+
+def _entries(name: str, value: Tensors | None, experts: int) -> list[Tensor]:
+    """Of an argument: none, one tensor, or one for each expert, alike but for their first extent.
+
+    Raises TypeError and ValueError for others.
+    """
+    entries = _listed(value)
+    if value is not None and (not entries or len(entries) not in (1, experts)):
+        wanted = f"a tensor or a list of 1 or {experts}"
+        raise ValueError(f"{name}: expected {wanted}, got a list of {len(entries)}")
+    for e, entry in enumerate(entries):
+        if not isinstance(entry, Tensor):
+            raise TypeError(f"{name}[{e}]: expected a tensor, got {type(entry).__name__}")
+        first = entries[0]
+        if entry.dtype != first.dtype:
+            raise TypeError(f"{name}[{e}]: expected {first.dtype} as {name}[0], got {entry.dtype}")
+        if entry.dim() != first.dim() or entry.shape[1:] != first.shape[1:]:
+            wanted = f"{name}[0]'s shape {tuple(first.shape)} but for the first extent"
+            raise ValueError(f"{name}[{e}]: expected {wanted}, got {tuple(entry.shape)}")
+    return entries
+
+
+def _listed(value: Tensors | None) -> list[Tensor]:
+    return [] if value is None else [value] if isinstance(value, Tensor) else list(value)
+
+
+def _lengths(lists: dict[str, list[Tensor]], index: Tensor | None) -> list[int]:
+    """Rows of each expert's tensor where rows come one tensor per expert, else nothing."""
+    lengths: list[int] = []
+    for name, entries in lists.items():
+        if len(entries) < 2:
+            continue
+        if index is not None and name != "out":
+            wanted = "one tensor, whose rows the index names"
+            raise ValueError(f"{name}: expected {wanted}, got a list of {len(entries)}")
+        if not entries[0].dim():
+            raise ValueError(f"{name}[0]: expected rows, got a scalar")
+        rows = [len(entry) for entry in entries]
+        if lengths and rows != lengths:
+            raise ValueError(f"{name}: expected tensors of {lengths} rows, got {rows}")
+        lengths = rows
+    return lengths
+
+
+def _check_tensors(arguments: _Arguments) -> torch.device:
+    """The device of all tensors."""
+    names = ("x", "weight", "scale", "per_token_scale", "group_list", "out", "index", "bias")
+    listed = [(name, _listed(getattr(arguments, name))) for name in names]
+    tensors = [(name, t) for name, entries in listed for t in entries if isinstance(t, Tensor)]
+    device = tensors[0][1].device
+    for name, tensor in tensors:
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected tensors on {device}, got one on {tensor.device}")
+    if wants_gradient(tuple(tensor for _, tensor in tensors)):
+        raise RuntimeError(
+            "index_group_matmul has no gradient and an argument requires one: "
+            "use grouped_matmul, or torch.no_grad()"
+        )
+    return device
+
+
+def _check_groups(arguments: _Arguments, experts: int) -> None:
+    group_list, kind = arguments.group_list, arguments.group_list_type
+    if kind not in ("cumsum", "count"):
+        raise ValueError(f"group_list_type: expected 'cumsum' or 'count', got {kind!r}")
+    if group_list.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"group_list: expected torch.int32 or torch.int64, got {group_list.dtype}")
+    if group_list.shape != (experts,) or not group_list.is_contiguous():
+        got = f"shape {tuple(group_list.shape)}, strides {group_list.stride()}"
+        raise ValueError(f"group_list: expected shape ({experts},), contiguous, got {got}")
+
+
+# What run reads, and what it does without a kernel.
+
+
+def _limits(lengths: list[int]) -> Tensor:
+    """int32 [2, E]: where each expert's rows start, and where its tensor ends."""
+    ends = list(itertools.accumulate(lengths))
+    return torch.tensor([[0, *ends[:-1]], ends], dtype=torch.int32)
+
+
+def _tensor_maps(kernel: GemmKernel, weights: list[Tensor]) -> Tensor:
+    """uint8 [E, TENSOR_MAP_BYTES]: what a kernel reads the weights of each expert through."""
+    table = torch.empty((len(weights), TENSOR_MAP_BYTES), dtype=torch.uint8)
+    for e, weight in enumerate(weights):
+        if weight.data_ptr() % 16:
+            raise ValueError(f"weight[{e}]: expected an address that is a multiple of 16 bytes")
+        entry = kernel.encode_weight(weight.data_ptr(), (0, *weight.stride()))
+        ctypes.memmove(table[e].data_ptr(), int(entry.getPtr()), TENSOR_MAP_BYTES)
+    return table
+
+
+def _reference(out: Tensor, operands: Operands, weights: Tensor | list[Tensor]) -> None:
+    """Expert by expert, so that weights stay where they are."""
+    ends = operands.offsets.tolist()
+    starts = operands.starts
+    first_rows = [0, *ends[:-1]] if starts is None else starts.tolist()
+    index = operands.index
+    if index is None:
+        index = torch.arange(len(out), device=out.device)
+    for e, (start, end) in enumerate(zip(first_rows, ends, strict=True)):
+        rows = slice(max(start, 0), max(start, end, 0))
+        grouped_matmul_reference_out(
+            out[rows],
+            operands.x,
+            weights[e][None],
+            index=index[rows],
+            offsets=torch.tensor([len(out[rows])]),
+            per_token_scale=operands.per_token_scale,
+            scale=None if operands.scale is None else operands.scale[e : e + 1],
+            bias=None if operands.bias is None else operands.bias[e : e + 1],
+        )

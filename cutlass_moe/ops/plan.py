@@ -1,0 +1,153 @@
+"""plan: a grouped_matmul that is checked and prepared once, then launched as often as one likes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cutlass_moe.operands import Operands, Options
+from cutlass_moe.ops.dispatch import find_call
+from cutlass_moe.ops.grouped_matmul import wants_gradient
+from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference_out
+from cutlass_moe.runtime.kernel import GemmKernel
+from cutlass_moe.runtime.parameters import parameters
+from cutlass_moe.runtime.tensor_map import WeightView
+
+_ALIGNMENTS = {"x": 16, "weight": 16, "out": 16, "scale": 8, "bias": 8}  # bytes; others 4
+
+
+class Plan:
+    """What `plan` returns. Not for two threads at a time."""
+
+    def __init__(
+        self,
+        operands: Operands,
+        options: Options,
+        out: Tensor,
+        kernel: GemmKernel | None,
+        grid: int,
+    ):
+        named = {**operands._asdict(), "out": out}
+        self._tensors = {name: t for name, t in named.items() if t is not None}
+        self._device = out.get_device()
+        self._kernel = kernel
+        self._options = options
+        params: dict[str, int] = {}
+        if kernel is not None:
+            self._launch = kernel.prepare_gemm(
+                *parameters(kernel.problem, out, operands, interleaved=options.interleaved), grid
+            )
+            scale = "channel_scale" if "channel_scale" in kernel.at else "expert_scale"
+            names = {"offsets": "ends", "scale": scale}
+            params = {name: kernel.at[names.get(name, name)] for name in self._tensors}
+        self._slots = {
+            name: (t.shape, t.dtype, t.stride(), _ALIGNMENTS.get(name, 4), params.get(name, 0))
+            for name, t in self._tensors.items()
+        }
+
+    def __call__(
+        self, x: Tensor | None = None, out: Tensor | None = None, **others: Tensor
+    ) -> Tensor:
+        """Enqueues the product on torch's current stream and returns `out`.
+
+        A tensor given, by the name that `plan` knows it by, takes the place of the one before, for
+        later calls too. It must have the same shape, dtype, strides and device: raises ValueError
+        where it has not, or its address is no multiple of what the kernel needs; TypeError for a
+        name that was not planned; RuntimeError where a gradient would be lost.
+        """
+        if x is not None:
+            self._replace("x", x)
+        if out is not None:
+            self._replace("out", out)
+        for name, tensor in others.items():
+            self._replace(name, tensor)
+        tensors = self._tensors
+        if self._kernel is None:
+            grouped_matmul_reference_out(
+                **tensors,
+                activation=self._options.activation,
+                interleaved=self._options.interleaved,
+            )
+        elif torch._C._cuda_getDevice() == self._device:
+            self._enqueue(self._kernel)
+        else:
+            with torch.cuda.device(self._device):
+                self._enqueue(self._kernel)
+        return tensors["out"]
+
+    def _replace(self, name: str, tensor: Tensor) -> None:
+        slot = self._slots.get(name)
+        if slot is None:
+            raise TypeError(f"{name}: planned were {', '.join(self._tensors)}")
+        shape, dtype, strides, alignment, at = slot
+        if (
+            tensor.dtype is not dtype
+            or tensor.shape != shape
+            or tensor.stride() != strides
+            or tensor.get_device() != self._device
+        ):
+            raise ValueError(
+                f"{name}: expected {dtype} {list(shape)} with strides {strides} on "
+                f"{self._tensors[name].device}, as planned; got {tensor.dtype} "
+                f"{list(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+            )
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name} requires a gradient, and a plan has none")
+        if self._kernel is not None:
+            pointer, launch = tensor.data_ptr(), self._launch
+            if pointer % alignment:
+                raise ValueError(f"{name}: expected an address in multiples of {alignment} bytes")
+            if name == "weight":
+                view = WeightView(pointer, strides, self._options.interleaved)
+                self._kernel.set_weight(launch, view)
+            elif name != "out":
+                launch.values[at] = pointer
+            elif pointer != launch.values[at]:
+                self._kernel.set_out(launch, pointer, shape[0])
+        self._tensors[name] = tensor
+
+    def _enqueue(self, kernel: GemmKernel) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        kernel.set_counters(self._launch, stream)
+        self._launch(stream)
+
+
+def plan(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    index: Tensor | None = None,
+    offsets: Tensor,
+    per_token_scale: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    interleaved: bool = False,
+    starts: Tensor | None = None,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    accumulation: str | None = None,
+    expected_rows: int | None = None,
+    num_sms: int | None = None,
+    schedule: str | None = None,
+) -> Plan:
+    """`grouped_matmul_out` with these arguments, prepared: `p = plan(...)`, then `p()`, `p(x)` or
+    `p(x, out, index=index, ...)`.
+
+    A call checks no more than what it is given, allocates nothing and can be captured in a CUDA
+    graph. out is allocated now where none is given, and every call writes to it. The plan
+    keeps its tensors alive. It is neither differentiable nor for torch.compile. Raises as
+    `grouped_matmul_out` does.
+    """
+    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias, starts)
+    options = Options(
+        out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved
+    )
+    if wants_gradient((out, *operands)):
+        raise RuntimeError(
+            "a plan has no gradient and an argument requires one: use torch.no_grad()"
+        )
+    call = find_call(operands, out, options)
+    if out is None:
+        out = x.new_empty(call.shape, dtype=call.dtype)
+    return Plan(operands, options, out, call.kernel, call.grid)

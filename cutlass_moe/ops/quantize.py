@@ -1,0 +1,116 @@
+"""Symmetric 8-bit quantisation with one float32 scale a row: tensor ~ q * scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from cutlass_moe.operands import DTYPES
+from cutlass_moe.ops.dispatch import launch_step, step_kernel
+from emitters.spec import dtypes
+from emitters.spec.layer_steps import QuantizeProblem
+
+LARGEST = {t: dtypes.LARGEST[name] for t, name in DTYPES.items() if name in dtypes.LARGEST}
+SOURCES = (torch.bfloat16, torch.float16, torch.float32)
+_MAX_ROWS = 2**31  # of a launch, exclusive
+
+_lib = torch.library.Library("cutlass_moe", "FRAGMENT")
+_lib.define(
+    "quantize_per_token(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [T, K] of bf16, fp16 or fp32 -> (q [T, K] of `dtype`, scale float32 [T]).
+
+    dtype: torch.float8_e4m3fn, torch.float8_e5m2 or torch.int8. scale is the row's largest
+    magnitude over the dtype's (448, 57344, 127), 1 for a row of zeros; q = x / scale to nearest,
+    ties to even. A row with an infinity or a NaN gets a scale that is one too. Raises TypeError on
+    other dtypes, ValueError on another number of dimensions and where x requires grad.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"x: expected [T, K], got {list(x.shape)}")
+    _check(x, dtype)
+    return torch.ops.cutlass_moe.quantize_per_token.default(x, dtype)
+
+
+def quantize_per_channel(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """weight [E, N, K] -> (q [E, N, K], scale float32 [E, N]); else as `quantize_per_token`."""
+    if weight.dim() != 3:
+        raise ValueError(f"weight: expected [E, N, K], got {list(weight.shape)}")
+    _check(weight, dtype)
+    q, scale = torch.ops.cutlass_moe.quantize_per_token.default(weight.flatten(0, 1), dtype)
+    return q.view(weight.shape), scale.view(weight.shape[:2])
+
+
+def quantize_per_token_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`quantize_per_token` in plain PyTorch: the same bits, but for q of rows that are not finite.
+
+    x may have more dimensions.
+    """
+    largest = LARGEST[dtype]
+    magnitude = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
+    # by a tensor: CUDA's division by a number multiplies by its reciprocal
+    scale = magnitude.float() / torch.full((), largest, device=x.device)
+    scale = scale.where(scale != 0, 1.0)  # zeros, and magnitudes that vanish in the division
+    scaled = (x.float() / scale[..., None]).clamp_(-largest, largest)
+    if dtype == torch.int8:
+        scaled.round_()  # ties to even; the conversion alone would cut off
+    return scaled.to(dtype), scale
+
+
+def quantize_values(
+    x: int, q: int, scale: int, rows: int, *, last_end: int = 0, early: bool = False
+) -> list[int]:
+    """What the kernel of a QuantizeProblem is launched with, on `problem.ctas(rows, threads)` CTAs.
+
+    x, q and scale: addresses. last_end: address of an int32, rows from there on are left alone; 0:
+    none are. In a dependent launch it is read before the kernel before this one is waited for, and
+    with `early` x is too and q and scale are written.
+    """
+    return [x, last_end, q, scale, rows, int(early)]
+
+
+def _check(x: Tensor, dtype: torch.dtype) -> None:
+    if dtype not in LARGEST:
+        raise TypeError(f"dtype: expected one of {_names(LARGEST)}, got {dtype}")
+    if x.dtype not in SOURCES:
+        raise TypeError(f"values to quantise: expected {_names(SOURCES)}, got {x.dtype}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "values to quantise: expected none that require grad (quantisation has no gradient; "
+            "detach them or call under torch.no_grad()), got some that do"
+        )
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(dtype) for dtype in dtypes)
+
+
+def _empty(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+def _on_cuda(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0 or x.shape[0] >= _MAX_ROWS:
+        return quantize_per_token_reference(x, dtype)
+    x = x.contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()
+    q, scale = _empty(x, dtype)
+    rows, k = x.shape
+    problem = QuantizeProblem(DTYPES[x.dtype], DTYPES[dtype], k)
+    kernel = step_kernel(problem, x.get_device())
+    if kernel is None:
+        return quantize_per_token_reference(x, dtype)
+    values = quantize_values(x.data_ptr(), q.data_ptr(), scale.data_ptr(), rows)
+    launch_step(kernel, values, problem.ctas(rows, kernel.record.threads), x.get_device())
+    return q, scale
+
+
+_lib.impl("quantize_per_token", quantize_per_token_reference, "CPU")
+_lib.impl("quantize_per_token", _on_cuda, "CUDA")
+torch.library.register_fake("cutlass_moe::quantize_per_token", _empty, lib=_lib)

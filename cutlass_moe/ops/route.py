@@ -1,0 +1,296 @@
+"""From each token's experts to rows sorted by expert, without a wait for the device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cutlass_moe.choose.heuristics_sm90 import FEW_PAIRS
+from cutlass_moe.ops.dispatch import step_kernel
+from cutlass_moe.runtime.kernel import Kernel
+from emitters.spec.layer_steps import RouteProblem
+
+_IDS = {torch.int32: 32, torch.int64: 64}
+_MAX_PAIRS = 1 << 28  # 128 CTAs' ranks of 21 bits
+# Measured on an H200.
+_ONE_CTA_PAIRS = 1536  # up to so many one launch is faster than two
+_CTA_PAIRS, _MOST_CTAS = 1024, 128  # of two launches
+
+
+@dataclass(frozen=True)
+class RoutingTable:
+    """Rows of the product, sorted by expert.
+
+    index    int32 [rows]   token of each row, -1 in rows past offsets[-1]; rows = topk_ids.numel()
+    offsets  int32 [E]      cumulative ends: rows [offsets[e - 1], offsets[e]) are expert e's
+    inverse  int32, shaped like topk_ids: row of each (token, choice) pair, -1 where it was dropped
+    """
+
+    index: Tensor
+    offsets: Tensor
+    inverse: Tensor
+
+    @staticmethod
+    def empty(topk_ids: Tensor, num_experts: int) -> RoutingTable:
+        """Uninitialised, for these ids."""
+        index, inverse = (topk_ids.new_empty(s, dtype=torch.int32) for s in _shapes(topk_ids))
+        offsets = topk_ids.new_empty(num_experts, dtype=torch.int32)
+        return RoutingTable(index, offsets, inverse)
+
+
+def route(
+    topk_ids: Tensor,
+    num_experts: int,
+    *,
+    expert_map: Tensor | None = None,
+    capacity_factor: float | None = None,
+    pdl: bool = True,
+) -> RoutingTable:
+    """Sorts (token, choice) pairs by expert, stably: by token, then choice, within an expert.
+
+    topk_ids: int32 or int64 [T, top_k], or [T] for one choice. A pair whose id lies outside
+      [0, num_experts) is dropped: it takes no row.
+    expert_map int32 [global experts]: for topk_ids that are global ids, the one among the
+      num_experts experts here that each stands for, or -1; ids outside the map are dropped.
+    capacity_factor: an expert has at most ceil(topk_ids.numel() / experts * capacity_factor) rows,
+      experts being num_experts or, with an expert_map, its length; its later pairs are dropped.
+    pdl: kernels may start before their predecessors end (programmatic dependent launch), for which
+      they wait before they read anything.
+
+    Nothing is read back to the host; works under CUDA graphs and torch.compile. Raises TypeError on
+    another dtype, ValueError on another shape or device, on num_experts < 1 and on a negative or
+    infinite capacity_factor.
+    """
+    _check(topk_ids, num_experts, expert_map, capacity_factor)
+    return RoutingTable(*_op(topk_ids, num_experts, expert_map, capacity_factor, pdl))
+
+
+def route_reference(
+    topk_ids: Tensor,
+    num_experts: int,
+    *,
+    expert_map: Tensor | None = None,
+    capacity_factor: float | None = None,
+) -> RoutingTable:
+    """`route` in plain PyTorch."""
+    _check(topk_ids, num_experts, expert_map, capacity_factor)
+    experts = topk_ids.flatten()
+    if expert_map is not None:
+        known = (experts >= 0) & (experts < len(expert_map))
+        padded = torch.cat([expert_map, expert_map.new_full((1,), -1)])
+        experts = padded[experts.where(known, len(expert_map)).long()]
+    kept = (experts >= 0) & (experts < num_experts)
+    # num_experts: a bin behind all experts. int32 sorts in half the passes of int64.
+    bins = torch.arange(num_experts, dtype=torch.int32, device=topk_ids.device)
+    rows = torch.arange(experts.numel(), dtype=torch.int32, device=topk_ids.device)
+    experts, order = torch.sort(experts.where(kept, num_experts).int(), stable=True)
+    ends = torch.searchsorted(experts, bins, right=True, out_int32=True)
+    capacity = row_capacity(topk_ids, _num_ids(num_experts, expert_map), capacity_factor)
+    if capacity < topk_ids.numel():
+        starts = torch.nn.functional.pad(ends, (1, 0))[experts.long()]
+        experts = experts.where(rows - starts < capacity, num_experts)
+        experts, again = torch.sort(experts, stable=True)
+        order = order[again]
+        ends = torch.searchsorted(experts, bins, right=True, out_int32=True)
+    kept = experts < num_experts
+    choices = max(topk_ids[:1].numel(), 1)
+    index = order.div(choices, rounding_mode="floor").where(kept, -1).int()
+    inverse = torch.empty_like(rows).scatter_(0, order, rows.where(kept, -1))
+    return RoutingTable(index, ends, inverse.view(topk_ids.shape))
+
+
+def renormalize_kept(topk_weights: Tensor, inverse: Tensor) -> Tensor:
+    """Of each token, the weights of pairs without a row shared out among those that have one.
+
+    topk_weights [T, k], floating point; inverse [T, k] of a `RoutingTable` of all experts: that of
+    one rank's does not tell dropped pairs from those of other ranks. Returns weights that have the
+    same sum a token, 0 where inverse is -1; a token without a row has zeros alone. Raises
+    ValueError on different shapes.
+    """
+    if topk_weights.shape != inverse.shape:
+        expected, got = list(inverse.shape), list(topk_weights.shape)
+        raise ValueError(f"topk_weights: expected {expected} as inverse has, got {got}")
+    kept = topk_weights.where(inverse >= 0, 0)
+    left = kept.sum(-1, keepdim=True)
+    share = topk_weights.sum(-1, keepdim=True) / left
+    return kept * share.where(left != 0, 0)
+
+
+def check_capacity(capacity_factor: float | None) -> None:
+    if capacity_factor is not None and not 0 <= capacity_factor < math.inf:
+        raise ValueError(f"capacity_factor: expected 0 or more, finite, got {capacity_factor}")
+
+
+def _num_ids(num_experts: int, expert_map: Tensor | None) -> int:
+    """Experts that ids may name."""
+    return num_experts if expert_map is None else expert_map.numel()
+
+
+def row_capacity(topk_ids: Tensor, num_experts: int, capacity_factor: float | None) -> int:
+    """The most rows that an expert may have. num_experts: of all ranks."""
+    if capacity_factor is None:
+        return topk_ids.numel()
+    return min(
+        math.ceil(topk_ids.numel() / max(num_experts, 1) * capacity_factor), topk_ids.numel()
+    )
+
+
+def route_grid(pairs: int, num_experts: int) -> int:
+    """CTAs that `launch_route` takes for so many pairs: one does all in one launch, several take
+    two."""
+    if pairs <= _ONE_CTA_PAIRS:
+        return 1
+    share = max(_CTA_PAIRS, 2 * num_experts)  # each CTA reads the histograms of all
+    return min(-(-pairs // share), _MOST_CTAS)
+
+
+def route_scratch(pairs: int, num_experts: int) -> int:
+    """int32 of scratch memory that `launch_route` needs."""
+    grid = route_grid(pairs, num_experts)
+    return grid * num_experts if grid > 1 else 0
+
+
+def find_route(num_experts: int, dtype: torch.dtype, pairs: int, device: int) -> Kernel | None:
+    """The kernel for so many ids of `dtype`; None, and a warning, where there is none.
+
+    Raises what `step_kernel` raises.
+    """
+    return step_kernel(RouteProblem(num_experts, _IDS[dtype]), device, few=pairs <= FEW_PAIRS)
+
+
+class RoutePlaces(NamedTuple):
+    """Addresses of a RoutingTable's tensors, and of `route_scratch` int32 or more."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index
+    offsets: int
+    inverse: int
+    scratch: int
+
+
+def launch_route(
+    kernel: Kernel,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    num_experts: int,
+    capacity: int,
+    places: RoutePlaces,
+    stream: int,
+    pdl: bool = True,
+) -> None:
+    """Enqueues a kernel of `find_route`; allocates nothing and checks nothing.
+
+    Tensors are contiguous and on the current device. pdl: launches may start before what they
+    follow ends, and wait for it before they read or write anything.
+    """
+    grid = route_grid(topk_ids.numel(), num_experts)
+    values = [
+        topk_ids.data_ptr(),
+        0 if expert_map is None else expert_map.data_ptr(),
+        _num_ids(num_experts, expert_map),
+        topk_ids.numel(),
+        topk_ids.shape[1] if topk_ids.dim() == 2 else 1,
+        capacity,
+        *places,
+    ]
+    if grid == 1:
+        kernel.launch([*values, 0], 1, stream, pdl)
+    else:
+        kernel.launch([*values, 1], grid, stream, pdl)
+        kernel.launch([*values, 2], grid, stream, pdl)
+
+
+def _check(
+    topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, capacity_factor: float | None
+) -> None:
+    if topk_ids.dtype not in _IDS:
+        raise TypeError(f"topk_ids: expected int32 or int64, got {topk_ids.dtype}")
+    if topk_ids.dim() not in (1, 2):
+        raise ValueError(f"topk_ids: expected [T, top_k] or [T], got {list(topk_ids.shape)}")
+    if topk_ids.numel() > _MAX_PAIRS:
+        raise ValueError(f"topk_ids: expected at most {_MAX_PAIRS} ids, got {topk_ids.numel()}")
+    if num_experts < 1:
+        raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+    check_capacity(capacity_factor)
+    if expert_map is None:
+        return
+    if expert_map.dtype != torch.int32:
+        raise TypeError(f"expert_map: expected int32, got {expert_map.dtype}")
+    if expert_map.dim() != 1:
+        raise ValueError(f"expert_map: expected [global experts], got {list(expert_map.shape)}")
+    if expert_map.device != topk_ids.device:
+        raise ValueError(f"expert_map: expected it on {topk_ids.device}, got {expert_map.device}")
+
+
+def _shapes(topk_ids: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of index and inverse."""
+    return (topk_ids.numel(),), tuple(topk_ids.shape)
+
+
+# The op.
+
+_lib = torch.library.Library("cutlass_moe", "FRAGMENT")
+_lib.define(
+    "route(Tensor topk_ids, int num_experts, Tensor? expert_map, float? capacity_factor, bool pdl)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_op = torch.ops.cutlass_moe.route.default
+_Table = tuple[Tensor, Tensor, Tensor]
+
+
+def _on_cpu(
+    topk_ids: Tensor,
+    num_experts: int,
+    expert_map: Tensor | None,
+    capacity_factor: float | None,
+    pdl: bool,
+) -> _Table:
+    table = route_reference(
+        topk_ids, num_experts, expert_map=expert_map, capacity_factor=capacity_factor
+    )
+    return table.index, table.offsets, table.inverse
+
+
+def _on_cuda(
+    topk_ids: Tensor,
+    num_experts: int,
+    expert_map: Tensor | None,
+    capacity_factor: float | None,
+    pdl: bool,
+) -> _Table:
+    device = topk_ids.get_device()
+    kernel = find_route(num_experts, topk_ids.dtype, topk_ids.numel(), device)
+    if kernel is None:
+        return _on_cpu(topk_ids, num_experts, expert_map, capacity_factor, pdl)
+    topk_ids = topk_ids.contiguous()
+    if expert_map is not None:
+        expert_map = expert_map.contiguous()
+    table = RoutingTable.empty(topk_ids, num_experts)
+    scratch = topk_ids.new_empty(route_scratch(topk_ids.numel(), num_experts), dtype=torch.int32)
+    capacity = row_capacity(topk_ids, _num_ids(num_experts, expert_map), capacity_factor)
+    with torch.cuda.device(device):
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        tensors = (table.index, table.offsets, table.inverse, scratch)
+        places = RoutePlaces(*(tensor.data_ptr() for tensor in tensors))
+        launch_route(kernel, topk_ids, expert_map, num_experts, capacity, places, stream, pdl)
+    return table.index, table.offsets, table.inverse
+
+
+def _fake(
+    topk_ids: Tensor,
+    num_experts: int,
+    expert_map: Tensor | None,
+    capacity_factor: float | None,
+    pdl: bool,
+) -> _Table:
+    table = RoutingTable.empty(topk_ids, num_experts)
+    return table.index, table.offsets, table.inverse
+
+
+_lib.impl("route", _on_cpu, "CPU")
+_lib.impl("route", _on_cuda, "CUDA")
+torch.library.register_fake("cutlass_moe::route", _fake, lib=_lib)

@@ -1,0 +1,349 @@
+"""topk_router and route_logits: from a router's logits to experts, weights and sorted rows."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cutlass_moe.operands import DTYPES
+from cutlass_moe.ops.dispatch import launch_step, step_kernel
+from cutlass_moe.ops.grouped_matmul import wants_gradient
+from cutlass_moe.ops.route import RoutingTable, check_capacity, route, row_capacity
+from cutlass_moe.runtime.fallback import announce_fallback
+from cutlass_moe.runtime.kernel import Kernel
+from emitters.spec.layer_steps import (
+    MAX_FUSED_EXPERTS,
+    MAX_TOP_K,
+    SCORINGS,
+    RouteLogitsProblem,
+    TopkProblem,
+)
+
+_LARGEST = torch.finfo(torch.float32).max
+# Measured on an H200: up to so many tokens, and logits, one launch for all is faster than two.
+_FUSED_TOKENS, _FUSED_LOGITS = 16, 4096
+
+
+class Router(NamedTuple):
+    """What a router does with logits, in the order of the ops' schemas; see `topk_router`."""
+
+    k: int
+    scoring: str = "softmax"
+    renormalize: bool = True
+    num_groups: int = 1
+    topk_groups: int = 1
+    correction_bias: Tensor | None = None
+    scale: float = 1.0
+    threshold: float | None = None
+
+
+def topk_router(
+    logits: Tensor,
+    k: int,
+    *,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    correction_bias: Tensor | None = None,
+    scale: float = 1.0,
+    threshold: float | None = None,
+    pdl: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Each token's k experts and their weights: Mixtral, Qwen3, DeepSeek-V3, gpt-oss.
+
+    logits [T, E]: bfloat16, float16 or float32. scoring: "softmax" over all experts or "sigmoid".
+    Experts are chosen by logit; with a correction_bias (floating point [E]) or with groups, by
+      score + correction_bias. Equal ones go to the lower id, NaN comes after all numbers and has
+      score 0.
+    num_groups > 1: experts are num_groups equal runs of ids, and only those of the topk_groups runs
+      whose two best experts have the largest sum may be chosen.
+    A weight is the expert's score, without correction_bias; choices after the first whose score is
+      below `threshold` get id -1 and weight 0; renormalize divides a token's weights by their sum;
+      then all are multiplied by `scale`.
+    Kernels compute in float32, with up to 32 choices and groups of 1024 experts; for others, and
+      float64 logits, the reference runs.
+
+    pdl: the kernel may start before its predecessor ends (programmatic dependent launch), for which
+      it waits before it reads anything.
+
+    Returns (topk_weights float32 [T, k], topk_ids int32 [T, k]), best first. Raises TypeError or
+    ValueError, with what was expected and what came, for malformed arguments, RuntimeError where a
+    gradient would be lost: topk_router has none, topk_router_reference has.
+    """
+    router = Router(
+        k, scoring, renormalize, num_groups, topk_groups, correction_bias, scale, threshold
+    )
+    _refuse_gradient("topk_router", logits, correction_bias)
+    weights, ids = _topk_op(logits, *router, pdl)
+    return weights, ids
+
+
+def route_logits(
+    logits: Tensor,
+    k: int,
+    *,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    correction_bias: Tensor | None = None,
+    scale: float = 1.0,
+    threshold: float | None = None,
+    num_experts: int | None = None,
+    expert_map: Tensor | None = None,
+    capacity_factor: float | None = None,
+    pdl: bool = True,
+) -> tuple[RoutingTable, Tensor, Tensor]:
+    """`topk_router` and `route` of what it chose: (table, topk_weights, topk_ids).
+
+    num_experts: of the table, default E; with expert_map the number of experts here. A few tokens
+    take one launch, unless there is an expert_map. Weights of pairs that got no row stay as they
+    are. Raises what both raise.
+    """
+    router = Router(
+        k, scoring, renormalize, num_groups, topk_groups, correction_bias, scale, threshold
+    )
+    _refuse_gradient("route_logits", logits, correction_bias)
+    if num_experts is None and expert_map is None:
+        *table, weights, ids = _fused_op(logits, *router, capacity_factor, pdl)
+        return RoutingTable(*table), weights, ids
+    weights, ids = _topk_op(logits, *router, pdl)
+    experts = logits.shape[1] if num_experts is None else num_experts
+    table = route(ids, experts, expert_map=expert_map, capacity_factor=capacity_factor, pdl=pdl)
+    return table, weights, ids
+
+
+def router_values(
+    logits: Tensor, router: Router, bias: Tensor | None, weights: Tensor, ids: Tensor
+) -> list[int]:
+    """What the kernel of a TopkProblem is launched with, one warp a token.
+
+    bias: the router's, in float32. Tensors are contiguous.
+    """
+    return [
+        logits.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        weights.data_ptr(),
+        ids.data_ptr(),
+        len(logits),
+        router.k,
+        router.topk_groups,
+        int(router.renormalize),
+        _bits(router.scale),
+        _bits(-1.0 if router.threshold is None else router.threshold),
+    ]
+
+
+def _bits(value: float) -> int:
+    """Of a float32, as an int32."""
+    return struct.unpack("<i", struct.pack("<f", value))[0]
+
+
+def _refuse_gradient(name: str, *tensors: Tensor | None) -> None:
+    if wants_gradient(tensors):
+        raise RuntimeError(
+            f"{name} has no gradient and an argument requires one: use topk_router_reference, or "
+            "torch.no_grad()"
+        )
+
+
+def _check(logits: Tensor, router: Router) -> None:
+    bias = router.correction_bias
+    check_router(logits, router.k, router.scoring, router.num_groups, router.topk_groups, bias)
+    for name, value in (("scale", router.scale), ("threshold", router.threshold or 0.0)):
+        if not -_LARGEST <= value <= _LARGEST:
+            raise ValueError(f"{name}: expected a finite float32, got {value}")
+    if bias is None:
+        return
+    if not bias.is_floating_point():
+        raise TypeError(f"correction_bias: expected a floating-point dtype, got {bias.dtype}")
+    if bias.device != logits.device:
+        raise ValueError(f"correction_bias: expected it on {logits.device}, got {bias.device}")
+
+
+def _find(kind: type[TopkProblem], logits: Tensor, router: Router) -> Kernel | None:
+    """None, and a warning, where there is no such kernel."""
+    dtype = DTYPES.get(logits.dtype)
+    if router.k > MAX_TOP_K or dtype is None:
+        what = f"{router.k} of {logits.shape[1]} experts by {logits.dtype} logits"
+        announce_fallback(f"{what}: at most {MAX_TOP_K}, not by float64", capturable=True)
+        return None
+    problem = kind(logits.shape[1], dtype, router.scoring, router.num_groups)
+    return step_kernel(problem, logits.get_device())
+
+
+# The ops.
+
+_lib = torch.library.Library("cutlass_moe", "FRAGMENT")
+_INPUTS = (
+    "Tensor logits, int k, str scoring, bool renormalize, int num_groups, int topk_groups, "
+    "Tensor? correction_bias, float scale, float? threshold"
+)
+for _schema in (
+    f"topk_router({_INPUTS}, bool pdl) -> (Tensor, Tensor)",
+    f"route_logits({_INPUTS}, float? capacity_factor, bool pdl)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+):
+    _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+_topk_op = torch.ops.cutlass_moe.topk_router.default
+_fused_op = torch.ops.cutlass_moe.route_logits.default
+_Pair = tuple[Tensor, Tensor]
+
+
+def _empty(logits: Tensor, router: Router) -> _Pair:
+    """For weights and ids."""
+    shape = (logits.shape[0], router.k)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(shape, dtype=wide), logits.new_empty(shape, dtype=torch.int32)
+
+
+def _operands(logits: Tensor, router: Router) -> tuple[Tensor, Tensor | None]:
+    """Logits and bias as kernels read them."""
+    bias = router.correction_bias
+    return logits.contiguous(), None if bias is None else bias.float().contiguous()
+
+
+def _topk(logits: Tensor, *arguments: Any) -> _Pair:
+    router, pdl = Router(*arguments[:-1]), arguments[-1]
+    _check(logits, router)
+    kernel = None
+    if logits.is_cuda and len(logits):
+        kernel = _find(TopkProblem, logits, router)
+    if kernel is None:
+        return topk_router_reference(logits, **router._asdict())
+    weights, ids = _empty(logits, router)
+    logits, bias = _operands(logits, router)
+    warps = kernel.record.threads // 32
+    values = router_values(logits, router, bias, weights, ids)
+    launch_step(kernel, values, -(-len(logits) // warps), logits.get_device(), pdl)
+    return weights, ids
+
+
+def _route_logits(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    router, (capacity_factor, pdl) = Router(*arguments[:-2]), arguments[-2:]
+    _check(logits, router)
+    check_capacity(capacity_factor)
+    experts = logits.shape[1]
+    few = 0 < len(logits) <= _FUSED_TOKENS and logits.numel() <= _FUSED_LOGITS
+    kernel = None
+    if logits.is_cuda and few and experts <= MAX_FUSED_EXPERTS:
+        kernel = _find(RouteLogitsProblem, logits, router)
+    if kernel is None:
+        weights, ids = _topk(logits, *router, pdl)
+        table = route(ids, experts, capacity_factor=capacity_factor, pdl=pdl)
+    else:
+        weights, ids = _empty(logits, router)
+        table = RoutingTable.empty(ids, experts)
+        logits, bias = _operands(logits, router)
+        values = router_values(logits, router, bias, weights, ids)
+        values.append(row_capacity(ids, experts, capacity_factor))
+        values += (t.data_ptr() for t in (table.index, table.offsets, table.inverse))
+        launch_step(kernel, values, 1, logits.get_device(), pdl)
+    return table.index, table.offsets, table.inverse, weights, ids
+
+
+def _topk_fake(logits: Tensor, *arguments: Any) -> _Pair:
+    router = Router(*arguments[:-1])
+    _check(logits, router)
+    return _empty(logits, router)
+
+
+def _route_logits_fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    router = Router(*arguments[:-2])
+    _check(logits, router)
+    weights, ids = _empty(logits, router)
+    table = RoutingTable.empty(ids, logits.shape[1])
+    return table.index, table.offsets, table.inverse, weights, ids
+
+
+for _name, _implementation, _fake in (
+    ("topk_router", _topk, _topk_fake),
+    ("route_logits", _route_logits, _route_logits_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        _lib.impl(_name, _implementation, _key)
+    torch.library.register_fake(f"cutlass_moe::{_name}", _fake, lib=_lib)
+
+
+def topk_router_reference(
+    logits: Tensor,
+    k: int,
+    *,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    correction_bias: Tensor | None = None,
+    scale: float = 1.0,
+    threshold: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`cutlass_moe.topk_router`, differentiable in logits of any floating dtype.
+
+    Scores and weights are float32, of float64 logits float64. gpt-oss's softmax over the chosen
+    logits is softmax with renormalize. Raises as `topk_router` does.
+    """
+    check_router(logits, k, scoring, num_groups, topk_groups, correction_bias)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    missing = wide.isnan()
+    top = torch.finfo(wide.dtype).max
+    numbers = wide.clamp(-top, top).masked_fill(missing, -torch.inf)  # a NaN has no gradient
+    scores = numbers.sigmoid() if scoring == "sigmoid" else numbers.softmax(-1)
+    scores = scores.masked_fill(missing, 0)
+
+    choice = numbers.detach()
+    if num_groups > 1 or correction_bias is not None:
+        choice = scores.detach()
+        if correction_bias is not None:
+            choice = (choice + correction_bias.detach()).nan_to_num(nan=-top / 4, neginf=-top / 8)
+        choice = choice.masked_fill(missing, -top / 4)  # two of them still have a sum
+        choice = choice.masked_fill(~_allowed(choice, num_groups, topk_groups), -torch.inf)
+    ids = choice.sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+    weights = scores.gather(1, ids)
+    if threshold is not None:
+        dropped = weights < threshold
+        dropped[:, 0] = False
+        weights, ids = weights.masked_fill(dropped, 0), ids.masked_fill(dropped, -1)
+    if renormalize:
+        weights = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
+    return weights * scale, ids.int()
+
+
+def _allowed(choice: Tensor, num_groups: int, topk_groups: int) -> Tensor:
+    """Which experts belong to the groups a token may choose from: bool [T, E]."""
+    grouped = choice.unflatten(1, (num_groups, -1))
+    best = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(2)
+    groups = best.sort(dim=1, descending=True, stable=True).indices[:, :topk_groups]
+    allowed = torch.zeros_like(best, dtype=torch.bool).scatter(1, groups, True)
+    return allowed[:, :, None].expand_as(grouped).flatten(1)
+
+
+def check_router(
+    logits: Tensor,
+    k: int,
+    scoring: str,
+    num_groups: int,
+    topk_groups: int,
+    correction_bias: Tensor | None,
+) -> None:
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: expected a floating-point dtype, got {logits.dtype}")
+    if logits.dim() != 2 or not logits.shape[1]:
+        raise ValueError(f"logits: expected [T, E > 0], got {list(logits.shape)}")
+    experts = logits.shape[1]
+    if scoring not in SCORINGS:
+        raise ValueError(f"scoring: expected 'softmax' or 'sigmoid', got {scoring!r}")
+    if num_groups < 1 or experts % num_groups:
+        raise ValueError(f"num_groups: expected a divisor of {experts} experts, got {num_groups}")
+    if not 1 <= topk_groups <= num_groups:
+        raise ValueError(f"topk_groups: expected 1 to {num_groups}, got {topk_groups}")
+    most = experts // num_groups * topk_groups
+    if not 1 <= k <= most:
+        raise ValueError(f"k: expected 1 to {most}, the experts to choose from, got {k}")
+    if correction_bias is not None and correction_bias.shape != (experts,):
+        got = list(correction_bias.shape)
+        raise ValueError(f"correction_bias: expected [{experts}], got {got}")

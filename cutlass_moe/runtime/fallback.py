@@ -1,0 +1,27 @@
+"""What is said where no kernel serves a call."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+
+import torch
+
+
+def announce_fallback(reason: str, capturable: bool = False) -> None:
+    """Once a reason: a warning. With CUTLASS_MOE_STRICT=1, or under capture unless the torch path
+    is capturable: an error."""
+    if os.environ.get("CUTLASS_MOE_STRICT") == "1":
+        raise RuntimeError(f"no kernel for this problem (CUTLASS_MOE_STRICT=1): {reason}")
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if capturing and not capturable:
+        raise RuntimeError(
+            f"no kernel for this problem, and the torch path cannot be captured: {reason}"
+        )
+    _warn_once(reason)
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"no kernel for this problem, slow torch path taken: {reason}", stacklevel=2)

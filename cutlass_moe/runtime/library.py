@@ -1,0 +1,117 @@
+"""From a problem to a kernel on a device: memory, then the cache, then a compile."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import threading
+from functools import cache
+
+import torch
+
+from cutlass_moe.images.cache import Cache, MissingImage, default_cache
+from cutlass_moe.images.compiler import build_command, compile_image
+from cutlass_moe.images.roots import Entry
+from cutlass_moe.images.toolchains import default_build
+from cutlass_moe.runtime.kernel import GemmKernel, Kernel
+from emitters.spec.gemm import GemmProblem
+from emitters.spec.image import Image, image_key
+from emitters.spec.registry import AnyConfig, Problem
+
+_kernels: dict[tuple[Problem, AnyConfig, int], Kernel] = {}
+_lock = threading.Lock()
+
+
+@cache
+def device_arch(device: int) -> str:
+    """A device's compilation target: "sm_90a" for capability 9.0, else "sm_" and its digits."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+
+
+@cache
+def device_name(device: int) -> str:
+    """A device's name as tuning tables know it, "NVIDIA H200"."""
+    return torch.cuda.get_device_name(device)
+
+
+def find_image(problem: Problem, config: AnyConfig, arch: str) -> Image:
+    """The image from the cache, compiled on a miss.
+
+    Raises MissingImage, naming the command that builds it, where CUTLASS_MOE_JIT=0 forbids
+    compiling; CompileError where compiling fails.
+    """
+    key = image_key(problem, config, arch)
+    cache = default_cache()
+    forbidden = os.environ.get("CUTLASS_MOE_JIT", "1") == "0"
+    identity = None if forbidden else default_build()
+    if identity is not None:
+        return cache.load_or_build(
+            arch, key, lambda: compile_image(problem, config, arch), identity
+        )
+    image = cache.load(arch, key)
+    if image is None:
+        why = "CUTLASS_MOE_JIT=0" if forbidden else "nvidia-cutlass-dsl is not installed"
+        absent = {root for root in cache.roots if not os.path.exists(root)}
+        roots = ", ".join(f"{r}{' (does not exist)' * (r in absent)}" for r in cache.roots)
+        raise MissingImage(
+            f"no image for {problem} with {config} on {arch} in {roots}, and it may not be "
+            f"compiled here: {why}.\n{_nearest(cache, problem, config, arch)}\n"
+            f"Build it with:\n{build_command(problem, config, arch)}"
+        )
+    return image
+
+
+def _nearest(cache: Cache, problem: Problem, config: AnyConfig, arch: str) -> str:
+    """Which image comes closest: the fewest other fields of the problem, then of the config."""
+    asked = {"arch": arch, **problem.to_json()}, config.to_json()
+
+    def differences(entry: Entry) -> list[list[str]]:
+        there = {"arch": entry.arch, **entry.record.problem}, entry.record.config
+        return [
+            [
+                f"{name} {json.dumps(has.get(name))}, not {json.dumps(value)}"
+                for name, value in want.items()
+                if has.get(name) != value
+            ]
+            for want, has in zip(asked, there, strict=True)
+        ]
+
+    def distance(entry: Entry) -> tuple[int, ...]:
+        return tuple(map(len, differences(entry)))
+
+    alike = (e for e in cache.entries() if e.record.problem.get("op") == problem.op)
+    nearest = min(alike, key=distance, default=None)
+    if nearest is None:
+        return f"There are no images of {problem.op} at all."
+    words = "; ".join(itertools.chain(*differences(nearest)))
+    return f"The nearest of the images there, {nearest.key[:12]}, is for {words}."
+
+
+def is_loaded(problem: Problem, config: AnyConfig, device: int) -> bool:
+    """Whether `load` has this kernel already."""
+    return (problem, config, device) in _kernels
+
+
+def load(problem: Problem, config: AnyConfig, device: int, image: Image | None = None) -> Kernel:
+    """The kernel on CUDA device `device`, loaded at the first call.
+
+    image: what `find_image` gives, where that is known. Raises RuntimeError while a CUDA graph is
+    captured, where loading is not possible, DriverError where the driver is too old for the image,
+    and what `find_image` raises.
+    """
+    kernel = _kernels.get((problem, config, device))
+    if kernel is None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"a CUDA graph is being captured and the kernel for {problem} with {config} is not "
+                "loaded: call cutlass_moe.warmup with this problem, or run the op once, before"
+            )
+        image = image or find_image(problem, config, device_arch(device))
+        with _lock:
+            kernel = _kernels.get((problem, config, device))
+            if kernel is None:
+                kind = GemmKernel if isinstance(problem, GemmProblem) else Kernel
+                kernel = _kernels[problem, config, device] = kind(image, device)
+    return kernel

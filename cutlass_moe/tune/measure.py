@@ -1,0 +1,219 @@
+"""Measures which config serves a layer best, on a GPU: what `cutlass-moe tune` runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cutlass_moe.choose import heuristics_sm90 as heuristics
+from cutlass_moe.choose.tuned import Entry
+from cutlass_moe.images.cache import MissingImage
+from cutlass_moe.operands import DTYPES
+from cutlass_moe.ops import dispatch
+from cutlass_moe.ops.grouped_matmul import grouped_matmul_out
+from cutlass_moe.ops.route import route
+from cutlass_moe.runtime import library
+from cutlass_moe.tune.timing import batch_us, flush_buffer
+from emitters.spec.config_sm90 import GemmSm90Config
+from emitters.spec.gemm import Bias, GemmProblem
+from emitters.spec.image import Image
+from emitters.spec.registry import Config, why_illegal
+
+TOKENS = tuple(2**i for i in range(16))
+SCREENING = (2, 2)  # rounds, and launches a round, of every config
+TIMING = (3, 6)  # of those that may be the fastest
+MAYBE = 1.1  # times the fastest in screening: more than noise
+NOISE = 1.02  # times the fastest: as good as it
+HOPELESS = (
+    1.5  # times the fastest: not measured with the next number of tokens, but with the one after
+)
+
+TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in DTYPES.items()}
+Sample = Callable[[Config, int], list[float]]  # microseconds of launches
+
+
+class Measured(NamedTuple):
+    """Microseconds of configs at one size of a batch."""
+
+    tokens: int
+    rows_per_expert: float
+    us: dict[Config, float]
+
+    @property
+    def best(self) -> Config:
+        return min(self.us, key=self.us.__getitem__)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The configs of a problem that can be measured, and how many can't."""
+
+    configs: tuple[Config, ...]
+    missing: int
+    spilling: int
+
+
+def space(problem: GemmProblem) -> tuple[Config, ...]:
+    """The legal configs that may be the best for some number of rows."""
+    wide = ((64, 128), (64, 192), (64, 256), (128, 128))
+    found = [
+        GemmSm90Config(64, 128),
+        GemmSm90Config(64, 64, ctas_per_sm=2),
+        GemmSm90Config(64, 128, ctas_per_sm=2),
+        *(
+            GemmSm90Config(m, n, pingpong=True, group_m=16, cluster_m=cluster)
+            for m, n in wide
+            for cluster in (1, 2)
+        ),
+        *(GemmSm90Config(128, n, cluster_m=cluster) for n in (192, 256) for cluster in (1, 2)),
+    ]
+    sensible = (c for c in found if c.tile_n < problem.n + 64 and why_illegal(problem, c) is None)
+    return tuple(dict.fromkeys((*heuristics.candidates(problem), *sensible)))
+
+
+def gpu_name() -> str:
+    """Of the current device. Raises RuntimeError where it runs no kernels."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        raise RuntimeError("expected a GPU of compute capability 9.0 to measure on, found none")
+    return library.device_name(torch.cuda.current_device())
+
+
+def find_images(problem: GemmProblem, configs: Iterable[Config]) -> Images:
+    """Loads a kernel for each config, compiled where the cache lacks it and compiling is allowed.
+
+    Left out are kernels that spill registers. Raises MissingImage where there are no others, and
+    what `library.load` raises.
+    """
+    device = torch.cuda.current_device()
+    arch = library.device_arch(device)
+
+    def find(config: Config) -> Image | None:
+        try:
+            return library.find_image(problem, config, arch)
+        except MissingImage:
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(configs, pool.map(find, configs), strict=True))
+    sound = {c: image for c, image in found.items() if image and not image.record.spill_bytes}
+    for config, image in sound.items():
+        library.load(problem, config, device, image)
+    missing = sum(image is None for image in found.values())
+    if not sound:
+        raise MissingImage(
+            f"expected images for {problem} to measure, found none: build some with "
+            "`cutlass-moe build --for-tuning`, or install the compiler"
+        )
+    return Images(tuple(sound), missing, len(found) - len(sound) - missing)
+
+
+def measure(
+    problem: GemmProblem, top_k: int, configs: Sequence[Config], tokens: Sequence[int] = TOKENS
+) -> Iterator[Measured]:
+    """Times configs at each number of tokens, in ascending order, on the current device.
+
+    Random operands; every expert is as likely as another. Of a config that is far from the fastest
+    nothing may be known.
+    """
+    operands = Operands.of(problem, top_k, max(tokens))
+    flush = flush_buffer()
+    hopeless: set[Config] = set()
+    for count in sorted(tokens):
+        run = operands.product(count)
+
+        def sample(config: Config, launches: int, run: Callable[[], None] = run) -> list[float]:
+            with dispatch.forced_config(config):
+                return batch_us(run, launches, flush)
+
+        us = time_configs([c for c in configs if c not in hopeless], sample)
+        hopeless = {c for c in us if us[c] > HOPELESS * min(us.values())}
+        yield Measured(count, count * top_k / problem.num_experts, us)
+
+
+def choices(measured: Sequence[Measured]) -> list[Entry]:
+    """What a table says of each number of tokens.
+
+    Of configs that are equally fast, but for noise, neighbours get one: fewer images.
+    """
+    entries: list[Entry] = []
+    for one in sorted(measured, key=lambda one: one.tokens, reverse=True):
+        config = entries[-1].config if entries else one.best
+        if one.us.get(config, float("inf")) > NOISE * one.us[one.best]:
+            config = one.best
+        entries.append(Entry(one.rows_per_expert, config, one.us[config]))
+    return entries[::-1]
+
+
+def time_configs(configs: Sequence[Config], sample: Sample) -> dict[Config, float]:
+    """Microseconds of each config: a first reading of all, a closer one of those in front."""
+    first = _medians(configs, sample, *SCREENING)
+    limit = MAYBE * min(first.values())
+    return first | _medians([c for c in configs if first[c] <= limit], sample, *TIMING)
+
+
+def _medians(
+    configs: Sequence[Config], sample: Sample, rounds: int, launches: int
+) -> dict[Config, float]:
+    """Of launches in several rounds, in each of which every config takes its turn."""
+    samples: dict[Config, list[float]] = {config: [] for config in configs}
+    for _ in range(rounds):
+        for config in configs:
+            samples[config] += sample(config, launches)
+    return {config: statistics.median(us) for config, us in samples.items()}
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Random operands of a problem for up to a number of tokens."""
+
+    problem: GemmProblem
+    top_k: int
+    x: Tensor
+    fixed: dict[str, Tensor]  # weight, scale, bias
+    per_token_scale: Tensor | None
+
+    @classmethod
+    def of(cls, problem: GemmProblem, top_k: int, tokens: int) -> Operands:
+        dtype = TORCH_DTYPES[problem.operand]
+        experts, n, k = problem.num_experts, problem.n, problem.k
+        weight = torch.empty(experts, n, k, dtype=dtype, device="cuda")
+        for expert in weight:
+            expert.copy_(_values(dtype, n, k))
+        fixed = {"weight": weight}
+        if problem.operand.quantized:
+            fixed["scale"] = torch.rand(experts, n, device="cuda")
+        for node in problem.epilogue:
+            if isinstance(node, Bias):
+                bias = torch.randn(experts, n, device="cuda")
+                fixed["bias"] = bias.to(TORCH_DTYPES[node.dtype])
+        rows = tokens if problem.gather else tokens * top_k
+        scale = torch.rand(rows, device="cuda") if problem.operand.quantized else None
+        return cls(problem, top_k, _values(dtype, rows, k).to(dtype), fixed, scale)
+
+    def product(self, tokens: int) -> Callable[[], None]:
+        """Launches the product of a balanced random routing of so many tokens."""
+        problem = self.problem
+        ids = torch.rand(tokens, problem.num_experts, device="cuda").topk(self.top_k).indices
+        table = route(ids, problem.num_experts)
+        rows = tokens if problem.gather else tokens * self.top_k
+        call: dict[str, Any] = {**self.fixed, "x": self.x[:rows], "offsets": table.offsets}
+        if problem.gather:
+            call["index"] = table.index
+        if self.per_token_scale is not None:
+            call["per_token_scale"] = self.per_token_scale[:rows]
+        shape = (tokens * self.top_k, problem.n)
+        out = torch.empty(shape, dtype=TORCH_DTYPES[problem.out], device="cuda")
+        return partial(grouped_matmul_out, out, **call)
+
+
+def _values(dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+    """Normal values: what the bits are changes a GPU's power, and so its clocks."""
+    values = torch.randn(rows, columns, device="cuda")
+    return (values * 40).round_().clamp_(-127, 127) if dtype == torch.int8 else values

@@ -1,0 +1,154 @@
+"""The only place that compiles: (problem, config, arch) -> kernel image.
+
+Needs the CUTLASS DSL, but neither a GPU nor a CUDA toolkit. One compile at a time in a process:
+two threads in the DSL's compiler abort the interpreter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from emitters.compile.cubin import CubinFacts, read_cubin
+from emitters.compile.toolchain import load_toolchain, loaded_toolchain
+from emitters.spec.config_sm90 import GemmSm90Config, GemmSwapSm90Config
+from emitters.spec.gemm import GemmProblem
+from emitters.spec.identity import build_identity
+from emitters.spec.image import IMAGE_ABI, TENSOR_MAP_BYTES, Image, LaunchRecord, Param, ParamKind
+from emitters.spec.layer_steps import (
+    CombineProblem,
+    QuantizeProblem,
+    RouteLogitsProblem,
+    RouteProblem,
+    TopkProblem,
+)
+from emitters.spec.registry import AnyConfig, Problem, why_illegal
+
+if TYPE_CHECKING:
+    from emitters.templates.arguments import Argument
+
+_SIZES = {ParamKind.TENSOR_MAP: TENSOR_MAP_BYTES, ParamKind.POINTER: 8, ParamKind.INT32: 4}
+
+
+def emit(
+    problem: Problem, config: AnyConfig, arch: str = "sm_90a", toolchain: str | None = None
+) -> Image:
+    """Compiles one kernel. Raises ValueError, with the reason, where that is illegal.
+
+    toolchain: "cu12" or "cu13", one a process. Default: the one loaded, or what the DSL takes.
+    """
+    return _emit(problem, config, arch, toolchain=toolchain)[0]
+
+
+def emit_ptx(problem: Problem, config: AnyConfig, arch: str = "sm_90a") -> tuple[LaunchRecord, str]:
+    """The kernel that `emit` writes as PTX, with `.loc` lines that name the Python source."""
+    image, ptx = _emit(problem, config, arch, "--generate-line-info")
+    return image.record, ptx
+
+
+def _emit(
+    problem: Problem,
+    config: AnyConfig,
+    arch: str,
+    more_options: str = "",
+    toolchain: str | None = None,
+) -> tuple[Image, str]:
+    reason = why_illegal(problem, config, arch)
+    if reason:
+        raise ValueError(reason)
+    template = _template(problem, config, arch, toolchain)
+    arguments = template.arguments()
+    cubin, ptx = _compile(template, arguments, more_options)
+    facts = read_cubin(cubin)
+    record = LaunchRecord(
+        symbol=facts.symbol,
+        params=_params(arguments, facts),
+        tensor_maps=template.tensor_maps(),
+        smem_bytes=template.smem_bytes,
+        threads=config.threads,
+        cluster=(template.cluster, 1, 1),
+        arch=arch,
+        abi=IMAGE_ABI,
+        registers=facts.registers,
+        spill_bytes=facts.local_bytes,
+        build=build_identity(loaded_toolchain()) or "",
+        problem=problem.to_json(),
+        config=config.to_json(),
+        cubin_sha256=hashlib.sha256(cubin).hexdigest(),
+    )
+    return Image(cubin, record), ptx
+
+
+def param_kinds(
+    problem: Problem, config: AnyConfig, arch: str = "sm_90a"
+) -> list[tuple[str, ParamKind]]:
+    """A kernel's parameters in its order. Loads the DSL."""
+    return _named(_template(problem, config, arch).arguments())
+
+
+def _named(arguments: Sequence[Argument]) -> list[tuple[str, ParamKind]]:
+    return [param for argument in arguments for param in argument.params]
+
+
+def _params(arguments: Sequence[Argument], facts: CubinFacts) -> tuple[Param, ...]:
+    named = _named(arguments)
+    sizes = [_SIZES[kind] for _, kind in named]
+    if sizes != [size for _, size in facts.params]:
+        raise AssertionError(f"parameters of sizes {sizes} expected, the cubin has {facts.params}")
+    return tuple(
+        Param(name, kind, offset, size)
+        for (name, kind), (offset, size) in zip(named, facts.params, strict=True)
+    )
+
+
+def _template(problem: Problem, config: AnyConfig, arch: str, toolchain: str | None = None) -> Any:
+    """The template's instance that writes this kernel.
+
+    It has `__call__` and `kernel`, `arguments()` for the former (grid and stream come after them),
+    `tensor_maps()`, `smem_bytes` and `cluster`.
+    """
+    os.environ["CUTE_DSL_ARCH"] = arch  # read when cutlass is imported
+    if toolchain:
+        load_toolchain(toolchain)
+    from emitters.templates.combine import Combine
+    from emitters.templates.gemm_sm90 import GemmSm90
+    from emitters.templates.gemm_swap_sm90 import GemmSwapSm90
+    from emitters.templates.quantize import Quantize
+    from emitters.templates.route import Route, RouteLogits
+    from emitters.templates.router import TopkRouter
+
+    kinds: dict[str, type] = {
+        GemmSm90Config.template: GemmSm90,
+        GemmSwapSm90Config.template: GemmSwapSm90,
+        QuantizeProblem.op: Quantize,
+        CombineProblem.op: Combine,
+        RouteProblem.op: Route,
+        RouteLogitsProblem.op: RouteLogits,
+        TopkProblem.op: TopkRouter,
+    }
+    name = config.template if isinstance(problem, GemmProblem) else problem.op
+    kind: Any = kinds[name]
+    kind.kernel.set_name_prefix(f"cutlass_moe_{name}", keep_mangled_name=False)
+    return kind(problem, config)
+
+
+def _compile(template: Any, arguments: Sequence[Argument], more_options: str) -> tuple[bytes, str]:
+    """-> cubin, PTX"""
+    import cutlass.cute as cute
+    from cutlass import Int32
+    from cutlass.cute.runtime import make_fake_stream
+
+    # dump file names do not tell one compile from another
+    with tempfile.TemporaryDirectory() as dump:
+        compiled = cute.compile(
+            template,
+            *(argument.stand_in for argument in arguments),
+            Int32(1),
+            make_fake_stream(),
+            options=f"--keep-cubin --keep-ptx --dump-dir {dump} {more_options}",
+        )
+        cubin, ptx = compiled.artifacts.CUBIN, compiled.artifacts.PTX
+        return bytes(cubin), ptx.decode() if isinstance(ptx, bytes) else ptx

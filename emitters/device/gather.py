@@ -1,0 +1,83 @@
+"""The gather-A iterator: rows of x, named by the index table, into a stage of shared memory."""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, const_expr, range_constexpr
+from cutlass.experimental import primitives as prims
+
+from emitters.device.memory import VECTOR
+from emitters.spec.config_sm90 import K_TILE_BYTES, WARPGROUP, GemmSm90Config
+from emitters.spec.gemm import GemmProblem
+
+_CHUNK = 16  # bytes of one cp.async
+_CHUNKS = K_TILE_BYTES // _CHUNK
+_ROWS_PER_PASS = WARPGROUP // _CHUNKS
+
+
+class GatherIterator:
+    """Copies 128 bytes of K of tile_m gathered rows a stage: 16-byte cp.async, eight lanes a row.
+
+    A thread serves the same rows (every 16th) and the same 16 bytes of K throughout a tile, so it
+    reads the index once a tile. Rows past the expert's end, indices outside [0, T) and bytes past
+    K are filled with zeros; nothing is read for them. Destinations follow the 128-byte swizzle
+    that WGMMA reads.
+    """
+
+    def __init__(self, problem: GemmProblem, config: GemmSm90Config):
+        self.gather = problem.gather
+        self.row_bytes = problem.k * problem.operand.bytes
+        self.passes = -(-config.tile_m // _ROWS_PER_PASS)
+
+    def attach(self, x: cute.Pointer, index: cute.Pointer | None, num_tokens: Int32, thread: Int32):
+        """x: bytes of [T, K] in global memory. thread: 0 .. 127 within the producer warpgroup."""
+        self.x, self.index, self.num_tokens = x, index, num_tokens
+        self.row = thread // _CHUNKS
+        self.column = thread % _CHUNKS * _CHUNK
+        # rows of a pass are 16 apart, so a thread's chunk is swizzled alike in all of them
+        self.target = self.row * K_TILE_BYTES + (self.column ^ (self.row % 8 * _CHUNK))
+        self.tokens = cute.make_rmem_tensor((self.passes,), Int32)
+        self.next_tokens = cute.make_rmem_tensor((self.passes,), Int32)
+
+    @cute.jit
+    def fetch(self, first_row: Int32, rows: Int32):
+        """Starts reading the index entries of the tile after this one; -1 marks a row of zeros."""
+        for i in range_constexpr(self.passes):
+            row = self.row + i * _ROWS_PER_PASS
+            token = Int32(-1)
+            if row < rows:
+                token = first_row + row
+                if const_expr(self.gather):
+                    token = cute.make_tensor(self.index, cute.make_layout(VECTOR))[first_row + row]
+            self.next_tokens[i] = token
+
+    @cute.jit
+    def advance(self):
+        """The fetched tile becomes the current one."""
+        for i in range_constexpr(self.passes):
+            token = self.next_tokens[i]
+            if token >= self.num_tokens:
+                token = Int32(-1)
+            self.tokens[i] = token
+
+    @cute.jit
+    def copy(self, stage: cute.Pointer, k_tile: Int32):
+        """Issues the copies of one stage; the caller arrives on the stage's full barrier."""
+        column = k_tile * K_TILE_BYTES + self.column
+        for i in range_constexpr(self.passes):
+            token = self.tokens[i]
+            end = Int32(self.row_bytes)
+            if token < 0:
+                end = Int32(0)
+            size = Int32(_CHUNK)
+            if column >= end:
+                size = Int32(0)
+            source = self.x + (Int64(cutlass.max(token, Int32(0))) * self.row_bytes + column)
+            prims.cp_async_shared_global(
+                (stage + (self.target + i * (_ROWS_PER_PASS * K_TILE_BYTES))).to_llvm_ptr(),
+                source.to_llvm_ptr(),
+                _CHUNK,
+                prims.LoadCacheModifier.CG,
+                cp_size=size,
+            )

@@ -1,0 +1,137 @@
+"""The end of a layer: sums each token's rows of the product, times their router weights."""
+
+from __future__ import annotations
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, range_constexpr
+from cutlass.cute.math import fma
+
+from emitters.device.memory import ELEMENT, GMEM, VECTOR, vector
+from emitters.spec.layer_steps import ROW_VECTOR, CombineProblem, StepConfig
+from emitters.templates.arguments import integer, pointer
+
+
+class Combine:
+    """A thread takes 8 neighbouring columns of a token: reads them of its rows, 16 bytes at a time,
+    and adds them up in float32, one multiply-add each, in the order of k."""
+
+    smem_bytes, cluster = 0, 1
+
+    def __init__(self, problem: CombineProblem, config: StepConfig):
+        self.problem, self.config = problem, config
+        self.element = ELEMENT[problem.dtype]
+        self.row_vectors = problem.n // ROW_VECTOR
+        self.words = ROW_VECTOR * problem.dtype.bytes // 4  # that 8 columns take
+
+    def arguments(self):
+        """Of `__call__`, before grid and stream."""
+        return (
+            pointer("rows", self.element, 16),
+            pointer("weights", Float32, 4),
+            pointer("inverse", Int32, 4),
+            pointer("residual", self.element, 16),
+            pointer("out", self.element, 16),
+            integer("num_rows"),
+            integer("num_tokens"),
+        )
+
+    def tensor_maps(self):
+        return ()
+
+    @cute.jit
+    def __call__(
+        self, rows, weights, inverse, residual, out, num_rows, num_tokens, grid, stream
+    ):  # fmt: skip
+        """residual may be null. weights and inverse are read before the grid before this one is
+        waited for.
+
+        grid: `CombineProblem.ctas`.
+        """
+        self.kernel(rows, weights, inverse, residual, out, num_rows, num_tokens).launch(
+            grid=[grid, 1, 1],
+            block=[self.config.threads, 1, 1],
+            min_blocks_per_mp=1,  # else the compiler saves registers and reads rows in turns
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        rows: cute.Pointer,
+        weights: cute.Pointer,
+        inverse: cute.Pointer,
+        residual: cute.Pointer,
+        out: cute.Pointer,
+        num_rows: Int32,
+        num_tokens: Int32,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        at = block * self.config.threads + thread
+        token, part = at // self.row_vectors, at % self.row_vectors
+        count = self.problem.top_k
+        row = cute.make_rmem_tensor((count,), Int32)
+        weight = cute.make_rmem_tensor((count,), Float32)
+        row.fill(-1)
+        if token < num_tokens:
+            for j in range_constexpr(count):
+                pair = token * count + j
+                row[j] = cute.make_tensor(inverse, cute.make_layout(VECTOR))[pair]
+                weight[j] = cute.make_tensor(weights, cute.make_layout(VECTOR))[pair]
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        if token < num_tokens:
+            self.sum(rows, residual, out, num_rows, token, part, row, weight)
+
+    @cute.jit
+    def sum(
+        self,
+        rows: cute.Pointer,
+        residual: cute.Pointer,
+        out: cute.Pointer,
+        num_rows: Int32,
+        token: Int32,
+        part: Int32,
+        row: cute.Tensor,
+        weight: cute.Tensor,
+    ):
+        """Of one token: row[j] is read where it is one, and weighs weight[j]."""
+        values = cute.make_rmem_tensor((self.words, self.problem.top_k), Int32)
+        values.fill(0)
+        for j in range_constexpr(self.problem.top_k):
+            if row[j] >= 0 and row[j] < num_rows:
+                self.read(rows, row[j], part, values[None, j])
+            else:
+                weight[j] = Float32(-0.0)  # adds nothing, to a sum of -0 neither
+        first = cute.make_rmem_tensor((self.words,), Int32)
+        first.fill(0)
+        if residual.toint() != 0:
+            self.read(residual, token, part, first)
+        sums = self.elements(first)
+        for j in range_constexpr(self.problem.top_k):
+            elements = self.elements(values[None, j])
+            for i in range_constexpr(ROW_VECTOR):
+                sums[i] = fma(weight[j], elements[i], sums[i])
+        result = cute.make_rmem_tensor((ROW_VECTOR,), self.element)
+        result.store(sums.load().to(self.element))
+        target = vector(self.chunk(out, token, part), self.element, ROW_VECTOR, GMEM)
+        cute.autovec_copy(result, target)
+
+    def chunk(self, tensor: cute.Pointer, row: Int32, part: Int32):
+        """Where columns 8 * part to 8 * part + 7 of a row lie."""
+        return tensor + (Int64(row) * self.problem.n + part * ROW_VECTOR)
+
+    def elements(self, words: cute.Tensor):
+        """In float32."""
+        elements = cute.make_rmem_tensor((ROW_VECTOR,), Float32)
+        elements.store(cute.recast_tensor(words, self.element).load().to(Float32))
+        return elements
+
+    @cute.jit
+    def read(self, tensor: cute.Pointer, row: Int32, part: Int32, words: cute.Tensor):
+        for i in range_constexpr(self.words // 4):
+            source = self.chunk(tensor, row, part) + i * (ROW_VECTOR // 2)
+            chunk = cute.make_rmem_tensor((4,), Int32)
+            cute.autovec_copy(vector(source, Int32, 4, GMEM), chunk)
+            for j in range_constexpr(4):
+                words[4 * i + j] = chunk[j]

@@ -1,0 +1,191 @@
+"""Per-token quantisation: rows of floating point -> 8-bit values and a float32 scale a row."""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils as utils
+from cutlass import Float32, Int32, Int64, Uint8, const_expr, range_constexpr
+from cutlass.cute.math import fma
+
+from emitters.device.memory import ELEMENT, GMEM, VECTOR, vector
+from emitters.spec.dtypes import LARGEST, DType
+from emitters.spec.layer_steps import ROW_VECTOR, QuantizeProblem, StepConfig
+from emitters.templates.arguments import integer, pointer
+
+_MAGIC = 12582912.0  # 1.5 * 2^23: a sum with it has the rounded integer in its low bits
+
+
+class Quantize:
+    """A row is read once, by a power of two of neighbouring threads, and kept in registers.
+
+    Threads of more than one warp exchange their maxima in shared memory.
+
+    x / scale is correctly rounded, as a division is, but without one for each element: with
+    s = scale * p and y = x * p, p the power of two that brings the scale near 1, and r = 1 / s
+    rounded, q = y * r is within two units in the last place, and each q - (q * s - y) * r brings
+    it nearer: the first to one unit at most, the second to the rounded quotient (Markstein, 1990).
+    The signs keep a zero's.
+    """
+
+    cluster = 1
+
+    def __init__(self, problem: QuantizeProblem, config: StepConfig):
+        self.problem, self.config = problem, config
+        self.source, self.target = ELEMENT[problem.source], ELEMENT[problem.target]
+        self.row_threads = threads = problem.row_threads(config.threads)
+        self.row_vectors = problem.k // ROW_VECTOR
+        self.vectors = -(-self.row_vectors // threads)  # of a thread
+        self.words = ROW_VECTOR * problem.source.bytes // 4  # of a vector
+        self.rows = config.threads // threads  # of a CTA
+        self.smem_bytes = 4 * config.threads // 32 if threads > 32 else 0
+
+    def arguments(self):
+        """Of `__call__`, before grid and stream."""
+        return (
+            pointer("source", Uint8, 16),
+            pointer("end", Int32, 4),
+            pointer("q", Uint8, ROW_VECTOR),
+            pointer("scale", Float32, 4),
+            integer("num_rows"),
+            integer("early"),
+        )
+
+    def tensor_maps(self):
+        return ()
+
+    @cute.jit
+    def __call__(self, source, end, q, scale, num_rows, early, grid, stream):
+        """end: null, or where the number of rows that count stands, if that is below num_rows; it
+        is read before the grid before this one is waited for. early: not 0 where the source is
+        complete and nobody reads q and scale by then: they are written before that wait too.
+
+        grid: `QuantizeProblem.ctas`.
+        """
+        self.kernel(source, end, q, scale, num_rows, early).launch(
+            grid=[grid, 1, 1], block=[self.config.threads, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        source: cute.Pointer,
+        end: cute.Pointer,
+        q: cute.Pointer,
+        scale: cute.Pointer,
+        num_rows: Int32,
+        early: Int32,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        row = block * self.rows + thread // self.row_threads
+        if end.toint() != 0:
+            num_rows = min(num_rows, cute.make_tensor(end, cute.make_layout(VECTOR))[0])
+        cute.arch.griddepcontrol_launch_dependents()
+        if early == 0:
+            cute.arch.griddepcontrol_wait()
+        if block * self.rows < num_rows:
+            self.quantize(source, q, scale, row, row < num_rows, thread)
+        if early != 0:
+            cute.arch.griddepcontrol_wait()
+
+    @cute.jit
+    def quantize(self, source, q, scale, row: Int32, counts: cutlass.Boolean, thread: Int32):
+        """A row; counts: whether there is one for this thread."""
+        first = thread % self.row_threads
+        values = cute.make_rmem_tensor((self.vectors * self.words,), Int32)
+        values.fill(0)
+        for i in range_constexpr(self.vectors):
+            at = first + i * self.row_threads
+            if counts and self.inside(i, at):
+                offset = (Int64(row) * self.row_vectors + at) * (4 * self.words)
+                for half in range_constexpr(self.words // 4):
+                    part = cute.make_rmem_tensor((4,), Int32)
+                    cute.autovec_copy(vector(source + offset + 16 * half, Int32, 4, GMEM), part)
+                    for j in range_constexpr(4):
+                        values[i * self.words + 4 * half + j] = part[j]
+        largest = self.row_maximum(values, thread)
+        divisor = largest / LARGEST[self.problem.target]
+        written = divisor * self.problem.source_scale
+        if divisor == 0:  # also of magnitudes that vanish in the division
+            divisor = Float32(1.0)
+            written = Float32(1.0)
+        if counts and first == 0:
+            cute.make_tensor(scale, cute.make_layout(VECTOR))[row] = written
+        power = power_towards_one(divisor)
+        near = divisor * power
+        inverse = 1.0 / near
+        for i in range_constexpr(self.vectors):
+            at = first + i * self.row_threads
+            elements = self.elements(values, i)
+            for j in range_constexpr(ROW_VECTOR):
+                y = elements[j] * power
+                quotient = y * inverse
+                for _ in range_constexpr(2):
+                    quotient = fma(-fma(quotient, near, -y), inverse, quotient)
+                elements[j] = quotient
+            if counts and self.inside(i, at):
+                target = q + (Int64(row) * self.problem.k + at * ROW_VECTOR)
+                cute.autovec_copy(self.narrow(elements), vector(target, Int32, 2, GMEM))
+
+    def inside(self, i: int, at: Int32):
+        """Whether the i-th vector of a thread, the row's `at`-th, is one."""
+        return True if (i + 1) * self.row_threads <= self.row_vectors else at < self.row_vectors
+
+    def elements(self, values: cute.Tensor, i: int):
+        """The i-th vector of a thread in float32."""
+        words = cute.make_rmem_tensor((self.words,), Int32)
+        for j in range(self.words):
+            words[j] = values[i * self.words + j]
+        elements = cute.make_rmem_tensor((ROW_VECTOR,), Float32)
+        elements.store(cute.recast_tensor(words, self.source).load().to(Float32))
+        return elements
+
+    @cute.jit
+    def row_maximum(self, values: cute.Tensor, thread: Int32):
+        """The largest magnitude of a row, NaN where it has one."""
+        largest = Float32(0.0)
+        for i in range_constexpr(self.vectors):
+            elements = self.elements(values, i)
+            for j in range_constexpr(ROW_VECTOR):
+                largest = cute.arch.fmax(largest, cute.math.absf(elements[j]), nan=True)
+        distance = const_expr(min(self.row_threads, 32) // 2)
+        while const_expr(distance > 0):
+            other = cute.arch.shuffle_sync_bfly(largest, distance)
+            largest = cute.arch.fmax(largest, other, nan=True)
+            distance = const_expr(distance // 2)
+        if const_expr(self.row_threads > 32):
+            maxima = utils.SmemAllocator().allocate_array(Float32, self.config.threads // 32)
+            maxima = cute.make_tensor(maxima, cute.make_layout(self.config.threads // 32))
+            if thread % 32 == 0:
+                maxima[thread // 32] = largest
+            cute.arch.sync_threads()
+            first_warp = thread // self.row_threads * (self.row_threads // 32)
+            for i in range_constexpr(self.row_threads // 32):
+                largest = cute.arch.fmax(largest, maxima[first_warp + i], nan=True)
+        return largest
+
+    def narrow(self, elements: cute.Tensor):
+        """Eight quotients -> two words of the target's elements: the nearest, ties to even."""
+        words = cute.make_rmem_tensor((2,), Int32)
+        if self.problem.target is DType.INT8:
+            for j in range(ROW_VECTOR):
+                elements[j] = elements[j] + _MAGIC
+            bits = cute.recast_tensor(elements, Int32)
+            for j in range(2):
+                low = cute.arch.prmt(bits[4 * j], bits[4 * j + 1], 0x0040)
+                high = cute.arch.prmt(bits[4 * j + 2], bits[4 * j + 3], 0x0040)
+                words[j] = Int32(cute.arch.prmt(low, high, 0x5410))
+        else:
+            cute.recast_tensor(words, self.target).store(elements.load().to(self.target))
+        return words
+
+
+def power_towards_one(value: Float32):
+    """The power of two that brings a normal number into [1, 2), a subnormal one into [2^-22, 2)."""
+    bits = cute.make_rmem_tensor((1,), Float32)
+    bits[0] = value
+    exponent = cute.recast_tensor(bits, Int32)[0] >> 23
+    power = cute.make_rmem_tensor((1,), Int32)
+    power[0] = (254 - exponent) << 23
+    return cute.recast_tensor(power, Float32)[0]

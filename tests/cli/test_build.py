@@ -1,0 +1,167 @@
+"""`cutlass-moe build` as operators meet it: interrupted, killed, twice at once, as an archive."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cutlass_moe.choose.heuristics_sm90 import every_config
+from cutlass_moe.cli import main as cli
+from cutlass_moe.images.cache import Cache
+from cutlass_moe.images.toolchains import default_build
+from cutlass_moe.models.problems import model_problems
+from cutlass_moe.models.shapes import MoeShape
+
+pytestmark = pytest.mark.skipif(default_build() is None, reason="needs nvidia-cutlass-dsl")
+LISTED = {"name": "small", "num_experts": 8, "top_k": 2, "hidden": 256, "inter": 128}
+SHAPE = MoeShape(**LISTED)
+IMAGES = sum(len(every_config(problem)) for problem in model_problems(SHAPE, "int8").values())
+PROGRAM = "from cutlass_moe.cli.main import main; main()"
+
+
+@pytest.fixture
+def words(tmp_path) -> list[str]:
+    """The command line of a small build into tmp_path / "root"."""
+    (tmp_path / "shapes.json").write_text(json.dumps([LISTED]))
+    where = ["--shapes", str(tmp_path / "shapes.json"), "--output", str(tmp_path / "root")]
+    return ["build", *where, "--dtype", "int8", "--jobs", "2"]
+
+
+def start(words: list[str]) -> subprocess.Popen[str]:
+    """Ctrl-C reaches it even where this process was started to ignore it."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def finish(words: list[str]) -> int:
+    """Runs a build to its end. Returns how many images it compiled."""
+    process = start(words)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return compiled(output)
+
+
+def compiled(output: str) -> int:
+    return int(re.search(r"(\d+) compiled now", output)[1])
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def images(root: Path) -> int:
+    return len(list(root.glob("sm_90a/*/launch.json")))
+
+
+def children(pid: int) -> list[int]:
+    """Processes that any thread of this one has started."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in files for child in file.read_text().split()]
+
+
+def ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.filterwarnings("error")  # of a damaged image
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_build_that_was_ended_goes_on(tmp_path, words, blow):
+    root = tmp_path / "root"
+    process = start(words)
+    wait_for(lambda: images(root) > 0)
+    workers = children(process.pid)
+    process.send_signal(blow)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (130 if blow == signal.SIGINT else -blow)
+    assert ("Interrupted: the same command goes on" in output) == (blow == signal.SIGINT)
+    assert len(workers) == 2
+    wait_for(lambda: all(map(ended, workers)))
+    left = len(list(Cache([root]).entries()))
+    assert 0 < left < IMAGES
+    assert not (root / "manifest.json").exists()
+    assert finish(words) == IMAGES - left
+    assert len(list(Cache([root]).entries())) == IMAGES
+
+
+def test_killed_worker_costs_one_image(tmp_path, words):
+    process = start(words)
+    wait_for(lambda: images(tmp_path / "root") > 0)
+    worker = children(process.pid)[0]
+    os.kill(worker, signal.SIGSTOP)  # at work, or it will be given some
+    wait_for(lambda: images(tmp_path / "root") == IMAGES - 1)
+    os.kill(worker, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.count("Failed:") == 1
+    assert "the compile worker ended with exit code -9" in output
+    assert compiled(output) == IMAGES - 1
+    assert finish(words) == 1
+
+
+def test_two_builds_at_once_share_the_work(tmp_path, words):
+    processes = [start(words) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sum(map(compiled, outputs)) == IMAGES
+    assert len(list(Cache([tmp_path / "root"]).entries())) == IMAGES
+
+
+def test_archive(tmp_path, words):
+    """It is packed from a directory that is kept, so that a later build adds to it."""
+    archive, root = tmp_path / "images.zip", tmp_path / "images.zip.build"
+    for count in (IMAGES, 0):
+        result = CliRunner().invoke(cli.main, [*words, "--output", str(archive)])
+        assert result.exit_code == 0, result.output
+        assert compiled(result.output) == count
+        assert f"{IMAGES} images packed into {archive}" in result.output.replace("\n", "")
+    packed = [entry.key for entry in Cache([archive]).entries()]
+    manifest = json.loads((root / "manifest.json").read_text())["images"]
+    assert len(packed) == IMAGES
+    assert sorted(packed) == sorted(image["key"] for image in manifest)
+
+
+def test_what_a_killed_build_left_is_removed_a_day_later(tmp_path, words, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    old, new = tmp_path / "temporary/cutlass_moe_old", tmp_path / "temporary/cutlass_moe_new"
+    for home in (old, new):
+        (home / "work").mkdir(parents=True)
+    os.utime(old, (time.time() - 90_000,) * 2)
+    result = CliRunner().invoke(cli.main, words)
+    assert result.exit_code == 0, result.output
+    assert list((tmp_path / "temporary").iterdir()) == [new]
+
+
+def test_nothing_is_packed_after_a_failure(tmp_path, words, monkeypatch):
+    archive = tmp_path / "images.zip"
+    monkeypatch.setattr(cli, "build_images", fail)
+    result = CliRunner().invoke(cli.main, [*words, "--output", str(archive)])
+    assert result.exit_code == 1
+    assert result.output.count("no luck") == IMAGES
+    assert not archive.exists()
+
+
+def fail(cache, requests, jobs, toolchain):
+    for request in requests:
+        yield cli.Result(request, None, None, "no luck")

@@ -1,0 +1,326 @@
+"""What the emitters write: legality, every kernel without a spill, parameters, identical builds."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+
+from cutlass_moe.choose import heuristics_sm90 as heuristics
+from cutlass_moe.images.compiler import Request, Result, compile_image, compile_images
+from cutlass_moe.images.toolchains import default_build
+from cutlass_moe.models import shapes
+from cutlass_moe.models.problems import model_problems
+from emitters.compile.cubin import read_cubin
+from emitters.compile.emit import param_kinds
+from emitters.spec.config_sm90 import GemmSm90Config, GemmSwapSm90Config, Schedule
+from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType
+from emitters.spec.gemm import (
+    Activation,
+    ActivationFunction,
+    Bias,
+    ChannelScale,
+    ExpertScale,
+    GemmProblem,
+    Major,
+    PerTokenScale,
+    WeightStorage,
+)
+from emitters.spec.image import Image, LaunchRecord, image_key
+from emitters.spec.layer_steps import Step, StepConfig
+from emitters.spec.registry import (
+    any_config_from_json,
+    config_from_json,
+    problem_from_json,
+    why_illegal,
+)
+
+PROBLEM = GemmProblem(
+    operand=DType.E4M3,
+    accumulation=Accumulation.FAST,
+    out=DType.BF16,
+    n=1536,
+    k=2048,
+    num_experts=128,
+    gather=True,
+    epilogue=(PerTokenScale(), ChannelScale()),
+)
+ODD = dataclasses.replace(PROBLEM, n=208, k=1040, num_experts=33)  # tails of N and K
+EPILOGUES = (
+    (),
+    (PerTokenScale(), ChannelScale()),
+    (PerTokenScale(), ExpertScale(), Bias(DType.FP32)),
+    (PerTokenScale(), ChannelScale(), Bias(DType.BF16)),
+    (PerTokenScale(), ChannelScale(), Activation(ActivationFunction.GEGLU, 1 / 32)),
+    (Bias(DType.BF16), Activation(ActivationFunction.SWIGLU_OAI)),
+    (PerTokenScale(), ChannelScale(), Activation(ActivationFunction.GELU)),
+)
+GATED = dataclasses.replace(PROBLEM, epilogue=EPILOGUES[4])
+
+
+def every_problem() -> list[GemmProblem]:
+    """Every operand x accumulation x output x epilogue, and the ways to find rows and weights."""
+    problems = [
+        dataclasses.replace(
+            base, operand=operand, accumulation=accumulation, out=out, epilogue=epilogue
+        )
+        for operand, accumulations in ACCUMULATIONS.items()
+        for accumulation in accumulations
+        for (out, epilogue), base in zip(
+            itertools.product(OUTPUTS, EPILOGUES), itertools.cycle((PROBLEM, ODD))
+        )
+    ]
+    for base in (PROBLEM, ODD):
+        problems.append(dataclasses.replace(base, gather=False))
+        for epilogue in ((), (Activation(ActivationFunction.SWIGLU),)):
+            changes = {"operand": DType.BF16, "accumulation": Accumulation.FP32}
+            problems.append(
+                dataclasses.replace(base, **changes, epilogue=epilogue, weight_major=Major.N)
+            )
+        problems.append(dataclasses.replace(base, weights=WeightStorage.TABLE))
+        problems.append(dataclasses.replace(GATED, n=base.n, weights=WeightStorage.TABLE))
+        problems.append(dataclasses.replace(base, num_experts=1024))
+        problems.append(dataclasses.replace(base, num_experts=1, k=16))
+    return problems
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[Result]:
+    """Every problem with one of its configs, in turn, and the whole set of a model."""
+    requests = []
+    for i, problem in enumerate(every_problem()):
+        configs = heuristics.candidates(problem)
+        requests.append(Request(problem, configs[i % len(configs)]))
+    for dtype in shapes.DTYPES:
+        for problem in model_problems(shapes.MODELS["qwen3-30b"], dtype).values():
+            requests += [Request(problem, config) for config in heuristics.every_config(problem)]
+    return list(compile_images(dict.fromkeys(requests)))
+
+
+def test_every_shipped_kernel_compiles_without_spills(compiled: list[Result]) -> None:
+    assert len(compiled) > 100
+    assert [(r.request, r.error) for r in compiled if r.image is None] == []
+    images = {r.request: r.image for r in compiled if r.image is not None}
+    assert {q: i.record.spill_bytes for q, i in images.items() if i.record.spill_bytes} == {}
+
+
+def test_parameters_are_the_cubins_own(compiled: list[Result]) -> None:
+    for result in compiled:
+        assert result.image is not None
+        record, facts = result.image.record, read_cubin(result.image.cubin)
+        assert facts.symbol == record.symbol
+        assert tuple((p.offset, p.size) for p in record.params) == facts.params
+        asked = result.request
+        kinds = param_kinds(asked.problem, asked.config)
+        assert [(p.name, p.kind) for p in record.params] == kinds
+
+
+def test_records_say_what_was_asked(compiled: list[Result]) -> None:
+    for result in compiled:
+        assert result.image is not None
+        problem, config = result.request.problem, result.request.config
+        record = LaunchRecord.from_json(result.image.record.to_json())
+        assert record == result.image.record
+        assert problem_from_json(record.problem) == problem
+        assert any_config_from_json(record.config) == config
+        if isinstance(problem, Step) or isinstance(config, StepConfig):
+            continue
+        assert record.smem_bytes == config.smem_bytes(problem) <= 232_448 // config.ctas_per_sm
+        assert (record.smem_bytes + 1024) * (config.ctas_per_sm + 1) > 233_472  # no CTA more
+        assert record.threads * config.ctas_per_sm * record.registers <= 65_536
+
+
+def test_two_builds_are_identical() -> None:
+    config = GemmSm90Config(tile_n=128)
+    first, second = (compile_image(PROBLEM, config) for _ in range(2))
+    assert first == second
+    assert first.record.build == default_build()
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_parameters_follow_the_problem(gather: bool) -> None:
+    problem = dataclasses.replace(PROBLEM, gather=gather)
+    names = [name for name, _ in param_kinds(problem, GemmSm90Config())]
+    assert ("index" in names) == gather
+    assert names[-2:] == ["per_token_scale", "channel_scale"]
+    dynamic = param_kinds(problem, GemmSm90Config(schedule=Schedule.DYNAMIC))
+    assert [name for name, _ in dynamic] == [*names, "counters"]
+    gated = dataclasses.replace(problem, epilogue=GATED.epilogue)
+    at = names.index("per_token_scale")
+    for config in (GemmSm90Config(), GemmSwapSm90Config()):
+        found = [name for name, _ in param_kinds(gated, config)]
+        assert found == [*names[:at], "column_stride", "gate_stride", *names[at:]]
+
+
+PROBLEM_REASONS = [
+    ("fp32 operands", {"operand": DType.FP32}, "operands of fp32"),
+    ("int8 accumulated fast", {"operand": DType.INT8}, "must be int32"),
+    ("bf16 in two levels", {"operand": DType.BF16, "accumulation": Accumulation.TWO_LEVEL}, "fp32"),
+    ("int8 output", {"out": DType.INT8}, "output of int8"),
+    ("ragged K", {"k": 2056}, "multiples of 16 bytes"),
+    ("ragged N", {"n": 1532}, "multiples of 16 bytes"),
+    ("N of nothing", {"n": 0}, "must be positive"),
+    ("no expert", {"num_experts": 0}, "must be positive"),
+    ("too many experts", {"num_experts": 1025}, "at most 1024"),
+    ("a node twice", {"epilogue": (ChannelScale(), ChannelScale())}, "at most once"),
+    ("a node after the activation", {"epilogue": GATED.epilogue[::-1]}, "must be last"),
+    ("gated blocks cut", {"n": 1544, "epilogue": GATED.epilogue}, "a multiple of 16"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [r[1:] for r in PROBLEM_REASONS], ids=[r[0] for r in PROBLEM_REASONS]
+)
+def test_illegal_problems_have_a_reason(changes: dict, reason: str) -> None:
+    problem = dataclasses.replace(PROBLEM, **changes)
+    assert reason in (why_illegal(problem) or "")
+    assert heuristics.candidates(problem) == ()
+    with pytest.raises(ValueError, match=reason):
+        heuristics.choose(problem, 1, 1.0)
+
+
+CONFIG_REASONS = [
+    ("32 rows", {"tile_m": 32}, "64 rows a consumer"),
+    ("N between slices", {"tile_n": 96}, "multiple of 64"),
+    ("N beyond WGMMA", {"tile_n": 320}, "up to 256"),
+    ("cluster of four", {"cluster_m": 4}, "1 or 2"),
+    ("half a pair in a group", {"cluster_m": 2, "group_m": 3}, "multiple of cluster_m"),
+    ("dynamic pairs", {"cluster_m": 2, "schedule": Schedule.DYNAMIC}, "single CTAs"),
+    ("ping-pong of 192 rows", {"tile_m": 192, "tile_n": 64, "pingpong": True}, "at most 128"),
+    ("three CTAs", {"ctas_per_sm": 3}, "1 or 2"),
+    ("one stage", {"stages": 1}, "between 2 and"),
+    ("more stages than fit", {"stages": 5}, "bytes of shared memory"),
+    ("registers at launch", {"tile_m": 192}, "for one WGMMA where 128 are there"),
+    ("registers", {"tile_n": 192, "pingpong": True}, "registers a consumer thread"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [r[1:] for r in CONFIG_REASONS], ids=[r[0] for r in CONFIG_REASONS]
+)
+def test_illegal_configs_have_a_reason(changes: dict, reason: str) -> None:
+    assert why_illegal(PROBLEM, GemmSm90Config()) is None
+    assert reason in (why_illegal(PROBLEM, GemmSm90Config(**changes)) or "")
+
+
+def test_n_major_weights_have_reasons() -> None:
+    n_major = dataclasses.replace(
+        PROBLEM,
+        operand=DType.BF16,
+        accumulation=Accumulation.FP32,
+        epilogue=(),
+        weight_major=Major.N,
+    )
+    gated = dataclasses.replace(n_major, epilogue=GATED.epilogue[2:])
+    table = dataclasses.replace(n_major, weights=WeightStorage.TABLE)
+    ragged = dataclasses.replace(n_major, n=1532, out=DType.FP32)
+    assert "K-major only" in (why_illegal(dataclasses.replace(PROBLEM, weight_major=Major.N)) or "")
+    assert "only stacked ones" in (why_illegal(table) or "")
+    assert "multiples of 16 bytes" in (why_illegal(ragged) or "")
+    pairs = GemmSm90Config(tile_n=64, cluster_m=2)
+    assert "boxes of 64 columns" in (why_illegal(n_major, pairs) or "")
+    assert why_illegal(n_major, GemmSm90Config(tile_n=64)) is None
+    assert "one of up" in (why_illegal(gated, GemmSwapSm90Config()) or "")
+    assert why_illegal(gated, GemmSwapSm90Config(tile_n=128)) is None
+    for rows in (0.1, 4.0, 1000.0):
+        config = heuristics.choose(gated, 1, rows)
+        assert isinstance(config, GemmSwapSm90Config) == (rows < 1000)
+
+
+def test_gated_tiles_hold_whole_slices_of_outputs() -> None:
+    for tile_n, reason in ((64, "multiple of 128"), (192, "multiple of 128"), (128, None)):
+        found = why_illegal(GATED, GemmSm90Config(tile_n=tile_n))
+        assert found is None if reason is None else reason in (found or "")
+    wide = dataclasses.replace(GATED, out=DType.FP32)
+    assert why_illegal(wide, GemmSm90Config(tile_n=64)) is None
+
+
+SWAP_REASONS = [
+    ("24 rows", {"tile_m": 24}, "multiple of 16"),
+    ("many rows", {"tile_m": 112}, "up to 96"),
+    ("columns between blocks", {"tile_n": 96}, "64 or 128"),
+    ("three boxes", {"k_boxes": 3}, "1, 2 or 4"),
+    ("a cluster of three", {"split_k": 3}, "1, 2, 4 or 8"),
+    ("more CTAs than steps of K", {"split_k": 8, "k_boxes": 4}, "4 steps to share"),
+    ("three CTAs", {"ctas_per_sm": 3}, "1 or 2"),
+    ("one stage", {"stages": 1}, "between 2 and"),
+    ("more stages than fit", {"stages": 30}, "bytes of shared memory"),
+    ("registers", {"tile_m": 96, "tile_n": 128, "ctas_per_sm": 2}, "registers a thread"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [r[1:] for r in SWAP_REASONS], ids=[r[0] for r in SWAP_REASONS]
+)
+def test_illegal_swap_configs_have_a_reason(changes: dict, reason: str) -> None:
+    assert why_illegal(PROBLEM, GemmSwapSm90Config()) is None
+    assert reason in (why_illegal(PROBLEM, GemmSwapSm90Config(**changes)) or "")
+
+
+@pytest.mark.parametrize("config", [GemmSm90Config(group_m=3), GemmSwapSm90Config(split_k=2)])
+def test_configs_round_trip(config: GemmSm90Config | GemmSwapSm90Config) -> None:
+    plain = json.loads(json.dumps(config.to_json()))
+    assert config_from_json(plain) == config
+    for wrong in ({**plain, "template": "gemm"}, {**plain, "tile": 1}):
+        with pytest.raises(ValueError, match="config"):
+            config_from_json(wrong)
+
+
+def test_other_architectures_have_a_reason() -> None:
+    assert "sm_80" in (why_illegal(PROBLEM, arch="sm_80") or "")
+
+
+def test_two_level_accumulation_does_not_fit_wide_tiles() -> None:
+    problem = dataclasses.replace(PROBLEM, accumulation=Accumulation.TWO_LEVEL)
+    assert "accumulators" in (why_illegal(problem, GemmSm90Config()) or "")
+    assert len(heuristics.candidates(problem)) >= 2
+
+
+@pytest.mark.parametrize("rows", [0.0, 0.1, 8.0, 64.0, 500.0, 1e6])
+def test_choices_are_candidates(rows: float) -> None:
+    for problem in every_problem():
+        config = heuristics.choose(problem, 1, rows)
+        assert config in heuristics.candidates(problem)
+        for schedule in Schedule:
+            named = heuristics.choose(problem, 1, rows, str(schedule))
+            assert named.schedule is schedule
+            assert why_illegal(problem, named) is None
+            assert named.tile_m == config.tile_m or isinstance(config, GemmSwapSm90Config)
+
+
+def test_keys_tell_problems_configs_and_archs_apart() -> None:
+    keys = {
+        image_key(problem, config, arch)
+        for problem in (PROBLEM, ODD, dataclasses.replace(PROBLEM, epilogue=()))
+        for config in (GemmSm90Config(), GemmSm90Config(stages=3))
+        for arch in ("sm_90a", "sm_100a")
+    }
+    assert len(keys) == 12
+    assert image_key(PROBLEM, GemmSm90Config(), "sm_90a") in keys
+
+
+def test_json_round_trips() -> None:
+    for problem in every_problem():
+        assert GemmProblem.from_json(json.loads(json.dumps(problem.to_json()))) == problem
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[]", '{"abi": 0}', '{"abi": 1}'],
+)
+def test_other_launch_records_are_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        LaunchRecord.from_json(text)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x7fELF", b"not a cubin" * 20])
+def test_other_cubins_are_refused(data: bytes) -> None:
+    with pytest.raises(ValueError):
+        read_cubin(data)
+
+
+def test_images_compare_by_content() -> None:
+    image = compile_image(dataclasses.replace(ODD, k=16), GemmSm90Config(tile_n=64))
+    assert Image(bytes(image.cubin), LaunchRecord.from_json(image.record.to_json())) == image

@@ -1,0 +1,142 @@
+"""Named shapes and the problems they pose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cutlass_moe import grouped_matmul_problem
+from cutlass_moe.choose.heuristics_sm90 import every_config
+from cutlass_moe.cli.demo import TORCH_DTYPES
+from cutlass_moe.layer.steps import ACTIVATION_SCALE
+from cutlass_moe.models.problems import gemm_problems, model_problems
+from cutlass_moe.models.shapes import DTYPES, MODELS, MoeShape, Routed
+from emitters.spec.dtypes import Accumulation, DType
+from emitters.spec.gemm import Activation, ActivationFunction
+from emitters.spec.layer_steps import (
+    CombineProblem,
+    QuantizeProblem,
+    RouteLogitsProblem,
+    RouteProblem,
+    TopkProblem,
+)
+from emitters.spec.registry import why_illegal
+
+every_model = pytest.mark.parametrize("shape", MODELS.values(), ids=list(MODELS))
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def test_names_and_gemms():
+    assert all(name == shape.name for name, shape in MODELS.items())
+    assert MODELS["qwen3-30b"].gemms == {"up": (1536, 2048), "down": (2048, 768)}
+
+
+@every_model
+@every_dtype
+def test_every_model_has_kernels(shape, dtype):
+    for problem in model_problems(shape, dtype).values():
+        assert every_config(problem)
+        assert all(why_illegal(problem, config) is None for config in every_config(problem))
+
+
+@every_dtype
+def test_problems(dtype):
+    up, down, activated = gemm_problems(MODELS["mixtral"], dtype).values()
+    assert (up.gather, down.gather) == (True, False)
+    assert (up.n, up.k, down.n, down.k) == (28672, 4096, 4096, 14336)
+    nodes = [] if dtype == "bf16" else ["per_token_scale", "channel_scale"]
+    assert [node.kind for node in up.epilogue] == [node.kind for node in down.epilogue] == nodes
+    assert up.out is DType.BF16
+    expected = {"fp8": Accumulation.FAST, "int8": Accumulation.INT32, "bf16": Accumulation.FP32}
+    assert up.accumulation is expected[dtype]
+    assert activated.out_columns == down.k
+    assert activated.out is (DType.BF16 if dtype == "bf16" else DType.FP16)
+    scale = 1.0 if dtype == "bf16" else ACTIVATION_SCALE
+    assert activated.activation == Activation(ActivationFunction.SWIGLU, scale)
+
+
+def test_activations_of_models():
+    activated = gemm_problems(MODELS["gpt-oss-120b"], "bf16")["activated"]
+    assert activated.activation == Activation(ActivationFunction.SWIGLU_OAI)
+    plain = MoeShape("m", 8, 2, 64, 32, activation="gelu")
+    assert gemm_problems(plain, "bf16")["activated"].out_columns == plain.gemms["up"].n == 32
+    with pytest.raises(ValueError, match="m: activation must be one of swiglu, .*, got 'tanh'"):
+        MoeShape("m", 8, 2, 64, 32, activation="tanh")
+    with pytest.raises(ValueError, match="m: scoring must be one of softmax, sigmoid, got 'max'"):
+        MoeShape("m", 8, 2, 64, 32, scoring="max")
+    with pytest.raises(ValueError, match="m: num_groups 3 does not divide 8 experts"):
+        MoeShape("m", 8, 2, 64, 32, num_groups=3)
+
+
+@every_dtype
+@pytest.mark.parametrize("bias", [False, True])
+def test_problems_are_those_that_calls_pose(dtype, bias):
+    """Else a build would compile images that no call asks for."""
+    shape = MoeShape("small", 4, 2, 64, 32, bias)
+    for problem in gemm_problems(shape, dtype).values():
+        operand = TORCH_DTYPES[dtype]
+        scaled = operand != torch.bfloat16
+        posed = grouped_matmul_problem(
+            torch.empty(3, problem.k, dtype=operand),
+            torch.empty(4, problem.n, problem.k, dtype=operand),
+            index=torch.zeros(6, dtype=torch.int32) if problem.gather else None,
+            offsets=torch.zeros(4, dtype=torch.int32),
+            per_token_scale=torch.ones(3) if scaled else None,
+            scale=torch.ones(4, problem.n) if scaled else None,
+            bias=torch.ones(4, problem.n, dtype=torch.bfloat16) if bias else None,
+            activation=str(problem.activation.function) if problem.activation else None,
+            out_dtype=torch.float16 if problem.out is DType.FP16 else None,
+        )
+        if scaled and problem.activation:  # as the layer asks for it
+            *nodes, activation = posed.epilogue
+            scaled_activation = replace(activation, scale=ACTIVATION_SCALE)
+            posed = replace(posed, epilogue=(*nodes, scaled_activation))
+        assert posed == problem
+
+
+def test_steps():
+    """Of a rank, the router and the sum over a token's rows are those of all ranks."""
+    problems = model_problems(MODELS["dsv3"].shard(tp=2, ep=16), "fp8")
+    assert {name: p for name, p in problems.items() if name not in ("up", "down", "activated")} == {
+        "combine": CombineProblem(DType.BF16, 7168, 8),
+        "route int32": RouteProblem(16, 32),
+        "route int64": RouteProblem(16, 64),
+        "topk_router bf16": TopkProblem(256, DType.BF16, "sigmoid", 8),
+        "topk_router fp32": TopkProblem(256, DType.FP32, "sigmoid", 8),
+        "quantize hidden": QuantizeProblem(DType.BF16, DType.E4M3, 7168),
+        "quantize activated": QuantizeProblem(DType.FP16, DType.E4M3, 1024, 32.0),
+        "quantize inter": QuantizeProblem(DType.BF16, DType.E4M3, 1024),
+    }
+    whole = model_problems(MODELS["qwen3-30b"], "bf16")
+    assert whole["route_logits fp32"] == RouteLogitsProblem(128, DType.FP32, "softmax", 1)
+    assert not any(isinstance(problem, QuantizeProblem) for problem in whole.values())
+
+
+def test_shard():
+    assert MODELS["dsv3"].shard(ep=8) == MODELS["dsv3-ep8"]
+    assert MODELS["mixtral"].shard() == MODELS["mixtral"]
+    sharded = MODELS["gpt-oss-120b"].shard(tp=2, ep=4)
+    rank = MoeShape("gpt-oss-120b-tp2-ep4", 32, 1, 2880, 1440, True, "swiglu_oai")
+    assert sharded == replace(rank, all_ranks=Routed(128, 4))
+    assert MODELS["dsv3"].shard(ep=2).shard(ep=4).routed == (256, 8)
+    assert sharded.gemms == {"up": (2880, 2880), "down": (2880, 1440)}
+
+
+def test_shard_must_divide():
+    with pytest.raises(ValueError, match="mixtral: tp 3 does not divide inter 14336"):
+        MODELS["mixtral"].shard(tp=3)
+    with pytest.raises(ValueError, match="mixtral: ep 16 does not divide 8 experts"):
+        MODELS["mixtral"].shard(ep=16)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.0, "8", True, None])
+def test_sizes_are_positive_integers(wrong):
+    with pytest.raises(ValueError, match="m: top_k must be a positive integer, got"):
+        MoeShape("m", 8, wrong, 64, 32)
+
+
+def test_unknown_dtype():
+    with pytest.raises(ValueError, match="fp8, int8, bf16, got 'fp4'"):
+        gemm_problems(MODELS["mixtral"], "fp4")

@@ -1,0 +1,170 @@
+"""combine on the CPU: its definition, its contract as an op, its errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import cutlass_moe as cm
+from emitters.spec.dtypes import DType
+from emitters.spec.layer_steps import CombineProblem
+from emitters.spec.registry import problem_from_json, why_illegal
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def inputs(
+    tokens: int, top_k: int, rows: int, n: int, dtype: torch.dtype, seed: int = 0
+) -> dict[str, Any]:
+    """Whole numbers, whose sums are exact; NaN where nothing may be read."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randint(-3, 4, shape, generator=generator).float()
+
+    inverse = torch.randint(-1, rows + 1, (tokens, top_k), generator=generator).int()
+    kept = (inverse >= 0) & (inverse < rows)
+    values = numbers(rows, n)
+    values[~torch.isin(torch.arange(rows), inverse)] = float("nan")
+    return {
+        "rows": values.to(dtype),
+        "topk_weights": numbers(tokens, top_k).masked_fill(~kept, float("nan")),
+        "inverse": inverse,
+        "residual": numbers(tokens, n).to(dtype) if seed % 2 else None,
+    }
+
+
+def definition(
+    rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
+) -> list[list[float]]:
+    """Number by number."""
+    out = []
+    for token, pairs in enumerate(inverse.tolist()):
+        total = [0.0] * rows.shape[1] if residual is None else residual[token].tolist()
+        for weight, row in zip(topk_weights[token].tolist(), pairs, strict=True):
+            if 0 <= row < len(rows):
+                total = [t + weight * v for t, v in zip(total, rows[row].tolist(), strict=True)]
+        out.append(total)
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 6),
+    top_k=st.integers(1, 9),
+    rows=st.integers(0, 12),
+    n=st.integers(0, 9),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 1000),
+)
+def test_definition(
+    tokens: int, top_k: int, rows: int, n: int, dtype: torch.dtype, seed: int
+) -> None:
+    arguments = inputs(tokens, top_k, rows, n, dtype, seed)
+    got = cm.combine(**arguments)
+    assert got.dtype == dtype and got.shape == (tokens, n)
+    assert got.tolist() == definition(**arguments)
+    out = torch.full_like(got, float("nan"))
+    assert cm.combine(**arguments, out=out) is out
+    assert torch.equal(out, got)
+
+
+def test_sums_run_in_order_from_the_residual() -> None:
+    large = 2.0**24  # in float32, 1 vanishes beside it
+    rows = torch.tensor([[large] * 8, [1.0] * 8])
+    inverse = torch.tensor([[0, 1, 1], [1, 1, 0]], dtype=torch.int32)
+    weights = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    assert cm.combine(rows, weights, inverse)[:, 0].tolist() == [large, large + 2]
+    residual = torch.full((2, 8), -large)
+    assert cm.combine(rows, weights, inverse, residual=residual)[:, 0].tolist() == [2.0, 2.0]
+
+
+def test_out_may_be_the_residual() -> None:
+    arguments = inputs(5, 3, 9, 16, torch.bfloat16, seed=1)
+    want = cm.combine(**arguments)
+    residual = arguments["residual"]
+    assert cm.combine(**arguments, out=residual) is residual
+    assert torch.equal(residual, want)
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["plain", "residual"])
+def test_op(seed: int) -> None:
+    rows, weights, inverse, residual = inputs(5, 2, 7, 8, torch.float32, seed).values()
+    weights, rows = weights.nan_to_num(), rows.nan_to_num()  # opcheck compares NaNs as different
+    torch.library.opcheck(torch.ops.cutlass_moe.combine.default, (rows, weights, inverse, residual))
+    torch.library.opcheck(
+        torch.ops.cutlass_moe.combine_out.default,
+        (torch.zeros(5, 8), rows, weights, inverse, residual),
+    )
+
+
+def test_compiled() -> None:
+    arguments = inputs(6, 3, 9, 16, torch.bfloat16, seed=1)
+    compiled = torch.compile(cm.combine, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(**arguments), cm.combine(**arguments))
+    out = torch.empty(6, 16, dtype=torch.bfloat16)
+    compiled(**arguments, out=out)
+    assert torch.equal(out, cm.combine(**arguments))
+
+
+ROWS, WEIGHTS = torch.zeros(6, 8), torch.zeros(3, 2)
+INVERSE, I64 = torch.zeros(3, 2, dtype=torch.int32), torch.int64
+ERRORS: dict[str, tuple[dict[str, Tensor], type[Exception], str]] = {
+    "float64 rows": ({"rows": ROWS.double()}, TypeError, "rows: expected .* got torch.float64"),
+    "rows 1-D": ({"rows": ROWS[0]}, ValueError, r"\[R, N\] .* got \(8,\)"),
+    "inverse 1-D": ({"inverse": INVERSE[0]}, ValueError, r"inverse \[T, k\], got"),
+    "int64 inverse": ({"inverse": INVERSE.long()}, TypeError, "expected torch.int32, got"),
+    "bf16 weights": ({"topk_weights": WEIGHTS.bfloat16()}, TypeError, "expected torch.float32"),
+    "weights of others": ({"topk_weights": WEIGHTS.T.contiguous()}, ValueError, r"shape \(3, 2\)"),
+    "half residual": ({"residual": ROWS[:3].half()}, TypeError, "expected torch.float32, got"),
+    "long residual": ({"residual": ROWS}, ValueError, r"expected shape \(3, 8\), got \(6, 8\)"),
+    "narrow out": ({"out": torch.zeros(3, 4)}, ValueError, r"out: expected shape \(3, 8\)"),
+    "strided rows": ({"rows": torch.zeros(8, 6).T}, ValueError, "rows: expected a contiguous"),
+    "another device": ({"inverse": INVERSE.to("meta")}, ValueError, "on cpu, got one on meta"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name: str) -> None:
+    changes, error, message = ERRORS[name]
+    arguments = {"rows": ROWS, "topk_weights": WEIGHTS, "inverse": INVERSE, **changes}
+    with pytest.raises(error, match=message):
+        cm.combine(**arguments)
+
+
+@pytest.mark.parametrize("name", ["rows", "topk_weights", "residual", "out"])
+def test_a_gradient_is_not_lost_in_silence(name: str) -> None:
+    arguments = {"rows": ROWS, "topk_weights": WEIGHTS, "inverse": INVERSE}
+    like = WEIGHTS if name == "topk_weights" else ROWS if name == "rows" else ROWS[:3]
+    arguments[name] = like.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradient"):
+        cm.combine(**arguments)
+    with torch.no_grad():
+        assert not cm.combine(**arguments).any()
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (CombineProblem(DType.INT8, 64, 2), "rows of int8"),
+        (CombineProblem(DType.BF16, 60, 2), "N 60"),
+        (CombineProblem(DType.BF16, 65536, 2), "up to 32768"),
+        (CombineProblem(DType.BF16, 64, 0), "0 rows of bf16 a token"),
+        (CombineProblem(DType.BF16, 64, 33), "between 1 and 32"),
+        (CombineProblem(DType.FP32, 64, 17), "between 1 and 16"),
+    ],
+    ids=["int8", "ragged", "wide", "no_choice", "many_choices", "many_fp32"],
+)
+def test_illegal_problems_have_a_reason(problem: CombineProblem, reason: str) -> None:
+    assert reason in (why_illegal(problem) or "")
+
+
+def test_problems_round_trip() -> None:
+    problem = CombineProblem(DType.FP16, 2880, 4)
+    assert problem_from_json(problem.to_json()) == problem
+    assert why_illegal(problem) is None

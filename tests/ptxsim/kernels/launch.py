@@ -1,0 +1,212 @@
+"""Runs a kernel of the SM90 grouped GEMM on CPU tensors and checks all that it wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from emitters.compile.emit import emit_ptx
+from emitters.spec.gemm import GemmProblem, Major, WeightStorage
+from emitters.spec.image import LaunchRecord, ParamKind
+from emitters.spec.registry import Config
+from emitters.spec.weight_map import gate_strides
+from tests.ptxsim.machine import Launch, Machine
+from tests.ptxsim.memory import WORKSPACE, GlobalMemory
+from tests.ptxsim.ptx import Fault, parse
+from tests.ptxsim.samples import samples
+from tests.ptxsim.schedule import Schedule
+from tests.ptxsim.tensormap import TensorMap
+from tests.ptxsim.warp import Code, Trace
+from tests.support.numerics import poisoned
+
+
+@dataclass(frozen=True)
+class Kernel:
+    record: LaunchRecord
+    ptx: str
+    code: Code
+
+    @property
+    def problem(self) -> GemmProblem:
+        return GemmProblem.from_json(self.record.problem)
+
+    def edited(self, ptx: str) -> Kernel:
+        """The same kernel with other PTX."""
+        return Kernel(self.record, ptx, Code(parse(ptx)))
+
+
+@lru_cache(maxsize=8)
+def kernel(problem: GemmProblem, config: Config) -> Kernel:
+    """Compiled anew, in this process; one thread at a time may do that."""
+    record, ptx = emit_ptx(problem, config)
+    return Kernel(record, ptx, Code(parse(ptx)))
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """A contiguous tensor's memory."""
+    return tensor.view(torch.uint8).reshape(-1).numpy()
+
+
+_LATE = ("x", "per_token_scale")  # what a GEMM's predecessor may write
+
+
+class Arguments:
+    """Tensors of `grouped_matmul` in simulated global memory, and the kernel's parameters.
+
+    late: a grid before the kernel's writes x and per_token_scale, and reads out.
+    """
+
+    def __init__(self, kernel: Kernel, inputs: dict[str, Any], out: Tensor, late: bool = False):
+        self.memory, self.problem = GlobalMemory(), kernel.problem
+        self.inputs, self.record, self.out = inputs, kernel.record, out
+        self.grid = int(late)  # the kernel's
+        self.copies: list[int] = []  # of the grid before: from, to, int32
+        values = {
+            **{name: self._add(name, inputs.get(name)) for name in ("x", "index", "starts")},
+            "ends": self._add("ends", inputs["offsets"]),
+            "num_tokens": len(inputs["x"]),
+            "num_rows": len(out),
+            "early": int(late),
+            "per_token_scale": self._add("per_token_scale", inputs.get("per_token_scale")),
+            "channel_scale": self._add("scale", inputs.get("scale")),
+            "bias": self._add("bias", inputs.get("bias")),
+        }
+        values["expert_scale"] = values["channel_scale"]
+        interleaved = inputs.get("interleaved", False)
+        strides = gate_strides(self.problem.n, interleaved)
+        values["column_stride"], values["gate_stride"] = strides
+        self.counters = np.zeros(2, np.int32)  # of a dynamic schedule
+        if any(param.name == "counters" for param in self.record.params):
+            data = self.counters.view(np.uint8)
+            values["counters"] = self.memory.add("counters", data, WORKSPACE)
+        values["out"] = self.memory.add("out", _bytes(out), writer=self.grid)
+        if late:
+            self._copy(values["out"], self.memory.add("old", np.zeros(out.nbytes, np.uint8), 0))
+        maps = {
+            "weight": self._weight(inputs["weight"], interleaved),
+            "out_map": self._out_map(values["out"]),
+        }
+        self.parameters = self._pack(kernel, values, maps)
+
+    def _add(self, name: str, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        if not self.grid or name not in _LATE:
+            return self.memory.add(name, _bytes(tensor))
+        copied = self.memory.add(name, np.zeros(tensor.nbytes, np.uint8), writer=0)
+        return self._copy(self.memory.add(f"{name} before", _bytes(tensor)), copied)
+
+    def _copy(self, source: int, target: int) -> int:
+        """Has the grid before copy a region to another; returns the other."""
+        self.copies += (source, target, len(self.memory.regions[-1].data) // 4)
+        return target
+
+    def _weight(self, weight: Tensor, interleaved: bool) -> bytes:
+        """The tensor map, or the address of a table of them."""
+        p, box = self.problem, self.record.tensor_maps[0]
+        dense = weight if p.weight_major is Major.K else weight.mT
+        base = self.memory.add("weight", _bytes(dense))
+        size = p.operand.bytes
+        stacked = p.weights is WeightStorage.STACKED
+        extents, strides = p.weight_view(weight.stride(), interleaved)
+        maps = [
+            TensorMap(
+                pointer=base + expert * weight.stride(0) * size,
+                element_bytes=size,
+                dims=extents,
+                strides=tuple(stride * size for stride in strides),
+                box=box.box,
+                swizzle=box.swizzle,
+            ).encode()
+            for expert in range(1 if stacked else p.num_experts)
+        ]
+        if stacked:
+            return maps[0]
+        table = np.frombuffer(b"".join(maps), np.uint8)
+        return self.memory.add("tensor maps", table).to_bytes(8, "little")
+
+    def _out_map(self, pointer: int) -> bytes:
+        n, size = self.problem.out_columns, self.problem.out.bytes
+        box = self.record.tensor_maps[1]
+        return TensorMap(
+            pointer=pointer,
+            element_bytes=size,
+            dims=(n, len(self.out)),
+            strides=(n * size,),
+            box=box.box,
+            swizzle=box.swizzle,
+        ).encode()
+
+    def _pack(self, kernel: Kernel, values: dict[str, int], maps: dict[str, bytes]) -> bytes:
+        program = kernel.code.program
+        packed = bytearray(program.parameter_bytes)
+        for param, declared in zip(kernel.record.params, program.parameters, strict=True):
+            if param.size != declared.size:
+                raise ValueError(f"{param.name}: {param.size} bytes, the PTX has {declared.size}")
+            if param.name in maps:
+                data = maps[param.name]
+            elif param.kind is ParamKind.INT32:
+                data = values[param.name].to_bytes(4, "little", signed=True)
+            else:
+                data = values[param.name].to_bytes(8, "little")
+            packed[declared.offset : declared.offset + len(data)] = data
+        return bytes(packed)
+
+    def check_writes(self, written: Tensor) -> None:
+        """written: bool [rows], which rows of `out` must have been written, once; no other."""
+        if self.counters.any():
+            raise Fault(f"counters left at {self.counters.tolist()}, not zero")
+        region = next(r for r in self.memory.regions if r.name == "out")
+        rows = region.writes.reshape(len(self.out), -1) if len(self.out) else region.writes
+        expected = written.numpy().astype(np.uint8)[:, None]
+        wrong = np.argwhere(rows != expected) if len(self.out) else np.zeros((0, 2), int)
+        if len(wrong):
+            row, byte = (int(i) for i in wrong[0])
+            column = byte // self.out.element_size()
+            verb = "never written" if written[row] else "written, which belongs to no expert"
+            raise Fault(f"out[{row}, {column}] {verb} ({len(wrong)} bytes are wrong)")
+
+
+def simulate(
+    kernel: Kernel, inputs: dict[str, Any], schedule: Schedule, grid: int = 2, *,
+    rows: int, trace: Trace | None = None, late: bool = False,
+) -> Tensor:  # fmt: skip
+    """out [rows, N], from `poisoned`. inputs: as `grouped_matmul` takes them, and int32 `starts`.
+    late: a dependent launch, whose predecessor writes x and per_token_scale.
+
+    Raises Fault for a defect of the kernel; what `out` holds is the caller's to check.
+    """
+    out = poisoned(rows, kernel.problem.out_columns, inputs["out_dtype"], "cpu")
+    arguments = Arguments(kernel, inputs, out, late)
+    record = kernel.record
+    launch = Launch(
+        kernel.code, grid, record.smem_bytes, record.registers, arguments.parameters,
+        cluster=int(np.prod(record.cluster)),
+    )  # fmt: skip
+    before = [_predecessor(arguments.copies)] if late else []
+    Machine(arguments.memory, [*before, launch], schedule, trace).run()
+    arguments.check_writes(_owned(inputs, rows))
+    return out
+
+
+def _predecessor(copies: list[int]) -> Launch:
+    code = Code(parse(samples.emit(samples.Late(), "ppi" * 3)))
+    packed = bytearray(code.program.parameter_bytes)
+    for value, p in zip(copies, code.program.parameters, strict=True):
+        packed[p.offset : p.offset + p.size] = value.to_bytes(p.size, "little")
+    return Launch(code, 1, 0, 32, bytes(packed))
+
+
+def _owned(inputs: dict[str, Any], rows: int) -> Tensor:
+    """Which rows belong to an expert."""
+    ends = inputs["offsets"].clamp(0, rows)
+    starts = inputs.get("starts")
+    if starts is None:
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    row = torch.arange(rows)[:, None]
+    return ((row >= starts) & (row < ends)).any(dim=1)

@@ -1,0 +1,77 @@
+"""The simulator against a GPU: the same kernels, configs and inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cutlass_moe.images.toolchains import default_build
+from cutlass_moe.runtime.library import load
+from emitters.spec.dtypes import Accumulation
+from emitters.spec.gemm import WeightStorage
+from emitters.spec.weight_map import gate_strides
+from tests.ptxsim.kernels import launch
+from tests.ptxsim.kernels.runs import RUNS, Run
+from tests.ptxsim.schedule import Schedule
+from tests.support.cases import make_inputs
+from tests.support.numerics import errors, limits, poisoned, same_bits
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(default_build() is None, reason="needs nvidia-cutlass-dsl"),
+]
+STACKED = {name: run for name, run in RUNS.items() if run.storage is WeightStorage.STACKED}
+
+
+def _on_gpu(run: Run, inputs: dict[str, Any]) -> Tensor:
+    """The same kernel, launched without the op: that takes no 8-bit operands without scales."""
+    out = poisoned(run.case.rows, run.problem.out_columns, inputs["out_dtype"], "cuda")
+    on = {name: t.cuda() for name, t in inputs.items() if isinstance(t, Tensor)}
+    addresses = {name: tensor.data_ptr() for name, tensor in on.items()}
+    addresses["channel_scale"] = addresses["expert_scale"] = addresses.get("scale", 0)
+    addresses |= {
+        "starts": addresses.get("starts", 0),
+        "ends": addresses["offsets"],
+        "out": out.data_ptr(),
+    }
+    interleaved = inputs.get("interleaved", False)
+    column_stride, gate_stride = gate_strides(run.problem.n, interleaved)
+    integers = {
+        "num_tokens": len(inputs["x"]),
+        "num_rows": len(out),
+        "early": 0,
+        "column_stride": column_stride,
+        "gate_stride": gate_stride,
+    }
+    kernel = load(run.problem, run.config, torch.cuda.current_device())
+    given = addresses | integers
+    names = [param.name for param in kernel.record.params if param.name != "counters"]
+    values = [given.get(name, 0) for name in names]
+    weight = (on["weight"].data_ptr(), on["weight"].stride(), interleaved)
+    stream = torch.cuda.current_stream().cuda_stream
+    kernel.launch_gemm(values, weight, (given["out"], len(out)), run.grid, stream)
+    return out.cpu()
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["normal", "exact"])
+@pytest.mark.parametrize("name", STACKED)
+def test_simulator_agrees(name: str, exact: bool) -> None:
+    """To the last bit where nothing is rounded in the tensor core, else within its rounding."""
+    run = STACKED[name]
+    inputs = make_inputs(run.case, "cpu", exact=exact)
+    kernel = launch.kernel(run.problem, run.config)
+    simulated = launch.simulate(kernel, inputs, Schedule(0), run.grid, rows=run.case.rows)
+    found = _on_gpu(run, inputs)
+    owned = run.case.owned
+    assert same_bits(found[~owned], simulated[~owned]), "rows that belong to nobody"
+    found, simulated = found[owned], simulated[owned]
+    plain = run.problem.accumulation is Accumulation.INT32 and not run.problem.epilogue
+    if plain or (exact and run.problem.activation is None):
+        torch.testing.assert_close(found, simulated, rtol=0, atol=0)
+        return
+    difference, allowed = errors(found, simulated.double()), limits(run.problem, exact)
+    assert difference.whole <= allowed.whole, (difference, allowed)
+    assert difference.worst_element <= allowed.worst_element, (difference, allowed)

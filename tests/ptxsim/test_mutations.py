@@ -1,0 +1,88 @@
+"""The simulator can fail: every planted defect is caught, in some schedule, as what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from cutlass_moe.images.toolchains import default_build
+from emitters.spec.dtypes import Accumulation, DType
+from emitters.spec.gemm import Activation, ActivationFunction, GemmProblem, Major, WeightStorage
+from emitters.spec.registry import Config
+from tests.ptxsim.kernels import launch
+from tests.ptxsim.kernels.mutations import MUTATIONS
+from tests.ptxsim.kernels.runs import CLUSTER, PINGPONG, RUNS, SMALL
+from tests.ptxsim.ptx import Fault
+from tests.ptxsim.schedule import MODES, Schedule
+from tests.support.cases import SCALES, Case, make_inputs
+from tests.support.numerics import check
+
+pytestmark = pytest.mark.skipif(default_build() is None, reason="needs nvidia-cutlass-dsl")
+CASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=400, spare=3)
+GATED = replace(CASE, n=144, epilogue=(*SCALES, Activation(ActivationFunction.SWIGLU)))
+N_MAJOR = replace(GATED, operand=DType.BF16, epilogue=(), weight_major=Major.N)
+KERNELS: dict[str, tuple[Case, Config]] = {
+    "base": (CASE, SMALL),
+    "no_tails": (replace(CASE, n=64), SMALL),
+    "one_step": (replace(CASE, k=64), SMALL),
+    "six_steps": (replace(CASE, k=656), SMALL),
+    "two_slices": (CASE, replace(SMALL, tile_n=128)),
+    "two_level": (replace(CASE, accumulation=Accumulation.TWO_LEVEL), SMALL),
+    "two_consumers": (CASE, replace(SMALL, tile_m=128)),
+    "table": (CASE, SMALL),
+    "outside": (replace(CASE, reads="outside"), SMALL),
+    "dynamic": (CASE, RUNS["dynamic"].config),
+    "cluster": (replace(CASE, counts=(140, 0, 33)), CLUSTER),
+    "pingpong": (CASE, PINGPONG),
+    "split": (replace(CASE, counts=(9, 0, 5), n=136), RUNS["swap_split_2"].config),
+    "gated": (GATED, replace(SMALL, tile_n=128)),
+    "swap_gated": (replace(GATED, counts=(9, 0, 5)), RUNS["swap_gated_128"].config),
+    "n_major": (N_MAJOR, SMALL),
+    "n_major_gated": (replace(N_MAJOR, epilogue=GATED.epilogue), replace(SMALL, tile_n=128)),
+    "starts": (replace(CASE, apart=5), SMALL),
+    "many_experts": (replace(CASE, counts=(9, 0, 70, 3)), SMALL),
+}
+
+
+def problem(name: str) -> GemmProblem:
+    storage = WeightStorage.TABLE if name == "table" else WeightStorage.STACKED
+    return replace(KERNELS[name][0].problem, weights=storage)
+
+
+def complaints(kernel: launch.Kernel, case: Case) -> Iterator[str]:
+    """What is wrong, schedule by schedule; "" where nothing is."""
+    for seed, mode in enumerate(MODES):
+        inputs = make_inputs(case, "cpu", exact=True)
+        try:
+            out = launch.simulate(kernel, inputs, Schedule(seed, mode), rows=case.rows)
+        except Fault as fault:
+            yield str(fault)
+            continue
+        try:
+            check(out, case, inputs, exact=True)
+        except AssertionError as error:
+            yield f"wrong result: {error}"
+            continue
+        yield ""
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_nothing_is_wrong_without_a_defect(name: str) -> None:
+    case, config = KERNELS[name]
+    assert set(complaints(launch.kernel(problem(name), config), case)) == {""}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_defects_are_caught(name: str) -> None:
+    mutation = MUTATIONS[name]
+    case, config = KERNELS[mutation.kernel]
+    kernel = launch.kernel(problem(mutation.kernel), config)
+    edited = kernel.edited(mutation.edit(kernel.ptx))
+    said = next(filter(None, complaints(edited, case)), "")
+    assert any(text in said for text in mutation.expects), said or "not caught"
+
+
+def test_there_are_enough_defects() -> None:
+    assert len(MUTATIONS) >= 25
