@@ -17,7 +17,7 @@ from typing import Any
 
 from emitters.compile.emit import emit
 from emitters.spec.image import Image
-from emitters.spec.registry import any_config_from_json, problem_from_json
+from emitters.spec.registry import config_from_json, problem_from_json
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def _answer(line: str) -> dict[str, Any]:
 
 def _emit(request: dict[str, Any]) -> Image:
     problem = problem_from_json(request["problem"])
-    config = any_config_from_json(request["config"])
+    config = config_from_json(request["config"])
     return emit(problem, config, request["arch"], request["toolchain"])
 
 

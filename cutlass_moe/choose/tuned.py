@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emitters.spec.gemm import GemmProblem
-from emitters.spec.registry import Config, config_from_json, why_illegal
+from emitters.spec.registry import GemmConfig, gemm_config_from_json, why_illegal
 
 VARIABLE = "CUTLASS_MOE_TUNING"
 FAR = 1.5  # a little more than half of a power of two, the steps of `tune`
@@ -28,7 +28,7 @@ class Entry(NamedTuple):
     """What was fastest at a number of rows an expert, and the microseconds it took."""
 
     rows_per_expert: float
-    config: Config
+    config: GemmConfig
     us: float
 
 
@@ -39,10 +39,10 @@ def name_of(problem: GemmProblem) -> str:
     """What a table calls a problem: gather and epilogue, activations included, hardly change which
     config is fastest."""
     size = f"E {problem.num_experts}, N {problem.n}, K {problem.k}"
-    return f"{problem.operand} {problem.accumulation}, {size}"
+    return f"{problem.x} {problem.accumulation}, {size}"
 
 
-def lookup(problem: GemmProblem, gpu: str, rows_per_expert: float) -> Config | None:
+def lookup(problem: GemmProblem, gpu: str, rows_per_expert: float) -> GemmConfig | None:
     """The config measured at the nearest number of rows an expert, by ratio.
 
     None without a table, and beyond FAR times what was measured. Raises ValueError for a file of
@@ -59,7 +59,7 @@ def lookup(problem: GemmProblem, gpu: str, rows_per_expert: float) -> Config | N
     return nearest.config if far(nearest) <= math.log(FAR) else None
 
 
-def configs(problem: GemmProblem) -> tuple[Config, ...]:
+def configs(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """Every config that `lookup` may return, on any GPU. Raises as it does."""
     files = os.environ.get(VARIABLE, "")
     gpus = dict.fromkeys(gpu for table in _tables(files) for gpu in table)
@@ -97,7 +97,7 @@ def read(path: Path) -> Table:
 
 def _parse(listed: list[dict[str, Any]]) -> tuple[Entry, ...]:
     entries = [
-        Entry(float(rows), config_from_json(one["config"]), float(us))
+        Entry(float(rows), gemm_config_from_json(one["config"]), float(us))
         for one in listed
         for rows, us in one["us"].items()
     ]
@@ -124,7 +124,7 @@ def merge(path: Path, table: Table) -> None:
 
 
 def _to_json(entries: tuple[Entry, ...]) -> list[dict[str, Any]]:
-    found: dict[Config, dict[str, float]] = {}
+    found: dict[GemmConfig, dict[str, float]] = {}
     for entry in sorted(entries, key=lambda entry: entry.rows_per_expert):
         found.setdefault(entry.config, {})[f"{entry.rows_per_expert:g}"] = round(entry.us, 1)
     return [{"config": config.to_json(), "us": us} for config, us in found.items()]

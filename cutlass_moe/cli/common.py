@@ -14,11 +14,8 @@ from rich.console import Console
 from cutlass_moe.models.files import find_shape, read_shapes
 from cutlass_moe.models.problems import model_problems
 from cutlass_moe.models.shapes import DTYPES, MODELS, MoeShape
-from emitters.spec.config_sm90 import GemmSwapSm90Config
-from emitters.spec.gemm import GemmProblem
 from emitters.spec.image import LaunchRecord
-from emitters.spec.layer_steps import StepConfig
-from emitters.spec.registry import Problem
+from emitters.spec.registry import Problem, config_from_json, problem_from_json
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -92,43 +89,5 @@ def posed(layers: Sequence[Layer], dtypes: Iterable[str]) -> list[Posed]:
 def image_cells(record: LaunchRecord) -> list[str]:
     """What IMAGE_COLUMNS say of an image."""
     numbers = (record.registers, record.spill_bytes, record.smem_bytes)
-    return [problem_words(record.problem), config_words(record.config), *map(str, numbers)]
-
-
-def problem_words(problem: dict[str, Any]) -> str:
-    if problem["op"] != GemmProblem.op:
-        plain = {"num_groups": 1, "source_scale": 1.0}  # go without saying
-        there = [n for n in _STEP_WORDS if n in problem and problem[n] != plain.get(n)]
-        return " ".join([problem["op"], *(_STEP_WORDS[n].format(problem[n]) for n in there)])
-    size = f"E {problem['num_experts']} N {problem['n']} K {problem['k']}"
-    nodes = [node["kind"] for node in problem["epilogue"]]
-    gather = ["gather"] if problem["gather"] else []
-    return " ".join([f"{problem['operand']} > {problem['out']}", size, *gather, *nodes])
-
-
-_STEP_WORDS = {  # in this order
-    "num_experts": "E {}",
-    "id_bits": "int{}",
-    "logits": "{}",
-    "scoring": "{}",
-    "num_groups": "groups {}",
-    "dtype": "{}",
-    "source": "{} >",
-    "target": "{}",
-    "k": "K {}",
-    "n": "N {}",
-    "top_k": "k {}",
-    "source_scale": "scale {:g}",
-}
-
-
-def config_words(config: dict[str, Any]) -> str:
-    if config["template"] == StepConfig.template:
-        return f"{config['threads']} threads"
-    tile = f"{config['tile_m']}x{config['tile_n']}"
-    if config["template"] == GemmSwapSm90Config.template:
-        return f"swap {tile} K/{config['split_k']} {config['ctas_per_sm']}/SM"
-    pingpong = ["ping-pong"] if config["pingpong"] else []
-    cluster = [f"cluster {config['cluster_m']}"] if config["cluster_m"] > 1 else []
-    group = f"group {config['group_m']}"
-    return " ".join([tile, *pingpong, *cluster, group, f"{config['ctas_per_sm']}/SM"])
+    problem, config = problem_from_json(record.problem), config_from_json(record.config)
+    return [problem.words, config.words, *map(str, numbers)]

@@ -19,7 +19,6 @@ from cutlass_moe.choose.heuristics_sm90 import every_config
 from cutlass_moe.cli.common import (
     IMAGE_COLUMNS,
     Posed,
-    config_words,
     console,
     dtypes_option,
     find_layers,
@@ -36,7 +35,7 @@ from cutlass_moe.images.toolchains import default_build, driver_cuda, why_unload
 from cutlass_moe.models.shapes import DTYPES
 from emitters.spec.arch import ARCHS
 from emitters.spec.image import Image, image_key
-from emitters.spec.registry import any_config_from_json, problem_from_json
+from emitters.spec.registry import config_from_json, problem_from_json
 
 INSTALLED = "installed"
 
@@ -282,7 +281,7 @@ def _why_faulty(root: Root, arch: str, key: str, cuda: int | None) -> str | None
             return "it was removed meanwhile"
         record = image.record
         problem = problem_from_json(record.problem)
-        derived = image_key(problem, any_config_from_json(record.config), record.arch)
+        derived = image_key(problem, config_from_json(record.config), record.arch)
     except (ValueError, UntrustedRoot) as error:
         return str(error).removeprefix(f"{root.path}: {arch}/{key}: ")
     if (record.arch, derived) != (arch, key):
@@ -311,7 +310,7 @@ def _show(sound: int, faults: Sequence[Fault], missing: Sequence[Need], cuda: in
     for fault in faults:
         click.echo(f"{fault.root} {fault.image}: {fault.reason}" if fault.image else fault.reason)
     for need in missing:
-        words = f"{need.model} {need.dtype} {need.name}, {config_words(need.config)}"
+        words = f"{need.model} {need.dtype} {need.name}, {config_from_json(need.config).words}"
         click.echo(f"missing: {need.arch}/{need.key} for {words}")
     if cuda is None:
         click.echo("no CUDA driver here: not checked whether it can load them (--cuda says which)")

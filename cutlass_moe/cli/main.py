@@ -21,7 +21,6 @@ from cutlass_moe.choose.heuristics_sm90 import choose, estimate, every_config
 from cutlass_moe.cli.common import (
     IMAGE_COLUMNS,
     Posed,
-    config_words,
     console,
     dtype_choice,
     dtypes_option,
@@ -29,7 +28,6 @@ from cutlass_moe.cli.common import (
     image_cells,
     models_option,
     posed,
-    problem_words,
     shard_options,
 )
 from cutlass_moe.cli.images import COMMANDS
@@ -45,16 +43,15 @@ from cutlass_moe.images.compiler import (
 from cutlass_moe.images.roots import UntrustedRoot
 from cutlass_moe.models.problems import gemm_problems
 from cutlass_moe.tune import measure
-from emitters.spec.arch import ARCHS
-from emitters.spec.config_sm90 import GemmSwapSm90Config
+from emitters.spec.arch import ARCHS, DEFAULT_ARCH
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.identity import TOOLCHAINS
 from emitters.spec.image import image_key
 from emitters.spec.registry import (
-    AnyConfig,
     Config,
     Problem,
-    any_config_from_json,
+    as_gemm,
+    config_from_json,
     problem_from_json,
     why_illegal,
 )
@@ -133,7 +130,7 @@ def demo(
 @click.option("--for-tuning", is_flag=True, help="Compile also what `tune` would measure.")
 @click.option("--problem", help="One problem, as JSON.")
 @click.option("--config", help="The one config for it, as JSON [default: all it may be given].")
-@click.option("--arch", type=click.Choice(ARCHS), default=ARCHS[0], show_default=True)
+@click.option("--arch", type=click.Choice(list(ARCHS)), default=DEFAULT_ARCH, show_default=True)
 @click.option(
     "--toolchain",
     type=click.Choice(list(TOOLCHAINS)),
@@ -169,7 +166,7 @@ def build(
         )
     if problem:
         parsed = _parse(problem_from_json, "--problem", problem)
-        chosen = _parse(any_config_from_json, "--config", config) if config else None
+        chosen = _parse(config_from_json, "--config", config) if config else None
         configs = [chosen] if chosen else every_config(parsed)
         requests = _requests_of("--problem", parsed, configs, arch)
     else:
@@ -209,9 +206,9 @@ def tune(output: Path, dtypes: Sequence[str], **layers: Any) -> None:
     ratios: list[float] = []
     try:
         for one in posed(find_layers(**layers), dtypes or ("fp8",)):
-            # tables take up with and without its activation for one
-            if isinstance(one.problem, GemmProblem) and one.problem.activation is None:
-                ratios += _tune(str(one), one.problem, one.layer.shape.top_k, output)
+            gemm = as_gemm(one.problem)
+            if gemm and gemm.activation is None:  # tables take up with and without it for one
+                ratios += _tune(str(one), gemm, one.layer.shape.top_k, output)
     except (ValueError, LookupError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
     console.print(f"The table is in {output}", markup=False)
@@ -241,7 +238,7 @@ def _tune(name: str, problem: GemmProblem, top_k: int, output: Path) -> list[flo
         rows = one.tokens * (1 if problem.gather else top_k)
         us = one.us.get(estimate(problem, rows, one.rows_per_expert))
         ratios += [] if us is None else [us / min(one.us.values())]
-        cells = (f"{one.rows_per_expert:g}", config_words(entry.config.to_json()))
+        cells = (f"{one.rows_per_expert:g}", entry.config.words)
         table.add_row(str(one.tokens), *cells, f"{entry.us:.1f}", "" if us is None else f"{us:.1f}")
     console.print(table)
     return ratios
@@ -257,18 +254,18 @@ def show_config(model: str, dtype: str, tokens: tuple[int, ...]) -> None:
     (layer,) = find_layers([model])
     shape = layer.shape
     for name, problem in gemm_problems(shape, dtype).items():
-        table = Table(*columns, title=f"{shape.name} {name}: {problem_words(problem.to_json())}")
+        table = Table(*columns, title=f"{shape.name} {name}: {problem.words}")
         for count in tokens or TOKENS:
             rows = count * shape.top_k
             config = choose(problem, count if problem.gather else rows, rows / shape.num_experts)
             cells = (
                 count,
-                config_words(config.to_json()),
+                config.words,
                 config.pipeline_stages(problem),
                 config.smem_bytes(problem),
                 config.threads,
-                _registers(config),
-                image_key(problem, config, ARCHS[0])[:12],
+                config.thread_registers,
+                image_key(problem, config, DEFAULT_ARCH)[:12],
             )
             table.add_row(*map(str, cells))
         console.print(table)
@@ -290,26 +287,21 @@ def clear_cache() -> None:
     console.print(f"{count} images removed from {cache.root}", markup=False)
 
 
-def _registers(config: Config) -> str:
-    if isinstance(config, GemmSwapSm90Config):
-        return str(config.registers)
-    return f"{config.producer_registers} / {config.consumer_registers}"
-
-
 def _requests(
-    asked: Iterable[Posed], arch: str = ARCHS[0], for_tuning: bool = False
+    asked: Iterable[Posed], arch: str = DEFAULT_ARCH, for_tuning: bool = False
 ) -> list[Request]:
     found: list[Request] = []
     for one in asked:
-        configs: Sequence[AnyConfig] = every_config(one.problem)
-        if for_tuning and isinstance(one.problem, GemmProblem):
-            configs = measure.space(one.problem)
+        configs: Sequence[Config] = every_config(one.problem)
+        gemm = as_gemm(one.problem)
+        if for_tuning and gemm:
+            configs = measure.space(gemm)
         found += _requests_of(str(one), one.problem, configs, arch)
     return list(dict.fromkeys(found))
 
 
 def _requests_of(
-    name: str, problem: Problem, configs: Sequence[AnyConfig], arch: str
+    name: str, problem: Problem, configs: Sequence[Config], arch: str
 ) -> list[Request]:
     """name: what an error calls the problem."""
     reason = why_illegal(problem, next(iter(configs), None), arch)
@@ -375,5 +367,5 @@ def _build(
 
 def _show_failure(failure: Result) -> None:
     request = failure.request
-    what = f"{problem_words(request.problem.to_json())}, {config_words(request.config.to_json())}"
+    what = f"{request.problem.words}, {request.config.words}"
     console.print(f"Failed: {what}\n{failure.error}", style="red", markup=False)

@@ -23,9 +23,10 @@ from typing import Any
 import emitters
 from cutlass_moe.images.cache import Cache
 from cutlass_moe.images.toolchains import default_toolchain
+from emitters.spec.arch import DEFAULT_ARCH
 from emitters.spec.identity import build_identity, installed_toolchains
 from emitters.spec.image import Image, LaunchRecord, image_key
-from emitters.spec.registry import AnyConfig, Problem
+from emitters.spec.registry import Config, Problem
 
 TIMEOUT = 120.0  # seconds an image may take: a hundred times what the slowest does
 STALE_SECONDS = 86_400.0  # a worker's directory that old was left by a build that was killed
@@ -46,8 +47,8 @@ class Request:
     """An image to compile."""
 
     problem: Problem
-    config: AnyConfig
-    arch: str = "sm_90a"
+    config: Config
+    arch: str = DEFAULT_ARCH
 
     @property
     def key(self) -> str:
@@ -68,7 +69,7 @@ class Result:
 
 
 def compile_image(
-    problem: Problem, config: AnyConfig, arch: str = "sm_90a", timeout: float = TIMEOUT
+    problem: Problem, config: Config, arch: str = DEFAULT_ARCH, timeout: float = TIMEOUT
 ) -> Image:
     """Compiles one image in a worker of its own, within `timeout` seconds.
 
@@ -188,7 +189,7 @@ def _in_workers(
         workers.close()
 
 
-def build_command(problem: Problem, config: AnyConfig, arch: str = "sm_90a") -> str:
+def build_command(problem: Problem, config: Config, arch: str = DEFAULT_ARCH) -> str:
     """The shell command that builds exactly this image into the writable root of the cache."""
     compact = [json.dumps(part.to_json(), separators=(",", ":")) for part in (problem, config)]
     return shlex.join(

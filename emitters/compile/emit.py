@@ -7,6 +7,7 @@ two threads in the DSL's compiler abort the interpreter.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -14,18 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from emitters.compile.cubin import CubinFacts, read_cubin
 from emitters.compile.toolchain import load_toolchain, loaded_toolchain
-from emitters.spec.config_sm90 import GemmSm90Config, GemmSwapSm90Config
-from emitters.spec.gemm import GemmProblem
+from emitters.spec.arch import DEFAULT_ARCH
 from emitters.spec.identity import build_identity
 from emitters.spec.image import IMAGE_ABI, TENSOR_MAP_BYTES, Image, LaunchRecord, Param, ParamKind
-from emitters.spec.layer_steps import (
-    CombineProblem,
-    QuantizeProblem,
-    RouteLogitsProblem,
-    RouteProblem,
-    TopkProblem,
-)
-from emitters.spec.registry import AnyConfig, Problem, why_illegal
+from emitters.spec.registry import Config, Problem, find_template, why_illegal
 
 if TYPE_CHECKING:
     from emitters.templates.arguments import Argument
@@ -34,7 +27,7 @@ _SIZES = {ParamKind.TENSOR_MAP: TENSOR_MAP_BYTES, ParamKind.POINTER: 8, ParamKin
 
 
 def emit(
-    problem: Problem, config: AnyConfig, arch: str = "sm_90a", toolchain: str | None = None
+    problem: Problem, config: Config, arch: str = DEFAULT_ARCH, toolchain: str | None = None
 ) -> Image:
     """Compiles one kernel. Raises ValueError, with the reason, where that is illegal.
 
@@ -43,7 +36,9 @@ def emit(
     return _emit(problem, config, arch, toolchain=toolchain)[0]
 
 
-def emit_ptx(problem: Problem, config: AnyConfig, arch: str = "sm_90a") -> tuple[LaunchRecord, str]:
+def emit_ptx(
+    problem: Problem, config: Config, arch: str = DEFAULT_ARCH
+) -> tuple[LaunchRecord, str]:
     """The kernel that `emit` writes as PTX, with `.loc` lines that name the Python source."""
     image, ptx = _emit(problem, config, arch, "--generate-line-info")
     return image.record, ptx
@@ -51,7 +46,7 @@ def emit_ptx(problem: Problem, config: AnyConfig, arch: str = "sm_90a") -> tuple
 
 def _emit(
     problem: Problem,
-    config: AnyConfig,
+    config: Config,
     arch: str,
     more_options: str = "",
     toolchain: str | None = None,
@@ -83,7 +78,7 @@ def _emit(
 
 
 def param_kinds(
-    problem: Problem, config: AnyConfig, arch: str = "sm_90a"
+    problem: Problem, config: Config, arch: str = DEFAULT_ARCH
 ) -> list[tuple[str, ParamKind]]:
     """A kernel's parameters in its order. Loads the DSL."""
     return _named(_template(problem, config, arch).arguments())
@@ -104,7 +99,7 @@ def _params(arguments: Sequence[Argument], facts: CubinFacts) -> tuple[Param, ..
     )
 
 
-def _template(problem: Problem, config: AnyConfig, arch: str, toolchain: str | None = None) -> Any:
+def _template(problem: Problem, config: Config, arch: str, toolchain: str | None = None) -> Any:
     """The template's instance that writes this kernel.
 
     It has `__call__` and `kernel`, `arguments()` for the former (grid and stream come after them),
@@ -113,25 +108,11 @@ def _template(problem: Problem, config: AnyConfig, arch: str, toolchain: str | N
     os.environ["CUTE_DSL_ARCH"] = arch  # read when cutlass is imported
     if toolchain:
         load_toolchain(toolchain)
-    from emitters.templates.combine import Combine
-    from emitters.templates.gemm_sm90 import GemmSm90
-    from emitters.templates.gemm_swap_sm90 import GemmSwapSm90
-    from emitters.templates.quantize import Quantize
-    from emitters.templates.route import Route, RouteLogits
-    from emitters.templates.router import TopkRouter
-
-    kinds: dict[str, type] = {
-        GemmSm90Config.template: GemmSm90,
-        GemmSwapSm90Config.template: GemmSwapSm90,
-        QuantizeProblem.op: Quantize,
-        CombineProblem.op: Combine,
-        RouteProblem.op: Route,
-        RouteLogitsProblem.op: RouteLogits,
-        TopkProblem.op: TopkRouter,
-    }
-    name = config.template if isinstance(problem, GemmProblem) else problem.op
-    kind: Any = kinds[name]
-    kind.kernel.set_name_prefix(f"cutlass_moe_{name}", keep_mangled_name=False)
+    found = find_template(problem, config)
+    assert found is not None
+    module, _, name = found.source.partition(":")
+    kind: Any = getattr(importlib.import_module(f"emitters.templates.{module}"), name)
+    kind.kernel.set_name_prefix(f"cutlass_moe_{found.name}", keep_mangled_name=False)
     return kind(problem, config)
 
 

@@ -27,7 +27,7 @@ class GatherIterator:
 
     def __init__(self, problem: GemmProblem, config: GemmSm90Config):
         self.gather = problem.gather
-        self.row_bytes = problem.k * problem.operand.bytes
+        self.row_bytes = problem.k * problem.x.bytes
         self.passes = -(-config.tile_m // _ROWS_PER_PASS)
 
     def attach(self, x: cute.Pointer, index: cute.Pointer | None, num_tokens: Int32, thread: Int32):

@@ -12,7 +12,7 @@ from cutlass.cutlass_dsl import dsl_user_op
 from cutlass.experimental import primitives as prims
 
 from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS
-from emitters.spec.gemm import GATE_BLOCK, N_MAJOR_BLOCK, GemmProblem, Major, WeightStorage
+from emitters.spec.gemm import GemmProblem, Major, WeightStorage
 from emitters.spec.image import TENSOR_MAP_BYTES
 
 WEIGHT_LAYOUT = {Major.K: utils.LayoutEnum.ROW_MAJOR, Major.N: utils.LayoutEnum.COL_MAJOR}
@@ -38,25 +38,9 @@ def make_out_map(problem: GemmProblem, out: cute.Tensor):
     return atom
 
 
-def weight_corners(problem: GemmProblem, k, column: Int32, columns: int, expert: Int32):
-    """Coordinates, see `weight_view`, of the boxes at element k of K that hold a tile's `columns`
-    from `column` on, one after the other in shared memory."""
-    if problem.weights is WeightStorage.TABLE:
-        expert = Int32(0)
-    if problem.weight_major is Major.N:
-        block = N_MAJOR_BLOCK
-        firsts = [column + first for first in range(0, columns, block)]
-        if problem.gated:
-            return [[c // (2 * block) * block, k, c // block % 2, expert] for c in firsts]
-        return [[c, k, expert] for c in firsts]
-    if problem.gated:
-        return [[k, Int32(0), Int32(0), column // (2 * GATE_BLOCK), expert]]
-    return [[k, column, expert]]
-
-
 def find_weight_map(problem: GemmProblem, weight, expert: Int32):
     """Address of an expert's. weight: a TMA atom, or the pointer to a table of maps."""
-    if problem.weights is WeightStorage.STACKED:
+    if problem.weight.storage is WeightStorage.STACKED:
         return tensor_map_address(weight)
     entry = cute.make_ptr(
         Uint8,

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-ARCHS = ("sm_90a",)
+from dataclasses import dataclass
 
-_SMEM_PER_SM = 233_472  # 228 KiB, of which each CTA loses 1 KiB to the system
 
-_SMEM_RESERVED = 1024
+@dataclass(frozen=True)
+class Arch:
+    """name: the compilation target. capability: the compute capability of the GPUs that run it.
+    sms: of the GPU that configs are estimated for. Sizes in bytes, registers of 32 bits."""
 
-_SMEM_UNIT = 128
+    name: str
+    capability: tuple[int, int]
+    sms: int
+    smem_per_sm: int
+    smem_reserved: int  # of that, taken by the system for every CTA
+    smem_unit: int  # what a CTA asks for is rounded up to a multiple of this
+    registers_per_sm: int
 
-_REGISTERS_PER_SM = 65_536
+
+SM90 = Arch("sm_90a", (9, 0), 132, 233_472, 1024, 128, 65_536)
+ARCHS = {arch.name: arch for arch in (SM90,)}
+DEFAULT_ARCH = SM90.name
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """The compilation target of a GPU: "sm_90a" for capability 9.0; for GPUs that no template
+    supports "sm_" and the digits."""
+    known = {arch.capability: arch.name for arch in ARCHS.values()}
+    return known.get(capability, "sm_{}{}".format(*capability))

@@ -1,12 +1,16 @@
-"""What is asked: everything that changes the numbers a kernel computes."""
+"""What is asked of a grouped GEMM: everything that changes the numbers its kernel computes."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
 
-from emitters.spec.dtypes import Accumulation, DType, Name
-from emitters.spec.weight_map import gate_strides
+from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType, Name
+from emitters.spec.plain import from_plain, to_plain
+
+MAX_EXPERTS = 1024  # 32 lanes x 32 experts: the expert search is two ballots
+GATE_BLOCK = 8  # gate columns, then as many up columns: how a tile of a gated problem orders them
+N_MAJOR_BLOCK = 64  # columns of a box of N-major weights, 128 bytes; of gate and up by turns
 
 
 class WeightStorage(Name):
@@ -24,24 +28,38 @@ class Major(Name):
 
 
 @dataclass(frozen=True)
-class PerTokenScale:
-    """Multiplies a row by per_token_scale[token]: float32 [T], read through the same index as x."""
+class WeightFormat:
+    """What the memory of the weights [E, N, K] holds."""
 
-    kind: ClassVar[str] = "per_token_scale"
-
-
-@dataclass(frozen=True)
-class ChannelScale:
-    """Multiplies column n of expert e by scale[e, n]: float32 [E, N]."""
-
-    kind: ClassVar[str] = "channel_scale"
+    dtype: DType
+    major: Major = Major.K
+    storage: WeightStorage = WeightStorage.STACKED
 
 
-@dataclass(frozen=True)
-class ExpertScale:
-    """Multiplies every column of expert e by scale[e]: float32 [E]."""
+class Granularity(Name):
+    """What shares one float32 scale."""
 
-    kind: ClassVar[str] = "expert_scale"
+    TOKEN = "token"  # a row of x: per_token_scale[token], [T], read through the same index as x
+    CHANNEL = "channel"  # a row of an expert's weights: scale[e, n], [E, N]
+    EXPERT = "expert"  # an expert's weights: scale[e], [E]
+
+
+class EpilogueNode(Protocol):
+    """One of the things done to a product's float32 values, after the scales.
+
+    A node is a frozen dataclass; emitters/device/epilogue/nodes.py says how to add one.
+    """
+
+    @property
+    def kind(self) -> str:
+        """Its name in JSON."""
+
+    @property
+    def operand(self) -> str | None:
+        """The tensor that it reads, by the name of the kernel's parameter; None: it reads none.
+
+        A node that reads one has a property `element` besides, the tensor's DType.
+        """
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,11 @@ class Bias:
 
     dtype: DType
     kind: ClassVar[str] = "bias"
+    operand: ClassVar[str] = "bias"
+
+    @property
+    def element(self) -> DType:
+        return self.dtype
 
 
 class ActivationFunction(Name):
@@ -75,6 +98,7 @@ _GATED = (
     ActivationFunction.REGLU,
     ActivationFunction.SWIGLU_OAI,
 )
+OAI_LIMIT, OAI_SLOPE = 7.0, 1.702  # of SWIGLU_OAI
 
 
 @dataclass(frozen=True)
@@ -85,50 +109,35 @@ class Activation:
     function: ActivationFunction
     scale: float = 1.0
     kind: ClassVar[str] = "activation"
+    operand: ClassVar[None] = None
 
 
-EpilogueNode = PerTokenScale | ChannelScale | ExpertScale | Bias | Activation
-_NODES: dict[str, type] = {
-    c.kind: c for c in (PerTokenScale, ChannelScale, ExpertScale, Bias, Activation)
-}
-GATE_BLOCK = 8  # gate columns, then as many up columns: how a tile of a gated problem orders them
-N_MAJOR_BLOCK = 64  # columns of a box of N-major weights, 128 bytes; of gate and up by turns
-
-
-def make_epilogue(
-    per_token_scale: bool, scale_dims: int, bias: DType | None, activation: Activation | None
-) -> tuple[EpilogueNode, ...]:
-    """Nodes of what a product has, in the usual order. scale_dims: of its scale; 0 without one."""
-    nodes: list[EpilogueNode] = [PerTokenScale()] if per_token_scale else []
-    if scale_dims:
-        nodes.append(ExpertScale() if scale_dims == 1 else ChannelScale())
-    if bias is not None:
-        nodes.append(Bias(bias))
-    if activation is not None:
-        nodes.append(activation)
-    return tuple(nodes)
+NODES: dict[str, type] = {node.kind: node for node in (Bias, Activation)}
 
 
 @dataclass(frozen=True)
 class GemmProblem:
-    """out[r, n] = epilogue(sum_k x[index[r], k] * weight[e(r), n, k]), rows r sorted by expert e.
+    """out[r, n] = epilogue(scale * sum_k x[index[r], k] * weight[e(r), n, k]), rows r sorted by
+    expert e.
 
-    x [T, K] and weight [E, N, K] hold `operand`, out [rows, out_columns] holds `out`. Without
-    `gather`, row r of the product reads row r of x. The epilogue's nodes are applied in order, in
-    float32, before the conversion to `out`. T, the number of rows and the routing are not part of a
-    problem.
+    x [T, K] holds `x`, weight [E, N, K] is laid out as `weight` says, out [rows, out_columns] holds
+    `out`. Without `gather`, row r of the product reads row r of x. Sums are multiplied by the
+    scales of x, then of weight, where there are such; then the epilogue's nodes are applied in
+    order, all in float32, before the conversion to `out`. T, the number of rows and the routing are
+    not part of a problem.
     """
 
-    operand: DType
+    x: DType
+    weight: WeightFormat
     accumulation: Accumulation
     out: DType
     n: int
     k: int
     num_experts: int
     gather: bool
+    x_scale: Granularity | None = None
+    weight_scale: Granularity | None = None
     epilogue: tuple[EpilogueNode, ...] = ()
-    weights: WeightStorage = WeightStorage.STACKED
-    weight_major: Major = Major.K
     op: ClassVar[str] = "grouped_gemm"
 
     def __post_init__(self) -> None:
@@ -151,62 +160,110 @@ class GemmProblem:
     def out_columns(self) -> int:
         return self.n // 2 if self.gated else self.n
 
-    def weight_view(
-        self, strides: tuple[int, ...], interleaved: bool
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Extents, and strides of all but the innermost, of the tensor map that reads weights.
+    @property
+    def words(self) -> str:
+        """For lists that people read."""
+        size = f"E {self.num_experts} N {self.n} K {self.k}"
+        scales = [f"{scale} scale" for scale in (self.x_scale, self.weight_scale) if scale]
+        nodes = [node.kind for node in self.epilogue]
+        gather = ["gather"] if self.gather else []
+        return " ".join([f"{self.x} > {self.out}", size, *gather, *scales, *nodes])
 
-        In elements, innermost first. strides: of E, N and K. interleaved: whether rows of a gated
-        problem's weights are gate, up, gate, up, ..., which N-major ones can't be; else the first
-        half of them is gate.
-        """
-        experts = self.num_experts if self.weights is WeightStorage.STACKED else 1
-        expert_stride, row_stride, k_stride = strides
-        if experts == 1:
-            expert_stride = max(row_stride, k_stride)  # never used, but checked
-        if self.weight_major is Major.N:
-            if not self.gated:
-                return (self.n, self.k, experts), (k_stride, expert_stride)
-            half = self.out_columns
-            return (half, self.k, 2, experts), (k_stride, half, expert_stride)
-        if not self.gated:
-            return (self.k, self.n, experts), (row_stride, expert_stride)
-        column, gate = (stride * row_stride for stride in gate_strides(self.n, interleaved))
-        extents = (self.k, GATE_BLOCK, 2, self.out_columns // GATE_BLOCK, experts)
-        return extents, (column, gate, GATE_BLOCK * column, expert_stride)
+    def why_illegal(self) -> str | None:
+        """None where some config could be legal, else the reason in words."""
+        return self._why_numbers() or self._why_weight() or self._why_epilogue()
+
+    def _why_numbers(self) -> str | None:
+        if self.x not in ACCUMULATIONS:
+            return f"x must be {_any(ACCUMULATIONS)}, got {self.x}"
+        if self.accumulation not in ACCUMULATIONS[self.x]:
+            allowed = _any(ACCUMULATIONS[self.x])
+            return f"accumulation of {self.x} must be {allowed}, got {self.accumulation}"
+        if self.out not in OUTPUTS:
+            return f"the output must be {_any(OUTPUTS)}, got {self.out}"
+        if min(self.n, self.k, self.num_experts) < 1:
+            return (
+                "N, K and the number of experts must be positive, "
+                f"got {self.n}, {self.k} and {self.num_experts}"
+            )
+        if self.num_experts > MAX_EXPERTS:
+            return f"there must be at most {MAX_EXPERTS} experts, got {self.num_experts}"
+        if self.k * self.x.bytes % 16:
+            return f"rows of x and weight must be multiples of 16 bytes, got K {self.k} of {self.x}"
+        if self.gated and self.n % (2 * GATE_BLOCK):
+            return f"N of a gated activation must be a multiple of {2 * GATE_BLOCK}, got {self.n}"
+        if self.n * self.out.bytes % 16:
+            return f"rows of the output must be multiples of 16 bytes, got N {self.n} of {self.out}"
+        return None
+
+    def _why_weight(self) -> str | None:
+        weight = self.weight
+        if weight.dtype is not self.x:
+            return f"weights must hold x's {self.x}, got {weight.dtype}"
+        if weight.major is Major.K:
+            return None
+        if weight.dtype.bytes != 2:
+            return f"N-major weights must be bf16 or fp16, which WGMMA reads, got {weight.dtype}"
+        if weight.storage is WeightStorage.TABLE:
+            return "N-major weights must be stacked, to be read in place, got a table of them"
+        if self.n * weight.dtype.bytes % 16:
+            return (
+                "rows of N-major weights must be multiples of 16 bytes, "
+                f"got N {self.n} of {weight.dtype}"
+            )
+        return None
+
+    def _why_epilogue(self) -> str | None:
+        if self.x_scale not in (None, Granularity.TOKEN):
+            return f"x must have one scale per token or none, got one per {self.x_scale}"
+        if self.weight_scale not in (None, Granularity.CHANNEL, Granularity.EXPERT):
+            return (
+                "weights must have one scale per channel, one per expert or none, "
+                f"got one per {self.weight_scale}"
+            )
+        kinds = [node.kind for node in self.epilogue]
+        if len(set(kinds)) < len(kinds):
+            return f"each epilogue node must come at most once, got {', '.join(kinds)}"
+        if Activation.kind in kinds[:-1]:
+            return f"the activation must be the last epilogue node, got {', '.join(kinds)}"
+        return None
 
     def to_json(self) -> dict[str, Any]:
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain["epilogue"] = [{"kind": node.kind, **asdict(node)} for node in self.epilogue]
-        return {"op": self.op, **plain}
+        nodes = [{"kind": node.kind, **to_plain(node)} for node in self.epilogue]
+        return {"op": self.op, **to_plain(self), "epilogue": nodes}
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> GemmProblem:
         """Inverse of `to_json`. Raises ValueError on an unknown op, field, node or value."""
         rest = dict(plain)
         if rest.pop("op", None) != cls.op:
-            raise ValueError(f"expected a problem with op {cls.op!r}, got {plain.get('op')!r}")
+            raise ValueError(f"a problem's op must be {cls.op!r}, got {plain.get('op')!r}")
         try:
-            return cls(
-                operand=DType(rest.pop("operand")),
-                accumulation=Accumulation(rest.pop("accumulation")),
-                out=DType(rest.pop("out")),
-                weights=WeightStorage(rest.pop("weights")),
-                weight_major=Major(rest.pop("weight_major")),
-                epilogue=tuple(_node_from_json(node) for node in rest.pop("epilogue")),
-                **rest,
-            )
+            nodes = tuple(_node_from_json(node) for node in rest.pop("epilogue"))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a {cls.op} problem: {error}") from error
+        return from_plain(cls, {**rest, "epilogue": nodes}, f"{cls.op} problem")
+
+
+def make_epilogue(bias: DType | None, activation: Activation | None) -> tuple[EpilogueNode, ...]:
+    """The nodes of a product that has these, in their order."""
+    nodes: list[EpilogueNode] = [] if bias is None else [Bias(bias)]
+    return (*nodes, activation) if activation is not None else tuple(nodes)
+
+
+def weight_granularity(scale_dims: int) -> Granularity | None:
+    """Of a weight scale with so many dimensions: [E, N] or [E]; 0 without one."""
+    return {0: None, 1: Granularity.EXPERT}.get(scale_dims, Granularity.CHANNEL)
 
 
 def _node_from_json(plain: dict[str, Any]) -> EpilogueNode:
-    values = dict(plain)
-    kind = values.pop("kind")
-    if kind not in _NODES:
-        raise ValueError(f"unknown epilogue node {kind!r}, expected one of {sorted(_NODES)}")
-    if "dtype" in values:
-        values["dtype"] = DType(values["dtype"])
-    if "function" in values:
-        values["function"] = ActivationFunction(values["function"])
-    return _NODES[kind](**values)
+    rest = dict(plain)
+    kind = rest.pop("kind")
+    if kind not in NODES:
+        raise ValueError(f"an epilogue node must be one of {sorted(NODES)}, got {kind!r}")
+    node: EpilogueNode = from_plain(NODES[kind], rest, f"{kind} node")
+    return node
+
+
+def _any(names: Any) -> str:
+    return ", ".join(map(str, names))

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from emitters.spec.dtypes import Name
-from emitters.spec.registry import AnyConfig, Problem
+from emitters.spec.registry import Config, Problem
 
 TENSOR_MAP_BYTES = 128  # of a CUtensorMap
-IMAGE_ABI = 5  # raised when a launch record or a parameter changes its meaning
+IMAGE_ABI = 6  # raised when a launch record or a parameter changes its meaning
 
 
 class ParamKind(Name):
@@ -88,7 +88,7 @@ class Image:
     record: LaunchRecord
 
 
-def image_key(problem: Problem, config: AnyConfig, arch: str) -> str:
+def image_key(problem: Problem, config: Config, arch: str) -> str:
     """Lookup key of an image, 64 hex digits: no DSL, no GPU and no torch are needed to know it."""
     asked = {
         "problem": problem.to_json(),

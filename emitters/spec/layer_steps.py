@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from math import frexp
 from typing import Any, ClassVar, TypeVar
 
-from emitters.spec.config_sm90 import MAX_EXPERTS
-from emitters.spec.dtypes import OUTPUTS, DType
+from emitters.spec.dtypes import LARGEST, OUTPUTS, DType
+from emitters.spec.gemm import MAX_EXPERTS
+from emitters.spec.plain import from_plain, to_plain
 
 ROW_VECTOR = 8  # elements of a row that a thread takes at a time: 16 bytes of 16-bit ones
 MAX_ROW = 32_768
@@ -25,24 +26,47 @@ class Step:
     op: ClassVar[str]
 
     def to_json(self) -> dict[str, Any]:
-        return {"op": self.op, **asdict(self)}
+        return {"op": self.op, **to_plain(self)}
 
     @classmethod
     def from_json(cls: type[_S], plain: dict[str, Any]) -> _S:
-        """Inverse of `to_json`. Raises ValueError on an unknown field or value."""
+        """Inverse of `to_json`. Raises ValueError on an unknown op, field or value."""
         rest = dict(plain)
         if rest.pop("op", None) != cls.op:
-            raise ValueError(f"expected a problem with op {cls.op!r}, got {plain.get('op')!r}")
-        dtypes = [f.name for f in fields(cls) if f.type == "DType"]
-        try:
-            rest |= {name: DType(rest[name]) for name in dtypes}
-            return cls(**rest)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a {cls.op} problem: {error}") from error
+            raise ValueError(f"a problem's op must be {cls.op!r}, got {plain.get('op')!r}")
+        return from_plain(cls, rest, f"{cls.op} problem")
+
+    @property
+    def words(self) -> str:
+        """For lists that people read."""
+        shown = ((name, getattr(self, name, None)) for name in _WORDS)
+        return " ".join([self.op, *(_WORDS[n].format(v) for n, v in shown if v != _PLAIN.get(n))])
+
+    @property
+    def least_threads(self) -> int:
+        """Of a CTA."""
+        return 32
 
     def why_illegal(self) -> str | None:
         """None where a kernel can be built, else the reason in words."""
         raise NotImplementedError
+
+
+_WORDS = {  # of fields, in this order
+    "num_experts": "E {}",
+    "id_bits": "int{}",
+    "logits": "{}",
+    "scoring": "{}",
+    "num_groups": "groups {}",
+    "dtype": "{}",
+    "source": "{} >",
+    "target": "{}",
+    "k": "K {}",
+    "n": "N {}",
+    "top_k": "k {}",
+    "source_scale": "scale {:g}",
+}
+_PLAIN = {"num_groups": 1, "source_scale": 1.0}  # values that go without saying; others: None
 
 
 @dataclass(frozen=True)
@@ -53,11 +77,15 @@ class RouteProblem(Step):
     id_bits: int
     op: ClassVar[str] = "route"
 
+    @property
+    def least_threads(self) -> int:
+        return self.num_experts  # one each
+
     def why_illegal(self) -> str | None:
         if not 1 <= self.num_experts <= MAX_EXPERTS:
-            return f"{self.num_experts} experts: 1 to {MAX_EXPERTS}"
+            return f"the number of experts must be 1 to {MAX_EXPERTS}, got {self.num_experts}"
         if self.id_bits not in (32, 64):
-            return f"ids of {self.id_bits} bits: 32 or 64"
+            return f"ids must have 32 or 64 bits, got {self.id_bits}"
         return None
 
 
@@ -77,13 +105,16 @@ class TopkProblem(Step):
 
     def why_illegal(self) -> str | None:
         if not 1 <= self.num_experts <= MAX_EXPERTS:
-            return f"{self.num_experts} experts: 1 to {MAX_EXPERTS}"
+            return f"the number of experts must be 1 to {MAX_EXPERTS}, got {self.num_experts}"
         if self.logits not in OUTPUTS:
-            return f"logits of {self.logits}: supported are {', '.join(OUTPUTS)}"
+            return f"logits must be {', '.join(OUTPUTS)}, got {self.logits}"
         if self.scoring not in SCORINGS:
-            return f"scoring {self.scoring!r}: {' or '.join(SCORINGS)}"
+            return f"scoring must be {' or '.join(SCORINGS)}, got {self.scoring!r}"
         if not 1 <= self.num_groups <= MAX_TOP_K or self.num_experts % self.num_groups:
-            return f"{self.num_groups} equal groups of {self.num_experts} experts: 1 to {MAX_TOP_K}"
+            return (
+                f"num_groups must be 1 to {MAX_TOP_K} and divide {self.num_experts} experts, "
+                f"got {self.num_groups}"
+            )
         return None
 
 
@@ -93,29 +124,14 @@ class RouteLogitsProblem(TopkProblem):
 
     op: ClassVar[str] = "route_logits"
 
+    @property
+    def least_threads(self) -> int:
+        return self.num_experts  # one each
+
     def why_illegal(self) -> str | None:
         if self.num_experts > MAX_FUSED_EXPERTS:
-            return f"{self.num_experts} experts: at most {MAX_FUSED_EXPERTS}"
+            return f"there must be at most {MAX_FUSED_EXPERTS} experts, got {self.num_experts}"
         return super().why_illegal()
-
-
-@dataclass(frozen=True)
-class StepConfig:
-    """threads: of a CTA."""
-
-    threads: int = 256
-    template: ClassVar[str] = "step"
-
-    def to_json(self) -> dict[str, Any]:
-        return {"template": self.template, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> StepConfig:
-        """Inverse of `to_json`. Raises ValueError on an unknown field."""
-        try:
-            return cls(**{k: v for k, v in plain.items() if k != "template"})
-        except TypeError as error:
-            raise ValueError(f"not a {cls.template} config: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -145,14 +161,16 @@ class QuantizeProblem(Step):
 
     def why_illegal(self) -> str | None:
         if self.source not in OUTPUTS:
-            return f"rows of {self.source}: supported are {', '.join(OUTPUTS)}"
-        if not self.target.quantized:
-            return f"rows quantised to {self.target}: supported are e4m3, e5m2, int8"
+            return f"rows must be {', '.join(OUTPUTS)}, got {self.source}"
+        if self.target not in LARGEST:
+            return f"rows must be quantised to {', '.join(LARGEST)}, got {self.target}"
         if self.k % ROW_VECTOR or not 0 < self.k <= MAX_ROW:
-            return f"K {self.k}: a multiple of {ROW_VECTOR} up to {MAX_ROW}"
+            return f"K must be a multiple of {ROW_VECTOR} up to {MAX_ROW}, got {self.k}"
         mantissa, exponent = frexp(self.source_scale)
         if mantissa != 0.5 or abs(exponent) > 16:
-            return f"source_scale {self.source_scale}: a power of two from 2^-17 to 2^15"
+            return (
+                f"source_scale must be a power of two from 2^-17 to 2^15, got {self.source_scale}"
+            )
         return None
 
 
@@ -171,10 +189,35 @@ class CombineProblem(Step):
 
     def why_illegal(self) -> str | None:
         if self.dtype not in OUTPUTS:
-            return f"rows of {self.dtype}: supported are {', '.join(OUTPUTS)}"
+            return f"rows must be {', '.join(OUTPUTS)}, got {self.dtype}"
         if self.n % ROW_VECTOR or not 0 < self.n <= MAX_ROW:
-            return f"N {self.n}: a multiple of {ROW_VECTOR} up to {MAX_ROW}"
+            return f"N must be a multiple of {ROW_VECTOR} up to {MAX_ROW}, got {self.n}"
         most = MAX_TOP_K * 2 // self.dtype.bytes  # in a thread's registers all at once
         if not 1 <= self.top_k <= most:
-            return f"{self.top_k} rows of {self.dtype} a token: between 1 and {most}"
+            return f"a token must have 1 to {most} rows of {self.dtype}, got {self.top_k}"
+        return None
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """threads: of a CTA."""
+
+    threads: int = 256
+    template: ClassVar[str] = "step"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"template": self.template, **to_plain(self)}
+
+    @property
+    def words(self) -> str:
+        """For lists that people read."""
+        return f"{self.threads} threads"
+
+    def why_illegal(self, problem: Step) -> str | None:
+        """None where the kernel of a legal problem can be built so, else the reason in words."""
+        if self.threads % 32 or not 32 <= self.threads <= 1024:
+            return f"threads must be a multiple of 32 up to 1024, got {self.threads}"
+        if self.threads < problem.least_threads:
+            least = problem.least_threads
+            return f"threads must be at least one per expert ({least}), got {self.threads}"
         return None

@@ -19,11 +19,11 @@ from emitters.device.weights import (
     WEIGHT_LAYOUT,
     find_weight_map,
     make_out_map,
-    weight_corners,
 )
 from emitters.spec.config_sm90 import K_TILE_BYTES, WARPGROUP, GemmSm90Config, Schedule
 from emitters.spec.dtypes import Accumulation, DType
 from emitters.spec.gemm import GemmProblem, WeightStorage
+from emitters.spec.weight_map import weight_corners
 from emitters.templates.parameters import gemm_arguments, gemm_tensor_maps
 
 LOAD_AHEAD = 2  # k-steps before the last, under which the epilogue's operands are loaded
@@ -53,8 +53,8 @@ class GemmSm90:
 
     def __init__(self, problem: GemmProblem, config: GemmSm90Config):
         self.problem, self.config = problem, config
-        self.operand = ELEMENT[problem.operand]
-        self.sum_type = Int32 if problem.operand is DType.INT8 else Float32
+        self.operand = ELEMENT[problem.x]
+        self.sum_type = Int32 if problem.x is DType.INT8 else Float32
         self.tile = (config.tile_m, config.tile_n, config.k_tile(problem))
         self.k_tiles = config.k_tiles(problem)
         self.stages = config.pipeline_stages(problem)
@@ -82,7 +82,7 @@ class GemmSm90:
         schedule: see TileScheduler. out_map: [16, N], stands for the output's tensor map.
         gate_strides is None but for a gated activation. early: not 0 where starts and ends are
         complete before the grid before this one is waited for; they are read then."""
-        if const_expr(self.problem.weights is WeightStorage.STACKED):
+        if const_expr(self.problem.weight.storage is WeightStorage.STACKED):
             # the atom reserves a parameter of 128 bytes: the host encodes the tensor map in it,
             # `load_weight` issues the copy
             _, layout = self.stage_layouts()
@@ -115,7 +115,7 @@ class GemmSm90:
 
     def stage_layouts(self):
         """Of the stages of x and of weight: swizzled."""
-        k_major, weight_major = utils.LayoutEnum.ROW_MAJOR, WEIGHT_LAYOUT[self.problem.weight_major]
+        k_major, weight_major = utils.LayoutEnum.ROW_MAJOR, WEIGHT_LAYOUT[self.problem.weight.major]
         return (
             sm90.make_smem_layout_a(k_major, self.tile, self.operand, self.stages),
             sm90.make_smem_layout_b(weight_major, self.tile, self.operand, self.stages),
@@ -177,7 +177,7 @@ class GemmSm90:
             self.scheduler.start(starts, ends, num_rows)
         if warp == 2:
             cpasync.prefetch_descriptor(out_map)
-            if const_expr(self.problem.weights is WeightStorage.STACKED):
+            if const_expr(self.problem.weight.storage is WeightStorage.STACKED):
                 cpasync.prefetch_descriptor(weight)
         self.sync_cluster()
         cute.arch.griddepcontrol_wait()
@@ -287,7 +287,7 @@ class GemmSm90:
             prims.cp_async_bulk_tensor_shared_cluster_global(
                 (stage + i * (columns * K_TILE_BYTES // len(corners))).to_llvm_ptr(),
                 weight_map.to_llvm_ptr(),
-                corner,
+                [Int32(c) for c in corner],
                 barrier.to_llvm_ptr(),
                 [],
                 multicast_mask=ctas,
@@ -297,7 +297,7 @@ class GemmSm90:
     def mma(self, storage, full, empty, consumer, thread):
         """A consumer warpgroup. consumer: which one; thread: within all of them."""
         k_major = cute.nvgpu.OperandMajorMode.K
-        weight_major = OPERAND_MAJOR[self.problem.weight_major]
+        weight_major = OPERAND_MAJOR[self.problem.weight.major]
         split = self.config.warpgroups_per_tile
         mma = sm90.make_trivial_tiled_mma(
             self.operand, self.operand, k_major, weight_major, self.sum_type,

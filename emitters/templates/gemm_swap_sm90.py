@@ -19,11 +19,11 @@ from emitters.device.weights import (
     WEIGHT_LAYOUT,
     find_weight_map,
     make_out_map,
-    weight_corners,
 )
 from emitters.spec.config_sm90 import K_TILE_BYTES, WARPGROUP, GemmSwapSm90Config
 from emitters.spec.dtypes import Accumulation, DType
 from emitters.spec.gemm import GemmProblem, Major, WeightStorage
+from emitters.spec.weight_map import weight_corners
 from emitters.templates.parameters import gemm_arguments, gemm_tensor_maps
 
 _EVICT_FIRST = 0x12F0000000000000  # the L2 policy that createpolicy makes of evict_first
@@ -44,7 +44,7 @@ class SwapFragment:
     def __init__(self, problem: GemmProblem, config: GemmSwapSm90Config, warp: Int32, lane: Int32):
         self.lane = lane
         self.gated = problem.gated
-        self.by_blocks = problem.gated and problem.weight_major is Major.N  # gate and up
+        self.by_blocks = problem.gated and problem.weight.major is Major.N  # gate and up
         self.warp_column = warp * (16 if self.by_blocks else config.warp_columns(problem))
         self.block_columns = (1 if self.by_blocks else 4) * config.warp_columns(problem)
         self.m_registers = config.tile_m // 2
@@ -216,8 +216,8 @@ class GemmSwapSm90:
 
     def __init__(self, problem: GemmProblem, config: GemmSwapSm90Config):
         self.problem, self.config = problem, config
-        self.operand = ELEMENT[problem.operand]
-        self.sum_type = Int32 if problem.operand is DType.INT8 else Float32
+        self.operand = ELEMENT[problem.x]
+        self.sum_type = Int32 if problem.x is DType.INT8 else Float32
         self.tile = (config.tile_n, config.tile_m, config.k_tile(problem))
         self.stages = config.pipeline_stages(problem)
         self.x_bytes = config.tile_m * K_TILE_BYTES  # of one box
@@ -243,7 +243,7 @@ class GemmSwapSm90:
         where rows are taken in order. starts may be null, see TileScheduler. out_map, which the
         other template stores through, is not used; counters is None. early: not 0 where starts and
         ends are complete before the grid before this one is waited for; weights are loaded then."""
-        if const_expr(self.problem.weights is WeightStorage.STACKED):
+        if const_expr(self.problem.weight.storage is WeightStorage.STACKED):
             # the atom reserves a parameter of 128 bytes: the host encodes the tensor map in it,
             # `load_weight` issues the copies
             layout, _ = self.stage_layouts()
@@ -276,7 +276,7 @@ class GemmSwapSm90:
 
     def stage_layouts(self):
         """Of the boxes of weight and of x: swizzled."""
-        k_major, weight_major = utils.LayoutEnum.ROW_MAJOR, WEIGHT_LAYOUT[self.problem.weight_major]
+        k_major, weight_major = utils.LayoutEnum.ROW_MAJOR, WEIGHT_LAYOUT[self.problem.weight.major]
         boxes = self.stages * self.config.k_boxes
         return (
             sm90.make_smem_layout_a(weight_major, self.tile, self.operand, boxes),
@@ -345,7 +345,7 @@ class GemmSwapSm90:
                     cute.arch.mbarrier_init(sums, 1)
                     cute.arch.mbarrier_init(sums + 1, 4)
             cute.arch.mbarrier_init_fence()
-            if const_expr(self.problem.weights is WeightStorage.STACKED):
+            if const_expr(self.problem.weight.storage is WeightStorage.STACKED):
                 cpasync.prefetch_descriptor(weight)
         if const_expr(split > 1):
             cute.arch.cluster_arrive()
@@ -423,7 +423,7 @@ class GemmSwapSm90:
             prims.cp_async_bulk_tensor_shared_cluster_global(
                 (stage + i * (self.weight_bytes // len(corners))).to_llvm_ptr(),
                 weight_map.to_llvm_ptr(),
-                corner,
+                [Int32(c) for c in corner],
                 barrier.to_llvm_ptr(),
                 [],
                 l2_cache_hint=Int64(_EVICT_FIRST) if self.config.evict_first else None,
@@ -456,7 +456,7 @@ class GemmSwapSm90:
     def mma(self, storage, full, empty, sums_full, thread):
         """The consumer warpgroup."""
         k_major = cute.nvgpu.OperandMajorMode.K
-        weight_major = OPERAND_MAJOR[self.problem.weight_major]
+        weight_major = OPERAND_MAJOR[self.problem.weight.major]
         mma = sm90.make_trivial_tiled_mma(
             self.operand, self.operand, weight_major, k_major, self.sum_type, (1, 1, 1),
             tiler_mn=(64, self.config.tile_m),

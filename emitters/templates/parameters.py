@@ -5,24 +5,25 @@ from __future__ import annotations
 from cutlass import Int32, Uint8
 from cutlass.cute.runtime import make_fake_compact_tensor
 
-from emitters.device.epilogue.nodes import node_element, tensor_nodes
+from emitters.device.epilogue.nodes import node_element, node_operand, tensor_nodes
 from emitters.device.memory import ELEMENT
 from emitters.spec.config_sm90 import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, Schedule
-from emitters.spec.gemm import GATE_BLOCK, N_MAJOR_BLOCK, GemmProblem, Major, WeightStorage
+from emitters.spec.gemm import GemmProblem, Major, WeightStorage
 from emitters.spec.image import ParamKind, TensorMapBox
-from emitters.spec.registry import Config
+from emitters.spec.registry import GemmConfig
+from emitters.spec.weight_map import weight_box
 from emitters.templates.arguments import ABSENT, Argument, integer, pointer, several
 
 
-def gemm_arguments(problem: GemmProblem, config: Config) -> tuple[Argument, ...]:
+def gemm_arguments(problem: GemmProblem, config: GemmConfig) -> tuple[Argument, ...]:
     """Of `__call__`, before grid and stream."""
     weight = pointer("weight", Uint8, 64)
-    if problem.weights is WeightStorage.STACKED:
+    if problem.weight.storage is WeightStorage.STACKED:
         weight = _tensor(
             "weight",
-            ELEMENT[problem.operand],
+            ELEMENT[problem.x],
             (problem.n, problem.k, problem.num_experts),
-            (1, 0, 2) if problem.weight_major is Major.K else (0, 1, 2),
+            (1, 0, 2) if problem.weight.major is Major.K else (0, 1, 2),
         )
     dynamic = config.schedule is Schedule.DYNAMIC
     return (
@@ -30,29 +31,23 @@ def gemm_arguments(problem: GemmProblem, config: Config) -> tuple[Argument, ...]
         pointer("x", Uint8, 16),
         pointer("index", Int32, 4) if problem.gather else ABSENT,
         pointer("starts", Int32, 4),
-        pointer("ends", Int32, 4),
+        pointer("offsets", Int32, 4),
         pointer("out", ELEMENT[problem.out], 16),
         _tensor("out_map", ELEMENT[problem.out], (SLICE_ROWS, problem.out_columns), (1, 0)),
         integer("num_tokens"),
         integer("num_rows"),
         integer("early"),
         several(integer("column_stride"), integer("gate_stride")) if problem.gated else ABSENT,
-        several(*(pointer(node.kind, node_element(node), 4) for node in tensor_nodes(problem))),
+        several(*(pointer(node_operand(node), node_element(node), 4) for node in tensor_nodes(problem))),
         pointer("counters", Int32, 8) if dynamic else ABSENT,
     )
 
 
-def gemm_tensor_maps(problem: GemmProblem, config: Config) -> tuple[TensorMapBox, ...]:
+def gemm_tensor_maps(problem: GemmProblem, config: GemmConfig) -> tuple[TensorMapBox, ...]:
     rows, k = config.tile_n // config.cluster_m, config.k_tile(problem)
-    if problem.weight_major is Major.N:
-        box = (N_MAJOR_BLOCK, k, 1, 1) if problem.gated else (N_MAJOR_BLOCK, k, 1)
-    elif problem.gated:
-        box = (k, GATE_BLOCK, 2, rows // (2 * GATE_BLOCK), 1)
-    else:
-        box = (k, rows, 1)
     weight = TensorMapBox(
         "weight",
-        box=box,
+        box=weight_box(problem, rows, k),
         swizzle=K_TILE_BYTES,
         l2_promotion=config.l2_promotion,
     )

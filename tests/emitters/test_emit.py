@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from typing import Any
 
 import pytest
 
@@ -21,51 +22,61 @@ from emitters.spec.gemm import (
     Activation,
     ActivationFunction,
     Bias,
-    ChannelScale,
-    ExpertScale,
     GemmProblem,
+    Granularity,
     Major,
-    PerTokenScale,
+    WeightFormat,
     WeightStorage,
 )
 from emitters.spec.image import Image, LaunchRecord, image_key
 from emitters.spec.layer_steps import Step, StepConfig
 from emitters.spec.registry import (
-    any_config_from_json,
     config_from_json,
     problem_from_json,
     why_illegal,
 )
+from tests.support.cases import scales_and_nodes
 
 PROBLEM = GemmProblem(
-    operand=DType.E4M3,
+    x=DType.E4M3,
+    weight=WeightFormat(DType.E4M3),
     accumulation=Accumulation.FAST,
     out=DType.BF16,
     n=1536,
     k=2048,
     num_experts=128,
     gather=True,
-    epilogue=(PerTokenScale(), ChannelScale()),
+    x_scale=Granularity.TOKEN,
+    weight_scale=Granularity.CHANNEL,
 )
 ODD = dataclasses.replace(PROBLEM, n=208, k=1040, num_experts=33)  # tails of N and K
 EPILOGUES = (
     (),
-    (PerTokenScale(), ChannelScale()),
-    (PerTokenScale(), ExpertScale(), Bias(DType.FP32)),
-    (PerTokenScale(), ChannelScale(), Bias(DType.BF16)),
-    (PerTokenScale(), ChannelScale(), Activation(ActivationFunction.GEGLU, 1 / 32)),
+    (Granularity.TOKEN, Granularity.CHANNEL),
+    (Granularity.TOKEN, Granularity.EXPERT, Bias(DType.FP32)),
+    (Granularity.TOKEN, Granularity.CHANNEL, Bias(DType.BF16)),
+    (Granularity.TOKEN, Granularity.CHANNEL, Activation(ActivationFunction.GEGLU, 1 / 32)),
     (Bias(DType.BF16), Activation(ActivationFunction.SWIGLU_OAI)),
-    (PerTokenScale(), ChannelScale(), Activation(ActivationFunction.GELU)),
+    (Granularity.TOKEN, Granularity.CHANNEL, Activation(ActivationFunction.GELU)),
 )
-GATED = dataclasses.replace(PROBLEM, epilogue=EPILOGUES[4])
+GATED = dataclasses.replace(PROBLEM, **scales_and_nodes(EPILOGUES[4]))
+
+
+def holding(problem: GemmProblem, dtype: DType, **changes: Any) -> GemmProblem:
+    """The problem with another dtype of x and weight."""
+    weight = dataclasses.replace(problem.weight, dtype=dtype)
+    return dataclasses.replace(problem, x=dtype, weight=weight, **changes)
+
+
+def kept(problem: GemmProblem, **changes: Any) -> GemmProblem:
+    """The problem with other words on how its weights lie."""
+    return dataclasses.replace(problem, weight=dataclasses.replace(problem.weight, **changes))
 
 
 def every_problem() -> list[GemmProblem]:
     """Every operand x accumulation x output x epilogue, and the ways to find rows and weights."""
     problems = [
-        dataclasses.replace(
-            base, operand=operand, accumulation=accumulation, out=out, epilogue=epilogue
-        )
+        holding(base, operand, accumulation=accumulation, out=out, **scales_and_nodes(epilogue))
         for operand, accumulations in ACCUMULATIONS.items()
         for accumulation in accumulations
         for (out, epilogue), base in zip(
@@ -75,12 +86,13 @@ def every_problem() -> list[GemmProblem]:
     for base in (PROBLEM, ODD):
         problems.append(dataclasses.replace(base, gather=False))
         for epilogue in ((), (Activation(ActivationFunction.SWIGLU),)):
-            changes = {"operand": DType.BF16, "accumulation": Accumulation.FP32}
-            problems.append(
-                dataclasses.replace(base, **changes, epilogue=epilogue, weight_major=Major.N)
+            floats = holding(
+                base, DType.BF16, accumulation=Accumulation.FP32, **scales_and_nodes(epilogue)
             )
-        problems.append(dataclasses.replace(base, weights=WeightStorage.TABLE))
-        problems.append(dataclasses.replace(GATED, n=base.n, weights=WeightStorage.TABLE))
+            problems.append(kept(floats, major=Major.N))
+        problems.append(kept(base, storage=WeightStorage.TABLE))
+        gated = dataclasses.replace(GATED, n=base.n)
+        problems.append(kept(gated, storage=WeightStorage.TABLE))
         problems.append(dataclasses.replace(base, num_experts=1024))
         problems.append(dataclasses.replace(base, num_experts=1, k=16))
     return problems
@@ -124,7 +136,7 @@ def test_records_say_what_was_asked(compiled: list[Result]) -> None:
         record = LaunchRecord.from_json(result.image.record.to_json())
         assert record == result.image.record
         assert problem_from_json(record.problem) == problem
-        assert any_config_from_json(record.config) == config
+        assert config_from_json(record.config) == config
         if isinstance(problem, Step) or isinstance(config, StepConfig):
             continue
         assert record.smem_bytes == config.smem_bytes(problem) <= 232_448 // config.ctas_per_sm
@@ -144,7 +156,7 @@ def test_parameters_follow_the_problem(gather: bool) -> None:
     problem = dataclasses.replace(PROBLEM, gather=gather)
     names = [name for name, _ in param_kinds(problem, GemmSm90Config())]
     assert ("index" in names) == gather
-    assert names[-2:] == ["per_token_scale", "channel_scale"]
+    assert names[-2:] == ["per_token_scale", "scale"]
     dynamic = param_kinds(problem, GemmSm90Config(schedule=Schedule.DYNAMIC))
     assert [name for name, _ in dynamic] == [*names, "counters"]
     gated = dataclasses.replace(problem, epilogue=GATED.epilogue)
@@ -155,17 +167,28 @@ def test_parameters_follow_the_problem(gather: bool) -> None:
 
 
 PROBLEM_REASONS = [
-    ("fp32 operands", {"operand": DType.FP32}, "operands of fp32"),
-    ("int8 accumulated fast", {"operand": DType.INT8}, "must be int32"),
-    ("bf16 in two levels", {"operand": DType.BF16, "accumulation": Accumulation.TWO_LEVEL}, "fp32"),
-    ("int8 output", {"out": DType.INT8}, "output of int8"),
+    ("fp32 operands", {"x": DType.FP32}, "got fp32"),
+    ("int8 accumulated fast", {"x": DType.INT8}, "must be int32"),
+    ("bf16 in two levels", {"x": DType.BF16, "accumulation": Accumulation.TWO_LEVEL}, "fp32"),
+    ("x and weight apart", {"weight": WeightFormat(DType.E5M2)}, "must hold x's e4m3, got e5m2"),
+    ("int8 output", {"out": DType.INT8}, "got int8"),
     ("ragged K", {"k": 2056}, "multiples of 16 bytes"),
     ("ragged N", {"n": 1532}, "multiples of 16 bytes"),
     ("N of nothing", {"n": 0}, "must be positive"),
     ("no expert", {"num_experts": 0}, "must be positive"),
     ("too many experts", {"num_experts": 1025}, "at most 1024"),
-    ("a node twice", {"epilogue": (ChannelScale(), ChannelScale())}, "at most once"),
-    ("a node after the activation", {"epilogue": GATED.epilogue[::-1]}, "must be last"),
+    ("a node twice", {"epilogue": (Bias(DType.BF16), Bias(DType.FP32))}, "at most once"),
+    (
+        "a node after the activation",
+        {"epilogue": (*GATED.epilogue, Bias(DType.BF16))},
+        "must be the last",
+    ),
+    ("x scaled by expert", {"x_scale": Granularity.EXPERT}, "one scale per token or none"),
+    (
+        "weights by token",
+        {"weight_scale": Granularity.TOKEN},
+        "per channel, one per expert or none",
+    ),
     ("gated blocks cut", {"n": 1544, "epilogue": GATED.epilogue}, "a multiple of 16"),
 ]
 
@@ -190,7 +213,7 @@ CONFIG_REASONS = [
     ("dynamic pairs", {"cluster_m": 2, "schedule": Schedule.DYNAMIC}, "single CTAs"),
     ("ping-pong of 192 rows", {"tile_m": 192, "tile_n": 64, "pingpong": True}, "at most 128"),
     ("three CTAs", {"ctas_per_sm": 3}, "1 or 2"),
-    ("one stage", {"stages": 1}, "between 2 and"),
+    ("one stage", {"stages": 1}, "must be 2 to"),
     ("more stages than fit", {"stages": 5}, "bytes of shared memory"),
     ("registers at launch", {"tile_m": 192}, "for one WGMMA where 128 are there"),
     ("registers", {"tile_n": 192, "pingpong": True}, "registers a consumer thread"),
@@ -206,18 +229,15 @@ def test_illegal_configs_have_a_reason(changes: dict, reason: str) -> None:
 
 
 def test_n_major_weights_have_reasons() -> None:
-    n_major = dataclasses.replace(
-        PROBLEM,
-        operand=DType.BF16,
-        accumulation=Accumulation.FP32,
-        epilogue=(),
-        weight_major=Major.N,
+    floats = holding(
+        PROBLEM, DType.BF16, accumulation=Accumulation.FP32, x_scale=None, weight_scale=None
     )
-    gated = dataclasses.replace(n_major, epilogue=GATED.epilogue[2:])
-    table = dataclasses.replace(n_major, weights=WeightStorage.TABLE)
+    n_major = kept(floats, major=Major.N)
+    gated = dataclasses.replace(n_major, epilogue=GATED.epilogue)
+    table = kept(n_major, storage=WeightStorage.TABLE)
     ragged = dataclasses.replace(n_major, n=1532, out=DType.FP32)
-    assert "K-major only" in (why_illegal(dataclasses.replace(PROBLEM, weight_major=Major.N)) or "")
-    assert "only stacked ones" in (why_illegal(table) or "")
+    assert "must be bf16 or fp16" in (why_illegal(kept(PROBLEM, major=Major.N)) or "")
+    assert "must be stacked" in (why_illegal(table) or "")
     assert "multiples of 16 bytes" in (why_illegal(ragged) or "")
     pairs = GemmSm90Config(tile_n=64, cluster_m=2)
     assert "boxes of 64 columns" in (why_illegal(n_major, pairs) or "")
@@ -243,11 +263,11 @@ SWAP_REASONS = [
     ("columns between blocks", {"tile_n": 96}, "64 or 128"),
     ("three boxes", {"k_boxes": 3}, "1, 2 or 4"),
     ("a cluster of three", {"split_k": 3}, "1, 2, 4 or 8"),
-    ("more CTAs than steps of K", {"split_k": 8, "k_boxes": 4}, "4 steps to share"),
+    ("more CTAs than steps of K", {"split_k": 8, "k_boxes": 4}, "at most the 4 stages"),
     ("three CTAs", {"ctas_per_sm": 3}, "1 or 2"),
-    ("one stage", {"stages": 1}, "between 2 and"),
+    ("one stage", {"stages": 1}, "must be 2 to"),
     ("more stages than fit", {"stages": 30}, "bytes of shared memory"),
-    ("registers", {"tile_m": 96, "tile_n": 128, "ctas_per_sm": 2}, "registers a thread"),
+    ("registers", {"tile_m": 96, "tile_n": 128, "ctas_per_sm": 2}, "registers"),
 ]
 
 
@@ -293,7 +313,7 @@ def test_choices_are_candidates(rows: float) -> None:
 def test_keys_tell_problems_configs_and_archs_apart() -> None:
     keys = {
         image_key(problem, config, arch)
-        for problem in (PROBLEM, ODD, dataclasses.replace(PROBLEM, epilogue=()))
+        for problem in (PROBLEM, ODD, dataclasses.replace(PROBLEM, x_scale=None))
         for config in (GemmSm90Config(), GemmSm90Config(stages=3))
         for arch in ("sm_90a", "sm_100a")
     }

@@ -28,18 +28,20 @@ from cutlass_moe.images.compiler import (
 from cutlass_moe.images.toolchains import default_build, default_toolchain
 from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.dtypes import Accumulation, DType
-from emitters.spec.gemm import ChannelScale, GemmProblem, PerTokenScale
+from emitters.spec.gemm import GemmProblem, Granularity, WeightFormat
 from emitters.spec.identity import build_identity, installed_toolchains
 
 GOOD = GemmProblem(
-    operand=DType.E4M3,
+    x=DType.E4M3,
+    weight=WeightFormat(DType.E4M3),
     accumulation=Accumulation.FAST,
     out=DType.BF16,
     n=256,
     k=256,
     num_experts=4,
     gather=True,
-    epilogue=(PerTokenScale(), ChannelScale()),
+    x_scale=Granularity.TOKEN,
+    weight_scale=Granularity.CHANNEL,
 )
 CONFIG = GemmSm90Config(tile_m=64, tile_n=64)
 WIDER = GemmSm90Config(tile_m=64, tile_n=128)

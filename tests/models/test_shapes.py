@@ -14,7 +14,7 @@ from cutlass_moe.layer.steps import ACTIVATION_SCALE
 from cutlass_moe.models.problems import gemm_problems, model_problems
 from cutlass_moe.models.shapes import DTYPES, MODELS, MoeShape, Routed
 from emitters.spec.dtypes import Accumulation, DType
-from emitters.spec.gemm import Activation, ActivationFunction
+from emitters.spec.gemm import Activation, ActivationFunction, Granularity
 from emitters.spec.layer_steps import (
     CombineProblem,
     QuantizeProblem,
@@ -46,8 +46,9 @@ def test_problems(dtype):
     up, down, activated = gemm_problems(MODELS["mixtral"], dtype).values()
     assert (up.gather, down.gather) == (True, False)
     assert (up.n, up.k, down.n, down.k) == (28672, 4096, 4096, 14336)
-    nodes = [] if dtype == "bf16" else ["per_token_scale", "channel_scale"]
-    assert [node.kind for node in up.epilogue] == [node.kind for node in down.epilogue] == nodes
+    scales = (None, None) if dtype == "bf16" else (Granularity.TOKEN, Granularity.CHANNEL)
+    for problem in (up, down):
+        assert (problem.x_scale, problem.weight_scale, problem.epilogue) == (*scales, ())
     assert up.out is DType.BF16
     expected = {"fp8": Accumulation.FAST, "int8": Accumulation.INT32, "bf16": Accumulation.FP32}
     assert up.accumulation is expected[dtype]

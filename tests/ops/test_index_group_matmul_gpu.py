@@ -14,8 +14,8 @@ import cutlass_moe as cm
 from cutlass_moe.choose.heuristics_sm90 import candidates, choose
 from cutlass_moe.ops import dispatch
 from emitters.spec.dtypes import Accumulation
-from emitters.spec.gemm import Bias, ExpertScale, GemmProblem, WeightStorage
-from emitters.spec.registry import Config
+from emitters.spec.gemm import Bias, GemmProblem, Granularity, WeightStorage
+from emitters.spec.registry import GemmConfig
 from tests.support.cases import BF16, FP32, INT8, RAGGED, SCALES, Case, skewed
 from tests.support.forms import APART, FORMS, INDEX_FORMS, Form, make_call
 
@@ -32,7 +32,7 @@ CASES = {
     "two_level": replace(BASE, accumulation=Accumulation.TWO_LEVEL, n=264, epilogue=SCALED),
     "bf16": replace(BASE, operand=BF16, n=520, k=72, epilogue=()),
     "bf16_fp32": replace(BASE, operand=BF16, out=FP32, n=4, k=8, epilogue=(Bias(BF16),)),
-    "int8_expert_scale": replace(BASE, operand=INT8, epilogue=(*SCALES[:1], ExpertScale())),
+    "int8_expert_scale": replace(BASE, operand=INT8, epilogue=(*SCALES[:1], Granularity.EXPERT)),
     "many_rows": replace(BASE, counts=skewed(8, 9000), n=512, k=512),
     "experts_33": replace(BASE, counts=skewed(33, 700)),
     "experts_512": replace(BASE, counts=skewed(512, 3000), n=64, k=64),
@@ -43,7 +43,8 @@ INDEX_CASES = {
     "bf16": replace(BASE, gather=True, operand=BF16, epilogue=()),
 }
 MOST_EXPERTS = replace(BASE, counts=skewed(1024, 3000), n=8, k=16)
-TABLE = replace(CASES["fp8_tails"].problem, weights=WeightStorage.TABLE)
+_TAILS = CASES["fp8_tails"].problem
+TABLE = replace(_TAILS, weight=replace(_TAILS.weight, storage=WeightStorage.TABLE))
 
 # Routings of one graph's replays, and rows of the experts' tensors where they come one per expert.
 LENGTHS = (64, 140, 70, 20)
@@ -53,7 +54,7 @@ REPLAYED = [
 ]
 
 
-def images() -> set[tuple[GemmProblem, Config]]:
+def images() -> set[tuple[GemmProblem, GemmConfig]]:
     """Every (problem, config) that these tests may run."""
     asked = {(TABLE, config) for config in candidates(TABLE)}
     for case in (*CASES.values(), *INDEX_CASES.values(), MOST_EXPERTS, *REPLAYED):
@@ -61,7 +62,7 @@ def images() -> set[tuple[GemmProblem, Config]]:
         lengths = [count + Form.room for count in case.counts]
         for rows in (case.rows, sum(case.counts), sum(lengths), sum(LENGTHS)):
             for how in WeightStorage:
-                problem = replace(case.problem, weights=how)
+                problem = replace(case.problem, weight=replace(case.problem.weight, storage=how))
                 asked.add((problem, choose(problem, case.tokens, rows / experts)))
     return asked
 
@@ -127,7 +128,7 @@ def test_in_one_step(form: Form) -> None:
 @pytest.mark.parametrize("how", ["apart", "pitches"])
 @pytest.mark.parametrize("num_sms", [None, 3], ids=["all_sms", "3_sms"])
 @pytest.mark.parametrize("config", candidates(TABLE), ids=str)
-def test_tables_with_every_candidate(config: Config, num_sms: int | None, how: str) -> None:
+def test_tables_with_every_candidate(config: GemmConfig, num_sms: int | None, how: str) -> None:
     call = make_call(CASES["fp8_tails"], Form(weight=how), "cuda")
     with dispatch.forced_config(config):
         workspace, executor = prepare({**call.arguments, "num_sms": num_sms})

@@ -28,11 +28,12 @@ def main() -> int:
         kernel = kernel.edited(options.run.read_text())
     rows = options.rows or [70, 0, 33]
     counts = tuple((rows * problem.num_experts)[: problem.num_experts])
+    scales = filter(None, (problem.x_scale, problem.weight_scale))
     case = Case(
-        tokens=options.tokens, counts=counts, n=problem.n, k=problem.k, operand=problem.operand,
-        out=problem.out, accumulation=problem.accumulation, epilogue=problem.epilogue,
+        tokens=options.tokens, counts=counts, n=problem.n, k=problem.k, operand=problem.x,
+        out=problem.out, accumulation=problem.accumulation, epilogue=(*scales, *problem.epilogue),
         gather=problem.gather, reads="outside" if problem.gather else "any",
-        weight_major=problem.weight_major,
+        weight_major=problem.weight.major,
     )  # fmt: skip
     modes = [options.mode] if options.mode else list(MODES)
     wrong = [mode for mode in modes if not _run(kernel, case, mode, options)]

@@ -10,7 +10,7 @@ import pytest
 from cutlass_moe.images.toolchains import default_build
 from emitters.spec.dtypes import Accumulation, DType
 from emitters.spec.gemm import Activation, ActivationFunction, GemmProblem, Major, WeightStorage
-from emitters.spec.registry import Config
+from emitters.spec.registry import GemmConfig
 from tests.ptxsim.kernels import launch
 from tests.ptxsim.kernels.mutations import MUTATIONS
 from tests.ptxsim.kernels.runs import CLUSTER, PINGPONG, RUNS, SMALL
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(default_build() is None, reason="needs nvidia-cu
 CASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=400, spare=3)
 GATED = replace(CASE, n=144, epilogue=(*SCALES, Activation(ActivationFunction.SWIGLU)))
 N_MAJOR = replace(GATED, operand=DType.BF16, epilogue=(), weight_major=Major.N)
-KERNELS: dict[str, tuple[Case, Config]] = {
+KERNELS: dict[str, tuple[Case, GemmConfig]] = {
     "base": (CASE, SMALL),
     "no_tails": (replace(CASE, n=64), SMALL),
     "one_step": (replace(CASE, k=64), SMALL),
@@ -48,7 +48,8 @@ KERNELS: dict[str, tuple[Case, Config]] = {
 
 def problem(name: str) -> GemmProblem:
     storage = WeightStorage.TABLE if name == "table" else WeightStorage.STACKED
-    return replace(KERNELS[name][0].problem, weights=storage)
+    asked = KERNELS[name][0].problem
+    return replace(asked, weight=replace(asked.weight, storage=storage))
 
 
 def complaints(kernel: launch.Kernel, case: Case) -> Iterator[str]:

@@ -18,14 +18,13 @@ from emitters.spec.gemm import (
     Activation,
     ActivationFunction,
     Bias,
-    ChannelScale,
     EpilogueNode,
-    ExpertScale,
     GemmProblem,
+    Granularity,
     Major,
-    PerTokenScale,
+    WeightFormat,
 )
-from emitters.spec.registry import Config, why_illegal
+from emitters.spec.registry import GemmConfig, why_illegal
 
 E4M3, E5M2, INT8, BF16, FP16, FP32 = DType
 TORCH_DTYPES = {
@@ -36,7 +35,8 @@ TORCH_DTYPES = {
     FP16: torch.float16,
     FP32: torch.float32,
 }
-SCALES: tuple[EpilogueNode, ...] = (PerTokenScale(), ChannelScale())
+Epilogue = tuple[Granularity | EpilogueNode, ...]  # scales, then nodes
+SCALES: Epilogue = (Granularity.TOKEN, Granularity.CHANNEL)
 Counts = tuple[int, ...]
 
 
@@ -65,6 +65,16 @@ def skewed(experts: int, rows: int) -> Counts:
 RAGGED = (1, 63, 64, 65, 127, 0, 128, 129)  # around the edges of 64- and 128-row tiles
 
 
+def scales_and_nodes(epilogue: Epilogue) -> dict[str, Any]:
+    """These as fields of a GemmProblem."""
+    scales = [scale for scale in epilogue if isinstance(scale, Granularity)]
+    return {
+        "x_scale": Granularity.TOKEN if Granularity.TOKEN in scales else None,
+        "weight_scale": next((s for s in scales if s is not Granularity.TOKEN), None),
+        "epilogue": tuple(node for node in epilogue if not isinstance(node, Granularity)),
+    }
+
+
 @dataclass(frozen=True)
 class Case:
     """One call of grouped_matmul. Rows [0, sum(counts)) belong to experts, `spare` more to nobody.
@@ -81,7 +91,7 @@ class Case:
     operand: DType = E4M3
     out: DType = BF16
     accumulation: Accumulation | None = None
-    epilogue: tuple[EpilogueNode, ...] = SCALES
+    epilogue: Epilogue = SCALES
     gather: bool = True
     reads: str = "any"
     spare: int = 5
@@ -104,19 +114,19 @@ class Case:
     @property
     def problem(self) -> GemmProblem:
         return GemmProblem(
-            operand=self.operand,
+            x=self.operand,
+            weight=WeightFormat(self.operand, self.weight_major),
             accumulation=self.accumulation or ACCUMULATIONS[self.operand][0],
             out=self.out,
             n=self.n,
             k=self.k,
             num_experts=len(self.counts),
             gather=self.gather,
-            epilogue=self.epilogue,
-            weight_major=self.weight_major,
+            **scales_and_nodes(self.epilogue),
         )
 
     @property
-    def config(self) -> Config:
+    def config(self) -> GemmConfig:
         """What the op chooses for this call."""
         tokens = self.tokens if self.gather else self.rows
         return choose(self.problem, tokens, self.rows / len(self.counts))
@@ -177,13 +187,13 @@ CASES: dict[str, Case] = {
     "k_4096_bf16": replace(FLOAT, n=264, k=4096),
     # Epilogues.
     "float_scales": replace(FLOAT, epilogue=SCALES),
-    "float_token_scale": replace(FLOAT, operand=FP16, epilogue=(PerTokenScale(),)),
-    "expert_scale": replace(BASE, epilogue=(PerTokenScale(), ExpertScale())),
+    "float_token_scale": replace(FLOAT, operand=FP16, epilogue=(Granularity.TOKEN,)),
+    "expert_scale": replace(BASE, epilogue=(Granularity.TOKEN, Granularity.EXPERT)),
     "bias_bf16": replace(BASE, epilogue=(*SCALES, Bias(BF16)), reads="outside"),
     "bias_fp16": replace(FLOAT, operand=FP16, out=FP16, epilogue=(Bias(FP16),), reads="outside"),
     "bias_fp32": replace(INTEGER, n=72, epilogue=(*SCALES, Bias(FP32)), counts=RAGGED),
     "bias_fp32_out_fp32": replace(
-        FLOAT, out=FP32, epilogue=(PerTokenScale(), ExpertScale(), Bias(FP32))
+        FLOAT, out=FP32, epilogue=(Granularity.TOKEN, Granularity.EXPERT, Bias(FP32))
     ),
     # Rows of x in order.
     "no_index": replace(BASE, gather=False, counts=RAGGED),
@@ -218,7 +228,7 @@ _INPUTS: tuple[dict[str, Any], ...] = (
     {"operand": INT8, "out": FP32},
     {"operand": BF16, "epilogue": ()},
     {"operand": FP16, "out": FP16, "epilogue": (Bias(FP16),)},
-    {"operand": E5M2, "epilogue": (PerTokenScale(), ExpertScale(), Bias(BF16))},
+    {"operand": E5M2, "epilogue": (Granularity.TOKEN, Granularity.EXPERT, Bias(BF16))},
     {"accumulation": Accumulation.TWO_LEVEL, "epilogue": (*SCALES, Bias(FP32))},
 )
 for _i, _activation in enumerate(ActivationFunction):
@@ -308,11 +318,11 @@ SPLIT = ("k_7168", "k_7168_two_level", "k_2064")
 SPLIT_CONFIGS = tuple(GemmSwapSm90Config(tile_m=16, split_k=split) for split in (2, 4, 8))
 
 
-def legal_configs(problem: GemmProblem) -> list[Config]:
+def legal_configs(problem: GemmProblem) -> list[GemmConfig]:
     """Of every shape of tile, cluster and kind of consumers; schedules and groups in turn."""
     shapes = itertools.product((64, 128, 192), (64, 128, 192, 256), (1, 2), (1, 2), (False, True))
     turns = itertools.cycle(itertools.product(Schedule, (2, 1, 4)))
-    configs: list[Config] = [
+    configs: list[GemmConfig] = [
         GemmSm90Config(
             tile_m=m, tile_n=n, ctas_per_sm=ctas, cluster_m=cluster, pingpong=pingpong,
             schedule=schedule, group_m=group_m,
@@ -329,7 +339,7 @@ def legal_configs(problem: GemmProblem) -> list[Config]:
     return [config for config in configs if why_illegal(problem, config) is None]
 
 
-def config_cases() -> list[tuple[str, Config]]:
+def config_cases() -> list[tuple[str, GemmConfig]]:
     """Names of cases with the configs to run them with."""
     pairs = [
         (name, config) for name in EVERY_CANDIDATE for config in candidates(CASES[name].problem)
@@ -340,7 +350,7 @@ def config_cases() -> list[tuple[str, Config]]:
     return pairs + list(itertools.product(SPLIT, SPLIT_CONFIGS))
 
 
-def images() -> set[tuple[GemmProblem, Config]]:
+def images() -> set[tuple[GemmProblem, GemmConfig]]:
     """Every (problem, config) that the GPU tests run: what to build before them."""
     chosen = {(case.problem, case.config) for case in (CASES | BIG_CASES).values()}
     return chosen | {(CASES[name].problem, config) for name, config in config_cases()}

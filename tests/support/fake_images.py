@@ -6,8 +6,11 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from cutlass_moe.images.cache import Cache
 from emitters.spec.gemm import GemmProblem
@@ -20,7 +23,7 @@ from emitters.spec.image import (
     TensorMapBox,
     image_key,
 )
-from emitters.spec.registry import Config
+from emitters.spec.registry import GemmConfig
 
 ARCH, KEY, OTHER = "sm_90a", "5eed" * 16, "0dd5" * 16
 FORK = multiprocessing.get_context("fork")
@@ -46,7 +49,7 @@ def make_image(build: str = "today", cubin: bytes = b"\x7fELF" * 100) -> Image:
     return Image(cubin, record)
 
 
-def image_for(problem: GemmProblem, config: Config, build: str = "today") -> tuple[str, Image]:
+def image_for(problem: GemmProblem, config: GemmConfig, build: str = "today") -> tuple[str, Image]:
     """The key of an image, and one that has it."""
     image = make_image(build, f"{problem} {config}".encode())
     asked = {"problem": problem.to_json(), "config": config.to_json()}
@@ -70,9 +73,22 @@ def counting_build(log: Path, build: str = "today") -> Image:
     """A compile, and a line in a log."""
     with log.open("a") as file:
         file.write(f"{build}\n")
-    time.sleep(0.2)  # long enough for the others to come by
     return make_image(build)
 
 
 def load_or_build_at(root: Path, log: Path, build: str = "today") -> Image:
     return Cache([root]).load_or_build(ARCH, KEY, lambda: counting_build(log, build), build)
+
+
+def lock_that_tells(tell: Callable[[], object]) -> type[FileLock]:
+    """A lock that calls tell() where another holds it, and then waits for it."""
+
+    class Lock(FileLock):
+        def acquire(self, *arguments: Any, **options: Any) -> Any:
+            try:
+                return super().acquire(timeout=0)
+            except Timeout:
+                tell()
+                return super().acquire(*arguments, **options)
+
+    return Lock

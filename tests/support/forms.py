@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import cutlass_moe as cm
-from emitters.spec.gemm import PerTokenScale
+from emitters.spec.gemm import Granularity
 from tests.support.cases import Case, make_inputs
 from tests.support.numerics import poisoned, same_bits
 
@@ -153,7 +153,7 @@ def make_call(
 
     lengths: of the experts' tensors, where rows come one tensor per expert.
     """
-    if PerTokenScale() not in case.epilogue:
+    if Granularity.TOKEN not in case.epilogue:
         form = replace(form, per_token_scale="whole")
     counts = case.counts
     if form.rows_per_expert and len(counts) > 1:

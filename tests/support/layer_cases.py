@@ -18,7 +18,7 @@ from cutlass_moe.ops.quantize import quantize_per_token_reference
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import ActivationFunction
 from emitters.spec.layer_steps import Step, TopkProblem
-from emitters.spec.registry import AnyConfig, Problem
+from emitters.spec.registry import Config, Problem
 
 # A layer's relative error to float64 with the same quantisation points, by quant, accumulation.
 # fp8 with fast sums: an error of 1e-3 before an activation is quantised turns some of its values
@@ -88,9 +88,9 @@ def tokens(case: LayerCase, count: int, device: str, seed: int = 0) -> dict[str,
     }
 
 
-def images() -> set[tuple[Problem, AnyConfig]]:
+def images() -> set[tuple[Problem, Config]]:
     """Of all the calls in tests/test_layers_gpu.py and tests/test_nn_gpu.py."""
-    found: set[tuple[Problem, AnyConfig]] = set()
+    found: set[tuple[Problem, Config]] = set()
     for case in CASES.values():
         for quant, accumulation in LIMITS:
             found |= _images(case, quant, accumulation)
@@ -110,7 +110,7 @@ def images() -> set[tuple[Problem, AnyConfig]]:
 
 def _images(
     case: LayerCase, quant: str | None, accumulation: str | None = None, n_major: bool = False
-) -> set[tuple[Problem, AnyConfig]]:
+) -> set[tuple[Problem, Config]]:
     shape = case.shape
     outside = DType.BF16
     operand = {"fp8": DType.E4M3, "int8": DType.INT8, None: outside}[quant]
@@ -126,7 +126,7 @@ def _images(
         accumulation,
     )
     counts = TOKENS[1:] if case in CASES.values() else range(1, 501)
-    found: set[tuple[Problem, AnyConfig]] = set()
+    found: set[tuple[Problem, Config]] = set()
     for problem in filter(None, every):
         if isinstance(problem, Step):
             found |= {(problem, config) for config in every_config(problem)}

@@ -29,13 +29,11 @@ from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS, GemmSm90Config
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import (
     N_MAJOR_BLOCK,
-    Activation,
     Bias,
-    ChannelScale,
-    ExpertScale,
+    EpilogueNode,
     GemmProblem,
+    Granularity,
     Major,
-    PerTokenScale,
 )
 
 CHUNK = 16  # bytes of one global store
@@ -59,7 +57,7 @@ class Fragment:
         self.column = lane % 4 * 2
         self.blocks = config.tile_n // 8
         self.gated = problem.gated
-        self.by_blocks = problem.gated and problem.weight_major is Major.N  # gate and up
+        self.by_blocks = problem.gated and problem.weight.major is Major.N  # gate and up
         self.part_blocks = SLICE_BYTES // problem.out.bytes // 8
         self.n, self.out_columns = problem.n, problem.out_columns
         self.has_n_tail = problem.n % config.tile_n != 0
@@ -177,7 +175,7 @@ class Fragment:
 
 
 class PerTokenScaleNode:
-    def __init__(self, node: PerTokenScale, fragment: Fragment, scale: cute.Pointer):
+    def __init__(self, node: Granularity, fragment: Fragment, scale: cute.Pointer):
         self.fragment = fragment
         self.scale = cute.make_tensor(scale, cute.make_layout(VECTOR))
         self.values = cute.make_rmem_tensor((fragment.token_count,), Float32)
@@ -197,7 +195,7 @@ class PerTokenScaleNode:
 
 
 class ChannelScaleNode:
-    def __init__(self, node: ChannelScale, fragment: Fragment, scale: cute.Pointer):
+    def __init__(self, node: Granularity, fragment: Fragment, scale: cute.Pointer):
         self.fragment, self.scale = fragment, scale
         self.values = cute.make_rmem_tensor((fragment.channel_count,), Float32)
 
@@ -211,7 +209,7 @@ class ChannelScaleNode:
 
 
 class ExpertScaleNode:
-    def __init__(self, node: ExpertScale, fragment: Fragment, scale: cute.Pointer):
+    def __init__(self, node: Granularity, fragment: Fragment, scale: cute.Pointer):
         self.scale = cute.make_tensor(scale, cute.make_layout(VECTOR))
         self.value = cute.make_rmem_tensor((1,), Float32)
 
@@ -248,21 +246,29 @@ class BiasNode:
 
 
 NODES = {
-    PerTokenScale: PerTokenScaleNode,
-    ChannelScale: ChannelScaleNode,
-    ExpertScale: ExpertScaleNode,
+    Granularity.TOKEN: PerTokenScaleNode,
+    Granularity.CHANNEL: ChannelScaleNode,
+    Granularity.EXPERT: ExpertScaleNode,
     Bias: BiasNode,
 }
 
 
 def tensor_nodes(problem: GemmProblem):
-    """The nodes that read a tensor."""
-    return [node for node in problem.epilogue if not isinstance(node, Activation)]
+    """The scales and the nodes that read a tensor, in the order in which they are applied."""
+    scales = [scale for scale in (problem.x_scale, problem.weight_scale) if scale]
+    return [*scales, *(node for node in problem.epilogue if node.operand)]
 
 
-def node_element(node) -> type:
+def node_operand(node: Granularity | EpilogueNode) -> str:
+    """The name of the tensor a node reads."""
+    if isinstance(node, Granularity):
+        return "per_token_scale" if node is Granularity.TOKEN else "scale"
+    return node.operand
+
+
+def node_element(node: Granularity | EpilogueNode) -> type:
     """Element type of the tensor a node reads."""
-    return ELEMENT[node.dtype] if isinstance(node, Bias) else Float32
+    return Float32 if isinstance(node, Granularity) else ELEMENT[node.element]
 
 
 class Epilogue:
@@ -295,7 +301,9 @@ class Epilogue:
         self.fragment = self.make_fragment(warp, lane)
         self.fragment.strides = gate_strides
         self.nodes = [
-            NODES[type(node)](node, self.fragment, tensor)
+            NODES[node if isinstance(node, Granularity) else type(node)](
+                node, self.fragment, tensor
+            )
             for node, tensor in zip(tensor_nodes(self.problem), node_tensors or (), strict=True)
         ]
         self.out, self.out_map = out, out_map

@@ -15,13 +15,12 @@ from emitters.spec.gemm import (
     ActivationFunction,
     Bias,
     EpilogueNode,
-    ExpertScale,
     GemmProblem,
+    Granularity,
     Major,
-    PerTokenScale,
     WeightStorage,
 )
-from emitters.spec.registry import Config
+from emitters.spec.registry import GemmConfig
 from tests.ptxsim import schedule
 from tests.ptxsim.kernels import launch
 from tests.support.cases import SCALES, Case, make_inputs
@@ -35,25 +34,26 @@ BASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=400, spare=3, reads="outside"
 PAIRS = replace(BASE, counts=(140, 0, 33))  # of M tiles: one, and one tile that is left over
 EPILOGUES: dict[str, tuple[EpilogueNode, ...]] = {
     "none": (),
-    "token": (PerTokenScale(),),
+    "token": (Granularity.TOKEN,),
     "scales": SCALES,
-    "expert": (PerTokenScale(), ExpertScale()),
+    "expert": (Granularity.TOKEN, Granularity.EXPERT),
     "bias_bf16": (*SCALES, Bias(DType.BF16)),
     "bias_fp16": (*SCALES, Bias(DType.FP16)),
-    "bias_fp32": (PerTokenScale(), ExpertScale(), Bias(DType.FP32)),
+    "bias_fp32": (Granularity.TOKEN, Granularity.EXPERT, Bias(DType.FP32)),
 }
 
 
 @dataclass(frozen=True)
 class Run:
     case: Case
-    config: Config = SMALL
+    config: GemmConfig = SMALL
     grid: int = 2
     storage: WeightStorage = WeightStorage.STACKED
 
     @property
     def problem(self) -> GemmProblem:
-        return replace(self.case.problem, weights=self.storage)
+        problem = self.case.problem
+        return replace(problem, weight=replace(problem.weight, storage=self.storage))
 
 
 def _k(case: Case, steps: float) -> Case:
