@@ -10,16 +10,16 @@ import resource
 import shutil
 import signal
 import tempfile
-import threading
-import time
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cutlass_moe.images import cache as cache_module
 from cutlass_moe.images.archive import pack
 from cutlass_moe.images.cache import WORK, Cache
 from emitters.spec.image import Image
@@ -31,6 +31,7 @@ from tests.support.fake_images import (
     counting_build,
     files_below,
     load_or_build_at,
+    lock_that_tells,
     make_image,
     never,
 )
@@ -38,20 +39,32 @@ from tests.support.fake_images import (
 TODAY, TOMORROW = make_image("today"), make_image("tomorrow", b"better")
 
 
-def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns or raises in a process of its own."""
+Hear = Callable[[], Any]
+
+
+def fork(function: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Hear]:
+    """A process that calls function(say, *arguments), and what hears the next thing it says.
+
+    Hearing waits as long as the process lives, and raises EOFError once it is dead.
+    """
     receiver, sender = FORK.Pipe(duplex=False)
-
-    def run() -> None:
-        try:
-            sender.send((function(*arguments), None))
-        except Exception as error:
-            sender.send((None, error))
-
-    process = FORK.Process(target=run)
+    process = FORK.Process(target=function, args=(sender.send, *arguments), daemon=True)
     process.start()
     sender.close()
-    returned, raised = receiver.recv()
+    return process, receiver.recv
+
+
+def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns or raises in a process of its own."""
+
+    def run(say: Callable[[Any], None]) -> None:
+        try:
+            say((function(*arguments), None))
+        except Exception as error:
+            say((None, error))
+
+    process, hear = fork(run)
+    returned, raised = hear()
     process.join()
     if raised is not None:
         raise raised
@@ -68,36 +81,56 @@ def strictly(function: Callable[..., Any], *arguments: Any) -> Any:
 # Many at once
 
 
-def _ask(root: Path, log: Path, gate: Any, build: str) -> Image:
-    gate.wait()
-    return load_or_build_at(root, log, build)
+@pytest.fixture
+def wait_for_others(monkeypatch) -> Callable[[int], None]:
+    """Waits, in a build, until so many others have asked for its lock."""
+    refused = FORK.Semaphore(0)
+    monkeypatch.setattr(cache_module, "FileLock", lock_that_tells(refused.release))
+
+    def wait(others: int) -> None:
+        for _ in range(others):
+            refused.acquire()
+
+    return wait
 
 
 @pytest.mark.parametrize(
     "builds", [["today"], ["today", "tomorrow"]], ids=["one_version", "two_versions"]
 )
-def test_sixteen_processes_build_once(tmp_path, builds):
+def test_sixteen_processes_build_once(tmp_path, builds, wait_for_others):
     """Versions of the library that share a root compile once each, and never for the other."""
     log, root = tmp_path / "log", tmp_path / "root"
     asked = builds * (16 // len(builds))
-    with FORK.Manager() as manager, ProcessPoolExecutor(16, mp_context=FORK) as pool:
-        gate = manager.Barrier(16)
-        futures = [pool.submit(_ask, root, log, gate, build) for build in asked]
-        images = [future.result() for future in futures]
-    assert images == [make_image(build) for build in asked]
+
+    def ask(say: Callable[[Image], None], version: str) -> None:
+        def build() -> Image:
+            first = not log.exists()
+            image = counting_build(log, version)
+            if first:
+                wait_for_others(15)
+            return image
+
+        say(Cache([root]).load_or_build(ARCH, KEY, build, version))
+
+    hears = [fork(ask, build)[1] for build in asked]
+    assert [hear() for hear in hears] == [make_image(build) for build in asked]
     assert sorted(log.read_text().split()) == builds
     for build in builds:
         assert strictly(Cache([root]).load, ARCH, KEY, build) == make_image(build)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one_cache", "a_cache_each"])
-def test_sixteen_threads_build_once(tmp_path, shared):
-    log, gate, cache = tmp_path / "log", threading.Barrier(16), Cache([tmp_path / "root"])
+def test_sixteen_threads_build_once(tmp_path, shared, wait_for_others):
+    log, cache = tmp_path / "log", Cache([tmp_path / "root"])
+
+    def build() -> Image:
+        image = counting_build(log)
+        wait_for_others(15)
+        return image
 
     def ask(_: int) -> Image:
         mine = cache if shared else Cache(cache.roots)
-        gate.wait()
-        return mine.load_or_build(ARCH, KEY, lambda: counting_build(log), "today")
+        return mine.load_or_build(ARCH, KEY, build, "today")
 
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(ask, range(16))) == [make_image()] * 16
@@ -160,35 +193,45 @@ def test_rename_that_was_done_but_failed_is_no_error(tmp_path, monkeypatch):
 # Killed
 
 
-def _hang_in_build(root: Path, inside: Any) -> None:
+def _hang_in_build(say: Callable[[str], None], root: Path, key: str) -> None:
     def build() -> Image:
-        inside.set()
+        say("builds")
         signal.pause()
         return never()
 
-    Cache([root]).load_or_build(ARCH, KEY, build, "today")
+    Cache([root]).load_or_build(ARCH, key, build, "today")
+
+
+@contextlib.contextmanager
+def hanging_in_builds(root: Path, keys: list[str]) -> Iterator[list[BaseProcess]]:
+    """Processes that hold the locks of these images and never let go."""
+    processes, hears = zip(*(fork(_hang_in_build, root, key) for key in keys), strict=True)
+    assert [hear() for hear in hears] == ["builds"] * len(keys)
+    yield list(processes)
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the image's lock and never lets go."""
-    inside = FORK.Event()
-    process = FORK.Process(target=_hang_in_build, args=(tmp_path, inside))
-    process.start()
-    assert inside.wait(60)
-    yield process
-    process.kill()
-    process.join()
+    with hanging_in_builds(tmp_path, [KEY]) as [process]:
+        yield process
+
+
+def _wait_and_build(say: Callable[[Any], None], root: Path, log: Path) -> None:
+    cache_module.FileLock = lock_that_tells(lambda: say("waits"))
+    say(load_or_build_at(root, log))
 
 
 def test_killed_lock_holder_holds_nobody(tmp_path, holder):
     log = tmp_path / "log"
-    with ProcessPoolExecutor(4, mp_context=FORK) as pool:
-        waiting = [pool.submit(load_or_build_at, tmp_path, log) for _ in range(4)]
-        time.sleep(0.2)
-        assert not any(future.done() for future in waiting)
-        os.kill(holder.pid, signal.SIGKILL)
-        assert [future.result(60) for future in waiting] == [TODAY] * 4
+    hears = [fork(_wait_and_build, tmp_path, log)[1] for _ in range(4)]
+    assert [hear() for hear in hears] == ["waits"] * 4
+    assert not log.exists()
+    os.kill(holder.pid, signal.SIGKILL)
+    assert [hear() for hear in hears] == [TODAY] * 4
     assert len(log.read_text().splitlines()) == 1
 
 
@@ -226,7 +269,7 @@ def test_killed_at_any_step_leaves_a_whole_image_or_none(tmp_path, there):
             Cache([root]).store(ARCH, KEY, there)
         process = FORK.Process(target=_killed_at, args=(step, root))
         process.start()
-        process.join(60)
+        process.join()
         seen.append(strictly(Cache([root]).load, ARCH, KEY))
         assert seen[-1] in (there, TOMORROW)
         assert strictly(load_or_build_at, root, tmp_path / "log", "today") == TODAY
@@ -240,37 +283,31 @@ def test_killed_at_any_step_leaves_a_whole_image_or_none(tmp_path, there):
 KEYS = [digit * 64 for digit in "01234567"]
 
 
-def _build_all(root: Path, log: Path, seed: int, doomed: bool) -> None:
-    """Asks for every image, in its own order; where it is doomed, dies in a compile."""
-    keys = random.Random(seed).sample(KEYS, len(KEYS))
-    for key in keys:
+def _build_all(say: Callable[[str], None], root: Path, log: Path, seed: int) -> None:
+    """Asks for every image, in its own order."""
+    cache_module.FileLock = lock_that_tells(lambda: say("waits"))
+    for key in random.Random(seed).sample(KEYS, len(KEYS)):
 
         def build(key: str = key) -> Image:
             with log.open("a") as file:
-                file.write(f"{key} {'killed' if doomed else 'built'}\n")
-            time.sleep(0.05)
-            if doomed:
-                os.kill(os.getpid(), signal.SIGKILL)
+                file.write(f"{key}\n")
             return TODAY
 
         assert strictly(Cache([root]).load_or_build, ARCH, key, build, "today") == TODAY
+    say("done")
 
 
 def test_of_many_processes_those_killed_in_a_compile_are_replaced(tmp_path):
     root, log = tmp_path / "root", tmp_path / "log"
-    doomed = [True, False] * 6
-    processes = [
-        FORK.Process(target=_build_all, args=(root, log, seed, dies))
-        for seed, dies in enumerate(doomed)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes[1::2]] == [0] * 6
-    lines = log.read_text().splitlines()
-    assert sorted(line for line in lines if "built" in line) == [f"{key} built" for key in KEYS]
-    assert any("killed" in line for line in lines)
+    with hanging_in_builds(root, KEYS[:6]) as doomed:
+        hears = [fork(_build_all, root, log, seed)[1] for seed in range(6)]
+        assert [hear() for hear in hears] == ["waits"] * 6
+        for process in doomed:
+            os.kill(process.pid, signal.SIGKILL)
+        for hear in hears:
+            while hear() != "done":
+                pass
+    assert sorted(log.read_text().split()) == KEYS
     entries = strictly(lambda: list(Cache([root]).entries()))
     assert [entry.key for entry in entries] == KEYS
 
@@ -408,13 +445,20 @@ def test_read_only_file_system(tmp_path):
 
 
 @pytest.mark.parametrize("when", [0.0, 4e9], ids=["1970", "2096"])
-def test_wrong_clocks_do_no_harm(tmp_path, when):
+def test_wrong_clocks_do_no_harm(tmp_path, when, wait_for_others):
     root, log = tmp_path / "root", tmp_path / "log"
     load_or_build_at(root, log, "yesterday")
     for path in [root, *root.rglob("*")]:
         os.utime(path, (when, when))
-    with ProcessPoolExecutor(4, mp_context=FORK) as pool:
-        futures = [pool.submit(load_or_build_at, root, log) for _ in range(4)]
-        assert [future.result(60) for future in futures] == [TODAY] * 4
+
+    def ask(say: Callable[[Image], None]) -> None:
+        def build() -> Image:
+            wait_for_others(3)
+            return counting_build(log)
+
+        say(Cache([root]).load_or_build(ARCH, KEY, build, "today"))
+
+    hears = [fork(ask)[1] for _ in range(4)]
+    assert [hear() for hear in hears] == [TODAY] * 4
     assert log.read_text().split() == ["yesterday", "today"]
     assert strictly(Cache([root]).load, ARCH, KEY, "yesterday") == make_image("yesterday")
