@@ -57,7 +57,7 @@ class Options(NamedTuple):
 QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
-class Layer(NamedTuple):
+class LayerOperands(NamedTuple):
     """The tensors of a layer; shapes and dtypes as in `fused_moe`."""
 
     hidden: Tensor

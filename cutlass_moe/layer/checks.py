@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.layer.steps import LayerProblems, Projection, layer_problems
-from cutlass_moe.operands import DTYPES, QUANTS, Layer, LayerOptions
+from cutlass_moe.operands import DTYPES, QUANTS, LayerOperands, LayerOptions
 from cutlass_moe.ops._checks import (
     check_accumulation,
     check_activation,
@@ -16,12 +16,17 @@ from cutlass_moe.ops._checks import (
 )
 from cutlass_moe.ops.activations import is_gated
 from cutlass_moe.ops.route import check_capacity
+from cutlass_moe.runtime.parameters import misaligned
 
 _HIDDEN = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_ALIGNMENTS = {  # bytes that addresses must be multiples of
+    **dict.fromkeys(("hidden", "w13", "w2", "residual", "out"), 16),
+    **dict.fromkeys(("w13_scale", "w2_scale", "w13_bias", "w2_bias"), 8),
+}
 
 
-def check_layer(layer: Layer, options: LayerOptions, out: Tensor | None = None) -> None:
+def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None = None) -> None:
     """Raises ValueError or TypeError, with what was expected and what came. Extents may be
     symbolic."""
     hidden, w13, w2 = layer.hidden, layer.w13, layer.w2
@@ -66,19 +71,23 @@ def check_layer(layer: Layer, options: LayerOptions, out: Tensor | None = None) 
         expect("out", out, device, (hidden.dtype,), (hidden.shape,))
 
 
-def check_addresses(layer: Layer, out: Tensor) -> None:
-    """Raises ValueError where kernels could not read or write at the tensors' addresses."""
-    wide = (layer.hidden, layer.w13, layer.w2, layer.residual, out)
-    if any(tensor is not None and tensor.data_ptr() % 16 for tensor in wide):
-        raise ValueError(
-            "hidden, w13, w2, residual and out: expected addresses in multiples of 16 bytes"
-        )
-    narrow = (layer.w13_scale, layer.w2_scale, layer.w13_bias, layer.w2_bias)
-    if any(tensor is not None and tensor.data_ptr() % 8 for tensor in narrow):
-        raise ValueError("scales and biases: expected addresses in multiples of 8 bytes")
+def layer_addresses(layer: LayerOperands, out: Tensor) -> dict[str, int]:
+    """Of a layer's tensors by name, 0 for one that is not there.
+
+    Raises ValueError for one that kernels could not read or write.
+    """
+    found = {
+        name: 0 if tensor is None else tensor.data_ptr()
+        for name, tensor in zip(layer._fields, layer, strict=True)
+    }
+    found["out"] = out.data_ptr()
+    for name, multiple in _ALIGNMENTS.items():
+        if found[name] % multiple:
+            raise misaligned(name, multiple, found[name])
+    return found
 
 
-def problems_of(layer: Layer, options: LayerOptions) -> LayerProblems:
+def problems_of(layer: LayerOperands, options: LayerOptions) -> LayerProblems:
     """Of checked arguments of `fused_moe`."""
     num_experts, hidden, inter = layer.w2.shape
 

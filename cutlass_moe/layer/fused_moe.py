@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutlass_moe.layer.chain import Parts, find_chain
+from cutlass_moe.layer.chain import LayerWorkspace, find_chain
 from cutlass_moe.layer.checks import check_layer
-from cutlass_moe.operands import Layer, LayerOptions
+from cutlass_moe.operands import LayerOperands, LayerOptions
 from cutlass_moe.ops.grouped_matmul import is_plain_eager, wants_gradient
 
 _lib = torch.library.Library("cutlass_moe", "FRAGMENT")
@@ -72,7 +72,7 @@ def fused_moe(
     be lost. Raises TypeError or ValueError, with what was expected and what came. CPU tensors, and
     problems that no kernel exists for, take `fused_moe_reference`.
     """
-    layer = Layer(
+    layer = LayerOperands(
         hidden, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, w13_bias, w2_bias,
         expert_map, residual,
     )  # fmt: skip
@@ -113,30 +113,32 @@ def fused_moe_workspace_size(
 ) -> int:
     """Bytes of workspace that `fused_moe` needs for these arguments, and for fewer tokens of the
     same layer. Tensors on the meta device will do. Raises as `fused_moe` does."""
-    layer = Layer(
+    layer = LayerOperands(
         hidden, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, w13_bias, w2_bias,
         expert_map, residual,
     )  # fmt: skip
     check_layer(layer, LayerOptions(quant, activation, interleaved, capacity_factor, accumulation))
-    return Parts(layer, quant).plan.size
+    return LayerWorkspace(layer, quant).layout.size
 
 
-def _run(out: Tensor, workspace: Tensor | None, layer: Layer, options: LayerOptions) -> None:
+def _run(
+    out: Tensor, workspace: Tensor | None, layer: LayerOperands, options: LayerOptions
+) -> None:
     chain = find_chain(layer, options, out)
-    plan = chain.parts.plan
+    layout = chain.workspace.layout
     if workspace is None:
-        workspace = out.new_empty(plan.size, dtype=torch.uint8)
-    chain.launch(layer, out, plan.aligned(workspace).data_ptr())
+        workspace = out.new_empty(layout.size, dtype=torch.uint8)
+    chain.launch(layer, out, layout.aligned(workspace).data_ptr())
 
 
 def _out_impl(out: Tensor, workspace: Tensor | None, *arguments: Any) -> None:
-    count = len(Layer._fields)
-    _run(out, workspace, Layer(*arguments[:count]), LayerOptions(*arguments[count:]))
+    count = len(LayerOperands._fields)
+    _run(out, workspace, LayerOperands(*arguments[:count]), LayerOptions(*arguments[count:]))
 
 
 def _out_fake(out: Tensor, workspace: Tensor | None, *arguments: Any) -> None:
-    count = len(Layer._fields)
-    check_layer(Layer(*arguments[:count]), LayerOptions(*arguments[count:]), out)
+    count = len(LayerOperands._fields)
+    check_layer(LayerOperands(*arguments[:count]), LayerOptions(*arguments[count:]), out)
 
 
 for _key in ("CPU", "CUDA"):

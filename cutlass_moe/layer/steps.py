@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from emitters.spec.dtypes import ACCUMULATIONS, Accumulation, DType
-from emitters.spec.gemm import Activation, ActivationFunction, GemmProblem, Major, make_epilogue
+from emitters.spec.gemm import (
+    Activation,
+    ActivationFunction,
+    GemmProblem,
+    Granularity,
+    Major,
+    WeightFormat,
+    make_epilogue,
+    weight_granularity,
+)
 from emitters.spec.layer_steps import (
     CombineProblem,
     QuantizeProblem,
@@ -66,15 +75,17 @@ def layer_problems(
         of: Projection, n: int, k: int, out: DType, node: Activation | None = None
     ) -> GemmProblem:
         return GemmProblem(
-            operand=operand,
+            x=operand,
+            weight=WeightFormat(operand, Major.N if of.n_major else Major.K),
             accumulation=Accumulation(accumulation or ACCUMULATIONS[operand][0]),
             out=out,
             n=n,
             k=k,
             num_experts=num_experts,
             gather=node is not None,
-            epilogue=make_epilogue(quantized, of.scale_dims, of.bias, node),
-            weight_major=Major.N if of.n_major else Major.K,
+            x_scale=Granularity.TOKEN if quantized else None,
+            weight_scale=weight_granularity(of.scale_dims),
+            epilogue=make_epilogue(of.bias, node),
         )
 
     gates = 2 if function.gated else 1

@@ -8,6 +8,7 @@ from torch import Tensor
 from cutlass_moe.operands import DTYPES
 from cutlass_moe.ops.dispatch import launch_step, step_kernel
 from cutlass_moe.ops.grouped_matmul import wants_gradient
+from cutlass_moe.runtime.parameters import combine_values
 from emitters.spec.layer_steps import CombineProblem
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -48,17 +49,6 @@ def combine(
         return torch.ops.cutlass_moe.combine.default(rows, topk_weights, inverse, residual)
     torch.ops.cutlass_moe.combine_out.default(out, rows, topk_weights, inverse, residual)
     return out
-
-
-def combine_values(
-    rows: tuple[int, int], topk_weights: int, inverse: int, residual: int, out: tuple[int, int]
-) -> list[int]:
-    """What the kernel of a CombineProblem is launched with, on `ctas(tokens, threads)` CTAs.
-
-    rows, out: address and number of rows; others: addresses, residual may be 0. In a dependent
-    launch topk_weights and inverse are read before the kernel before this one is waited for.
-    """
-    return [rows[0], topk_weights, inverse, residual, out[0], rows[1], out[1]]
 
 
 def _check(
@@ -122,13 +112,14 @@ def _into(
     if kernel is None:
         combine_reference(rows, topk_weights, inverse, residual=residual, out=out)
         return
-    values = combine_values(
-        (rows.data_ptr(), len(rows)),
-        topk_weights.data_ptr(),
-        inverse.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        (out.data_ptr(), len(out)),
-    )
+    addresses = {
+        "rows": rows.data_ptr(),
+        "weights": topk_weights.data_ptr(),
+        "inverse": inverse.data_ptr(),
+        "residual": 0 if residual is None else residual.data_ptr(),
+        "out": out.data_ptr(),
+    }
+    values = combine_values(addresses, len(rows), len(out))
     launch_step(kernel, values, problem.ctas(len(out), kernel.record.threads), rows.get_device())
 
 

@@ -188,7 +188,7 @@ def grouped_matmul_problem(
         out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved
     )
     dtype = check(operands, options)
-    return pose(operands, dtype, accumulation, options.activation_node)
+    return pose(operands, dtype, options)
 
 
 # Implementations: CPU tensors take the reference, CUDA tensors a kernel.
@@ -197,8 +197,8 @@ def grouped_matmul_problem(
 def _product(operands: Operands, options: Options) -> Tensor:
     call = find_call(operands, None, options)
     out = operands.x.new_empty(call.shape, dtype=call.dtype)
-    if call.kernel is not None:
-        enqueue(call.kernel, call.grid, out, operands, interleaved=options.interleaved)
+    if call.choice is not None:
+        enqueue(call.choice, out, operands)
     else:
         _reference(out.zero_(), operands, options)
     return out
@@ -206,8 +206,8 @@ def _product(operands: Operands, options: Options) -> Tensor:
 
 def _product_into(out: Tensor, operands: Operands, options: Options) -> None:
     call = find_call(operands, out, options)
-    if call.kernel is not None:
-        enqueue(call.kernel, call.grid, out, operands, interleaved=options.interleaved)
+    if call.choice is not None:
+        enqueue(call.choice, out, operands)
     else:
         _reference(out, operands, options)
 

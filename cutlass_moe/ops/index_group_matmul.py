@@ -7,29 +7,38 @@ Other operands become a view where they lie end to end, else they are copied to 
 from __future__ import annotations
 
 import ctypes
+import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from cutlass_moe.operands import Operands, Options
-from cutlass_moe.ops import dispatch
 from cutlass_moe.ops._checks import check, check_out
-from cutlass_moe.ops.dispatch import enqueue, pose
+from cutlass_moe.ops.dispatch import Choice, choose_launch, enqueue, pose
 from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference_out
 from cutlass_moe.runtime import library
 from cutlass_moe.runtime.fallback import announce_fallback
-from cutlass_moe.runtime.kernel import GemmKernel
-from cutlass_moe.runtime.workspace import Place, WorkspacePlan, found, stand_in, view_of_slices
-from emitters.spec.gemm import WeightStorage
+from cutlass_moe.runtime.kernel import Kernel
+from cutlass_moe.runtime.parameters import ALIGNMENTS, gemm_views, misaligned
+from cutlass_moe.runtime.workspace import (
+    Region,
+    WorkspaceLayout,
+    resolve,
+    stand_in,
+    view_of_slices,
+)
+from emitters.spec.gemm import GemmProblem, WeightStorage
 from emitters.spec.image import TENSOR_MAP_BYTES
 from emitters.spec.registry import why_illegal
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Tensors = Tensor | Sequence[Tensor]
 
 
@@ -79,47 +88,50 @@ def index_group_matmul(
     executor.run(torch.empty(size, dtype=torch.uint8, device=executor.device))
 
 
-def index_group_matmul_workspace_size(
-    x: Tensors,
-    weight: Tensors,
-    scale: Tensors | None,
-    per_token_scale: Tensors | None,
-    group_list: Tensor,
-    out: Tensors,
-    *,
-    index: Tensor | None = None,
-    group_list_type: str = "cumsum",
-    bias: Tensor | None = None,
-    accumulation: str | None = None,
-    expected_rows: int | None = None,
-    num_sms: int | None = None,
-) -> tuple[int, Executor]:
-    """The first step of `index_group_matmul`: checks its arguments, loads the kernel.
+def _takes_arguments_of(
+    original: Callable[P, object],
+) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    def decorate(mirror: Callable[..., R]) -> Callable[P, R]:
+        mirror.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+        return mirror
+
+    return decorate
+
+
+@_takes_arguments_of(index_group_matmul)
+def index_group_matmul_workspace_size(*tensors: Any, **others: Any) -> tuple[int, Executor]:
+    """The first half of `index_group_matmul`: checks its arguments, loads the kernel.
 
     Returns the bytes of workspace that a run needs, and the executor whose `run` is the second
-    step. Raises what `index_group_matmul` raises.
+    half. Raises what `index_group_matmul` raises.
     """
-    arguments = _Arguments(
-        x, weight, scale, per_token_scale, group_list, out,
-        index, group_list_type, bias, accumulation, expected_rows, num_sms,
-    )  # fmt: skip
-    executor = Executor(arguments)
+    executor = Executor(_Arguments(*tensors, **others))
     return executor.workspace_size, executor
 
 
 class _Arguments(NamedTuple):
+    """As `index_group_matmul` takes them."""
+
     x: Tensors
     weight: Tensors
     scale: Tensors | None
     per_token_scale: Tensors | None
     group_list: Tensor
     out: Tensors
-    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
-    group_list_type: str
-    bias: Tensor | None
-    accumulation: str | None
-    expected_rows: int | None
-    num_sms: int | None
+    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
+    group_list_type: str = "cumsum"
+    bias: Tensor | None = None
+    accumulation: str | None = None
+    expected_rows: int | None = None
+    num_sms: int | None = None
+
+    @property
+    def options(self) -> Options:
+        return Options(
+            accumulation=self.accumulation,
+            expected_rows=self.expected_rows,
+            num_sms=self.num_sms,
+        )
 
 
 class Executor:
@@ -142,32 +154,31 @@ class Executor:
         token_scale = _entries("per_token_scale", arguments.per_token_scale, experts)
         scale = _scales(arguments.scale, experts, n)
 
-        self._plan = plan = WorkspacePlan(self.device)
+        self._layout = layout = WorkspaceLayout(self.device)
         lengths = _lengths({"x": x, "per_token_scale": token_scale, "out": out}, arguments.index)
-        self._limits = plan.table(_limits(lengths)) if lengths else None
+        self._limits = layout.from_host(_limits(lengths)) if lengths else None
         self._groups = self._ends = None
         group_list, kind = arguments.group_list, arguments.group_list_type
         if lengths or kind == "count" or group_list.dtype != torch.int32:
-            self._groups = plan.place((2 * experts,), torch.int32)
-            self._ends = plan.place((experts,), torch.int32)
-        self._out = plan.join(out)
-        self._operands: tuple[Tensor | Place | None, ...] = (
-            plan.join(x),
-            weights if isinstance(weights, Tensor) else weights[0].expand(experts, n, k),
-            arguments.index,
-            self._ends or group_list,
-            plan.join(token_scale) if token_scale else None,
-            plan.join(scale) if scale else None,
-            arguments.bias,
-        )
+            self._groups = layout.region((2 * experts,), torch.int32)
+            self._ends = layout.region((experts,), torch.int32)
+        self._out = layout.join(out)
+        self._operands: dict[str, Tensor | Region | None] = {
+            "x": layout.join(x),
+            "weight": weights if isinstance(weights, Tensor) else weights[0].expand(experts, n, k),
+            "index": arguments.index,
+            "offsets": self._ends or group_list,
+            "per_token_scale": layout.join(token_scale) if token_scale else None,
+            "scale": layout.join(scale) if scale else None,
+            "bias": arguments.bias,
+        }
         self._prepare()
 
     def _prepare(self) -> None:
         """Checks what the operands will be once they are joined; finds the problem, its kernel."""
-        arguments, weights = self._arguments, self._weights
-        operands, out = Operands(*map(stand_in, self._operands)), stand_in(self._out)
-        asked = (arguments.accumulation, arguments.expected_rows, arguments.num_sms)
-        options = Options(out.dtype, *asked)
+        weights, out = self._weights, stand_in(self._out)
+        operands = Operands(**{name: stand_in(t) for name, t in self._operands.items()})
+        options = self._arguments.options._replace(out_dtype=out.dtype)
         strides = {operands.weight.stride()}
         if isinstance(weights, list):
             strides = {(0, *weight.stride()) for weight in weights}
@@ -177,22 +188,24 @@ class Executor:
             check(operands, options)
         check_out(out, operands, options, out.dtype)
 
-        problem = pose(operands, out.dtype, arguments.accumulation)
+        problem = pose(operands, out.dtype, options)
         if isinstance(weights, list):
-            problem = replace(problem, weights=WeightStorage.TABLE)
-        self._launch: tuple[GemmKernel, int] | None = None
-        self._table: Place | None = None
+            in_table = replace(problem.weight, storage=WeightStorage.TABLE)
+            problem = replace(problem, weight=in_table)
+        self._choice: Choice | None = None
+        self._maps: Region | None = None
         self._why_illegal: str | None = None
         if self.device.type == "cuda" and len(out):
-            index = self.device.index
-            self._why_illegal = why_illegal(problem, arch=library.device_arch(index))
+            device = self.device.index
+            self._why_illegal = why_illegal(problem, arch=library.device_arch(device))
             if self._why_illegal is None:
-                self._launch = dispatch.choose_launch(
-                    problem, index, len(operands.x), len(out), options
+                self._choice = choose_launch(
+                    problem, device, len(operands.x), len(out), operands.weight.stride(), options
                 )
                 if isinstance(weights, list):
-                    self._table = self._plan.table(_tensor_maps(self._launch[0], weights))
-        self.workspace_size = self._plan.size
+                    maps = _tensor_maps(problem, self._choice.kernel, weights)
+                    self._maps = self._layout.from_host(maps)
+        self.workspace_size = self._layout.size
 
     def run(
         self, workspace: Tensor | None = None, stream: torch.cuda.Stream | int | None = None
@@ -205,12 +218,12 @@ class Executor:
         Raises ValueError for another workspace or a stream of another device. (CPU tensors, and
         problems without a kernel, take the reference, which allocates and waits.)
         """
-        workspace = self._plan.aligned(workspace)
+        workspace = self._layout.aligned(workspace)
         with self._on(stream), torch.no_grad():
-            self._plan.fill(workspace)
+            self._layout.fill(workspace)
             self._find_ends(workspace)
             self._compute(workspace)
-            self._plan.write_back(self._out, workspace)
+            self._layout.write_back(self._out, workspace)
 
     def _on(self, stream: torch.cuda.Stream | int | None) -> AbstractContextManager[Any]:
         if stream is None:
@@ -248,13 +261,13 @@ class Executor:
             torch.sum(groups[1:].unfold(0, experts, 1), 1, dtype=torch.int32, out=ends)
 
     def _compute(self, workspace: Tensor) -> None:
+        tensors = {name: resolve(t, workspace) for name, t in self._operands.items()}
         starts = None if self._limits is None else self._limits.of(workspace)[0]
-        parts = (found(part, workspace) for part in self._operands)
-        operands = Operands(*parts)._replace(starts=starts)
-        out: Tensor = found(self._out, workspace)
-        if self._launch is not None:
-            table = self._table.of(workspace).data_ptr() if self._table else 0
-            enqueue(*self._launch, out, operands, table=table)
+        operands = Operands(**tensors, starts=starts)
+        out: Tensor = resolve(self._out, workspace)
+        if self._choice is not None:
+            maps = None if self._maps is None else self._maps.of(workspace)
+            enqueue(self._choice, out, operands, maps)
         elif len(out):
             if self._why_illegal is not None:
                 announce_fallback(self._why_illegal)
@@ -372,15 +385,17 @@ def _limits(lengths: list[int]) -> Tensor:
     return torch.tensor([[0, *ends[:-1]], ends], dtype=torch.int32)
 
 
-def _tensor_maps(kernel: GemmKernel, weights: list[Tensor]) -> Tensor:
+def _tensor_maps(problem: GemmProblem, kernel: Kernel, weights: list[Tensor]) -> Tensor:
     """uint8 [E, TENSOR_MAP_BYTES]: what a kernel reads the weights of each expert through."""
-    table = torch.empty((len(weights), TENSOR_MAP_BYTES), dtype=torch.uint8)
+    maps = torch.empty((len(weights), TENSOR_MAP_BYTES), dtype=torch.uint8)
     for e, weight in enumerate(weights):
-        if weight.data_ptr() % 16:
-            raise ValueError(f"weight[{e}]: expected an address that is a multiple of 16 bytes")
-        entry = kernel.encode_weight(weight.data_ptr(), (0, *weight.stride()))
-        ctypes.memmove(table[e].data_ptr(), int(entry.getPtr()), TENSOR_MAP_BYTES)
-    return table
+        address = weight.data_ptr()
+        if address % ALIGNMENTS["weight"]:
+            raise misaligned(f"weight[{e}]", ALIGNMENTS["weight"], address)
+        view = gemm_views(problem, (0, *weight.stride()), 0)["weight"]
+        encoded = kernel.maps.encode("weight", address, view)
+        ctypes.memmove(maps[e].data_ptr(), int(encoded.getPtr()), TENSOR_MAP_BYTES)
+    return maps
 
 
 def _reference(out: Tensor, operands: Operands, weights: Tensor | list[Tensor]) -> None:

@@ -6,44 +6,30 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.operands import Operands, Options
-from cutlass_moe.ops.dispatch import find_call
+from cutlass_moe.ops.dispatch import Choice, find_call
 from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference_out
-from cutlass_moe.runtime.kernel import GemmKernel
-from cutlass_moe.runtime.parameters import parameters
-from cutlass_moe.runtime.tensor_map import WeightView
-
-_ALIGNMENTS = {"x": 16, "weight": 16, "out": 16, "scale": 8, "bias": 8}  # bytes; others 4
+from cutlass_moe.runtime.device import on_device
+from cutlass_moe.runtime.parameters import ALIGNMENTS, misaligned, operand_addresses
 
 
 class Plan:
     """What `plan` returns. Not for two threads at a time."""
 
     def __init__(
-        self,
-        operands: Operands,
-        options: Options,
-        out: Tensor,
-        kernel: GemmKernel | None,
-        grid: int,
-    ):
+        self, operands: Operands, options: Options, out: Tensor, choice: Choice | None
+    ) -> None:
         named = {**operands._asdict(), "out": out}
         self._tensors = {name: t for name, t in named.items() if t is not None}
-        self._device = out.get_device()
-        self._kernel = kernel
-        self._options = options
-        params: dict[str, int] = {}
-        if kernel is not None:
-            self._launch = kernel.prepare_gemm(
-                *parameters(kernel.problem, out, operands, interleaved=options.interleaved), grid
-            )
-            scale = "channel_scale" if "channel_scale" in kernel.at else "expert_scale"
-            names = {"offsets": "ends", "scale": scale}
-            params = {name: kernel.at[names.get(name, name)] for name in self._tensors}
         self._slots = {
-            name: (t.shape, t.dtype, t.stride(), _ALIGNMENTS.get(name, 4), params.get(name, 0))
+            name: (t.shape, t.dtype, t.stride(), ALIGNMENTS.get(name, 4))
             for name, t in self._tensors.items()
         }
+        self._device = out.get_device()
+        self._options = options
+        self._choice = choice
+        if choice is not None:
+            self._launch = choice.prepare(operand_addresses(operands, out))
 
     def __call__(
         self, x: Tensor | None = None, out: Tensor | None = None, **others: Tensor
@@ -62,24 +48,21 @@ class Plan:
         for name, tensor in others.items():
             self._replace(name, tensor)
         tensors = self._tensors
-        if self._kernel is None:
+        if self._choice is None:
             grouped_matmul_reference_out(
                 **tensors,
                 activation=self._options.activation,
                 interleaved=self._options.interleaved,
             )
-        elif torch._C._cuda_getDevice() == self._device:
-            self._enqueue(self._kernel)
         else:
-            with torch.cuda.device(self._device):
-                self._enqueue(self._kernel)
+            on_device(self._device, self._enqueue)
         return tensors["out"]
 
     def _replace(self, name: str, tensor: Tensor) -> None:
         slot = self._slots.get(name)
         if slot is None:
             raise TypeError(f"{name}: planned were {', '.join(self._tensors)}")
-        shape, dtype, strides, alignment, at = slot
+        shape, dtype, strides, alignment = slot
         if (
             tensor.dtype is not dtype
             or tensor.shape != shape
@@ -93,22 +76,16 @@ class Plan:
             )
         if tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{name} requires a gradient, and a plan has none")
-        if self._kernel is not None:
-            pointer, launch = tensor.data_ptr(), self._launch
-            if pointer % alignment:
-                raise ValueError(f"{name}: expected an address in multiples of {alignment} bytes")
-            if name == "weight":
-                view = WeightView(pointer, strides, self._options.interleaved)
-                self._kernel.set_weight(launch, view)
-            elif name != "out":
-                launch.values[at] = pointer
-            elif pointer != launch.values[at]:
-                self._kernel.set_out(launch, pointer, shape[0])
+        if self._choice is not None:
+            address = tensor.data_ptr()
+            if address % alignment:
+                raise misaligned(name, alignment, address)
+            self._choice.kernel.move(self._launch, name, address, self._choice.views)
         self._tensors[name] = tensor
 
-    def _enqueue(self, kernel: GemmKernel) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
-        kernel.set_counters(self._launch, stream)
+    def _enqueue(self, stream: int) -> None:
+        assert self._choice is not None
+        self._choice.kernel.set_counters(self._launch, stream)
         self._launch(stream)
 
 
@@ -150,4 +127,4 @@ def plan(
     call = find_call(operands, out, options)
     if out is None:
         out = x.new_empty(call.shape, dtype=call.dtype)
-    return Plan(operands, options, out, call.kernel, call.grid)
+    return Plan(operands, options, out, call.choice)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cutlass_moe.operands import DTYPES
 from cutlass_moe.ops.dispatch import launch_step, step_kernel
+from cutlass_moe.runtime.parameters import quantize_values
 from emitters.spec import dtypes
 from emitters.spec.layer_steps import QuantizeProblem
 
@@ -62,18 +63,6 @@ def quantize_per_token_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     return scaled.to(dtype), scale
 
 
-def quantize_values(
-    x: int, q: int, scale: int, rows: int, *, last_end: int = 0, early: bool = False
-) -> list[int]:
-    """What the kernel of a QuantizeProblem is launched with, on `problem.ctas(rows, threads)` CTAs.
-
-    x, q and scale: addresses. last_end: address of an int32, rows from there on are left alone; 0:
-    none are. In a dependent launch it is read before the kernel before this one is waited for, and
-    with `early` x is too and q and scale are written.
-    """
-    return [x, last_end, q, scale, rows, int(early)]
-
-
 def _check(x: Tensor, dtype: torch.dtype) -> None:
     if dtype not in LARGEST:
         raise TypeError(f"dtype: expected one of {_names(LARGEST)}, got {dtype}")
@@ -106,7 +95,8 @@ def _on_cuda(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     kernel = step_kernel(problem, x.get_device())
     if kernel is None:
         return quantize_per_token_reference(x, dtype)
-    values = quantize_values(x.data_ptr(), q.data_ptr(), scale.data_ptr(), rows)
+    addresses = {"source": x.data_ptr(), "q": q.data_ptr(), "scale": scale.data_ptr()}
+    values = quantize_values(addresses, rows)
     launch_step(kernel, values, problem.ctas(rows, kernel.record.threads), x.get_device())
     return q, scale
 

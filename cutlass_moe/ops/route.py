@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cutlass_moe.choose.heuristics_sm90 import FEW_PAIRS
-from cutlass_moe.ops.dispatch import step_kernel
+from cutlass_moe.ops.dispatch import launch_step, step_kernel
 from cutlass_moe.runtime.kernel import Kernel
+from cutlass_moe.runtime.parameters import route_values
 from emitters.spec.layer_steps import RouteProblem
 
 _IDS = {torch.int32: 32, torch.int64: 64}
@@ -162,45 +162,45 @@ def find_route(num_experts: int, dtype: torch.dtype, pairs: int, device: int) ->
     return step_kernel(RouteProblem(num_experts, _IDS[dtype]), device, few=pairs <= FEW_PAIRS)
 
 
-class RoutePlaces(NamedTuple):
-    """Addresses of a RoutingTable's tensors, and of `route_scratch` int32 or more."""
-
-    index: int  # type: ignore[assignment]  # hides tuple.index
-    offsets: int
-    inverse: int
-    scratch: int
+def route_phases(pairs: int, num_experts: int) -> tuple[tuple[int, int], ...]:
+    """The launches of a route kernel for so many pairs: CTAs and the value of `parts` of each."""
+    grid = route_grid(pairs, num_experts)
+    return ((1, 0),) if grid == 1 else ((grid, 1), (grid, 2))
 
 
 def launch_route(
     kernel: Kernel,
     topk_ids: Tensor,
     expert_map: Tensor | None,
-    num_experts: int,
     capacity: int,
-    places: RoutePlaces,
-    stream: int,
-    pdl: bool = True,
+    table: RoutingTable,
+    scratch: Tensor,
+    *,
+    pdl: bool = False,
 ) -> None:
-    """Enqueues a kernel of `find_route`; allocates nothing and checks nothing.
+    """Enqueues a kernel of `find_route` on torch's current stream; checks and allocates nothing.
 
-    Tensors are contiguous and on the current device. pdl: launches may start before what they
-    follow ends, and wait for it before they read or write anything.
+    Tensors are contiguous; scratch has `route_scratch` int32 or more. pdl: launches may start
+    before what they follow ends, and wait for it before they read or write anything.
     """
-    grid = route_grid(topk_ids.numel(), num_experts)
-    values = [
-        topk_ids.data_ptr(),
-        0 if expert_map is None else expert_map.data_ptr(),
-        _num_ids(num_experts, expert_map),
-        topk_ids.numel(),
-        topk_ids.shape[1] if topk_ids.dim() == 2 else 1,
-        capacity,
-        *places,
-    ]
-    if grid == 1:
-        kernel.launch([*values, 0], 1, stream, pdl)
-    else:
-        kernel.launch([*values, 1], grid, stream, pdl)
-        kernel.launch([*values, 2], grid, stream, pdl)
+    pairs, num_experts = topk_ids.numel(), len(table.offsets)
+    addresses = {
+        "ids": topk_ids.data_ptr(),
+        "expert_map": 0 if expert_map is None else expert_map.data_ptr(),
+        "index": table.index.data_ptr(),
+        "offsets": table.offsets.data_ptr(),
+        "inverse": table.inverse.data_ptr(),
+        "histograms": scratch.data_ptr(),
+    }
+    values = route_values(
+        addresses,
+        num_ids=_num_ids(num_experts, expert_map),
+        pairs=pairs,
+        choices=topk_ids.shape[1] if topk_ids.dim() == 2 else 1,
+        capacity=capacity,
+    )
+    for grid, parts in route_phases(pairs, num_experts):
+        launch_step(kernel, {**values, "parts": parts}, grid, topk_ids.get_device(), pdl)
 
 
 def _check(
@@ -272,11 +272,7 @@ def _on_cuda(
     table = RoutingTable.empty(topk_ids, num_experts)
     scratch = topk_ids.new_empty(route_scratch(topk_ids.numel(), num_experts), dtype=torch.int32)
     capacity = row_capacity(topk_ids, _num_ids(num_experts, expert_map), capacity_factor)
-    with torch.cuda.device(device):
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        tensors = (table.index, table.offsets, table.inverse, scratch)
-        places = RoutePlaces(*(tensor.data_ptr() for tensor in tensors))
-        launch_route(kernel, topk_ids, expert_map, num_experts, capacity, places, stream, pdl)
+    launch_route(kernel, topk_ids, expert_map, capacity, table, scratch, pdl=pdl)
     return table.index, table.offsets, table.inverse
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.ops.route import RoutingTable, check_capacity, route, row_capacity
 from cutlass_moe.runtime.fallback import announce_fallback
 from cutlass_moe.runtime.kernel import Kernel
+from cutlass_moe.runtime.parameters import router_values
 from emitters.spec.layer_steps import (
     MAX_FUSED_EXPERTS,
     MAX_TOP_K,
@@ -117,30 +117,25 @@ def route_logits(
     return table, weights, ids
 
 
-def router_values(
+def _values(
     logits: Tensor, router: Router, bias: Tensor | None, weights: Tensor, ids: Tensor
-) -> list[int]:
-    """What the kernel of a TopkProblem is launched with, one warp a token.
-
-    bias: the router's, in float32. Tensors are contiguous.
-    """
-    return [
-        logits.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        weights.data_ptr(),
-        ids.data_ptr(),
-        len(logits),
-        router.k,
-        router.topk_groups,
-        int(router.renormalize),
-        _bits(router.scale),
-        _bits(-1.0 if router.threshold is None else router.threshold),
-    ]
-
-
-def _bits(value: float) -> int:
-    """Of a float32, as an int32."""
-    return struct.unpack("<i", struct.pack("<f", value))[0]
+) -> dict[str, int]:
+    """bias: the router's, in float32. Tensors are contiguous."""
+    addresses = {
+        "logits": logits.data_ptr(),
+        "correction_bias": 0 if bias is None else bias.data_ptr(),
+        "weights": weights.data_ptr(),
+        "ids": ids.data_ptr(),
+    }
+    return router_values(
+        addresses,
+        num_tokens=len(logits),
+        k=router.k,
+        topk_groups=router.topk_groups,
+        renormalize=router.renormalize,
+        scale=router.scale,
+        threshold=router.threshold,
+    )
 
 
 def _refuse_gradient(name: str, *tensors: Tensor | None) -> None:
@@ -218,7 +213,7 @@ def _topk(logits: Tensor, *arguments: Any) -> _Pair:
     weights, ids = _empty(logits, router)
     logits, bias = _operands(logits, router)
     warps = kernel.record.threads // 32
-    values = router_values(logits, router, bias, weights, ids)
+    values = _values(logits, router, bias, weights, ids)
     launch_step(kernel, values, -(-len(logits) // warps), logits.get_device(), pdl)
     return weights, ids
 
@@ -239,9 +234,13 @@ def _route_logits(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         weights, ids = _empty(logits, router)
         table = RoutingTable.empty(ids, experts)
         logits, bias = _operands(logits, router)
-        values = router_values(logits, router, bias, weights, ids)
-        values.append(row_capacity(ids, experts, capacity_factor))
-        values += (t.data_ptr() for t in (table.index, table.offsets, table.inverse))
+        values = _values(logits, router, bias, weights, ids)
+        values |= {
+            "capacity": row_capacity(ids, experts, capacity_factor),
+            "index": table.index.data_ptr(),
+            "offsets": table.offsets.data_ptr(),
+            "inverse": table.inverse.data_ptr(),
+        }
         launch_step(kernel, values, 1, logits.get_device(), pdl)
     return table.index, table.offsets, table.inverse, weights, ids
 

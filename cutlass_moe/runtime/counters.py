@@ -10,7 +10,7 @@ import torch
 class Counters:
     """Device memory of dynamic schedules: pairs of int32 that every launch leaves at zero.
 
-    Launches that may run at once never share a pair: eager ones have one a stream, captured ones
+    Launches that may run at once never share a pair: eager ones have one per stream, captured ones
     one each, for good.
     """
 
@@ -33,7 +33,9 @@ class Counters:
         """Of the pair for a launch on `stream`, the current one of this device."""
         if torch.cuda.is_current_stream_capturing():
             if not self._free:
-                raise RuntimeError(f"a graph captured more than {self.CHUNK // 2} dynamic launches")
+                raise RuntimeError(
+                    f"a graph must capture at most {self.CHUNK // 2} dynamic launches"
+                )
             return self._free.pop()
         if len(self._free) < self.CHUNK // 2:
             self._grow()
@@ -42,4 +44,4 @@ class Counters:
         return self._of_stream[stream]
 
 
-_counters = cache(Counters)
+device_counters = cache(Counters)

@@ -1,215 +1,134 @@
-"""Kernels on a device: loads a cubin, encodes tensor maps, packs parameters, launches."""
+"""Kernels on a device: an image loaded, its parameters bound by name, launched."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping
+from operator import itemgetter
 
 import torch
 from cuda.bindings import driver
 
 from cutlass_moe.images.toolchains import driver_cuda, why_unloadable
-from cutlass_moe.runtime.counters import _counters
-from cutlass_moe.runtime.launch import DriverError, Launch
-from cutlass_moe.runtime.tensor_map import WeightView
-from emitters.spec.gemm import GemmProblem
-from emitters.spec.image import Image, Param
+from cutlass_moe.runtime.counters import device_counters
+from cutlass_moe.runtime.driver import DriverError, checked
+from cutlass_moe.runtime.launch import Launch
+from cutlass_moe.runtime.tensor_map import TensorMaps, View
+from emitters.spec.image import Image, Param, ParamKind
 
-_MAX_TENSOR_MAPS = 1024  # a kernel's cache of them; a model has one weight a layer
-_MAP_DTYPES = {
-    1: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
-    2: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,  # only zeros are ever filled in
-    4: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT32,
-}
-_SWIZZLES = {128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B}
-_PROMOTIONS = {
-    128: driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-    256: driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-}
-
-
-def _checked(call: str, result: tuple[Any, ...]) -> Any:
-    if result[0] != driver.CUresult.CUDA_SUCCESS:
-        raise DriverError(f"{call} failed: {driver.CUresult(result[0]).name}")
-    return result[1] if len(result) == 2 else result[1:]
+Views = Mapping[str, View]
+_NO_VIEWS: Views = {}
 
 
 class Kernel:
-    """An image on one device, ready to launch. Thread-safe."""
+    """An image on one device, ready to launch. Thread-safe.
+
+    Parameters are bound by the names that the launch record gives them. A pointer's value is an
+    address, and so is a tensor map's: that of the tensor it describes, which a view says the shape
+    of. A tensor's map bears the tensor's name or, beside a pointer, that and "_map". The value of
+    `counters` is the kernel's own.
+    """
 
     def __init__(self, image: Image, device: int) -> None:
         self.record = image.record
+        params = self.record.params
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # the device's context exists and is current
             reason = why_unloadable(self.record.build, driver_cuda())
             if reason:
                 raise DriverError(f"the image of {self.record.problem} can't be loaded: {reason}")
-            module = _checked("cuModuleLoadData", driver.cuModuleLoadData(image.cubin))
+            module = checked("cuModuleLoadData", driver.cuModuleLoadData(image.cubin))
             symbol = self.record.symbol.encode()
-            self.function = _checked(
+            self._function = checked(
                 "cuModuleGetFunction", driver.cuModuleGetFunction(module, symbol)
             )
-        self._check_params(self.record.params)
+        self._check_params(params)
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(
+        checked(
             "cuFuncSetAttribute",
-            driver.cuFuncSetAttribute(self.function, attribute, self.record.smem_bytes),
+            driver.cuFuncSetAttribute(self._function, attribute, self.record.smem_bytes),
         )
+        self.maps = TensorMaps(self.record.tensor_maps)
+        names = [param.name for param in params]
+        self._bind = itemgetter(*names)
+        self._map_params = [(at, param.name) for at, param in enumerate(params) if _is_map(param)]
+        self._tensors: dict[str, list[tuple[int, Param]]] = {}
+        for at, param in enumerate(params):
+            tensor = param.name.removesuffix("_map")
+            self._tensors.setdefault(tensor, []).append((at, param))
+        self._counters = device_counters(device) if "counters" in names else None
+        self._counters_at = names.index("counters") if self._counters else 0
         self._lock = threading.Lock()
-        self._launch = Launch(self.function, self.record)
+        self._launch = Launch(self._function, self.record)
 
     def _check_params(self, params: tuple[Param, ...]) -> None:
         for i, param in enumerate(params):
-            got = _checked("cuFuncGetParamInfo", driver.cuFuncGetParamInfo(self.function, i))
+            got = checked("cuFuncGetParamInfo", driver.cuFuncGetParamInfo(self._function, i))
             if int(got[1]) != param.size:
                 raise DriverError(
-                    f"parameter {param.name}: {param.size} bytes, the kernel has {got[1]}"
+                    f"parameter {param.name} must have {param.size} bytes, the kernel has {got[1]}"
                 )
 
-    def prepare(self, values: Sequence[int], grid: int, overlap: bool = False) -> Launch:
-        """A launch of the caller's own, to repeat; arguments as of `launch`."""
-        launch = Launch(self.function, self.record)
-        launch.fill(values)
-        launch.shape(grid, overlap)
-        return launch
-
-    def launch(self, values: Sequence[int], grid: int, stream: int, overlap: bool = False) -> None:
-        """Enqueues the kernel on a stream of the current device, which must be this kernel's.
-
-        values: addresses and integers in the order of record.params. overlap: programmatic
-        dependent launch: the kernel may start before its predecessor on the stream ends, and waits
-        for it where it reads what that writes.
-        """
-        with self._lock:
-            self._launch.fill(values)
-            self._launch.shape(grid, overlap)
-            self._launch(stream)
-
-
-class GemmKernel(Kernel):
-    """A grouped GEMM: encodes the tensor maps of its weights and its output, and keeps them."""
-
-    def __init__(self, image: Image, device: int) -> None:
-        super().__init__(image, device)
-        self.problem = GemmProblem.from_json(image.record.problem)
-        self.at = {param.name: i for i, param in enumerate(self.record.params)}
-        self._boxes = {box.param: box for box in self.record.tensor_maps}
-        self._counters = _counters(device) if "counters" in self.at else None
-        self._maps: dict[tuple[Any, ...], driver.CUtensorMap] = {}
-        self._maps_lock = threading.Lock()
-
-    def prepare_gemm(
+    def launch(
         self,
-        values: Sequence[int],
-        weight: WeightView | None,
-        out: tuple[int, int],
-        grid: int,
-        overlap: bool = False,
-    ) -> Launch:
-        """A launch of the caller's own, to repeat after `set_counters`; else as `launch_gemm`."""
-        launch = Launch(self.function, self.record)
-        self._fill(launch, values, weight, out, grid, overlap)
-        return launch
-
-    def launch_gemm(
-        self,
-        values: Sequence[int],
-        weight: WeightView | None,
-        out: tuple[int, int],
+        values: Mapping[str, int],
         grid: int,
         stream: int,
         overlap: bool = False,
+        views: Views = _NO_VIEWS,
     ) -> None:
-        """As `launch`.
+        """Enqueues the kernel on a stream of the current device, which must be this kernel's.
 
-        values: without the counters of a dynamic schedule; what stands for a tensor map is
-        ignored. weight: what such a map describes; out: pointer and rows of the output. A dynamic
-        schedule never overlaps: its counters are those of the launch before.
+        values: by parameter; others are ignored. grid: CTAs. overlap: programmatic dependent
+        launch: the kernel may start before its predecessor on the stream ends, and waits for it
+        where it reads what that writes. A dynamic schedule never overlaps: its counters are those
+        of the launch before. views: of the tensors behind tensor maps, by parameter.
         """
         with self._lock:
-            self._fill(self._launch, values, weight, out, grid, overlap)
+            self._fill(self._launch, values, grid, overlap, views)
             self.set_counters(self._launch, stream)
             self._launch(stream)
+
+    def prepare(
+        self,
+        values: Mapping[str, int],
+        grid: int,
+        overlap: bool = False,
+        views: Views = _NO_VIEWS,
+    ) -> Launch:
+        """A launch of the caller's own, to repeat, each time after `set_counters`; arguments as in
+        `launch`."""
+        launch = Launch(self._function, self.record)
+        self._fill(launch, values, grid, overlap, views)
+        return launch
 
     def _fill(
         self,
         launch: Launch,
-        values: Sequence[int],
-        weight: WeightView | None,
-        out: tuple[int, int],
+        values: Mapping[str, int],
         grid: int,
         overlap: bool,
+        views: Views,
     ) -> None:
-        launch.fill(values if self._counters is None else [*values, 0])
+        launch.fill(self._bind(values))
         launch.shape(grid, overlap and self._counters is None)
-        if weight is not None:
-            self.set_weight(launch, weight)
-        self.set_out(launch, *out)
+        for at, name in self._map_params:
+            launch.set_map(at, self.maps.find(name, values[name], views[name]))
 
-    def set_weight(self, launch: Launch, weight: WeightView) -> None:
-        """Where the weights of a launch of this kernel are; raises as `encode_weight`."""
-        launch.set_map(self.at["weight"], self._tensor_map(weight, self.encode_weight))
-
-    def set_out(self, launch: Launch, pointer: int, rows: int) -> None:
-        """Where the output of a launch of this kernel is."""
-        launch.values[self.at["out"]] = pointer
-        launch.set_map(self.at["out_map"], self._tensor_map((pointer, rows), self._encode_out))
+    def move(self, launch: Launch, tensor: str, address: int, views: Views) -> None:
+        """Has a prepared launch find a tensor at another address."""
+        for at, param in self._tensors[tensor]:
+            if launch.values[at] != address:
+                if _is_map(param):
+                    found = self.maps.find(param.name, address, views[param.name])
+                    launch.set_map(at, found)
+                launch.values[at] = address
 
     def set_counters(self, launch: Launch, stream: int) -> None:
-        """For a call on `stream`, the current one of this device."""
+        """For a launch on `stream`, the current one of this device."""
         if self._counters is not None:
-            launch.values[self.at["counters"]] = self._counters.address(stream)
+            launch.values[self._counters_at] = self._counters.address(stream)
 
-    def _tensor_map(
-        self, key: tuple[Any, ...], encode: Callable[..., driver.CUtensorMap]
-    ) -> driver.CUtensorMap:
-        found = self._maps.get(key)
-        if found is None:
-            found = encode(*key)
-            with self._maps_lock:
-                if len(self._maps) >= _MAX_TENSOR_MAPS:
-                    self._maps.pop(next(iter(self._maps)))
-                self._maps[key] = found
-        return found
 
-    def encode_weight(
-        self, pointer: int, strides: tuple[int, ...], interleaved: bool = False
-    ) -> driver.CUtensorMap:
-        """The tensor map through which the kernel reads weights [E, N, K] at `pointer`.
-
-        strides: of E, N and K, in elements; K or N is dense. A map in a table describes one expert.
-        Raises DriverError where pointer or strides are not multiples of 16 bytes.
-        """
-        view = self.problem.weight_view(strides, interleaved)
-        return self._encode("weight", self.problem.operand.bytes, pointer, *view)
-
-    def _encode_out(self, pointer: int, rows: int) -> driver.CUtensorMap:
-        columns, size = self.problem.out_columns, self.problem.out.bytes
-        return self._encode("out_map", size, pointer, (columns, rows), (columns,))
-
-    def _encode(
-        self,
-        param: str,
-        size: int,
-        pointer: int,
-        extents: tuple[int, ...],
-        strides: tuple[int, ...],
-    ) -> driver.CUtensorMap:
-        """extents: innermost first; strides: of all but the innermost. In elements of `size`."""
-        box = self._boxes[param]
-        rank = len(extents)
-        result = driver.cuTensorMapEncodeTiled(
-            _MAP_DTYPES[size],
-            rank,
-            pointer,
-            [driver.cuuint64_t(extent) for extent in extents],
-            [driver.cuuint64_t(stride * size) for stride in strides],
-            [driver.cuuint32_t(extent) for extent in box.box],
-            [driver.cuuint32_t(1)] * rank,
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            _SWIZZLES[box.swizzle],
-            _PROMOTIONS[box.l2_promotion],
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-        return _checked("cuTensorMapEncodeTiled", result)
+def _is_map(param: Param) -> bool:
+    return param.kind is ParamKind.TENSOR_MAP

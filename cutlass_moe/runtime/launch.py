@@ -8,13 +8,10 @@ from collections.abc import Sequence
 
 from cuda.bindings import driver
 
+from cutlass_moe.runtime.driver import DriverError
 from emitters.spec.image import LaunchRecord
 
 _SLOT = 8  # bytes kept for a parameter on the host; the driver copies as many as the kernel's own
-
-
-class DriverError(RuntimeError):
-    """A call of the CUDA driver failed, or would fail."""
 
 
 class Launch:

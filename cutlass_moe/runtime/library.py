@@ -14,20 +14,19 @@ from cutlass_moe.images.cache import Cache, MissingImage, default_cache
 from cutlass_moe.images.compiler import build_command, compile_image
 from cutlass_moe.images.roots import Entry
 from cutlass_moe.images.toolchains import default_build
-from cutlass_moe.runtime.kernel import GemmKernel, Kernel
-from emitters.spec.gemm import GemmProblem
+from cutlass_moe.runtime.kernel import Kernel
+from emitters.spec.arch import arch_of
 from emitters.spec.image import Image, image_key
-from emitters.spec.registry import AnyConfig, Problem
+from emitters.spec.registry import Config, Problem
 
-_kernels: dict[tuple[Problem, AnyConfig, int], Kernel] = {}
+_kernels: dict[tuple[Problem, Config, int], Kernel] = {}
 _lock = threading.Lock()
 
 
 @cache
 def device_arch(device: int) -> str:
     """A device's compilation target: "sm_90a" for capability 9.0, else "sm_" and its digits."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+    return arch_of(torch.cuda.get_device_capability(device))
 
 
 @cache
@@ -36,7 +35,7 @@ def device_name(device: int) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def find_image(problem: Problem, config: AnyConfig, arch: str) -> Image:
+def find_image(problem: Problem, config: Config, arch: str) -> Image:
     """The image from the cache, compiled on a miss.
 
     Raises MissingImage, naming the command that builds it, where CUTLASS_MOE_JIT=0 forbids
@@ -63,7 +62,7 @@ def find_image(problem: Problem, config: AnyConfig, arch: str) -> Image:
     return image
 
 
-def _nearest(cache: Cache, problem: Problem, config: AnyConfig, arch: str) -> str:
+def _nearest(cache: Cache, problem: Problem, config: Config, arch: str) -> str:
     """Which image comes closest: the fewest other fields of the problem, then of the config."""
     asked = {"arch": arch, **problem.to_json()}, config.to_json()
 
@@ -89,12 +88,12 @@ def _nearest(cache: Cache, problem: Problem, config: AnyConfig, arch: str) -> st
     return f"The nearest of the images there, {nearest.key[:12]}, is for {words}."
 
 
-def is_loaded(problem: Problem, config: AnyConfig, device: int) -> bool:
+def is_loaded(problem: Problem, config: Config, device: int) -> bool:
     """Whether `load` has this kernel already."""
     return (problem, config, device) in _kernels
 
 
-def load(problem: Problem, config: AnyConfig, device: int, image: Image | None = None) -> Kernel:
+def load(problem: Problem, config: Config, device: int, image: Image | None = None) -> Kernel:
     """The kernel on CUDA device `device`, loaded at the first call.
 
     image: what `find_image` gives, where that is known. Raises RuntimeError while a CUDA graph is
@@ -112,6 +111,5 @@ def load(problem: Problem, config: AnyConfig, device: int, image: Image | None =
         with _lock:
             kernel = _kernels.get((problem, config, device))
             if kernel is None:
-                kind = GemmKernel if isinstance(problem, GemmProblem) else Kernel
-                kernel = _kernels[problem, config, device] = kind(image, device)
+                kernel = _kernels[problem, config, device] = Kernel(image, device)
     return kernel

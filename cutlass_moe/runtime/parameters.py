@@ -1,45 +1,137 @@
-"""The values of a kernel's parameters."""
+"""The values of kernels' parameters, by the names that launch records give them.
+
+Each function knows one kind of kernel. addresses: of its tensors, by parameter; those that are not
+known yet may be missing. A kernel takes what it has a parameter for, so optional tensors that it
+does not read do no harm.
+"""
 
 from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from cutlass_moe.operands import Operands
-from cutlass_moe.runtime.tensor_map import WeightView
+from cutlass_moe.runtime.tensor_map import View
 from emitters.spec.gemm import GemmProblem
-from emitters.spec.weight_map import gate_strides
+from emitters.spec.weight_map import gate_strides, weight_view
+
+Addresses = Mapping[str, int]
+# Bytes that the addresses of a GEMM's tensors must be multiples of; others 4.
+ALIGNMENTS = {"x": 16, "weight": 16, "out": 16, "scale": 8, "bias": 8}
 
 
-def parameters(
-    problem: GemmProblem, out: Tensor, operands: Operands, *, table: int = 0, interleaved: bool
-) -> tuple[list[int], WeightView | None, tuple[int, int]]:
-    """The first three arguments of `GemmKernel.launch_gemm`; those of this as of `enqueue`."""
-    x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
-    rows = out.shape[0]
-    values = [table, x.data_ptr()]
-    if index is not None:
-        values.append(index.data_ptr())
-    out_pointer = out.data_ptr()
-    values += (
-        0 if starts is None else starts.data_ptr(),
-        offsets.data_ptr(),
-        out_pointer,
-        0,  # its tensor map
-        x.shape[0],
-        rows,
-        0,  # early
+def gemm_values(
+    problem: GemmProblem,
+    addresses: Addresses,
+    num_tokens: int,
+    num_rows: int,
+    *,
+    interleaved: bool = False,
+    early: bool = False,
+) -> dict[str, int]:
+    """num_tokens: rows of x; num_rows: of the product. interleaved: as in `grouped_matmul`. early:
+    in a dependent launch, offsets (and starts) are complete before the kernel before is waited for.
+    """
+    column_stride, gate_stride = gate_strides(problem.n, interleaved)
+    return {
+        "starts": 0,
+        "out_map": addresses.get("out", 0),
+        "counters": 0,  # the kernel's own
+        **addresses,
+        "num_tokens": num_tokens,
+        "num_rows": num_rows,
+        "early": int(early),
+        "column_stride": column_stride,
+        "gate_stride": gate_stride,
+    }
+
+
+def gemm_views(
+    problem: GemmProblem, weight_strides: tuple[int, ...], num_rows: int, interleaved: bool = False
+) -> dict[str, View]:
+    """What the tensor maps of weight and out describe. weight_strides: of E, N and K, in elements;
+    of weights in a table those of one expert's."""
+    columns = problem.out_columns
+    return {
+        "weight": View(
+            *weight_view(problem, weight_strides, interleaved), problem.weight.dtype.bytes
+        ),
+        "out_map": View((columns, num_rows), (columns,), problem.out.bytes),
+    }
+
+
+def operand_addresses(operands: Operands, out: Tensor) -> dict[str, int]:
+    """Of a GEMM's tensors. Raises ValueError for one that its kernel could not read or write."""
+    found = {
+        name: tensor.data_ptr()
+        for name, tensor in zip(operands._fields, operands, strict=True)
+        if tensor is not None
+    }
+    found["out"] = found["out_map"] = out.data_ptr()
+    for name, multiple in ALIGNMENTS.items():
+        if name in found and found[name] % multiple:
+            raise misaligned(name, multiple, found[name])
+    return found
+
+
+def misaligned(name: str, multiple: int, address: int) -> ValueError:
+    return ValueError(
+        f"{name}: its address must be a multiple of {multiple} bytes, got {address:#x}"
     )
-    if problem.gated:
-        values += gate_strides(weight.shape[1], interleaved)
-    if per_token_scale is not None:
-        values.append(per_token_scale.data_ptr())
-    for tensor in (scale, bias):
-        if tensor is not None:
-            values.append(tensor.data_ptr())
-            if values[-1] % 8:
-                raise ValueError("scale and bias: expected addresses in multiples of 8 bytes")
-    weight_pointer = table or weight.data_ptr()
-    if (values[1] | out_pointer | weight_pointer) % 16:
-        raise ValueError("x, weight and out: expected addresses in multiples of 16 bytes")
-    weights = None if table else WeightView(weight_pointer, weight.stride(), interleaved)
-    return values, weights, (out_pointer, rows)
+
+
+def route_values(
+    addresses: Addresses, *, num_ids: int, pairs: int, choices: int, capacity: int
+) -> dict[str, int]:
+    """All but `parts`, which differs from launch to launch. num_ids: experts that ids may name;
+    choices: per token; capacity: the most rows of an expert."""
+    return {
+        "expert_map": 0,
+        **addresses,
+        "num_ids": num_ids,
+        "pairs": pairs,
+        "choices": choices,
+        "capacity": capacity,
+    }
+
+
+def router_values(
+    addresses: Addresses,
+    *,
+    num_tokens: int,
+    k: int,
+    topk_groups: int,
+    renormalize: bool,
+    scale: float,
+    threshold: float | None,
+) -> dict[str, int]:
+    return {
+        "correction_bias": 0,
+        **addresses,
+        "num_tokens": num_tokens,
+        "k": k,
+        "topk_groups": topk_groups,
+        "renormalize": int(renormalize),
+        "scale": _float_bits(scale),
+        "threshold": _float_bits(-1.0 if threshold is None else threshold),
+    }
+
+
+def quantize_values(addresses: Addresses, num_rows: int, *, early: bool = False) -> dict[str, int]:
+    """addresses: source, q, scale, and `end`, of an int32: rows from there on are left alone;
+    without it none are. In a dependent launch that is read before the kernel before is waited for,
+    and with `early` source is too, and q and scale are written."""
+    return {"end": 0, **addresses, "num_rows": num_rows, "early": int(early)}
+
+
+def combine_values(addresses: Addresses, num_rows: int, num_tokens: int) -> dict[str, int]:
+    """addresses: rows, weights, inverse, out and, if there is one, residual. In a dependent launch
+    weights and inverse are read before the kernel before is waited for."""
+    return {"residual": 0, **addresses, "num_rows": num_rows, "num_tokens": num_tokens}
+
+
+def _float_bits(value: float) -> int:
+    """Of a float32, as an int32."""
+    return struct.unpack("<i", struct.pack("<f", value))[0]

@@ -1,17 +1,80 @@
-"""Tensor maps: encoded by the driver, kept by address."""
+"""Tensor maps: the driver encodes them, a kernel keeps those of the tensors it has met."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from typing import NamedTuple
 
+from cuda.bindings import driver
 
-class WeightView(NamedTuple):
-    """Weights [E, N, K] as a tensor map describes them.
+from cutlass_moe.runtime.driver import checked
+from emitters.spec.image import TensorMapBox
 
-    strides: of E, N and K, in elements. interleaved: whether the rows of a gated problem's weights
-    are gate, up, gate, up, ...; else the first half of them is gate.
+_LIMIT = 1024  # maps that a kernel keeps; a model has one weight per layer
+_DTYPES = {
+    1: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+    2: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,  # only zeros are ever filled in
+    4: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT32,
+}
+_SWIZZLES = {128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B}
+_PROMOTIONS = {
+    128: driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+    256: driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+}
+
+
+class View(NamedTuple):
+    """How a tensor map sees a tensor, wherever that is.
+
+    extents: elements along each dimension, innermost first; strides: of all but the innermost, in
+    elements of `element_bytes`.
     """
 
-    pointer: int
+    extents: tuple[int, ...]
     strides: tuple[int, ...]
-    interleaved: bool = False
+    element_bytes: int
+
+
+class TensorMaps:
+    """The tensor maps of a kernel, encoded once for each tensor. Thread-safe."""
+
+    def __init__(self, boxes: Iterable[TensorMapBox]) -> None:
+        self._boxes = {box.param: box for box in boxes}
+        self._kept: dict[tuple[str, int, View], driver.CUtensorMap] = {}
+        self._lock = threading.Lock()
+
+    def find(self, param: str, address: int, view: View) -> driver.CUtensorMap:
+        """The value of parameter `param` for the tensor at `address`.
+
+        Raises DriverError where address or strides are not multiples of 16 bytes.
+        """
+        key = param, address, view
+        found = self._kept.get(key)
+        if found is None:
+            found = self.encode(param, address, view)
+            with self._lock:
+                if len(self._kept) >= _LIMIT:
+                    self._kept.pop(next(iter(self._kept)))
+                self._kept[key] = found
+        return found
+
+    def encode(self, param: str, address: int, view: View) -> driver.CUtensorMap:
+        """As `find`, without keeping it."""
+        box = self._boxes[param]
+        extents, strides, element_bytes = view
+        rank = len(extents)
+        result = driver.cuTensorMapEncodeTiled(
+            _DTYPES[element_bytes],
+            rank,
+            address,
+            [driver.cuuint64_t(extent) for extent in extents],
+            [driver.cuuint64_t(stride * element_bytes) for stride in strides],
+            [driver.cuuint32_t(extent) for extent in box.box],
+            [driver.cuuint32_t(1)] * rank,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            _SWIZZLES[box.swizzle],
+            _PROMOTIONS[box.l2_promotion],
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+        return checked("cuTensorMapEncodeTiled", result)

@@ -1,4 +1,4 @@
-"""A caller's workspace, planned before it exists: tensors brought together, tables of the host."""
+"""A caller's workspace, laid out before it exists: room for tensors, copies of others."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ALIGNMENT = 128  # bytes, of every place: what a table of tensor maps needs
+ALIGNMENT = 128  # bytes, of every region: what tensor maps in memory need
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class Place:
+class Region:
     """A tensor in a workspace, `offset` bytes from its aligned beginning."""
 
     offset: int
@@ -26,57 +26,58 @@ class Place:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def of(self, workspace: Tensor) -> Tensor:
-        part = workspace[self.offset : self.offset + self.bytes]
-        return part.view(self.dtype).view(self.shape)
+        """The tensor, in an aligned workspace."""
+        bytes_of_it = workspace[self.offset : self.offset + self.bytes]
+        return bytes_of_it.view(self.dtype).view(self.shape)
 
 
-def found(part: Tensor | Place | None, workspace: Tensor) -> Any:
-    """The tensor itself, or the one at its place."""
-    return part.of(workspace) if isinstance(part, Place) else part
+def resolve(source: Tensor | Region | None, workspace: Tensor) -> Any:
+    """The tensor itself, or the one in its region."""
+    return source.of(workspace) if isinstance(source, Region) else source
 
 
-def stand_in(part: Tensor | Place | None) -> Any:
+def stand_in(source: Tensor | Region | None) -> Any:
     """The same tensor without memory, on the meta device: to check before there is a workspace."""
-    if part is None:
+    if source is None:
         return None
-    if isinstance(part, Place):
-        return torch.empty(part.shape, dtype=part.dtype, device="meta")
-    return torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device="meta")
+    if isinstance(source, Region):
+        return torch.empty(source.shape, dtype=source.dtype, device="meta")
+    return torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device="meta")
 
 
-class WorkspacePlan:
+class WorkspaceLayout:
     """Which tensors a run finds in its workspace, and what is copied there before it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._bytes = 0
-        self._copies: list[tuple[Place, list[Tensor]]] = []
-        self._tables: list[tuple[Place, Tensor]] = []
+        self._copies: list[tuple[Region, list[Tensor]]] = []
+        self._host_values: list[tuple[Region, Tensor]] = []
 
     @property
     def size(self) -> int:
         """Bytes of workspace, wherever it begins."""
         return self._bytes and self._bytes + ALIGNMENT - 1
 
-    def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> Place:
+    def region(self, shape: tuple[int, ...], dtype: torch.dtype) -> Region:
         """Room for a tensor."""
-        place = Place(self._bytes, shape, dtype)
-        self._bytes += -(-place.bytes // ALIGNMENT) * ALIGNMENT
-        return place
+        region = Region(self._bytes, shape, dtype)
+        self._bytes += -(-region.bytes // ALIGNMENT) * ALIGNMENT
+        return region
 
-    def join(self, entries: list[Tensor]) -> Tensor | Place:
+    def join(self, entries: list[Tensor]) -> Tensor | Region:
         """All rows of tensors that differ in their first extent at most: a view where that is
-        possible, else a place they are copied to before every run."""
+        possible, else a region they are copied to before every run."""
         joined = entries[0] if len(entries) == 1 else view_of_rows(entries)
         if joined is not None:
             return joined
         rows = sum(len(entry) for entry in entries)
-        place = self.place((rows, *entries[0].shape[1:]), entries[0].dtype)
-        self._copies.append((place, entries))
-        return place
+        region = self.region((rows, *entries[0].shape[1:]), entries[0].dtype)
+        self._copies.append((region, entries))
+        return region
 
-    def table(self, values: Tensor) -> Place:
-        """A place for values that the host knows, copied there before every run.
+    def from_host(self, values: Tensor) -> Region:
+        """A region for values that the host knows, copied there before every run.
 
         Raises RuntimeError while a CUDA graph is captured: it would read memory of the host that
         nobody keeps.
@@ -88,12 +89,13 @@ class WorkspacePlan:
                     "prepare it before, and capture the run of what prepared it"
                 )
             values = values.pin_memory()
-        place = self.place(tuple(values.shape), values.dtype)
-        self._tables.append((place, values))
-        return place
+        region = self.region(tuple(values.shape), values.dtype)
+        self._host_values.append((region, values))
+        return region
 
     def aligned(self, workspace: Tensor | None) -> Tensor:
-        """A workspace from its aligned beginning on. Raises ValueError if it is none for this plan.
+        """A workspace from its aligned beginning on. Raises ValueError if it is not one for this
+        layout.
 
         None will do where `size` is 0.
         """
@@ -118,16 +120,16 @@ class WorkspacePlan:
 
     def fill(self, workspace: Tensor) -> None:
         """Enqueues all copies into an aligned workspace."""
-        for place, values in self._tables:
-            place.of(workspace).copy_(values, non_blocking=True)
-        for place, entries in self._copies:
-            _copy(_split(place.of(workspace), entries), entries)
+        for region, values in self._host_values:
+            region.of(workspace).copy_(values, non_blocking=True)
+        for region, entries in self._copies:
+            _copy(_split(region.of(workspace), entries), entries)
 
-    def write_back(self, joined: Tensor | Place, workspace: Tensor) -> None:
+    def write_back(self, joined: Tensor | Region, workspace: Tensor) -> None:
         """Enqueues the copies from what `join` gave to its tensors."""
-        for place, entries in self._copies:
-            if place is joined:
-                _copy(entries, _split(place.of(workspace), entries))
+        for region, entries in self._copies:
+            if region is joined:
+                _copy(entries, _split(region.of(workspace), entries))
 
 
 def view_of_rows(entries: list[Tensor]) -> Tensor | None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import cutlass_moe as cm
-from cutlass_moe.layer.checks import check_addresses
+from cutlass_moe.layer.checks import layer_addresses
 from cutlass_moe.models.problems import problems_of_shape
 from cutlass_moe.models.shapes import MODELS
-from cutlass_moe.operands import Layer
+from cutlass_moe.operands import LayerOperands
 from emitters.spec.registry import why_illegal
 from tests.support.layer_cases import SMALL, tokens, weights
 
@@ -80,14 +80,16 @@ def test_refused(name: str, value: Any, error: type[Exception], message: str) ->
 @pytest.mark.parametrize("name", ["hidden", "w13", "w2", "out", "w13_scale", "w2_scale"])
 def test_addresses_that_kernels_cannot_take_are_refused(name: str) -> None:
     given = arguments(quant="int8")
-    layer = Layer(**{field: given.get(field) for field in Layer._fields})
+    layer = LayerOperands(**{field: given.get(field) for field in LayerOperands._fields})
     out = torch.empty_like(layer.hidden)
-    check_addresses(layer, out)
+    layer_addresses(layer, out)
     tensors = {**layer._asdict(), "out": out}
     buffer = tensors[name].new_empty(tensors[name].numel() + 1)
     tensors[name] = buffer[1:].view(tensors[name].shape)
-    with pytest.raises(ValueError, match="expected addresses in multiples of"):
-        check_addresses(Layer(**{f: tensors[f] for f in Layer._fields}), tensors["out"])
+    with pytest.raises(ValueError, match="address must be a multiple of"):
+        layer_addresses(
+            LayerOperands(**{f: tensors[f] for f in LayerOperands._fields}), tensors["out"]
+        )
 
 
 def test_a_gradient_is_not_lost_silently() -> None:

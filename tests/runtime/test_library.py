@@ -19,8 +19,11 @@ from cutlass_moe.models.problems import gemm_problems, model_problems
 from cutlass_moe.models.shapes import MODELS
 from cutlass_moe.runtime import kernel, library
 from cutlass_moe.runtime.kernel import Kernel
-from cutlass_moe.runtime.launch import DriverError, Launch
+from cutlass_moe.runtime.driver import DriverError
+from cutlass_moe.runtime.launch import Launch
 from emitters.spec.config_sm90 import GemmSm90Config
+from emitters.spec.dtypes import DType
+from emitters.spec.gemm import Bias
 from emitters.spec.image import Param, ParamKind
 from emitters.spec.layer_steps import RouteProblem, StepConfig
 from tests.support.fake_images import ARCH, image_for, make_image
@@ -84,9 +87,14 @@ NEAREST = [
         "is for gather false, not true.",
     ),
     (
+        "scale",
+        [(dataclasses.replace(PROBLEM, weight_scale=None), CONFIG)],
+        'is for weight_scale null, not "channel".',
+    ),
+    (
         "epilogue",
-        [(dataclasses.replace(PROBLEM, epilogue=()), CONFIG)],
-        'is for epilogue [], not [{"kind": "per_token_scale"}, {"kind": "channel_scale"}].',
+        [(dataclasses.replace(PROBLEM, epilogue=(Bias(DType.BF16),)), CONFIG)],
+        'is for epilogue [{"kind": "bias", "dtype": "bf16"}], not [].',
     ),
 ]
 
@@ -214,8 +222,7 @@ def test_warmup_loads_every_config_once(root, tmp_path, monkeypatch, source):
     monkeypatch.setenv("CUTLASS_MOE_JIT", "0")
     monkeypatch.setattr(library, "_kernels", {})
     monkeypatch.setattr(library, "device_arch", lambda device: ARCH)
-    for kind in ("GemmKernel", "Kernel"):
-        monkeypatch.setattr(library, kind, lambda image, device: loaded.append((image, device)))
+    monkeypatch.setattr(library, "Kernel", lambda image, device: loaded.append((image, device)))
     monkeypatch.setattr("torch.cuda._utils._get_device_index", lambda device, optional: 3)
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
     (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))

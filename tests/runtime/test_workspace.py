@@ -1,4 +1,4 @@
-"""Workspaces: which tensors are parts of one, and what a plan does with them."""
+"""Workspaces: which tensors are parts of one, and what a layout does with them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cutlass_moe.runtime.workspace import WorkspacePlan, found, view_of_rows, view_of_slices
+from cutlass_moe.runtime.workspace import WorkspaceLayout, resolve, view_of_rows, view_of_slices
 
 BUFFER = torch.arange(60)
 GRID = BUFFER.view(10, 6)
@@ -58,27 +58,27 @@ def test_views_of_slices(entries: list[Tensor], strides: tuple[int, ...] | None)
         assert view.untyped_storage().data_ptr() == BUFFER.data_ptr()
 
 
-def test_plan_joins_fills_and_writes_back() -> None:
+def test_layout_joins_fills_and_writes_back() -> None:
     apart, adjacent = [GRID[:2].clone(), GRID[2:2].clone(), GRID[5:9].clone()], [GRID[:4], GRID[4:]]
-    plan = WorkspacePlan(torch.device("cpu"))
-    table, joined = plan.table(BUFFER[:3]), plan.join(apart)
-    assert isinstance(plan.join(adjacent), Tensor) and plan.join([GRID]) is GRID
-    workspace = plan.aligned(torch.empty(plan.size, dtype=torch.uint8))
-    plan.fill(workspace)
-    assert torch.equal(found(table, workspace), BUFFER[:3])
-    rows = found(joined, workspace)
+    layout = WorkspaceLayout(torch.device("cpu"))
+    three, joined = layout.from_host(BUFFER[:3]), layout.join(apart)
+    assert isinstance(layout.join(adjacent), Tensor) and layout.join([GRID]) is GRID
+    workspace = layout.aligned(torch.empty(layout.size, dtype=torch.uint8))
+    layout.fill(workspace)
+    assert torch.equal(resolve(three, workspace), BUFFER[:3])
+    rows = resolve(joined, workspace)
     assert torch.equal(rows, GRID[[0, 1, 5, 6, 7, 8]])
     rows += 100
-    plan.write_back(joined, workspace)
+    layout.write_back(joined, workspace)
     assert torch.equal(torch.cat(apart), rows)
 
 
-def test_places_do_not_overlap_and_are_aligned() -> None:
-    plan = WorkspacePlan(torch.device("cpu"))
+def test_regions_do_not_overlap_and_are_aligned() -> None:
+    layout = WorkspaceLayout(torch.device("cpu"))
     shapes = [(1,), (128,), (0, 5), (129,), (3, 7)]
-    places = [plan.place(shape, torch.int16) for shape in shapes]
-    workspace = torch.empty(plan.size + 1, dtype=torch.uint8)[1:]
-    views = [place.of(plan.aligned(workspace)) for place in places]
+    regions = [layout.region(shape, torch.int16) for shape in shapes]
+    workspace = torch.empty(layout.size + 1, dtype=torch.uint8)[1:]
+    views = [region.of(layout.aligned(workspace)) for region in regions]
     for i, view in enumerate(views):
         view.fill_(i)
     for i, view in enumerate(views):
