@@ -8,7 +8,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -103,10 +102,10 @@ def test_a_dead_worker_is_replaced(processes):
     workers = compiler._Workers(default_toolchain())
     try:
         with pytest.raises(CompileError, match="tile_n 100"):
-            workers.compile(Request(GOOD, ILLEGAL), timeout=60)
+            workers.compile(Request(GOOD, ILLEGAL), compiler.TIMEOUT)
         processes[0].kill()
         processes[0].wait()
-        image, _ = workers.compile(Request(GOOD, CONFIG), timeout=60)
+        image, _ = workers.compile(Request(GOOD, CONFIG), compiler.TIMEOUT)
         assert image.record.config == CONFIG.to_json()
         assert len(processes) == 2
     finally:
@@ -114,14 +113,18 @@ def test_a_dead_worker_is_replaced(processes):
 
 
 @needs_dsl
-def test_worker_that_dies_at_work(processes):
-    with ThreadPoolExecutor() as pool:
-        future = pool.submit(compile_image, GOOD, CONFIG)
-        while not processes:
-            time.sleep(0.01)
-        processes[0].kill()
-        with pytest.raises(CompileError, match="ended with exit code -9"):
-            future.result()
+def test_worker_that_dies_at_work(monkeypatch):
+    class Mortal(subprocess.Popen):
+        """Killed as soon as it has been asked for something."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            flush = self.stdin.flush
+            self.stdin.flush = lambda: (flush(), self.kill())
+
+    monkeypatch.setattr(subprocess, "Popen", Mortal)
+    with pytest.raises(CompileError, match="ended with exit code -9"):
+        compile_image(GOOD, CONFIG)
 
 
 @needs_dsl

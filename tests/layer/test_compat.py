@@ -15,6 +15,7 @@ from cutlass_moe.compat.deep_gemm import m_grouped_gemm_nt_contiguous, m_grouped
 from cutlass_moe.compat.grouped_gemm import ops
 from cutlass_moe.compat.grouped_gemm.ops import gmm
 from cutlass_moe.ops.quantize import quantize_per_channel, quantize_per_token
+from tests.support.compat_operands import DTYPES, FORMS, dense, pair
 from tests.support.numerics import poisoned, same_bits
 
 K, N = 16, 24
@@ -26,7 +27,6 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 # grouped_gemm
 
-FORMS = {"plain": (False, False), "trans_b": (False, True), "trans_a": (True, False)}
 SIZES = {
     "no_rows": [0, 0],
     "one_group": [5],
@@ -161,23 +161,6 @@ def test_gmm_errors(change: dict[str, Any], error: type[Exception], message: str
 
 
 # DeepGEMM
-
-DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
-
-
-def pair(x: Tensor, dtype: torch.dtype) -> Any:
-    """An operand as the functions take it."""
-    if dtype == torch.bfloat16:
-        return x
-    flat, scale = quantize_per_token(x.flatten(0, -2), dtype)
-    return flat.view(x.shape), scale.view(x.shape[:-1])
-
-
-def dense(operand: Any) -> Tensor:
-    if isinstance(operand, Tensor):
-        return operand.double()
-    values, scale = operand
-    return values.double() * scale.double()[..., None]
 
 
 def check_rows(d: Tensor, want: Tensor, written: Tensor, dtype: torch.dtype) -> None:

@@ -19,9 +19,9 @@ from cutlass_moe.nn import GatedMoeFeedForward, MoeFeedForward, quantize_
 from cutlass_moe.ops.quantize import quantize_per_channel
 from cutlass_moe.runtime import fallback
 from emitters.spec.gemm import GemmProblem
-from emitters.spec.registry import Config
-from tests.layer.test_compat import DTYPES, FORMS, dense, pair
+from emitters.spec.registry import GemmConfig
 from tests.layer.test_nn import QUANTS, expected
+from tests.support.compat_operands import DTYPES, FORMS, dense, pair
 from tests.support.numerics import poisoned, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -167,7 +167,7 @@ def test_a_layer_moves_to_the_gpu() -> None:
 SIZES = {"ragged": [70, 0, 1, 129], "no_rows": [0, 0, 0, 0], "one_hot": [0, 0, 300, 0]}
 
 
-def images() -> set[tuple[GemmProblem, Config]]:
+def images() -> set[tuple[GemmProblem, GemmConfig]]:
     """Every (problem, config) that the tests from here on may run."""
     offsets = torch.zeros(4, dtype=torch.int32)
     narrow, wide = torch.empty(1, H).bfloat16(), torch.empty(1, D).bfloat16()
