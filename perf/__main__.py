@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
-from perf import suites
-from perf.layer.cases import LayerCase
-from perf.product.cases import ROUTINGS, SCHEDULES, Case
-from perf.suites import GEMM_MODELS, GEMM_TOKENS, POWERS_OF_TWO, PREFILL_TOKENS, SUITES
+from cutlass_moe.images.cache import default_cache
+from cutlass_moe.images.compiler import Request, build_images
+from cutlass_moe.models.shapes import DTYPES
+from perf import store, suites
+from perf.cases import BenchCase
+from perf.images import images_of
+from perf.machine import ceilings, checkout, versions
+from perf.measure import KNOWN_SYSTEMS, measure_all
+from perf.product.cases import PREFILL_TOKENS, ROUTINGS, seed_cases
+from perf.report import describe_host, full_report, insert, readme_table, rows_of, summary
+from perf.store import Store, default_path
+from perf.suites import GEMM_MODELS, GEMM_TOKENS, POWERS_OF_TWO, SUITES
 
 TOKENS = {"all": POWERS_OF_TWO, "prefill": PREFILL_TOKENS}
 README = Path(__file__).parents[1] / "README.md"
@@ -51,9 +59,7 @@ def case_options(command: Any) -> Any:
 commit_option = click.option("--commit", default="", help="name it where this is no git checkout")
 
 
-def selected(
-    suite: str, model: str, dtype: str, tokens: str, routing: str
-) -> list[Case | LayerCase]:
+def selected(suite: str, model: str, dtype: str, tokens: str, routing: str) -> list[BenchCase]:
     """The cases of the options, each a list separated by commas."""
     try:
         counts = TOKENS[tokens] if tokens in TOKENS else tuple(map(int, split(tokens)))
@@ -73,8 +79,6 @@ def split(text: str) -> tuple[str, ...]:
 
 
 def need_gpu() -> None:
-    import torch
-
     if not torch.cuda.is_available():
         raise click.ClickException("no CUDA device: run and host measure on one")
     os.environ["CUTLASS_MOE_STRICT"] = "1"  # a torch fallback must not pass for a kernel
@@ -94,18 +98,12 @@ def main() -> None:
 def run(system: str, budget: float, commit: str, out: Path | None, **choice: str) -> None:
     """Measure cases and their peers, and merge the results into perf/results/<gpu>.json."""
     need_gpu()
-    from perf.layer.peers import LAYER_SYSTEMS
-    from perf.machine import ceilings
-    from perf.product.measure import measure_all
-    from perf.product.peers import SYSTEMS
-    from perf.report import summary
-    from perf.store import Store, default_path
-
     cases = selected(**choice)
     systems = () if system == "all" else split(system)
-    known = list(dict.fromkeys((*SYSTEMS, *LAYER_SYSTEMS)))
-    if unknown := set(systems) - set(known):
-        raise click.UsageError(f"unknown system {unknown}, expected of {', '.join(known)}")
+    for name in systems:
+        if name not in KNOWN_SYSTEMS:
+            known = ", ".join(KNOWN_SYSTEMS)
+            raise click.UsageError(f"system must be one of {known}, got {name!r}")
     limits = ceilings()
     command = command_line("run", {**choice, "system": system, "budget": str(budget)})
     this = {**about(command, commit), "ceilings": asdict(limits)}
@@ -119,8 +117,6 @@ def run(system: str, budget: float, commit: str, out: Path | None, **choice: str
 
 
 def about(command: str, commit: str) -> dict[str, Any]:
-    from perf.machine import checkout, versions
-
     return {"commit": commit or checkout(), "command": command, "versions": versions()}
 
 
@@ -137,17 +133,15 @@ def host(commit: str, out: Path | None, jit: bool) -> None:
     """Measure a warm call's host time and a kernel's cold start."""
     if not jit:
         need_gpu()
-    from perf import host as parts
-    from perf.report import describe_host
-    from perf.store import Store, default_path
+    from perf import host as measured  # needs cuda.bindings
 
     this = about("python -m perf host" + " --jit" * jit, commit)
     store = Store(out or default_path(this["versions"]["gpu"]), this)
     if jit:
-        store.add_host("jit", parts.jit_seconds(selected("seed", "", "", "1", "balanced")))
+        store.add_host("jit", measured.jit_seconds(seed_cases(DTYPES, ["balanced"])))
     else:
-        store.add_host("load", parts.load_ms())
-        store.add_host("call", parts.call_parts())
+        store.add_host("load", measured.load_ms())
+        store.add_host("call", measured.call_parts())
     click.echo("\n".join(describe_host(store.contents["host"])))
 
 
@@ -156,10 +150,7 @@ def host(commit: str, out: Path | None, jit: bool) -> None:
 @click.option("--jobs", type=int, help="compile workers; default: one a core")
 def build(jobs: int | None, **choice: str) -> None:
     """Compile every image that a run of these cases may launch. Needs the DSL, no GPU."""
-    from cutlass_moe.images.cache import default_cache
-    from cutlass_moe.images.compiler import Request, build_images
-
-    requests = [Request(*pair) for pair in dict.fromkeys(images_of(selected(**choice)))]
+    requests = [Request(*image) for image in images_of(selected(**choice))]
     failed = 0
     for number, result in enumerate(build_images(default_cache(), requests, jobs), 1):
         failed += result.error is not None
@@ -171,68 +162,27 @@ def build(jobs: int | None, **choice: str) -> None:
         raise click.ClickException(f"{failed} of {len(requests)} images were not built")
 
 
-def images_of(cases: list[Case | LayerCase]) -> Iterator[tuple[Any, Any]]:
-    """Problem and config of the images that a run of these cases may launch, with repetitions."""
-    from cutlass_moe.choose.heuristics_sm90 import candidates, choose
-
-    for case in cases:
-        if isinstance(case, LayerCase):
-            yield from layer_images(case)
-            continue
-        yield from ((case.problem, config) for config in candidates(case.problem))
-        if case.suite == "schedules":
-            rows = case.rows / case.num_experts
-            for schedule in SCHEDULES:
-                yield case.problem, choose(case.problem, case.x_rows, rows, schedule=schedule)
-
-
-def layer_images(case: LayerCase) -> Iterator[tuple[Any, Any]]:
-    """The images of `fused_moe`, of its parts as `layer_peers` calls them, whose activations are
-    not scaled, and of `topk_router`."""
-    from dataclasses import replace
-
-    from cutlass_moe.choose.heuristics_sm90 import every_config
-    from cutlass_moe.models.problems import problems_of_shape
-    from emitters.spec.dtypes import DType
-    from emitters.spec.layer_steps import TopkProblem
-
-    # of tokens that choose among this rank's experts
-    problems = problems_of_shape(replace(case.shape, all_ranks=None), case.dtype)
-    *nodes, activation = problems.up.epilogue
-    up = replace(problems.up, epilogue=(*nodes, replace(activation, scale=1.0)))
-    found = {*problems, up, TopkProblem(case.shape.num_experts, DType.FP32, "softmax", 1)}
-    if problems.quantize_active:
-        found.add(replace(problems.quantize_active, source_scale=1.0))
-    for problem in found - {None}:
-        yield from ((problem, config) for config in every_config(problem))
-
-
 @main.command()
 @click.option("--results", type=click.Path(path_type=Path, exists=True), help="results file")
 @click.option("--readme", type=click.Path(path_type=Path, exists=True), default=README)
 def report(results: Path | None, readme: Path) -> None:
     """Write plots, the full table and the README's table from a results file."""
-    from perf import store
-    from perf.layer.rows import layer_rows_of
-    from perf.plots import write_plots
-    from perf.product.rows import load_published, rows_of
-    from perf.report import full_report, insert, readme_table
+    from perf.plots import write_plots  # needs matplotlib
 
     found = [results] if results else sorted(store.RESULTS.glob("*.json"))
     if len(found) != 1:
         raise click.ClickException(f"expected one results file, found {len(found)}: name --results")
     path = found[0]
     contents = store.load(path)
-    published = load_published()
-    rows, layers = rows_of(contents, published), layer_rows_of(contents, published)
+    products, layers = rows_of(contents)
     try:
-        text = insert(readme.read_text(), readme_table(contents, rows, layers))
+        text = insert(readme.read_text(), readme_table(contents, products, layers))
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     readme.write_text(text)
     table = path.with_suffix(".md")
-    table.write_text(full_report(contents, rows, layers))
-    for written in (readme, table, *write_plots(rows, layers, path)):
+    table.write_text(full_report(contents, products, layers))
+    for written in (readme, table, *write_plots(products, layers, path)):
         click.echo(f"wrote {written}")
 
 

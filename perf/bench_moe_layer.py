@@ -1,13 +1,15 @@
 """`python -m perf.bench_moe_layer`: one layer, as a user calls it, four ways.
 
 padded_bmm: the module with use_grouped_gemm=False. torch: its grouped_mm between a gather and a
-weighted sum. triton: the pipeline of `triton_layer`, its weights laid out beforehand. cutlass_moe:
-the module. All of them include the router, the choice of experts and the shared experts, and
-allocate what they need in the call. Without a GPU nothing is timed, and errors alone are printed.
+weighted sum. triton: the pipeline of `perf.layer.triton`, its weights laid out beforehand.
+cutlass_moe: the module. All of them include the router, the choice of experts and the shared
+experts, and allocate what they need in the call. Without a GPU nothing is timed, and errors alone
+are printed.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -19,12 +21,11 @@ from torch.nn.functional import silu
 import cutlass_moe
 from cutlass_moe import nn
 from cutlass_moe.models.shapes import MoeShape
-from cutlass_moe.tune.timing import flush_buffer
+from cutlass_moe.tune.timing import batch_us, flush_buffer
 from perf.layer.operands import LayerWeights
-from perf.product.operands import SAMPLE_ROWS, relative_error
-from perf.product.peers import OURS, Absent, require
-from perf.product.rows import number
 from perf.report import text_table
+from perf.rows import number
+from perf.systems import OURS, TRITON, Absent, Admission, relative_error, require, sample_rows
 from perf.timing import interleaved
 
 PADDED = "padded_bmm"
@@ -56,7 +57,7 @@ class Bench:
         return {
             PADDED: lambda: partial(self.by_module, use_grouped_gemm=False),
             "torch": self.torch_grouped,
-            "triton": self.triton,
+            TRITON: self.triton,
             OURS: lambda: partial(self.by_module, use_grouped_gemm=True),
         }
 
@@ -111,7 +112,6 @@ class Bench:
         require("triton")
         if self.x.device.type != "cuda":
             raise Absent("needs a GPU")
-        from cutlass_moe.tune.timing import batch_us
         from perf.layer.triton import TritonLayer, tilings
 
         weights, tokens = self.weights(), len(self.x)
@@ -159,34 +159,29 @@ def peak_bytes(call: Call) -> int:
 @click.option("--num-shared", default=0, show_default=True, help="experts that every token visits")
 @click.option("--dtype", type=click.Choice(["bf16", "fp8", "int8"]), default="bf16")
 @click.option("--gated", is_flag=True, help="SwiGLU instead of SiLU")
-def main(
-    batch_size: int,
-    seq_len: int,
-    embed_dim: int,
-    hidden_dim: int,
-    num_experts: int,
-    top_k: int,
-    num_shared: int,
-    dtype: str,
-    gated: bool,
-) -> None:
+def main(dtype: str, gated: bool, **size: int) -> None:
     """Print each system's error, its time and the memory that it needs above weights and input."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         os.environ["CUTLASS_MOE_STRICT"] = "1"  # the padded path must not pass for a kernel
-    tokens = batch_size * seq_len
+    tokens = size["batch_size"] * size["seq_len"]
     if tokens < 1:
-        raise click.UsageError(f"expected tokens, got batch size {batch_size} x length {seq_len}")
+        raise click.UsageError(
+            "batch size and length must be positive, "
+            f"got {size['batch_size']} and {size['seq_len']}"
+        )
     try:
-        shape = MoeShape("bench", num_experts, top_k, embed_dim, hidden_dim)
-        bench = Bench(shape, tokens, num_shared, dtype, gated, device)
+        shape = MoeShape(
+            "bench", size["num_experts"], size["top_k"], size["embed_dim"], size["hidden_dim"]
+        )
+        bench = Bench(shape, tokens, size["num_shared"], dtype, gated, device)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     with torch.no_grad():
         lines, missing = measured(bench, device == "cuda")
     click.echo(
-        f"{tokens} tokens, D {embed_dim}, H {hidden_dim}, {num_experts} experts, top-{top_k}, "
-        f"{num_shared} shared, {bench.activation}, {dtype}, {device}"
+        f"{tokens} tokens, D {shape.hidden}, H {shape.inter}, {shape.num_experts} experts, "
+        f"top-{shape.top_k}, {size['num_shared']} shared, {bench.activation}, {dtype}, {device}"
     )
     click.echo(text_table(HEADER, lines))
     for name, reason in missing.items():
@@ -197,21 +192,17 @@ def main(
 
 def measured(bench: Bench, timed: bool) -> tuple[list[list[str]], dict[str, str]]:
     """Lines under HEADER, and why systems are missing."""
-    tokens, device = len(bench.x), bench.x.device
-    sample = torch.randperm(tokens, device=device)[:SAMPLE_ROWS].sort().values
+    sample = sample_rows(len(bench.x), torch.Generator(bench.x.device).manual_seed(0))
     right = bench.expected(sample)
-    calls: dict[str, Call] = {}
-    errors: dict[str, float] = {}
-    missing: dict[str, str] = {}
+    systems: Admission[Call] = Admission(math.inf)  # its error is shown, whatever it is
+
+    def attempt(prepare: Callable[[], Call]) -> tuple[Call, float]:
+        call = prepare()
+        return call, relative_error(call()[sample], right)
+
     for name, prepare in bench.systems().items():
-        try:
-            call = prepare()
-            errors[name] = relative_error(call()[sample], right)
-            calls[name] = call
-        except Absent as reason:
-            missing[name] = str(reason)
-        except RuntimeError as failure:  # a peer's failure must not end the run
-            missing[name] = f"FAILED: {str(failure)[:300]}"
+        systems.admit(name, partial(attempt, prepare))
+    calls = systems.admitted
     us: dict[str, float] = {}
     peak: dict[str, float] = {}
     if timed:
@@ -221,7 +212,7 @@ def measured(bench: Bench, timed: bool) -> tuple[list[list[str]], dict[str, str]
     lines = [
         [
             name,
-            f"{errors[name]:.1e}",
+            f"{systems.errors[name]:.1e}",
             number(us.get(name)),
             number(peak.get(name)),
             over_padded(us, name),
@@ -229,7 +220,7 @@ def measured(bench: Bench, timed: bool) -> tuple[list[list[str]], dict[str, str]
         ]
         for name in calls
     ]
-    return lines, missing
+    return lines, systems.absent
 
 
 def over_padded(figures: dict[str, float], name: str) -> str:

@@ -22,11 +22,11 @@ import cutlass_moe
 from cutlass_moe.choose import heuristics_sm90 as heuristics
 from cutlass_moe.images.cache import Cache, default_cache
 from cutlass_moe.images.compiler import compile_image
+from cutlass_moe.operands import Operands, Options
 from cutlass_moe.ops import _checks, dispatch
 from cutlass_moe.runtime.kernel import Kernel
-from perf.product.cases import Case
-from perf.product.operands import Operands, Weights
-from perf.suites import seed_cases
+from perf.product.cases import ProductCase, seed_cases
+from perf.product.operands import ProductTensors, ProductWeights
 
 CALLS = 100  # in a row, of a kernel shorter than its call: the launch queue never fills
 BATCHES = 50
@@ -58,19 +58,17 @@ def host_time(call: Callable[[], object]) -> HostTime:
 def call_parts() -> dict[str, float]:
     """Microseconds of a warm call of both forms, of its parts, and of what eager calls skip."""
     case = next(case for case in seed_cases(["fp8"], ["balanced"]))
-    inputs = Operands.of(case, Weights.of(case))
-    optional: dict[str, Any] = {
-        name: inputs.options.get(name) for name in _checks.Operands._fields[2:]
-    }
-    tensors = _checks.Operands(inputs.x, inputs.weight, **optional)
+    inputs = ProductTensors.of(case, ProductWeights.of(case))
+    optional: dict[str, Any] = {name: inputs.options.get(name) for name in Operands._fields[2:]}
+    tensors = Operands(inputs.x, inputs.weight, **optional)
     shape, device = (case.rows, case.n), inputs.x.device
     out = torch.empty(shape, dtype=torch.bfloat16, device=device)
     into = partial(cutlass_moe.grouped_matmul_out, out, *tensors[:2], **inputs.options)
-    options = _checks.Options()
-    kernel, grid = dispatch.choose_launch(
-        case.problem, device.index, case.x_rows, case.rows, options
+    options = Options()
+    choice = dispatch.choose_launch(
+        case.problem, device.index, case.x_rows, case.rows, inputs.weight.stride(), options
     )
-    enqueue = partial(dispatch.enqueue, kernel, grid, out, tensors)
+    enqueue = partial(dispatch.enqueue, choice, out, tensors)
     whole = host_time(partial(cutlass_moe.grouped_matmul, *tensors[:2], **inputs.options))
     enqueued = host_time(enqueue)
     plan = cutlass_moe.plan(*tensors[:2], **inputs.options, out=out)
@@ -127,7 +125,7 @@ def load_ms() -> dict[str, float]:
     return {"median": round(median, 2), "worst": round(worst, 2), "images": len(warm)}
 
 
-def jit_seconds(cases: list[Case]) -> dict[str, float]:
+def jit_seconds(cases: list[ProductCase]) -> dict[str, float]:
     """Seconds a cache miss takes: a worker's start, the compile, the write to an empty cache.
 
     Raises CompilerNotInstalled without the DSL. Needs no GPU.

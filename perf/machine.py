@@ -6,17 +6,39 @@ import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from cutlass_moe.images.cache import default_cache
-from perf.product.cases import Ceilings
 from perf.timing import interleaved
 
 STREAM_BYTES = 4 << 30
 DENSE = 8192  # rows, columns and depth of the dense products
 SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the GPU was seen to reach: GB/s, TFLOP/s, and microseconds read for an empty kernel."""
+
+    read_gbs: float
+    copy_gbs: float
+    fp8_tflops: float
+    int8_tflops: float
+    bf16_tflops: float
+    empty_us: float
+
+    def tflops(self, dtype: str) -> float:
+        """Dense rate of a dtype.
+
+        The tensor cores run INT8 as fast as FP8, the library that measures it does not, so that
+        INT8 kernels are held to the faster of the two.
+        """
+        if dtype == "bf16":
+            return self.bf16_tflops
+        return max(self.fp8_tflops, self.int8_tflops) if dtype == "int8" else self.fp8_tflops
 
 
 def versions() -> dict[str, str | list[str]]:

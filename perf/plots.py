@@ -9,16 +9,15 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from perf.layer.peers import NO_PDL
-from perf.layer.rows import TRITON, LayerRow
-from perf.product.cases import flops, moved_bytes
-from perf.product.figures import STREAM
-from perf.product.rows import DAGGER, OURS, RIVALS, Row
-from perf.suites import DECODE_TOKENS
+from perf.layer.rows import LayerRow
+from perf.product.cases import DECODE_TOKENS, flops
+from perf.product.rows import RIVALS, ProductRow
+from perf.rows import DAGGER
+from perf.systems import NO_PDL, OURS, STREAM, TRITON
 
 COLORS = {
     OURS: "tab:red",
-    "triton": "tab:blue",
+    TRITON: "tab:blue",
     "torch": "tab:orange",
     "deepgemm": "tab:green",
     "quack": "tab:purple",
@@ -29,7 +28,9 @@ COLORS = {
 RATE_TOKENS = 128  # where plots of rates begin: before, all are near zero
 
 
-def write_plots(rows: Sequence[Row], layers: Sequence[LayerRow], results: Path) -> list[Path]:
+def write_plots(
+    rows: Sequence[ProductRow], layers: Sequence[LayerRow], results: Path
+) -> list[Path]:
     """PNGs of what has two token counts or more: of the gemm suite one for each model and dtype, of
     whole layers one for each dtype, of chains one."""
     written = []
@@ -51,7 +52,7 @@ def write_plots(rows: Sequence[Row], layers: Sequence[LayerRow], results: Path) 
     return written
 
 
-def plot(rows: Sequence[Row], named: Sequence[str]) -> Figure:
+def plot(rows: Sequence[ProductRow], named: Sequence[str]) -> Figure:
     gemms = list(dict.fromkeys(row.case.gemm for row in rows))
     drawn = (
         (draw_us, rows),
@@ -91,7 +92,7 @@ def plot_layers(rows: Sequence[LayerRow], named: Sequence[str]) -> Figure:
     return figure
 
 
-def draw_us(axes: Any, rows: Sequence[Row]) -> None:
+def draw_us(axes: Any, rows: Sequence[ProductRow]) -> None:
     tokens = [row.case.tokens for row in rows]
     axes.fill_between(
         tokens, [row.floor for row in rows], 0.1, color="0.9", label="below the floor"
@@ -103,24 +104,19 @@ def draw_us(axes: Any, rows: Sequence[Row]) -> None:
     finish(axes, tokens)
 
 
-def draw_gbs(axes: Any, rows: Sequence[Row]) -> None:
+def draw_gbs(axes: Any, rows: Sequence[ProductRow]) -> None:
     """Bytes that the product must move, by each system's time. The yardstick, which reads the
     weights alone, is drawn at the rate of a product that is as fast."""
     tokens = [row.case.tokens for row in rows]
     read = [row.ceilings.read_gbs for row in rows]
     axes.plot(tokens, read, color="0.6", linestyle="--", label="read rate")
     for system in (OURS, *RIVALS, STREAM):
-        some = [row for row in rows if system in row.us]
-        points = [
-            (row.case.tokens, moved_bytes(row.case, row.load) / row.us[system] / 1e3, row)
-            for row in some
-        ]
-        draw(axes, system, points)
+        draw(axes, system, [(r.case.tokens, r.gbs(system), r) for r in rows if system in r.us])
     axes.set(ylabel="GB/s", ylim=(0, None))
     finish(axes, tokens)
 
 
-def draw_tflops(axes: Any, rows: Sequence[Row]) -> None:
+def draw_tflops(axes: Any, rows: Sequence[ProductRow]) -> None:
     tokens = [row.case.tokens for row in rows]
     floors = [row.floor for row in rows]
     floors64 = [row.floor64 for row in rows]
@@ -143,11 +139,13 @@ def finish(axes: Any, tokens: Sequence[int]) -> None:
     axes.legend(fontsize=8)
 
 
-def draw(axes: Any, system: str, points: Sequence[tuple[int, float, Row | LayerRow]]) -> None:
+def draw(
+    axes: Any, system: str, points: Sequence[tuple[int, float, ProductRow | LayerRow]]
+) -> None:
     """A line of one system; points with a dagger alone where its figures are published ones."""
     if not points:
         return
-    foreign = all(isinstance(row, Row) and system in row.published for _, _, row in points)
+    foreign = all(isinstance(row, ProductRow) and system in row.published for _, _, row in points)
     axes.plot(
         [tokens for tokens, _, _ in points],
         [value for _, value, _ in points],

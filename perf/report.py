@@ -11,21 +11,13 @@ from typing import Any
 
 from perf.layer.cases import CHAIN_LAYERS
 from perf.layer.figures import layer_figures
-from perf.layer.rows import TRITON, LayerRow, layer_rows_of, layer_tables
-from perf.product.cases import SCHEDULES, moved_bytes
-from perf.product.figures import HEADER as FIGURES_HEADER
-from perf.product.figures import figures
-from perf.product.rows import (
-    DAGGER,
-    OURS,
-    Row,
-    Table,
-    load_published,
-    number,
-    ours_over_ours,
-    rows_of,
-)
-from perf.suites import GEMM_TOKENS
+from perf.layer.rows import LayerRow, layer_row_of, layer_tables
+from perf.product.cases import SCHEDULES
+from perf.product.figures import product_figures
+from perf.product.rows import ProductRow, ours_over_ours, product_row_of
+from perf.rows import DAGGER, FIGURES_HEADER, Table, load_published, number, percent
+from perf.suites import GEMM_TOKENS, LAYER_SUITES
+from perf.systems import OURS, STREAM, TRITON
 
 BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
 
@@ -56,12 +48,24 @@ LEGEND = (
 )
 
 
-def cells(row: Row) -> list[str]:
+def rows_of(contents: dict[str, Any]) -> tuple[list[ProductRow], list[LayerRow]]:
+    """A results file's products, and its layers and chains, in its order."""
+    products, layers = [], []
+    published = load_published()["cases"]
+    for case_id, record in contents["cases"].items():
+        given = record, contents["runs"][record["run"]], published.get(case_id, {})
+        if record["case"]["suite"] in LAYER_SUITES:
+            layers.append(layer_row_of(*given))
+        else:
+            products.append(product_row_of(*given))
+    return products, layers
+
+
+def cells(row: ProductRow) -> list[str]:
     """A row of the full table, under HEADER."""
 
     def us(system: str) -> str:
-        mark = DAGGER if system in row.published else ""
-        return number(row.us.get(system)) + mark
+        return number(row.us.get(system)) + row.mark(system)
 
     ours = row.us.get(OURS)
     return [
@@ -69,16 +73,16 @@ def cells(row: Row) -> list[str]:
         number(row.floor),
         number(row.floor64),
         us(OURS),
-        "-" if row.spread is None else f"{100 * row.spread:.1f}",
-        "-" if ours is None else f"{moved_bytes(row.case, row.load) / ours / 1e3:.0f}",
+        percent(row.spread),
+        "-" if ours is None else f"{row.gbs(OURS):.0f}",
         "-" if ours is None else f"{row.tflops(OURS):.0f}",
         number(row.graph_us.get(OURS)),
-        us("triton"),
-        number(row.graph_us.get("triton")),
+        us(TRITON),
+        number(row.graph_us.get(TRITON)),
         us("torch"),
         us("torch_gemm"),
         us("quack" if row.case.dtype == "bf16" else "deepgemm"),
-        us("padded_bmm" if row.case.suite == "tutorial" else "stream"),
+        us("padded_bmm" if row.case.suite == "tutorial" else STREAM),
         "-" if ours is None else f"{100 * row.floor / ours:.0f}",
         "-" if row.speedup is None else f"{row.speedup:.2f}",
     ]
@@ -87,7 +91,7 @@ def cells(row: Row) -> list[str]:
 SCHEDULES_HEADER = ("schedules", "most rows", "floor64", "ours", *SCHEDULES, "/ balanced")
 
 
-def tables(rows: Sequence[Row], layers: Sequence[LayerRow]) -> list[Table]:
+def tables(rows: Sequence[ProductRow], layers: Sequence[LayerRow]) -> list[Table]:
     """Products, the schedules side by side, layers and chains, and what all come to; none is
     empty."""
     scheduled = [row for row in rows if row.case.suite == "schedules"]
@@ -95,12 +99,15 @@ def tables(rows: Sequence[Row], layers: Sequence[LayerRow]) -> list[Table]:
         (HEADER, [cells(row) for row in rows if row.case.suite != "schedules"]),
         (SCHEDULES_HEADER, schedule_lines(scheduled)),
         *layer_tables(layers),
-        (FIGURES_HEADER, [figure.cells for figure in (*figures(rows), *layer_figures(layers))]),
+        (
+            FIGURES_HEADER,
+            [figure.cells for figure in (*product_figures(rows), *layer_figures(layers))],
+        ),
     ]
     return [(header, lines) for header, lines in found if lines]
 
 
-def schedule_lines(rows: Sequence[Row]) -> list[list[str]]:
+def schedule_lines(rows: Sequence[ProductRow]) -> list[list[str]]:
     """Microseconds of our own choice and of each schedule, under SCHEDULES_HEADER."""
     ratios = ours_over_ours(rows, routing="balanced")
     return [
@@ -140,9 +147,7 @@ def summary(contents: dict[str, Any], case_ids: Sequence[str], asked: int) -> st
     end += ", STOPPED by the budget" if len(records) < asked else ""
     end += f", {broken} kinds of FAILED or WRONG, see above the table" if broken else ""
     done = {**contents, "cases": records}
-    published = load_published()
-    found = tables(rows_of(done, published), layer_rows_of(done, published))
-    texts = (text_table(*table) for table in found)
+    texts = (text_table(*table) for table in tables(*rows_of(done)))
     return "\n".join(
         [*missing, *(describe(contents["runs"][name]) for name in runs), LEGEND, *texts, end]
     )
@@ -163,7 +168,9 @@ def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, align, *body))
 
 
-def full_report(contents: dict[str, Any], rows: Sequence[Row], layers: Sequence[LayerRow]) -> str:
+def full_report(
+    contents: dict[str, Any], rows: Sequence[ProductRow], layers: Sequence[LayerRow]
+) -> str:
     """Everything that was measured, as Markdown: perf/results/<gpu>.md."""
     runs = [run for run in contents["runs"].values() if "ceilings" in run]
     parts = [
@@ -204,7 +211,9 @@ def describe_host(host: dict[str, Any]) -> list[str]:
     ]
 
 
-def readme_table(contents: dict[str, Any], rows: Sequence[Row], layers: Sequence[LayerRow]) -> str:
+def readme_table(
+    contents: dict[str, Any], rows: Sequence[ProductRow], layers: Sequence[LayerRow]
+) -> str:
     """What the README shows: ours against the best other system, tokens across."""
     shown = ("balanced", "ragged")
     measured = [row for row in rows if row.speedup is not None and row.case.routing in shown]
@@ -242,13 +251,12 @@ def layer_cell(row: LayerRow) -> tuple[str, int, str]:
     return f"{row.case.model} {row.case.dtype}", row.case.tokens, text
 
 
-def tokens_table(dtype: str, rows: Sequence[Row]) -> str:
+def tokens_table(dtype: str, rows: Sequence[ProductRow]) -> str:
     return across(f"{dtype}, tokens", map(product_cell, rows))
 
 
-def product_cell(row: Row) -> tuple[str, int, str]:
-    mark = DAGGER if row.best_rival in row.published else ""
-    text = f"{number(row.us[OURS])} ({row.speedup:.2f}{mark})"
+def product_cell(row: ProductRow) -> tuple[str, int, str]:
+    text = f"{number(row.us[OURS])} ({row.speedup:.2f}{row.mark(row.best_rival)})"
     return f"{row.case.model} {row.case.gemm}", row.case.tokens, text
 
 
@@ -262,17 +270,16 @@ def across(title: str, cells: Iterable[tuple[str, int, str]]) -> str:
     return markdown((title, *map(str, tokens)), body)
 
 
-def shape_cells(row: Row) -> list[str]:
+def shape_cells(row: ProductRow) -> list[str]:
     best = row.best_rival or ""
     case = row.case
     shape = f"{case.suite}: {case.dtype}, {case.num_experts} experts, {case.tokens} tokens"
-    mark = DAGGER if best in row.published else ""
     routing = "" if case.routing == "balanced" else f", {case.routing}"
     return [
         f"{shape}{routing}, N {case.n}, K {case.k}",
         number(row.us[OURS]),
         f"{row.tflops(OURS):.0f}",
-        f"{best} {number(row.us[best])}{mark}",
+        f"{best} {number(row.us[best])}{row.mark(best)}",
         f"{row.speedup:.2f}",
     ]
 

@@ -36,10 +36,10 @@ class Timing:
     rounds: tuple[float, ...]
     samples: int
 
-    @property
-    def spread(self) -> float:
-        """Largest less smallest of the rounds' medians, relative to the median."""
-        return (max(self.rounds) - min(self.rounds)) / self.us
+
+def spread(us: float, rounds: Sequence[float]) -> float:
+    """Largest less smallest of the rounds' medians, relative to the median of all samples."""
+    return (max(rounds) - min(rounds)) / us
 
 
 def summarise(rounds: Sequence[Sequence[float]]) -> Timing:
@@ -92,8 +92,8 @@ def interleaved(
     return {name: summarise(samples) for name, samples in rounds.items()}
 
 
-def capture(launches: Sequence[Call], number: int) -> torch.cuda.CUDAGraph:
-    """A graph of `number` launches, taken in turn. Each of them runs once before."""
+def capture(launches: Sequence[Call], number: int) -> Call:
+    """Replays a graph of `number` launches, taken in turn. Each of them runs once before."""
     for launch in launches:
         launch()
     torch.cuda.synchronize()
@@ -101,7 +101,7 @@ def capture(launches: Sequence[Call], number: int) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         for i in range(number):
             launches[i % len(launches)]()
-    return graph
+    return graph.replay
 
 
 def launches_captured(distinct: int) -> int:
@@ -109,11 +109,9 @@ def launches_captured(distinct: int) -> int:
     return distinct * max(1, -(-GRAPH_LAUNCHES // distinct))
 
 
-def captured(
-    graphs: Mapping[str, torch.cuda.CUDAGraph], launches: int, seconds: float
-) -> dict[str, Timing]:
+def captured(replays: Mapping[str, Call], launches: int, seconds: float) -> dict[str, Timing]:
     """Timing of one of the `launches` inside each graph, graphs replayed in turns."""
-    timings = interleaved({name: graph.replay for name, graph in graphs.items()}, seconds, None)
+    timings = interleaved(replays, seconds, None)
     return {name: divided(timing, launches) for name, timing in timings.items()}
 
 

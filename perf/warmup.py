@@ -16,9 +16,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import click
+import torch
 
+import cutlass_moe
+from cutlass_moe.choose.heuristics_sm90 import candidates
+from cutlass_moe.models.problems import gemm_problems
 from cutlass_moe.models.shapes import DTYPES, MODELS
+from cutlass_moe.ops import dispatch
+from cutlass_moe.runtime import library
 from emitters.spec.gemm import Bias, GemmProblem
+from perf.cases import TORCH_DTYPES
 
 TOKENS = 16
 
@@ -57,15 +64,6 @@ def medians(rounds: Iterable[list[float]]) -> list[float]:
 
 
 def one_round(model: str, dtype: str) -> dict[str, Any]:
-    import torch
-
-    import cutlass_moe
-    from cutlass_moe.choose.heuristics_sm90 import candidates
-    from cutlass_moe.cli.common import config_words
-    from cutlass_moe.models.problems import gemm_problems
-    from cutlass_moe.ops import dispatch
-    from cutlass_moe.runtime import library
-
     torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
     times = []
@@ -76,9 +74,9 @@ def one_round(model: str, dtype: str) -> dict[str, Any]:
     calls = {}
     for name in ("up", "down"):
         problem = gemm_problems(MODELS[model], dtype)[name]
-        inputs = zeros(problem)
+        inputs = zeros(problem, TORCH_DTYPES[dtype])
         for config in candidates(problem):
-            what = f"{name} {config_words(config.to_json())}"
+            what = f"{name} {config.words}"
             calls[what] = []
             with dispatch.forced_config(config):
                 for _ in range(3):
@@ -95,13 +93,8 @@ def one_round(model: str, dtype: str) -> dict[str, Any]:
     }
 
 
-def zeros(problem: GemmProblem) -> dict[str, Any]:
+def zeros(problem: GemmProblem, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of a call: TOKENS rows of x, each expert with one row until they are used up."""
-    import torch
-
-    from perf.product.operands import TORCH_DTYPES
-
-    dtype = next(TORCH_DTYPES[name] for name in DTYPES if DTYPES[name] is problem.operand)
     experts, n, k = problem.num_experts, problem.n, problem.k
     inputs = {
         "x": torch.zeros((TOKENS, k), device="cuda").to(dtype),
@@ -113,7 +106,7 @@ def zeros(problem: GemmProblem) -> dict[str, Any]:
         inputs["index"] = torch.arange(TOKENS, device="cuda").int()
     if any(isinstance(node, Bias) for node in problem.epilogue):
         inputs["bias"] = torch.zeros((experts, n), dtype=torch.bfloat16, device="cuda")
-    if problem.operand.quantized:
+    if problem.x.quantized:
         inputs["per_token_scale"] = torch.ones(TOKENS, device="cuda")
         inputs["scale"] = torch.ones((experts, n), device="cuda")
     return inputs

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from cutlass_moe.models.shapes import DTYPES
-from perf.layer.cases import LAYER_TOKENS
-from perf.layer.peers import NO_PDL, ROUTE_REFERENCE
-from perf.layer.rows import COPIES, COPY_FACTOR, COPY_US, TRITON, LayerRow
-from perf.product.figures import Figure
-from perf.product.rows import OURS
+from perf.layer.cases import LAYER_TOKENS, ROUTE_REFERENCE
+from perf.layer.rows import COPIES, COPY_FACTOR, COPY_US, LayerRow
+from perf.rows import Figure
+from perf.systems import NO_PDL, OURS, TRITON
 
 # Targets: what is asked of a mean or of each case.
 LAYER_TARGETS = dict(zip(LAYER_TOKENS, (0.65, 0.92, 0.97, 0.85, 0.75), strict=True))  # fp8, int8
@@ -26,7 +25,7 @@ def layer_figures(rows: Sequence[LayerRow]) -> list[Figure]:
     """Every figure that has a case."""
     layers = [row for row in rows if row.case.suite == "layer"]
     chains = [row for row in rows if row.case.suite == "chain"]
-    found = [*against_triton(layers), *small_parts(layers), *dependent_launch(chains)]
+    found = [*against_triton(layers), *small_steps(layers), *dependent_launch(chains)]
     return [figure for figure in found if figure.ratios]
 
 
@@ -55,21 +54,21 @@ def against_triton(layers: Sequence[LayerRow]) -> Iterable[Figure]:
     yield Figure("layer, triton / its published time", first, max, BASELINE, each=True)
 
 
-def small_parts(layers: Sequence[LayerRow]) -> Iterable[Figure]:
-    for part in COPIES:
+def small_steps(layers: Sequence[LayerRow]) -> Iterable[Figure]:
+    for step in COPIES:
         taken = {
-            row.name: row.parts[part]["us"] / row.allowed(part)
+            row.name: row.steps[step]["us"] / row.allowed(step)
             for row in layers
-            if part in row.parts
+            if step in row.steps
         }
-        yield Figure(f"{part} / ({COPY_FACTOR} x copy + {COPY_US:.0f} us)", taken, max, 1.0, True)
-    routed = [row for row in layers if "route" in row.parts and row.case.model == ROUTE_MODEL]
+        yield Figure(f"{step} / ({COPY_FACTOR} x copy + {COPY_US:.0f} us)", taken, max, 1.0, True)
+    routed = [row for row in layers if "route" in row.steps and row.case.model == ROUTE_MODEL]
     for tokens, most in ROUTE_US.items():
         rows = [row for row in routed if row.case.tokens == tokens]
-        taken = {row.name: row.parts["route"]["us"] / most for row in rows}
+        taken = {row.name: row.steps["route"]["us"] / most for row in rows}
         yield Figure(f"route, T = {tokens} / {most:.0f} us", taken, max, 1.0, True)
         by_torch = {
-            row.name: row.parts[ROUTE_REFERENCE]["us"] / row.parts["route"]["us"] for row in rows
+            row.name: row.steps[ROUTE_REFERENCE]["us"] / row.steps["route"]["us"] for row in rows
         }
         yield Figure(f"route, torch / ours, T = {tokens}", by_torch)
 

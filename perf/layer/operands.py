@@ -9,9 +9,10 @@ from functools import partial
 import torch
 
 import cutlass_moe
-from perf.layer.cases import LayerCase
-from perf.product.cases import draw_topk_ids
-from perf.product.operands import SAMPLE_ROWS, TORCH_DTYPES, random_values
+from perf.layer.cases import MoeLayerCase
+from perf.product.operands import random_values
+from perf.product.routing import draw_topk_ids
+from perf.systems import sample_rows
 
 # Relative, more than is right and less than is wrong: where the products between the projections
 # are rounded to bf16, values that lie between two 8-bit ones change sides. That made up to 1.9e-2
@@ -31,7 +32,7 @@ class LayerWeights:
     w2_scale: torch.Tensor | None
 
     @classmethod
-    def of(cls, case: LayerCase, seed: int, device: str = "cuda") -> LayerWeights:
+    def of(cls, case: MoeLayerCase, seed: int, device: str = "cuda") -> LayerWeights:
         """Random ones, such that the products of normal values are about normal."""
         generator = torch.Generator(device).manual_seed(seed)
         w13, w13_scale = random_weights(case, "up", generator)
@@ -47,16 +48,16 @@ class LayerWeights:
 
 
 def random_weights(
-    case: LayerCase, gemm: str, generator: torch.Generator
+    case: MoeLayerCase, gemm: str, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     n, k = case.shape.gemms[gemm]
     experts, device = case.shape.num_experts, generator.device
-    weight = torch.empty((experts, n, k), dtype=TORCH_DTYPES[case.dtype], device=device)
+    weight = torch.empty((experts, n, k), dtype=case.torch_dtype, device=device)
     unit = k**-0.5
     for expert in weight:
-        values = random_values(case.up, (n, k), generator)
-        expert.copy_(values if case.quantized else values * unit)
-    if not case.quantized:
+        values = random_values(case, (n, k), generator)
+        expert.copy_(values if case.element.quantized else values * unit)
+    if not case.element.quantized:
         return weight, None
     spread = torch.rand((experts, n), device=device, generator=generator) + 0.5
     return weight, spread * unit / (40 if case.dtype == "int8" else 1)
@@ -71,7 +72,7 @@ class LayerInputs:
     logits: tuple[torch.Tensor, ...]
 
     @classmethod
-    def of(cls, case: LayerCase, device: str = "cuda") -> LayerInputs:
+    def of(cls, case: MoeLayerCase, device: str = "cuda") -> LayerInputs:
         generator = torch.Generator(device).manual_seed(case.up.seed)
 
         def normal(*shape: int) -> torch.Tensor:
@@ -95,10 +96,8 @@ class LayerInputs:
 
     def sample(self) -> torch.Tensor:
         """Numbers of the tokens that are checked, sorted."""
-        tokens, device = len(self.hidden), self.hidden.device
-        generator = torch.Generator(device).manual_seed(tokens)
-        chosen = torch.randperm(tokens, device=device, generator=generator)[:SAMPLE_ROWS]
-        return chosen.sort().values
+        tokens = len(self.hidden)
+        return sample_rows(tokens, torch.Generator(self.hidden.device).manual_seed(tokens))
 
 
 def chosen_by_torch(logits: torch.Tensor, top_k: int) -> Choice:
@@ -107,7 +106,7 @@ def chosen_by_torch(logits: torch.Tensor, top_k: int) -> Choice:
 
 
 def expected(
-    case: LayerCase, weights: Sequence[LayerWeights], inputs: LayerInputs, sample: torch.Tensor
+    case: MoeLayerCase, weights: Sequence[LayerWeights], inputs: LayerInputs, sample: torch.Tensor
 ) -> torch.Tensor:
     """The sampled tokens' output, by the reference in float64."""
     out = inputs.hidden[sample]

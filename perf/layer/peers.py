@@ -1,4 +1,4 @@
-"""The systems that run whole layers, and our layer's parts alone.
+"""The systems that run whole layers.
 
 Weights in the form each wants, workspaces and buffers are made before the clock starts; all that a
 layer computes from hidden states and expert ids is charged.
@@ -13,17 +13,11 @@ from functools import partial
 import torch
 
 import cutlass_moe
-from cutlass_moe.ops.route import route_reference
-from cutlass_moe.tune.timing import FLUSH_BYTES
-from perf.layer.cases import LayerCase
+from perf.layer.cases import ACTIVATION, MoeLayerCase
 from perf.layer.operands import LayerInputs, LayerWeights, Router, chosen_by_torch
-from perf.product.operands import TORCH_DTYPES
-from perf.product.peers import OURS, require
-from perf.timing import GRAPH_LAUNCHES, capture, quick_us
+from perf.systems import NO_PDL, OURS, TRITON, require
+from perf.timing import capture, quick_us
 
-ACTIVATION = "swiglu"
-NO_PDL = "no_pdl"
-ROUTE_REFERENCE = "route_torch"
 Layer = Callable[..., object]  # (hidden, weights, topk_weights, topk_ids, out, residual)
 
 
@@ -31,7 +25,7 @@ Layer = Callable[..., object]  # (hidden, weights, topk_weights, topk_ids, out, 
 class PreparedLayers:
     """launch() computes `out` bf16 [T, H] from the inputs. note: what the system chose."""
 
-    launch: Callable[[], None]
+    launch: Callable[[], object]
     out: torch.Tensor
     note: str = ""
 
@@ -58,7 +52,7 @@ def prepared(
 
 
 def ours(
-    case: LayerCase,
+    case: MoeLayerCase,
     weights: Sequence[LayerWeights],
     inputs: LayerInputs,
     flush: torch.Tensor,
@@ -91,7 +85,7 @@ def ours(
 
 
 def triton_layers(
-    case: LayerCase, weights: Sequence[LayerWeights], inputs: LayerInputs, flush: torch.Tensor
+    case: MoeLayerCase, weights: Sequence[LayerWeights], inputs: LayerInputs, flush: torch.Tensor
 ) -> PreparedLayers:
     """Our Triton pipeline, with the tiling that took least time; in a chain, its own router."""
     require("triton")
@@ -106,7 +100,7 @@ def triton_layers(
         router = partial(topk, top_k=shape.top_k)
         whole = prepared(weights, inputs, layer, router, str(tiling))
         try:
-            found[quick_us(capture([whole.launch], 1).replay, flush)] = whole
+            found[quick_us(capture([whole.launch], 1), flush)] = whole
         except TritonError:  # more shared memory or registers than there are
             continue
     if not found:
@@ -117,79 +111,10 @@ def triton_layers(
 LAYER_SYSTEMS: dict[str, Callable[..., PreparedLayers]] = {
     OURS: ours,
     NO_PDL: partial(ours, pdl=False),
-    "triton": triton_layers,
+    TRITON: triton_layers,
 }
 
 
-def usual_layer_systems(case: LayerCase) -> tuple[str, ...]:
+def usual_layer_systems(case: MoeLayerCase) -> tuple[str, ...]:
     """What a case is measured with unless a run names systems."""
     return tuple(name for name in LAYER_SYSTEMS if case.suite == "chain" or name != NO_PDL)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A step of our layer by itself. launches: over distinct inputs; moved: bytes that the step
-    must read and write, 0 where none are counted."""
-
-    launches: list[Callable[[], object]]
-    moved: int = 0
-
-
-def parts(
-    case: LayerCase, weights: LayerWeights, inputs: LayerInputs
-) -> tuple[dict[str, Part], dict[str, Callable[[], object]]]:
-    """The layer's small steps, and its two products, each on what the step before it gives."""
-    assert inputs.choice is not None
-    topk_weights, ids = inputs.choice
-    experts, hidden = case.shape.num_experts, inputs.hidden
-    table = cutlass_moe.route(ids, experts)
-    small = {
-        "route": Part([partial(cutlass_moe.route, ids, experts)]),
-        ROUTE_REFERENCE: Part([partial(route_reference, ids, experts)]),
-    }
-    x, scaled = hidden, {}
-    if case.quantized:
-        x, scaled["per_token_scale"] = cutlass_moe.quantize_per_token(hidden, operand(case))
-        small["quantize"] = quantize_part(case, hidden)
-        scaled["scale"] = weights.w13_scale
-    up = partial(
-        cutlass_moe.grouped_matmul, x, weights.w13,
-        index=table.index, offsets=table.offsets, activation=ACTIVATION, **scaled,
-        out_dtype=torch.float16 if case.quantized else torch.bfloat16,
-    )  # fmt: skip
-    act = up()
-    if case.quantized:
-        small["quantize_act"] = quantize_part(case, act)
-        act, scaled["per_token_scale"] = cutlass_moe.quantize_per_token(act, operand(case))
-        scaled["scale"] = weights.w2_scale
-    down = partial(
-        cutlass_moe.grouped_matmul, act, weights.w2,
-        offsets=table.offsets, **scaled, out_dtype=torch.bfloat16,
-    )  # fmt: skip
-    rows = down()
-    moved = sum(each.nbytes for each in (rows, topk_weights, table.inverse, hidden))
-    small["combine"] = Part(
-        [
-            partial(cutlass_moe.combine, each, topk_weights, table.inverse)
-            for each in copies(rows, moved)
-        ],
-        moved,
-    )
-    return small, {"up": up, "down": down}
-
-
-def operand(case: LayerCase) -> torch.dtype:
-    return TORCH_DTYPES[case.dtype]
-
-
-def quantize_part(case: LayerCase, x: torch.Tensor) -> Part:
-    moved = x.nbytes + x.numel() * operand(case).itemsize + 4 * len(x)
-    quantize = cutlass_moe.quantize_per_token
-    return Part([partial(quantize, each, operand(case)) for each in copies(x, moved)], moved)
-
-
-def copies(tensor: torch.Tensor, moved: int) -> list[torch.Tensor]:
-    """The tensor and clones, so many that steps on all of them move more than L2 holds, where a
-    graph's launches suffice for that."""
-    number = max(2, min(-(-FLUSH_BYTES // moved), GRAPH_LAUNCHES))
-    return [tensor, *(tensor.clone() for _ in range(number - 1))]

@@ -1,4 +1,4 @@
-"""A results file's layers and chains as rows of figures, and their tables."""
+"""A results file's layers and chains as rows, and their tables."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perf.layer.cases import LayerCase, layer_floor_us
-from perf.layer.peers import NO_PDL, ROUTE_REFERENCE
-from perf.product.cases import Ceilings
-from perf.product.rows import OURS, Table, number
-from perf.suites import LAYER_SUITES
+from perf.layer.cases import ROUTE_REFERENCE, MoeLayerCase, layer_floor_us
+from perf.rows import Row, Table, measured, number, percent
+from perf.systems import NO_PDL, OURS, TRITON
 
-TRITON = "triton"
-COPIES = ("quantize", "quantize_act", "combine")  # parts that only move bytes
+COPIES = ("quantize", "quantize_act", "combine")  # steps that only move bytes
 COPY_FACTOR, COPY_US = 1.3, 3.0  # what they may take: so many times a copy's time, and so many us
 
 LAYER_HEADER = (
@@ -47,70 +44,46 @@ CHAIN_HEADER = (
 
 
 @dataclass(frozen=True)
-class LayerRow:
-    """Microseconds of a layer, of one of the chain's in a chain; and of our layer's parts.
+class LayerRow(Row[MoeLayerCase]):
+    """Microseconds of a layer, of one of the chain's in a chain; and of our layer's steps.
 
     active_experts: of all layers together. published: the same pipeline's, measured before.
     """
 
-    case: LayerCase
     active_experts: int
-    ceilings: Ceilings
-    us: dict[str, float]
     errors: dict[str, float]
-    spread: float | None
-    parts: dict[str, dict[str, float]]
+    steps: dict[str, dict[str, float]]
     published: float | None
-
-    @property
-    def name(self) -> str:
-        return self.case.name
 
     @property
     def floor(self) -> float:
         return layer_floor_us(self.case, self.active_experts, self.ceilings) / self.case.layers
 
-    def ratio(self, one: str, other: str) -> float | None:
-        """Time of one system over another's; None where one of the two is missing."""
-        return self.us[one] / self.us[other] if one in self.us and other in self.us else None
+    def step_us(self, name: str) -> float | None:
+        return self.steps[name]["us"] if name in self.steps else None
 
-    def part(self, name: str) -> float | None:
-        return self.parts[name]["us"] if name in self.parts else None
-
-    def allowed(self, part: str) -> float:
+    def allowed(self, step: str) -> float:
         """Microseconds that one of COPIES may take."""
-        moved = self.parts[part]["bytes"]
+        moved = self.steps[step]["bytes"]
         return COPY_FACTOR * moved / (self.ceilings.copy_gbs * 1e3) + COPY_US
-
-
-def layer_rows_of(contents: dict[str, Any], published: dict[str, Any]) -> list[LayerRow]:
-    """Rows of a results file's layers and chains, in its order."""
-    return [
-        layer_row_of(record, contents["runs"][record["run"]], published["cases"].get(case_id, {}))
-        for case_id, record in contents["cases"].items()
-        if record["case"]["suite"] in LAYER_SUITES
-    ]
 
 
 def layer_row_of(
     record: dict[str, Any], run: dict[str, Any], published: dict[str, Any]
 ) -> LayerRow:
-    measured = record["systems"]
-    ours = measured.get(OURS)
+    """published: the case's figures by system."""
     return LayerRow(
-        case=LayerCase(**record["case"]),
+        case=MoeLayerCase(**record["case"]),
+        **measured(record, run),
         active_experts=record["workload"]["active_experts"],
-        ceilings=Ceilings(**run["ceilings"]),
-        us={name: figures["us"] for name, figures in measured.items()},
-        errors={name: figures["error"] for name, figures in measured.items()},
-        spread=(max(ours["rounds"]) - min(ours["rounds"])) / ours["us"] if ours else None,
-        parts=record["parts"],
+        errors={name: system["error"] for name, system in record["systems"].items()},
+        steps=record["steps"],
         published=published.get(TRITON, {}).get("us"),
     )
 
 
 def layer_tables(rows: Sequence[LayerRow]) -> list[Table]:
-    """Whole layers with our parts beside them, and chains."""
+    """Whole layers with our steps beside them, and chains."""
     layers = [layer_cells(row) for row in rows if row.case.suite == "layer"]
     chains = [chain_cells(row) for row in rows if row.case.suite == "chain"]
     return [(LAYER_HEADER, layers), (CHAIN_HEADER, chains)]
@@ -124,11 +97,11 @@ def layer_cells(row: LayerRow) -> list[str]:
         *times(row, OURS, TRITON),
         ratio(row, TRITON),
         *errors(row),
-        number(row.part("route")),
-        number(row.part(ROUTE_REFERENCE)),
-        *(copy_cell(row, part) for part in COPIES),
-        number(row.part("up")),
-        number(row.part("down")),
+        number(row.step_us("route")),
+        number(row.step_us(ROUTE_REFERENCE)),
+        *(copy_cell(row, step) for step in COPIES),
+        number(row.step_us("up")),
+        number(row.step_us("down")),
     ]
 
 
@@ -149,7 +122,7 @@ def times(row: LayerRow, *systems: str) -> Iterable[str]:
     for system in systems:
         yield number(row.us.get(system))
         if system == OURS:
-            yield "-" if row.spread is None else f"{100 * row.spread:.1f}"
+            yield percent(row.spread)
 
 
 def ratio(row: LayerRow, other: str) -> str:
@@ -161,7 +134,7 @@ def errors(row: LayerRow) -> list[str]:
     return [f"{row.errors[s]:.1e}" if s in row.errors else "-" for s in (OURS, TRITON)]
 
 
-def copy_cell(row: LayerRow, part: str) -> str:
+def copy_cell(row: LayerRow, step: str) -> str:
     """Its time and, in brackets, its bytes' rate in GB/s."""
-    us = row.part(part)
-    return "-" if us is None else f"{us:.1f} ({row.parts[part]['bytes'] / us / 1e3:.0f})"
+    us = row.step_us(step)
+    return "-" if us is None else f"{us:.1f} ({row.steps[step]['bytes'] / us / 1e3:.0f})"

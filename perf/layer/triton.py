@@ -2,8 +2,8 @@
 
 Quantise the tokens, align (pairs sorted by expert, each expert's padded to whole blocks), the up
 projection, SwiGLU and quantisation, the down projection, and each token's weighted sum: seven
-kernels, six for bf16. The projections are those of `triton_moe`. Products stay in the order of the
-(token, expert) pairs, so that the sum reads a token's rows in one piece.
+kernels, six for bf16. The projections are those of `perf.product.triton`. Products stay in the
+order of the (token, expert) pairs, so that the sum reads a token's rows in one piece.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import triton.language as tl
 
 from cutlass_moe.models.shapes import DTYPES, MoeShape
 from cutlass_moe.ops.quantize import LARGEST
+from perf.cases import TORCH_DTYPES
 from perf.layer.operands import LayerWeights
-from perf.product.operands import TORCH_DTYPES
 from perf.product.triton import Tiling, moe_kernel
 
-CHUNKS = 64  # of the pairs, at most: every program of `place_kernel` reads all their counts
+CHUNKS = 64  # of the pairs, at most: every program of `list_kernel` reads all their counts
 SUM_COLUMNS = 1024
 
-# For at most so many rows an expert: tilings that `triton_moe` has too.
+# For at most so many rows an expert: tilings that products try too.
 TILINGS = {
     12: (
         Tiling(16, 64, 256, 1, 4, 3),
@@ -125,7 +125,7 @@ def count_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def place_kernel(  # type: ignore[no-untyped-def]
+def list_kernel(  # type: ignore[no-untyped-def]
     topk_ids,
     counts,
     cursors,
@@ -157,8 +157,8 @@ def place_kernel(  # type: ignore[no-untyped-def]
         pair = program * CHUNK + tl.arange(0, CHUNK)
         real = pair < num_pairs
         expert = tl.load(topk_ids + pair, mask=real, other=0)
-        place = tl.atomic_add(cursor + expert, 1, mask=real)
-        tl.store(pairs + place, pair, mask=real)
+        target = tl.atomic_add(cursor + expert, 1, mask=real)
+        tl.store(pairs + target, pair, mask=real)
         if program == 0:
             tl.store(num_padded, tl.sum(padded))
     else:
@@ -235,11 +235,11 @@ class TritonLayer:
         )
 
     def align(self, topk_ids: torch.Tensor) -> None:
-        """Fills pairs, experts and num_padded, as `triton_moe.align` makes them."""
+        """Fills pairs, experts and num_padded, as `perf.product.triton.align` makes them."""
         sizes = (self.rows, self.shape.num_experts)
         bins = power(self.shape.num_experts)
         count_kernel[(self.chunks,)](topk_ids, self.counts, *sizes, self.chunk, bins)
-        place_kernel[(self.chunks + self.shape.num_experts,)](
+        list_kernel[(self.chunks + self.shape.num_experts,)](
             topk_ids, self.counts, self.cursors, self.pairs, self.experts, self.num_padded,
             *sizes, self.chunks, self.tiling.bm, self.chunk, power(self.chunks), bins, num_warps=8,
         )  # fmt: skip

@@ -8,32 +8,33 @@ from typing import Any
 import torch
 
 import cutlass_moe
-from perf.product.cases import Case, draw_topk_ids
+from perf.cases import BenchCase
+from perf.product.cases import ProductCase
+from perf.product.routing import draw_topk_ids
+from perf.systems import sample_rows
 
-SAMPLE_ROWS = 512  # rows of the product that are checked
 WORST_ERROR = 1e-2  # fast fp8 accumulation reaches 2.5e-3 at K 7168 and grows with K
-TORCH_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Weights:
+class ProductWeights:
     """weight [E, N, K] and, for 8-bit ones, scale float32 [E, N]."""
 
     weight: torch.Tensor
     scale: torch.Tensor | None
 
     @classmethod
-    def of(cls, case: Case, device: str = "cuda") -> Weights:
+    def of(cls, case: ProductCase, device: str = "cuda") -> ProductWeights:
         generator = torch.Generator(device).manual_seed(1)
         shape = (case.num_experts, case.n, case.k)
-        weight = torch.empty(shape, dtype=TORCH_DTYPES[case.dtype], device=device)
+        weight = torch.empty(shape, dtype=case.torch_dtype, device=device)
         for expert in weight:
             expert.copy_(random_values(case, (case.n, case.k), generator))
         return cls(weight, random_scale(case, shape[:2], generator))
 
 
 @dataclass(frozen=True)
-class Operands:
+class ProductTensors:
     """What one product needs. Its rows are sorted by expert; (token, expert) pairs are not.
 
     topk_ids int64 [x_rows, slots]; order int64 [rows]: the pair behind each row; index int32
@@ -53,13 +54,13 @@ class Operands:
     sample: torch.Tensor
 
     @classmethod
-    def of(cls, case: Case, weights: Weights) -> Operands:
+    def of(cls, case: ProductCase, weights: ProductWeights) -> ProductTensors:
         device = weights.weight.device
         generator = torch.Generator(device).manual_seed(case.seed)
         topk_ids = draw_topk_ids(case).to(device).reshape(case.x_rows, case.slots)
         experts, order = torch.sort(topk_ids.flatten(), stable=True)
-        x = random_values(case, (case.x_rows, case.k), generator).to(TORCH_DTYPES[case.dtype])
-        chosen = torch.randperm(case.rows, device=device, generator=generator)[:SAMPLE_ROWS]
+        x = random_values(case, (case.x_rows, case.k), generator).to(case.torch_dtype)
+        sample = sample_rows(case.rows, generator)
         ends = torch.arange(case.num_experts, device=device)
         return cls(
             x=x,
@@ -71,7 +72,7 @@ class Operands:
             index=(order // case.slots).int(),
             tokens=order // case.slots,
             offsets=torch.searchsorted(experts, ends, right=True).int(),
-            sample=chosen.sort().values,
+            sample=sample,
         )
 
     @property
@@ -96,7 +97,9 @@ class Operands:
         )
 
 
-def random_values(case: Case, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def random_values(
+    case: BenchCase, shape: tuple[int, ...], generator: torch.Generator
+) -> torch.Tensor:
     """Normal values; for int8 of standard deviation 40, within -127 ... 127.
 
     What the bits are changes a GPU's power and so its clocks: every dtype gets a bell curve, not
@@ -107,14 +110,8 @@ def random_values(case: Case, shape: tuple[int, ...], generator: torch.Generator
 
 
 def random_scale(
-    case: Case, shape: tuple[int, ...], generator: torch.Generator
+    case: BenchCase, shape: tuple[int, ...], generator: torch.Generator
 ) -> torch.Tensor | None:
     if case.dtype == "bf16":
         return None
     return torch.rand(shape, device=generator.device, generator=generator) + 0.5
-
-
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of `expected`; NaN where `got` holds one."""
-    difference = got.double() - expected.double()
-    return float(difference.norm() / expected.double().norm())

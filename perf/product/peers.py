@@ -7,28 +7,22 @@ before the clock starts. What is charged to whom is said in each function.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 
 import torch
 
 import cutlass_moe
 from cutlass_moe.choose import heuristics_sm90 as heuristics
-from perf.product.cases import SCHEDULES, Case
-from perf.product.operands import Operands
-from perf.suites import DECODE_TOKENS
+from perf.product.cases import DECODE_TOKENS, SCHEDULES, ProductCase
+from perf.product.operands import ProductTensors
+from perf.systems import OURS, STREAM, TRITON, Absent, require
 from perf.timing import quick_us
 
 
-class Absent(Exception):
-    """A system can't be measured here, for the reason given."""
-
-
 @dataclass(frozen=True)
-class Prepared:
+class PreparedProduct:
     """launch(weight) computes the product once; rows(numbers) reads those rows of it afterwards.
 
     Row numbers count rows sorted by expert. note: what the system chose, for the record.
@@ -40,42 +34,48 @@ class Prepared:
 
 
 def ours(
-    case: Case, operands: Operands, flush: torch.Tensor, schedule: str | None = None
-) -> Prepared:
+    case: ProductCase, tensors: ProductTensors, flush: torch.Tensor, schedule: str | None = None
+) -> PreparedProduct:
     """This library, gather and scales in the kernel, as a user calls it; may name a schedule."""
-    out = poisoned(case.rows, operands)
+    out = poisoned(case.rows, tensors)
     named = {} if schedule is None else {"schedule": schedule}
 
     def launch(weight: torch.Tensor) -> None:
-        cutlass_moe.grouped_matmul_out(out, operands.x, weight, **operands.options, **named)
+        cutlass_moe.grouped_matmul_out(out, tensors.x, weight, **tensors.options, **named)
 
     config = heuristics.choose(case.problem, case.x_rows, case.rows / case.num_experts, **named)
     note = " ".join(f"{name}={value}" for name, value in config.to_json().items())
-    return Prepared(launch, lambda numbers: out[numbers], note)
+    return PreparedProduct(launch, lambda numbers: out[numbers], note)
 
 
-def triton_gather(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
+def triton_gather(
+    case: ProductCase, tensors: ProductTensors, flush: torch.Tensor
+) -> PreparedProduct:
     """Our Triton kernel, gather and scales inside. Padding the routing is not charged."""
     require("triton")
     from perf.product import triton
 
-    out = poisoned(case.rows, operands)  # in the order of the pairs
-    launch, tiling = triton.fastest(case, operands, out, flush)
-    return Prepared(launch, lambda numbers: out[operands.order[numbers]], str(tiling))
+    out = poisoned(case.rows, tensors)  # in the order of the pairs
+    launch, tiling = triton.fastest(case, tensors, out, flush)
+    return PreparedProduct(launch, lambda numbers: out[tensors.order[numbers]], str(tiling))
 
 
-def torch_grouped(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
+def torch_grouped(
+    case: ProductCase, tensors: ProductTensors, flush: torch.Tensor
+) -> PreparedProduct:
     """torch's grouped product and, before it, x[index]: what it takes from the same inputs."""
-    return _torch(case, operands, lambda: gathered(operands))
+    return _torch(case, tensors, lambda: gathered(tensors))
 
 
-def torch_pregathered(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
+def torch_pregathered(
+    case: ProductCase, tensors: ProductTensors, flush: torch.Tensor
+) -> PreparedProduct:
     """torch's grouped product alone: the gather is not charged."""
-    rows = gathered(operands)
-    return _torch(case, operands, lambda: rows)
+    rows = gathered(tensors)
+    return _torch(case, tensors, lambda: rows)
 
 
-def deepgemm(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
+def deepgemm(case: ProductCase, tensors: ProductTensors, flush: torch.Tensor) -> PreparedProduct:
     """DeepGEMM's contiguous layout. Permuting, padding and laying out the scales are not charged.
 
     Its scales are per 1x128 of x and 128x128 of the weights: per-token scales fit the former, the
@@ -85,78 +85,78 @@ def deepgemm(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
         raise Absent("measured with fp8 only")
     deep_gemm = require("deep_gemm")
     alignment = deep_gemm.get_mk_alignment_for_contiguous_layout()
-    place, experts, padded = aligned_rows(operands.offsets, alignment)
-    x = operands.x.new_zeros((padded, case.k))
-    rows_of_x, row_scale = gathered(operands)
-    scale = operands.scale
+    targets, experts, padded = aligned_rows(tensors.offsets, alignment)
+    x = tensors.x.new_zeros((padded, case.k))
+    rows_of_x, row_scale = gathered(tensors)
+    scale = tensors.scale
     assert row_scale is not None and scale is not None
-    x.view(torch.uint8)[place] = rows_of_x.view(torch.uint8)
+    x.view(torch.uint8)[targets] = rows_of_x.view(torch.uint8)
     x_scale = torch.zeros((padded, -(-case.k // 128)), device="cuda")
-    x_scale[place] = row_scale[:, None]
+    x_scale[targets] = row_scale[:, None]
     x_scale = deep_gemm.get_mn_major_tma_aligned_tensor(x_scale)
     blocks = (case.num_experts, -(-case.n // 128), -(-case.k // 128))
     w_scale = torch.ones(blocks, device="cuda")
     layout = torch.full((padded,), -1, dtype=torch.int32, device="cuda")
-    layout[place] = experts
-    out = poisoned(padded, operands)
+    layout[targets] = experts
+    out = poisoned(padded, tensors)
 
     def launch(weight: torch.Tensor) -> None:
         deep_gemm.m_grouped_fp8_gemm_nt_contiguous((x, x_scale), (weight, w_scale), out, layout)
 
     def rows(numbers: torch.Tensor) -> torch.Tensor:
-        return out[place[numbers]].float() * scale[experts[numbers].long()]
+        return out[targets[numbers]].float() * scale[experts[numbers].long()]
 
-    return Prepared(launch, rows, f"{padded} rows with padding")
+    return PreparedProduct(launch, rows, f"{padded} rows with padding")
 
 
-def quack(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
+def quack(case: ProductCase, tensors: ProductTensors, flush: torch.Tensor) -> PreparedProduct:
     """QuACK, gather in the kernel, autotuned at its first launch."""
     if case.dtype != "bf16":
         raise Absent("scales of 8-bit operands are not among its epilogues")
     gemm = require("quack.gemm_interface").gemm
-    out = poisoned(case.rows, operands)
-    ends = torch.nn.functional.pad(operands.offsets, (1, 0))
+    out = poisoned(case.rows, tensors)
+    ends = torch.nn.functional.pad(tensors.offsets, (1, 0))
 
     def launch(weight: torch.Tensor) -> None:
-        gemm(operands.x, weight.mT, out=out, cu_seqlens_m=ends, A_idx=operands.index)
+        gemm(tensors.x, weight.mT, out=out, cu_seqlens_m=ends, A_idx=tensors.index)
 
-    return Prepared(launch, lambda numbers: out[numbers])
+    return PreparedProduct(launch, lambda numbers: out[numbers])
 
 
-def padded_bmm(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
+def padded_bmm(case: ProductCase, tensors: ProductTensors, flush: torch.Tensor) -> PreparedProduct:
     """A batched product, each expert's rows padded to the most of any: the fastest of torch's ways.
 
     Gather and padding are not charged, nor are int8's scales, which torch's product leaves out.
     """
-    device = operands.x.device
-    ends = operands.offsets.long()
+    device = tensors.x.device
+    ends = tensors.offsets.long()
     counts = torch.diff(ends, prepend=ends.new_zeros(1))
     most = -(-int(counts.max()) // 16) * 16  # each expert's scales begin on 16 bytes
     names = torch.arange(case.num_experts, device=device)
     experts = torch.repeat_interleave(names, counts)
     shift = names * most - (ends - counts)
-    place = torch.arange(case.rows, device=device) + shift[experts]
-    rows_of_x, row_scale = gathered(operands)
-    x = operands.x.new_zeros((case.num_experts * most, case.k))
-    x.view(torch.uint8)[place] = rows_of_x.view(torch.uint8)
+    targets = torch.arange(case.rows, device=device) + shift[experts]
+    rows_of_x, row_scale = gathered(tensors)
+    x = tensors.x.new_zeros((case.num_experts * most, case.k))
+    x.view(torch.uint8)[targets] = rows_of_x.view(torch.uint8)
     x_scale = None
     if row_scale is not None:
-        x_scale = row_scale.new_zeros(len(x)).index_copy(0, place, row_scale)
+        x_scale = row_scale.new_zeros(len(x)).index_copy(0, targets, row_scale)
         x_scale = x_scale.view(case.num_experts, most)
-    ways = batched_products(case.dtype, x.view(-1, most, case.k), x_scale, operands.scale)
-    best = min(ways, key=lambda way: quick_us(partial(way, operands.weight), flush))
+    ways = batched_products(case.dtype, x.view(-1, most, case.k), x_scale, tensors.scale)
+    best = min(ways, key=lambda way: quick_us(partial(way, tensors.weight), flush))
     result: list[torch.Tensor] = []
 
     def launch(weight: torch.Tensor) -> None:
         result[:] = best(weight)
 
     def rows(numbers: torch.Tensor) -> torch.Tensor:
-        out = torch.cat(result)[place[numbers]]
-        if case.dtype != "int8" or row_scale is None or operands.scale is None:
+        out = torch.cat(result)[targets[numbers]]
+        if case.dtype != "int8" or row_scale is None or tensors.scale is None:
             return out
-        return out * row_scale[numbers, None] * operands.scale[experts[numbers]]
+        return out * row_scale[numbers, None] * tensors.scale[experts[numbers]]
 
-    return Prepared(launch, rows, f"{best.__name__}, {most} rows an expert")
+    return PreparedProduct(launch, rows, f"{best.__name__}, {most} rows an expert")
 
 
 def batched_products(
@@ -184,96 +184,87 @@ def batched_products(
     return {"bf16": [bmm], "int8": [int_mm], "fp8": [scaled_mm, scaled_grouped_mm]}[dtype]
 
 
-def stream(case: Case, operands: Operands, flush: torch.Tensor) -> Prepared:
+def stream(case: ProductCase, tensors: ProductTensors, flush: torch.Tensor) -> PreparedProduct:
     """No peer but the yardstick: reads the active weights, which is checked by their sum, and
     computes nothing. Its rows are the reference's."""
     require("triton")
     from perf.product.stream import fastest
 
-    expected = operands.expected()
-    launch, share = fastest(operands, flush)
-    return Prepared(launch, lambda numbers: expected, str(share))
+    expected = tensors.expected()
+    launch, share = fastest(tensors, flush)
+    return PreparedProduct(launch, lambda numbers: expected, str(share))
 
 
-OURS = "cutlass_moe"
-SYSTEMS: dict[str, Callable[[Case, Operands, torch.Tensor], Prepared]] = {
+SYSTEMS: dict[str, Callable[[ProductCase, ProductTensors, torch.Tensor], PreparedProduct]] = {
     OURS: ours,
     **{schedule: partial(ours, schedule=schedule) for schedule in SCHEDULES},
-    "triton": triton_gather,
+    TRITON: triton_gather,
     "torch": torch_grouped,
     "torch_gemm": torch_pregathered,
     "deepgemm": deepgemm,
     "quack": quack,
     "padded_bmm": padded_bmm,
-    "stream": stream,
+    STREAM: stream,
 }
 
 
-def usual_systems(case: Case) -> tuple[str, ...]:
+def usual_systems(case: ProductCase) -> tuple[str, ...]:
     """What a case is measured with unless a run names systems."""
     if case.suite == "schedules":
         return (OURS, *SCHEDULES)
-    unusual = {*SCHEDULES, "padded_bmm", "stream"}
+    unusual = {*SCHEDULES, "padded_bmm", STREAM}
     if case.suite == "tutorial":
         unusual.remove("padded_bmm")
     if case.suite == "gemm" and case.tokens <= max(DECODE_TOKENS):
-        unusual.remove("stream")
+        unusual.remove(STREAM)
     return tuple(name for name in SYSTEMS if name not in unusual)
 
 
-def require(module: str) -> ModuleType:
-    """The module. Raises Absent where it, or anything it needs, can't be imported."""
-    try:
-        return importlib.import_module(module)
-    except (ImportError, OSError, AssertionError) as error:  # DeepGEMM asserts that nvcc is there
-        raise Absent(f"not importable: {error}") from error
-
-
-def poisoned(rows: int, operands: Operands) -> torch.Tensor:
+def poisoned(rows: int, tensors: ProductTensors) -> torch.Tensor:
     """An output bf16 [rows, N] in which whatever a kernel leaves unwritten is NaN."""
-    shape = (rows, operands.weight.shape[1])
-    return torch.full(shape, torch.nan, dtype=torch.bfloat16, device=operands.x.device)
+    shape = (rows, tensors.weight.shape[1])
+    return torch.full(shape, torch.nan, dtype=torch.bfloat16, device=tensors.x.device)
 
 
-def gathered(operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
+def gathered(tensors: ProductTensors) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x[index] and its scales: two copies. torch can't index fp8, but its bytes."""
-    x, scale, index = operands.x, operands.per_token_scale, operands.tokens
+    x, scale, index = tensors.x, tensors.per_token_scale, tensors.tokens
     rows = (x.view(torch.uint8) if x.element_size() == 1 else x)[index].view(x.dtype)
     return rows, None if scale is None else scale[index]
 
 
 def _torch(
-    case: Case,
-    operands: Operands,
+    case: ProductCase,
+    tensors: ProductTensors,
     gather: Callable[[], tuple[torch.Tensor, torch.Tensor | None]],
-) -> Prepared:
+) -> PreparedProduct:
     if case.dtype == "int8":
         raise Absent("torch has no grouped product of int8")
     result: list[torch.Tensor] = []
 
     def launch(weight: torch.Tensor) -> None:
         rows, scale = gather()
-        if scale is None or operands.scale is None:
-            out = torch._grouped_mm(rows, weight.mT, offs=operands.offsets)
+        if scale is None or tensors.scale is None:
+            out = torch._grouped_mm(rows, weight.mT, offs=tensors.offsets)
         else:
             out = torch._scaled_grouped_mm(
                 rows,
                 weight.mT,
                 scale,
-                operands.scale,
-                offs=operands.offsets,
+                tensors.scale,
+                offs=tensors.offsets,
                 out_dtype=torch.bfloat16,
                 use_fast_accum=True,
             )
         result[:] = [out]
 
-    return Prepared(launch, lambda numbers: result[0][numbers])
+    return PreparedProduct(launch, lambda numbers: result[0][numbers])
 
 
 def aligned_rows(offsets: torch.Tensor, alignment: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Where rows go when each expert's are padded to a multiple of `alignment`.
 
-    offsets int32 [E]. Returns place int64 [rows], the expert of each row int32 [rows], and the
+    offsets int32 [E]. Returns each row's target int64 [rows] and its expert int32 [rows], and the
     number of rows with padding. Reads counts on the host.
     """
     counts = torch.diff(offsets.long(), prepend=offsets.new_zeros(1).long())
@@ -281,5 +272,5 @@ def aligned_rows(offsets: torch.Tensor, alignment: int) -> tuple[torch.Tensor, t
     shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
     names = torch.arange(len(offsets), device=offsets.device)
     experts = torch.repeat_interleave(names, counts)
-    place = torch.arange(len(experts), device=offsets.device) + shift[experts]
-    return place, experts.int(), int(padded.sum())
+    targets = torch.arange(len(experts), device=offsets.device) + shift[experts]
+    return targets, experts.int(), int(padded.sum())

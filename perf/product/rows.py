@@ -1,40 +1,25 @@
-"""A results file's cases as rows of figures, with peers' published ones where the run has none."""
+"""A results file's products as rows, with peers' published figures where the run has none."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from perf.product.cases import Case, Ceilings, Workload, floor_us, flops
-from perf.suites import LAYER_SUITES
+from perf.product.cases import ProductCase, Workload, floor64_us, floor_us, flops, moved_bytes
+from perf.rows import DAGGER, Row, measured
+from perf.systems import OURS, TRITON
 
-OURS = "cutlass_moe"
-RIVALS = ("triton", "torch", "deepgemm", "quack", "padded_bmm")  # what a user could call instead
-PUBLISHED = Path(__file__).with_name("published.json")
-DAGGER = "†"  # marks published figures
-Table = tuple[Sequence[str], list[list[str]]]  # a header and lines under it
+RIVALS = (TRITON, "torch", "deepgemm", "quack", "padded_bmm")  # what a user could call instead
 
 
 @dataclass(frozen=True)
-class Row:
-    """One case's figures in microseconds. published: systems whose time is not of the run."""
+class ProductRow(Row[ProductCase]):
+    """published: systems whose time is not of the run."""
 
-    case: Case
     load: Workload
-    ceilings: Ceilings
-    us: dict[str, float]
     graph_us: dict[str, float]
-    spread: float | None
     published: frozenset[str]
-
-    @property
-    def name(self) -> str:
-        case = self.case
-        routing = "" if case.routing == "balanced" else f" {case.routing}"
-        return f"{case.model} {case.gemm} {case.dtype} {case.tokens}{routing}"
 
     @property
     def floor(self) -> float:
@@ -42,7 +27,7 @@ class Row:
 
     @property
     def floor64(self) -> float:
-        return floor_us(self.case, self.load, self.ceilings, round_rows=True)
+        return floor64_us(self.case, self.load, self.ceilings)
 
     @property
     def best_rival(self) -> str | None:
@@ -53,46 +38,42 @@ class Row:
     def speedup(self) -> float | None:
         """The best rival's time over ours; None where one of the two is missing."""
         best = self.best_rival
-        return self.us[best] / self.us[OURS] if best and OURS in self.us else None
+        return self.ratio(best, OURS) if best else None
 
     def tflops(self, system: str) -> float:
         return flops(self.case) / self.us[system] / 1e6
 
+    def gbs(self, system: str) -> float:
+        """Bytes that the product must move, by the system's time."""
+        return moved_bytes(self.case, self.load) / self.us[system] / 1e3
 
-def rows_of(contents: dict[str, Any], published: dict[str, Any]) -> list[Row]:
-    """Rows of a results file's products, in its order. published: of `load_published`."""
-    return [
-        row_of(record, contents["runs"][record["run"]], published["cases"].get(case_id, {}))
-        for case_id, record in contents["cases"].items()
-        if record["case"]["suite"] not in LAYER_SUITES
-    ]
+    def mark(self, system: str | None) -> str:
+        """A dagger where the system's time is a published one."""
+        return DAGGER if system in self.published else ""
 
 
-def row_of(record: dict[str, Any], run: dict[str, Any], published: dict[str, Any]) -> Row:
-    case = Case(**record["case"])
-    measured = record["systems"]
-    us = {name: figures["us"] for name, figures in measured.items()}
-    missing = {name: figures for name, figures in published.items() if name not in us}
-    for name, figures in missing.items():
-        us[name] = figures["us"] if "us" in figures else flops(case) / figures["tflops"] / 1e6
-    graphs = {name: figures["graph_us"] for name, figures in measured.items()}
-    ours = measured.get(OURS)
-    return Row(
+def product_row_of(
+    record: dict[str, Any], run: dict[str, Any], published: dict[str, Any]
+) -> ProductRow:
+    """published: the case's figures by system."""
+    case = ProductCase(**record["case"])
+    fields = measured(record, run)
+    us = fields.pop("us")
+    missing = {name: system for name, system in published.items() if name not in us}
+    for name, system in missing.items():
+        us[name] = system["us"] if "us" in system else flops(case) / system["tflops"] / 1e6
+    graphs = {name: system["graph_us"] for name, system in record["systems"].items()}
+    return ProductRow(
         case=case,
-        load=Workload(**record["workload"]),
-        ceilings=Ceilings(**run["ceilings"]),
         us=us,
+        **fields,
+        load=Workload(**record["workload"]),
         graph_us={name: value for name, value in graphs.items() if value is not None},
-        spread=(max(ours["rounds"]) - min(ours["rounds"])) / ours["us"] if ours else None,
         published=frozenset(missing),
     )
 
 
-def load_published() -> dict[str, Any]:
-    return json.loads(PUBLISHED.read_text())
-
-
-def ours_over_ours(rows: Sequence[Row], **changed: str) -> dict[str, float]:
+def ours_over_ours(rows: Sequence[ProductRow], **changed: str) -> dict[str, float]:
     """Our time over ours of the case with fields changed, by the row's name; where there is one."""
     us = {row.case: row.us[OURS] for row in rows if OURS in row.us}
     ratios = {}
@@ -101,7 +82,3 @@ def ours_over_ours(rows: Sequence[Row], **changed: str) -> dict[str, float]:
         if row.case in us and other in us and other != row.case:
             ratios[row.name] = us[row.case] / us[other]
     return ratios
-
-
-def number(us: float | None) -> str:
-    return "-" if us is None else f"{us:.1f}" if us < 1000 else f"{us:.0f}"

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from triton.errors import TritonError
 
-from perf.product.cases import Case
-from perf.product.operands import Operands
+from perf.product.cases import ProductCase
+from perf.product.operands import ProductTensors
 from perf.timing import quick_us
 
 
@@ -123,7 +123,7 @@ BIG = (
 )
 
 
-def tilings(case: Case) -> tuple[Tiling, ...]:
+def tilings(case: ProductCase) -> tuple[Tiling, ...]:
     """Those worth trying; a skewed routing has experts of every size."""
     if case.routing != "balanced":
         return SMALL + MIDDLE + BIG
@@ -155,7 +155,7 @@ def align(
 
 
 def fastest(
-    case: Case, operands: Operands, out: torch.Tensor, flush: torch.Tensor
+    case: ProductCase, tensors: ProductTensors, out: torch.Tensor, flush: torch.Tensor
 ) -> tuple[Callable[[torch.Tensor], None], Tiling]:
     """The launch, given a weight, of the tiling that took least time, and that tiling.
 
@@ -163,9 +163,9 @@ def fastest(
     """
     launches, times = {}, {}
     for tiling in tilings(case):
-        launches[tiling] = prepare(case, operands, out, tiling)
+        launches[tiling] = prepare(case, tensors, out, tiling)
         try:
-            times[tiling] = quick_us(partial(launches[tiling], operands.weight), flush)
+            times[tiling] = quick_us(partial(launches[tiling], tensors.weight), flush)
         except TritonError:  # more shared memory or registers than there are
             continue
     if not times:
@@ -175,19 +175,19 @@ def fastest(
 
 
 def prepare(
-    case: Case, operands: Operands, out: torch.Tensor, tiling: Tiling
+    case: ProductCase, tensors: ProductTensors, out: torch.Tensor, tiling: Tiling
 ) -> Callable[[torch.Tensor], None]:
     """A launch, given a weight."""
-    pairs, blocks, padded = align(operands.topk_ids, case.num_experts, tiling.bm)
+    pairs, blocks, padded = align(tensors.topk_ids, case.num_experts, tiling.bm)
     grid = (blocks.numel() * triton.cdiv(case.n, tiling.bn),)
-    bk = tiling.bk if case.operand.quantized else min(tiling.bk, 64)
-    scales = (operands.per_token_scale, operands.scale)
+    bk = tiling.bk if case.element.quantized else min(tiling.bk, 64)
+    scales = (tensors.per_token_scale, tensors.scale)
     sizes = (case.n, case.k, case.rows, case.slots)
-    flags = (case.dtype == "int8", case.operand.quantized, case.k % bk == 0)
+    flags = (case.dtype == "int8", case.element.quantized, case.k % bk == 0)
     tail = (*scales, pairs, blocks, padded, *sizes, *flags, tiling.bm, tiling.bn, bk, tiling.group)
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
 
     def launch(weight: torch.Tensor) -> None:
-        moe_kernel[grid](operands.x, weight, out, *tail, **options)
+        moe_kernel[grid](tensors.x, weight, out, *tail, **options)
 
     return launch

@@ -1,4 +1,4 @@
-"""Benchmarks, as far as a CPU can tell: cases, floors, peers, checks. Nothing is timed."""
+"""Benchmarks of products, as far as a CPU can tell: cases, floors, peers, checks."""
 
 from __future__ import annotations
 
@@ -9,35 +9,34 @@ import pytest
 import torch
 
 from cutlass_moe import grouped_matmul_problem
-from perf.product import measure, peers
+from perf.product import peers
 from perf.product.cases import (
+    DECODE_TOKENS,
     RAGGED_ROWS,
     ROUTINGS,
     SCHEDULES,
-    Case,
-    Ceilings,
+    ProductCase,
     Workload,
-    draw_topk_ids,
+    floor64_us,
     floor_us,
     moved_bytes,
-    workload,
 )
-from perf.product.operands import Operands, Weights, relative_error
+from perf.product.measure import ProductMeasurement
+from perf.product.operands import ProductTensors, ProductWeights
 from perf.product.peers import (
     SYSTEMS,
-    Absent,
-    Prepared,
+    PreparedProduct,
     aligned_rows,
     batched_products,
     ours,
     padded_bmm,
     usual_systems,
 )
-from perf.suites import DECODE_TOKENS, LAYER_SUITES, SUITES, select
-from perf.timing import GRAPH_LAUNCHES, divided, launches_captured, launches_within, summarise
+from perf.product.routing import draw_topk_ids, workload
+from perf.suites import SUITES, select
+from perf.systems import Absent, relative_error
+from tests.perf.samples import H200, PRODUCTS, SMALL
 
-H200 = Ceilings(4424, 4255, 1365, 906, 689, 2.0)
-SMALL = Case("gemm", "m", "up", "fp8", num_experts=5, top_k=2, n=48, k=32, tokens=37)
 SMALL_CASES = {
     "up": SMALL,
     "down": replace(SMALL, gemm="down"),
@@ -52,8 +51,8 @@ SMALL_CASES = {
 small_cases = pytest.mark.parametrize("case", SMALL_CASES.values(), ids=SMALL_CASES)
 
 
-def operands_of(case: Case) -> Operands:
-    return Operands.of(case, Weights.of(case, "cpu"))
+def tensors_of(case: ProductCase) -> ProductTensors:
+    return ProductTensors.of(case, ProductWeights.of(case, "cpu"))
 
 
 # Cases and their routing
@@ -89,15 +88,12 @@ def test_decode_is_the_gemm_suite_at_few_tokens() -> None:
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_unknown_names_are_refused(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=r"expected one of|must be positive"):
+    with pytest.raises(ValueError, match=r"must be one of|must be positive"):
         select(**{"suites": ["gemm"], **wrong})
 
 
-PRODUCTS = [suite for suite in SUITES if suite not in LAYER_SUITES]
-
-
 @pytest.mark.parametrize("case", select(PRODUCTS, tokens=(1, 16)), ids=lambda case: case.id)
-def test_every_case_routes_each_token_to_distinct_experts(case: Case) -> None:
+def test_every_case_routes_each_token_to_distinct_experts(case: ProductCase) -> None:
     few = replace(case, tokens=min(case.tokens, 64))
     ids = draw_topk_ids(few)
     assert ids.shape == (few.tokens, few.top_k)
@@ -171,7 +167,7 @@ def test_floor_of_other_dtypes() -> None:
     floors = {d: floor_us(replace(case, dtype=d), load_, H200) for d in ("fp8", "int8", "bf16")}
     assert floors["int8"] == floors["fp8"] == pytest.approx(2 * 16384 * 4096**2 / 1365e6)
     assert floors["bf16"] == pytest.approx(floors["fp8"] * 1365 / 689)
-    by_rows64 = floor_us(case, replace(load_, rows64=2 * case.rows), H200, round_rows=True)
+    by_rows64 = floor64_us(case, replace(load_, rows64=2 * case.rows), H200)
     assert by_rows64 == pytest.approx(2 * floors["fp8"])
 
 
@@ -189,33 +185,31 @@ def test_moved_bytes_count_each_thing_once() -> None:
 
 
 @small_cases
-def test_expected_rows_are_the_product(case: Case) -> None:
-    operands = operands_of(case)
-    pairs = operands.order
-    token, expert = pairs // case.slots, operands.topk_ids.flatten()[pairs]
+def test_expected_rows_are_the_product(case: ProductCase) -> None:
+    tensors = tensors_of(case)
+    pairs = tensors.order
+    token, expert = pairs // case.slots, tensors.topk_ids.flatten()[pairs]
     assert torch.equal(expert.sort().values, expert)
-    assert operands.index.tolist() == token.tolist()
-    product = torch.einsum(
-        "rk,rnk->rn", operands.x[token].double(), operands.weight[expert].double()
-    )
-    if operands.scale is not None and operands.per_token_scale is not None:
-        product *= operands.per_token_scale[token, None] * operands.scale[expert]
-    assert relative_error(operands.expected(), product[operands.sample]) < 1e-6
+    assert tensors.index.tolist() == token.tolist()
+    product = torch.einsum("rk,rnk->rn", tensors.x[token].double(), tensors.weight[expert].double())
+    if tensors.scale is not None and tensors.per_token_scale is not None:
+        product *= tensors.per_token_scale[token, None] * tensors.scale[expert]
+    assert relative_error(tensors.expected(), product[tensors.sample]) < 1e-6
 
 
 @small_cases
-def test_case_poses_the_problem_of_the_call(case: Case) -> None:
-    operands = operands_of(case)
-    posed = grouped_matmul_problem(operands.x, operands.weight, **operands.options)
+def test_case_poses_the_problem_of_the_call(case: ProductCase) -> None:
+    tensors = tensors_of(case)
+    posed = grouped_matmul_problem(tensors.x, tensors.weight, **tensors.options)
     assert posed == case.problem
 
 
-def wrong(broken: float, *arguments: object) -> Prepared:
+def wrong(broken: float, *arguments: object) -> PreparedProduct:
     prepared = ours(*arguments)
     return replace(prepared, rows=lambda numbers: prepared.rows(numbers) * broken)
 
 
-def raising(error: Exception, *arguments: object) -> Prepared:
+def raising(error: Exception, *arguments: object) -> PreparedProduct:
     raise error
 
 
@@ -232,50 +226,55 @@ def raising(error: Exception, *arguments: object) -> Prepared:
 )
 def test_only_systems_with_the_right_product_are_timed(system, reason, monkeypatch) -> None:
     monkeypatch.setitem(SYSTEMS, "it", system)
-    operands = operands_of(SMALL)
-    measurement = measure.Measurement(SMALL, operands, torch.empty(0))
-    measurement.admit("it", operands.expected())
-    assert ("it" in measurement.prepared) == (reason is None)
-    assert measurement.absent.get("it", "").startswith(reason or "")
+    measurement = ProductMeasurement(SMALL, ProductWeights.of(SMALL, "cpu"), torch.empty(0))
+    expected, systems = measurement.tensors.expected(), measurement.systems
+    systems.admit("it", partial(measurement.attempt, "it", expected))
+    assert ("it" in systems.admitted) == (reason is None)
+    assert systems.absent.get("it", "").startswith(reason or "")
 
 
 @pytest.mark.parametrize("counts", [[0, 3, 0, 130, 128, 0], [1], [0, 0]], ids=str)
 def test_aligned_rows(counts: list[int]) -> None:
     offsets = torch.tensor(counts).cumsum(0).int()
-    place, experts, padded = aligned_rows(offsets, 128)
+    targets, experts, padded = aligned_rows(offsets, 128)
     starts, total = {}, 0
     for expert, count in enumerate(counts):
         starts[expert], total = total, total + -(-count // 128) * 128
     assert padded == total
     assert experts.tolist() == [e for e, count in enumerate(counts) for _ in range(count)]
-    assert place.tolist() == [starts[e] + i for e, count in enumerate(counts) for i in range(count)]
+    assert targets.tolist() == [
+        starts[e] + i for e, count in enumerate(counts) for i in range(count)
+    ]
 
 
 @small_cases
-def test_padded_products_are_the_product(case: Case, monkeypatch) -> None:
+def test_padded_products_are_the_product(case: ProductCase, monkeypatch) -> None:
     monkeypatch.setattr(peers, "quick_us", lambda *_: 1.0)  # of fp8's ways, the one a CPU has
-    operands = operands_of(case)
-    prepared = padded_bmm(case, operands, torch.empty(0))
-    prepared.launch(operands.weight)
-    assert relative_error(prepared.rows(operands.sample), operands.expected()) < 1e-2
-    most = workload(case, operands.topk_ids).max_rows
+    tensors = tensors_of(case)
+    prepared = padded_bmm(case, tensors, torch.empty(0))
+    prepared.launch(tensors.weight)
+    assert relative_error(prepared.rows(tensors.sample), tensors.expected()) < 1e-2
+    most = workload(case, tensors.topk_ids).max_rows
     assert int(prepared.note.split()[1]) - 16 < most <= int(prepared.note.split()[1])
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "int8", "bf16"])
 def test_every_way_of_a_padded_product_is_a_legal_call(dtype: str) -> None:
     case = replace(SMALL, dtype=dtype)
-    weight, scale = Weights.of(case, "cpu").weight.to("meta"), torch.ones(5, 48, device="meta")
+    weight, scale = (
+        ProductWeights.of(case, "cpu").weight.to("meta"),
+        torch.ones(5, 48, device="meta"),
+    )
     x = torch.empty(5, 208, 32, dtype=weight.dtype, device="meta")
     for way in batched_products(dtype, x, torch.ones(5, 208, device="meta"), scale):
         assert [tuple(product.shape) for product in way(weight)] == [(208, 48)] * 5
 
 
 def test_the_fastest_padded_product_is_taken(monkeypatch) -> None:
-    operands = operands_of(SMALL)
+    tensors = tensors_of(SMALL)
     us = {"scaled_mm": 2.0, "scaled_grouped_mm": 1.0}
     monkeypatch.setattr(peers, "quick_us", lambda call, flush: us[call.func.__name__])
-    assert padded_bmm(SMALL, operands, torch.empty(0)).note.startswith("scaled_grouped_mm")
+    assert padded_bmm(SMALL, tensors, torch.empty(0)).note.startswith("scaled_grouped_mm")
 
 
 def test_schedules_and_padding_are_measured_in_their_suites_alone() -> None:
@@ -293,45 +292,19 @@ def test_a_named_schedule_reaches_the_call_and_the_note(monkeypatch) -> None:
     monkeypatch.setattr(
         peers.cutlass_moe, "grouped_matmul_out", lambda *_, **options: seen.update(options)
     )
-    operands = operands_of(SMALL)
-    SYSTEMS["static"](SMALL, operands, torch.empty(0)).launch(operands.weight)
+    tensors = tensors_of(SMALL)
+    SYSTEMS["static"](SMALL, tensors, torch.empty(0)).launch(tensors.weight)
     assert seen["schedule"] == "static"
-    assert seen["offsets"] is operands.offsets
+    assert seen["offsets"] is tensors.offsets
 
 
 @small_cases
-def test_triton_blocks_hold_every_pair_once_with_its_expert(case: Case) -> None:
+def test_triton_blocks_hold_every_pair_once_with_its_expert(case: ProductCase) -> None:
     align = pytest.importorskip("perf.product.triton", exc_type=ImportError).align
     ids = draw_topk_ids(case)
     pairs, experts, padded = align(ids, case.num_experts, 16)
     assert len(pairs) == 16 * len(experts) == padded.item()
     real = pairs < case.rows
     assert pairs[real].sort().values.tolist() == list(range(case.rows))
-    expert_of_place = experts.repeat_interleave(16)
-    assert torch.equal(ids.flatten()[pairs[real].long()].int(), expert_of_place[real])
-
-
-# Timing, as arithmetic
-
-
-def test_summary_of_samples() -> None:
-    timing = summarise([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]])
-    assert (timing.us, timing.rounds, timing.samples) == (3.0, (2.0, 4.0), 6)
-    assert (timing.p20, timing.p80) == (2.0, 4.0)
-    assert timing.spread == pytest.approx(2 / 3)
-    assert divided(timing, 2).us == 1.5
-    with pytest.raises(ValueError, match="at least one sample"):
-        summarise([[1.0], []])
-
-
-@pytest.mark.parametrize(
-    ("seconds", "us", "launches"), [(0.0, 10.0, 3), (1e-3, 33.0, 9), (9.0, 10.0, 50)]
-)
-def test_launches_fill_a_budget_within_bounds(seconds: float, us: float, launches: int) -> None:
-    assert launches_within(seconds, us) == launches
-
-
-@pytest.mark.parametrize("distinct", [1, 5, 24, 100])
-def test_a_graph_takes_each_launch_as_often(distinct: int) -> None:
-    assert launches_captured(distinct) % distinct == 0
-    assert launches_captured(distinct) >= GRAPH_LAUNCHES
+    expert_of_pair = experts.repeat_interleave(16)
+    assert torch.equal(ids.flatten()[pairs[real].long()].int(), expert_of_pair[real])

@@ -10,23 +10,21 @@ from click.testing import CliRunner
 
 from emitters.spec.config_sm90 import GemmSm90Config
 from perf import report
-from perf.__main__ import images_of, main
-from perf.product.cases import SCHEDULES, Case, draw_topk_ids, workload
-from perf.product.figures import figures
-from perf.product.rows import PUBLISHED, RIVALS, Row, load_published, row_of
+from perf.__main__ import main
+from perf.images import images_of
+from perf.product.cases import SCHEDULES, ProductCase
+from perf.product.figures import product_figures
+from perf.product.routing import draw_topk_ids, workload
+from perf.product.rows import RIVALS, ProductRow, product_row_of
+from perf.rows import PUBLISHED, load_published
 from perf.store import Store, default_path, load
 from perf.suites import SUITES, select
-from tests.perf.test_product import H200, PRODUCTS, SMALL
-
-ABOUT = {
-    "commit": "0123456789ab",
-    "command": "python -m perf run",
-    "versions": {"gpu": "Some GPU", "driver": "1", "cuda": "13.0", "torch": "2", "triton": "3"},
-    "ceilings": asdict(H200),
-}
+from tests.perf.samples import ABOUT, H200, PRODUCTS, SMALL
 
 
-def record_of(case: Case, us: dict[str, float], absent: dict[str, str] | None = None) -> dict:
+def record_of(
+    case: ProductCase, us: dict[str, float], absent: dict[str, str] | None = None
+) -> dict:
     figures = {
         name: {"us": value, "rounds": [value, 1.1 * value], "graph_us": 0.9 * value}
         for name, value in us.items()
@@ -84,23 +82,25 @@ def test_row_compares_with_the_best_other_system() -> None:
     case = replace(SMALL, tokens=4096)
     published = {"deepgemm": {"tflops": 1.0}, "triton": {"us": 1.0}}
     record = record_of(case, {"cutlass_moe": 4.0, "triton": 12.0, "torch_gemm": 2.0})
-    row = row_of(record, ABOUT, published)
+    row = product_row_of(record, ABOUT, published)
     flops_us = 2 * case.rows * case.n * case.k / 1e6
     assert row.us["deepgemm"] == pytest.approx(flops_us)
     assert row.published == {"deepgemm"}  # triton was measured: the run's own figure stands
     assert (row.best_rival, row.speedup) == ("triton", 3.0)
     assert row.tflops("cutlass_moe") == pytest.approx(flops_us / 4)
-    lonely = row_of(record_of(case, {"triton": 12.0}), ABOUT, {})
+    lonely = product_row_of(record_of(case, {"triton": 12.0}), ABOUT, {})
     assert (lonely.speedup, lonely.spread) == (None, None)
     assert report.cells(lonely)[-1] == "-"
 
 
-def rows_with(cases: list[Case], us: dict[str, float], **published: dict) -> list[Row]:
-    return [row_of(record_of(case, us), ABOUT, published) for case in cases]
+def rows_with(
+    cases: list[ProductCase], us: dict[str, float], **published: dict
+) -> list[ProductRow]:
+    return [product_row_of(record_of(case, us), ABOUT, published) for case in cases]
 
 
-def figures_of(rows: list[Row]) -> dict:
-    return {figure.name: figure for figure in figures(rows)}
+def figures_of(rows: list[ProductRow]) -> dict:
+    return {figure.name: figure for figure in product_figures(rows)}
 
 
 def test_figures_of_prefill_against_peers() -> None:
@@ -116,7 +116,7 @@ def test_figures_of_prefill_against_peers() -> None:
     assert not any(name.startswith(("int8", "bf16")) for name in found)
 
 
-def one_name(case: Case) -> str:
+def one_name(case: ProductCase) -> str:
     return f"{case.model} {case.gemm} {case.dtype} {case.tokens}"
 
 
@@ -225,7 +225,7 @@ def test_the_full_table_fits_what_is_kept_of_a_long_output() -> None:
     us = dict.fromkeys(("cutlass_moe", "triton", "torch", "torch_gemm", "deepgemm"), 3456.7)
     tokens = (1, 16, 128, 1024, 1024)
     cases = [c for t in tokens for c in select(["gemm"], tokens=(t,))]
-    (table, *_) = report.tables([row_of(record_of(c, us), ABOUT, {}) for c in cases], [])
+    (table, *_) = report.tables([product_row_of(record_of(c, us), ABOUT, {}) for c in cases], [])
     table = report.text_table(*table)
     assert len(table.splitlines()) == 91
     assert len(table) < 11_000
@@ -275,7 +275,7 @@ def test_report_writes_readme_table_and_plots(results, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "--suite", "nope"], "suite 'nope'"),
+        (["run", "--suite", "nope"], "got 'nope'"),
         (["build", "--tokens", "many"], "many"),
         (["report"], "results"),
     ],
@@ -297,7 +297,7 @@ def test_build_compiles_what_each_schedule_launches(monkeypatch) -> None:
         lambda problem, tokens, rows, schedule: replace(config, group_m=SCHEDULES.index(schedule)),
     )
     case = select(["schedules"])[0]
-    assert list(images_of([replace(case, suite="gemm")])) == [(case.problem, config)]
+    assert images_of([replace(case, suite="gemm")]) == [(case.problem, config)]
     groups = [config.group_m for _, config in images_of([case])]
     assert groups == [config.group_m, *range(len(SCHEDULES))]
 
