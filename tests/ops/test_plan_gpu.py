@@ -13,10 +13,10 @@ import cutlass_moe as cm
 from cutlass_moe.choose.heuristics_sm90 import choose
 from cutlass_moe.operands import Operands, Options
 from cutlass_moe.ops import dispatch
-from cutlass_moe.runtime.parameters import parameters
+from cutlass_moe.runtime.parameters import operand_addresses
 from emitters.spec.config_sm90 import GemmSm90Config, GemmSwapSm90Config, Schedule
 from emitters.spec.gemm import GemmProblem
-from emitters.spec.registry import Config
+from emitters.spec.registry import GemmConfig
 from tests.support.cases import CASES, FLOAT, Case, make_inputs, skewed
 from tests.support.numerics import check, poisoned, same_bits
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 PLANNED = ("ragged", "one_token_8_experts", "bias_fp32", "no_index", "expert_scale", "k_7168")
 # Every row of a product is a row of the next one's x.
 LINK = replace(FLOAT, tokens=64, counts=skewed(8, 64), spare=0, n=1024, k=1024)
-LINKS: dict[str, Config] = {
+LINKS: dict[str, GemmConfig] = {
     "swap": GemmSwapSm90Config(k_boxes=2, stages=4, ctas_per_sm=2),
     "swap_split": GemmSwapSm90Config(stages=4, split_k=4, ctas_per_sm=2),
     "swap_large": GemmSwapSm90Config(tile_m=16, tile_n=128),
@@ -36,11 +36,11 @@ LINKS: dict[str, Config] = {
 CHAINS = {**{name: (name,) for name in LINKS}, "all": tuple(LINKS)}
 
 
-def dynamic(case: Case) -> Config:
+def dynamic(case: Case) -> GemmConfig:
     return choose(case.problem, case.tokens, case.rows / len(case.counts), "dynamic")
 
 
-def images() -> set[tuple[GemmProblem, Config]]:
+def images() -> set[tuple[GemmProblem, GemmConfig]]:
     """Every (problem, config) that these tests load and others don't."""
     chained = {(LINK.problem, config) for config in LINKS.values()}
     return chained | {(CASES["ragged"].problem, dynamic(CASES["ragged"]))}
@@ -106,7 +106,7 @@ def test_address_that_the_kernel_cannot_take() -> None:
     plan = cm.plan(**inputs)
     x = inputs["x"]
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view(x.shape)
-    with pytest.raises(ValueError, match="x: expected an address in multiples of 16 bytes"):
+    with pytest.raises(ValueError, match="x: its address must be a multiple of 16 bytes"):
         plan(shifted)
 
 
@@ -116,16 +116,15 @@ def run_chain(names: tuple[str, ...], inputs: dict[str, Any], overlap: bool) -> 
     x, launches = inputs["x"], []
     for i in range(24):
         with dispatch.forced_config(LINKS[names[i % len(names)]]):
-            kernel, grid = dispatch.choose_launch(
-                LINK.problem, 0, LINK.tokens, LINK.rows, Options()
+            choice = dispatch.choose_launch(
+                LINK.problem, 0, LINK.tokens, LINK.rows, inputs["weight"].stride(), Options()
             )
         operands = Operands(
             x, inputs["weight"], inputs["index"], inputs["offsets"], None, None, None
         )
         x = buffers[i % 2]
-        arguments = parameters(LINK.problem, x, operands, interleaved=False)
-        launch = kernel.prepare_gemm(*arguments, grid, overlap=overlap and i > 0)
-        launches.append((kernel, launch))
+        launch = choice._replace(overlap=overlap and i > 0).prepare(operand_addresses(operands, x))
+        launches.append((choice.kernel, launch))
     stream = torch.cuda.current_stream().cuda_stream
     for kernel, launch in launches:
         kernel.set_counters(launch, stream)

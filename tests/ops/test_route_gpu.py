@@ -12,7 +12,6 @@ from torch import Tensor
 import cutlass_moe as cm
 from cutlass_moe.choose.heuristics_sm90 import every_config
 from cutlass_moe.ops.route import (
-    RoutePlaces,
     RoutingTable,
     find_route,
     launch_route,
@@ -91,12 +90,9 @@ def test_cases(case: Ids, bits: int) -> None:
     table = poisoned(on_device, case.experts)
     words = route_scratch(ids.numel(), case.experts)
     scratch = torch.full((words,), POISON, dtype=torch.int32, device="cuda")
-    tensors = (table.index, table.offsets, table.inverse, scratch)
-    places = RoutePlaces(*(tensor.data_ptr() for tensor in tensors))
     kernel = find_route(case.experts, ids.dtype, ids.numel(), 0)
     assert kernel is not None
-    stream = torch.cuda.current_stream().cuda_stream
-    launch_route(kernel, on_device, None, case.experts, ids.numel(), places, stream)
+    launch_route(kernel, on_device, None, ids.numel(), table, scratch)
     check(table, route_reference(ids, case.experts))
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 import cutlass_moe as cm
 from cutlass_moe.choose import heuristics_sm90 as heuristics
 from cutlass_moe.operands import DTYPES
-from cutlass_moe.ops.combine import combine_reference, combine_values
+from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.dispatch import launch_step, step_kernel
-from cutlass_moe.ops.quantize import LARGEST, SOURCES, quantize_per_token_reference, quantize_values
+from cutlass_moe.ops.quantize import LARGEST, SOURCES, quantize_per_token_reference
+from cutlass_moe.runtime.parameters import combine_values, quantize_values
 from emitters.spec.dtypes import DType
 from emitters.spec.layer_steps import CombineProblem, QuantizeProblem, Step, StepConfig
 from tests.support.numerics import poisoned, same_bits, untouched
@@ -49,11 +50,18 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def launch(
-    problem: QuantizeProblem | CombineProblem, values: list[int], rows: int, overlap: bool = False
+    problem: QuantizeProblem | CombineProblem,
+    values: dict[str, int],
+    rows: int,
+    overlap: bool = False,
 ) -> None:
     kernel = step_kernel(problem, 0)
     assert kernel is not None
     launch_step(kernel, values, problem.ctas(rows, kernel.record.threads), 0, overlap)
+
+
+def addresses(**tensors: Tensor) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 def make_rows(rows: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -137,9 +145,8 @@ def test_rows_that_the_device_counts(end: int, early: bool) -> None:
     scale = poisoned(128, 1, torch.float32, "cuda")
     offsets = torch.tensor([0, 0, end], dtype=torch.int32, device="cuda")
     target = q.view(torch.float8_e4m3fn)
-    addresses = (tensor.data_ptr() for tensor in (x, q, scale))
-    last_end = offsets[-1:].data_ptr()
-    values = quantize_values(*addresses, 128, last_end=last_end, early=early)
+    tensors = addresses(source=x, q=q, scale=scale, end=offsets[-1:])
+    values = quantize_values(tensors, 128, early=early)
     launch(SCALED, values, 128, overlap=True)
     count = min(end, 128)
     want, want_scale = quantize_per_token_reference(x[:count].float() * 32, target.dtype)
@@ -225,9 +232,11 @@ def test_graph_replay_with_other_data() -> None:
     q = torch.empty(128, 2048, device="cuda", dtype=torch.int8)
     scale, out = torch.empty(128, device="cuda"), torch.empty_like(x)
 
-    inputs = tuple(sums[name].data_ptr() for name in ("topk_weights", "inverse"))
-    combined = combine_values((sums["rows"].data_ptr(), 1024), *inputs, 0, (out.data_ptr(), 128))
-    quantized = quantize_values(out.data_ptr(), q.data_ptr(), scale.data_ptr(), 128)
+    tensors = addresses(
+        rows=sums["rows"], weights=sums["topk_weights"], inverse=sums["inverse"], out=out
+    )
+    combined = combine_values(tensors, 1024, 128)
+    quantized = quantize_values(addresses(source=out, q=q, scale=scale), 128)
 
     def chain() -> None:
         launch(CombineProblem(DType.BF16, 2048, 8), combined, 128)

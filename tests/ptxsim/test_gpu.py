@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cutlass_moe.images.toolchains import default_build
 from cutlass_moe.runtime.library import load
+from cutlass_moe.runtime.parameters import gemm_values, gemm_views
 from emitters.spec.dtypes import Accumulation
 from emitters.spec.gemm import WeightStorage
-from emitters.spec.weight_map import gate_strides
 from tests.ptxsim.kernels import launch
 from tests.ptxsim.kernels.runs import RUNS, Run
 from tests.ptxsim.schedule import Schedule
@@ -31,28 +31,15 @@ def _on_gpu(run: Run, inputs: dict[str, Any]) -> Tensor:
     out = poisoned(run.case.rows, run.problem.out_columns, inputs["out_dtype"], "cuda")
     on = {name: t.cuda() for name, t in inputs.items() if isinstance(t, Tensor)}
     addresses = {name: tensor.data_ptr() for name, tensor in on.items()}
-    addresses["channel_scale"] = addresses["expert_scale"] = addresses.get("scale", 0)
-    addresses |= {
-        "starts": addresses.get("starts", 0),
-        "ends": addresses["offsets"],
-        "out": out.data_ptr(),
-    }
+    addresses["out"] = out.data_ptr()
     interleaved = inputs.get("interleaved", False)
-    column_stride, gate_stride = gate_strides(run.problem.n, interleaved)
-    integers = {
-        "num_tokens": len(inputs["x"]),
-        "num_rows": len(out),
-        "early": 0,
-        "column_stride": column_stride,
-        "gate_stride": gate_stride,
-    }
+    values = gemm_values(
+        run.problem, addresses, len(inputs["x"]), len(out), interleaved=interleaved
+    )
+    views = gemm_views(run.problem, on["weight"].stride(), len(out), interleaved)
     kernel = load(run.problem, run.config, torch.cuda.current_device())
-    given = addresses | integers
-    names = [param.name for param in kernel.record.params if param.name != "counters"]
-    values = [given.get(name, 0) for name in names]
-    weight = (on["weight"].data_ptr(), on["weight"].stride(), interleaved)
     stream = torch.cuda.current_stream().cuda_stream
-    kernel.launch_gemm(values, weight, (given["out"], len(out)), run.grid, stream)
+    kernel.launch(values, run.grid, stream, views=views)
     return out.cpu()
 
 
@@ -68,7 +55,7 @@ def test_simulator_agrees(name: str, exact: bool) -> None:
     owned = run.case.owned
     assert same_bits(found[~owned], simulated[~owned]), "rows that belong to nobody"
     found, simulated = found[owned], simulated[owned]
-    plain = run.problem.accumulation is Accumulation.INT32 and not run.problem.epilogue
+    plain = run.problem.accumulation is Accumulation.INT32 and not run.case.epilogue
     if plain or (exact and run.problem.activation is None):
         torch.testing.assert_close(found, simulated, rtol=0, atol=0)
         return

@@ -18,8 +18,8 @@ from cutlass_moe.images.toolchains import why_unloadable
 from cutlass_moe.models.problems import gemm_problems, model_problems
 from cutlass_moe.models.shapes import MODELS
 from cutlass_moe.runtime import kernel, library
-from cutlass_moe.runtime.kernel import Kernel
 from cutlass_moe.runtime.driver import DriverError
+from cutlass_moe.runtime.kernel import Kernel
 from cutlass_moe.runtime.launch import Launch
 from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.dtypes import DType
@@ -94,7 +94,7 @@ NEAREST = [
     (
         "epilogue",
         [(dataclasses.replace(PROBLEM, epilogue=(Bias(DType.BF16),)), CONFIG)],
-        'is for epilogue [{"kind": "bias", "dtype": "bf16"}], not [].',
+        'is for epilogue [{"dtype": "bf16", "kind": "bias"}], not [].',
     ),
 ]
 

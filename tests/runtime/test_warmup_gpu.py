@@ -13,7 +13,7 @@ from cutlass_moe.models.shapes import MODELS
 from cutlass_moe.runtime import library
 from emitters.spec.arch import ARCHS
 from emitters.spec.image import image_key
-from emitters.spec.registry import AnyConfig, Problem
+from emitters.spec.registry import Config, Problem
 from tests.support.cases import Case, make_inputs, skewed
 from tests.support.numerics import check, poisoned
 
@@ -23,7 +23,7 @@ MODEL, DTYPE = "qwen3-30b", "fp8"
 PROBLEMS = model_problems(MODELS[MODEL], DTYPE)
 
 
-def images() -> set[tuple[Problem, AnyConfig]]:
+def images() -> set[tuple[Problem, Config]]:
     """Every (problem, config) that these tests load."""
     return {(problem, config) for problem in PROBLEMS.values() for config in every_config(problem)}
 

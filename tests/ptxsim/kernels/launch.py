@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cutlass_moe.runtime.parameters import gemm_values, gemm_views
+from cutlass_moe.runtime.tensor_map import View
 from emitters.compile.emit import emit_ptx
 from emitters.spec.gemm import GemmProblem, Major, WeightStorage
 from emitters.spec.image import LaunchRecord, ParamKind
-from emitters.spec.registry import Config
-from emitters.spec.weight_map import gate_strides
+from emitters.spec.registry import GemmConfig
 from tests.ptxsim.machine import Launch, Machine
 from tests.ptxsim.memory import WORKSPACE, GlobalMemory
 from tests.ptxsim.ptx import Fault, parse
-from tests.ptxsim.samples import samples
 from tests.ptxsim.schedule import Schedule
 from tests.ptxsim.tensormap import TensorMap
 from tests.ptxsim.warp import Code, Trace
@@ -41,7 +41,7 @@ class Kernel:
 
 
 @lru_cache(maxsize=8)
-def kernel(problem: GemmProblem, config: Config) -> Kernel:
+def kernel(problem: GemmProblem, config: GemmConfig) -> Kernel:
     """Compiled anew, in this process; one thread at a time may do that."""
     record, ptx = emit_ptx(problem, config)
     return Kernel(record, ptx, Code(parse(ptx)))
@@ -66,36 +66,26 @@ class Arguments:
         self.inputs, self.record, self.out = inputs, kernel.record, out
         self.grid = int(late)  # the kernel's
         self.copies: list[int] = []  # of the grid before: from, to, int32
-        values = {
-            **{name: self._add(name, inputs.get(name)) for name in ("x", "index", "starts")},
-            "ends": self._add("ends", inputs["offsets"]),
-            "num_tokens": len(inputs["x"]),
-            "num_rows": len(out),
-            "early": int(late),
-            "per_token_scale": self._add("per_token_scale", inputs.get("per_token_scale")),
-            "channel_scale": self._add("scale", inputs.get("scale")),
-            "bias": self._add("bias", inputs.get("bias")),
-        }
-        values["expert_scale"] = values["channel_scale"]
         interleaved = inputs.get("interleaved", False)
-        strides = gate_strides(self.problem.n, interleaved)
-        values["column_stride"], values["gate_stride"] = strides
-        self.counters = np.zeros(2, np.int32)  # of a dynamic schedule
-        if any(param.name == "counters" for param in self.record.params):
-            data = self.counters.view(np.uint8)
-            values["counters"] = self.memory.add("counters", data, WORKSPACE)
-        values["out"] = self.memory.add("out", _bytes(out), writer=self.grid)
-        if late:
-            self._copy(values["out"], self.memory.add("old", np.zeros(out.nbytes, np.uint8), 0))
-        maps = {
-            "weight": self._weight(inputs["weight"], interleaved),
-            "out_map": self._out_map(values["out"]),
+        addresses = {
+            name: self._add(name, tensor)
+            for name, tensor in inputs.items()
+            if isinstance(tensor, Tensor) and name != "weight"
         }
-        self.parameters = self._pack(kernel, values, maps)
+        addresses["out"] = self.memory.add("out", _bytes(out), writer=self.grid)
+        if late:
+            old = self.memory.add("old", np.zeros(out.nbytes, np.uint8), 0)
+            self._copy(addresses["out"], old)
+        views = gemm_views(self.problem, inputs["weight"].stride(), len(out), interleaved)
+        addresses["weight"] = self._weight(inputs["weight"], views["weight"])
+        self.counters = np.zeros(2, np.int32)  # of a dynamic schedule
+        addresses["counters"] = self.memory.add("counters", self.counters.view(np.uint8), WORKSPACE)
+        values = gemm_values(
+            self.problem, addresses, len(inputs["x"]), len(out), interleaved=interleaved, early=late
+        )
+        self.parameters = self._pack(kernel, values, views)
 
-    def _add(self, name: str, tensor: Tensor | None) -> int:
-        if tensor is None:
-            return 0
+    def _add(self, name: str, tensor: Tensor) -> int:
         if not self.grid or name not in _LATE:
             return self.memory.add(name, _bytes(tensor))
         copied = self.memory.add(name, np.zeros(tensor.nbytes, np.uint8), writer=0)
@@ -106,54 +96,39 @@ class Arguments:
         self.copies += (source, target, len(self.memory.regions[-1].data) // 4)
         return target
 
-    def _weight(self, weight: Tensor, interleaved: bool) -> bytes:
-        """The tensor map, or the address of a table of them."""
-        p, box = self.problem, self.record.tensor_maps[0]
-        dense = weight if p.weight_major is Major.K else weight.mT
+    def _weight(self, weight: Tensor, view: View) -> int:
+        """The address of all weights, or of a table of tensor maps of each expert's."""
+        p = self.problem
+        dense = weight if p.weight.major is Major.K else weight.mT
         base = self.memory.add("weight", _bytes(dense))
-        size = p.operand.bytes
-        stacked = p.weights is WeightStorage.STACKED
-        extents, strides = p.weight_view(weight.stride(), interleaved)
-        maps = [
-            TensorMap(
-                pointer=base + expert * weight.stride(0) * size,
-                element_bytes=size,
-                dims=extents,
-                strides=tuple(stride * size for stride in strides),
-                box=box.box,
-                swizzle=box.swizzle,
-            ).encode()
-            for expert in range(1 if stacked else p.num_experts)
-        ]
-        if stacked:
-            return maps[0]
-        table = np.frombuffer(b"".join(maps), np.uint8)
-        return self.memory.add("tensor maps", table).to_bytes(8, "little")
+        if p.weight.storage is WeightStorage.STACKED:
+            return base
+        step = weight.stride(0) * view.element_bytes
+        maps = [self._map("weight", base + e * step, view) for e in range(p.num_experts)]
+        return self.memory.add("tensor maps", np.frombuffer(b"".join(maps), np.uint8))
 
-    def _out_map(self, pointer: int) -> bytes:
-        n, size = self.problem.out_columns, self.problem.out.bytes
-        box = self.record.tensor_maps[1]
+    def _map(self, param: str, address: int, view: View) -> bytes:
+        box = next(box for box in self.record.tensor_maps if box.param == param)
         return TensorMap(
-            pointer=pointer,
-            element_bytes=size,
-            dims=(n, len(self.out)),
-            strides=(n * size,),
+            pointer=address,
+            element_bytes=view.element_bytes,
+            dims=view.extents,
+            strides=tuple(stride * view.element_bytes for stride in view.strides),
             box=box.box,
             swizzle=box.swizzle,
         ).encode()
 
-    def _pack(self, kernel: Kernel, values: dict[str, int], maps: dict[str, bytes]) -> bytes:
+    def _pack(self, kernel: Kernel, values: dict[str, int], views: dict[str, View]) -> bytes:
         program = kernel.code.program
         packed = bytearray(program.parameter_bytes)
         for param, declared in zip(kernel.record.params, program.parameters, strict=True):
             if param.size != declared.size:
                 raise ValueError(f"{param.name}: {param.size} bytes, the PTX has {declared.size}")
-            if param.name in maps:
-                data = maps[param.name]
-            elif param.kind is ParamKind.INT32:
-                data = values[param.name].to_bytes(4, "little", signed=True)
+            value = values[param.name]
+            if param.kind is ParamKind.TENSOR_MAP:
+                data = self._map(param.name, value, views[param.name])
             else:
-                data = values[param.name].to_bytes(8, "little")
+                data = value.to_bytes(param.size, "little", signed=param.kind is ParamKind.INT32)
             packed[declared.offset : declared.offset + len(data)] = data
         return bytes(packed)
 
@@ -195,6 +170,8 @@ def simulate(
 
 
 def _predecessor(copies: list[int]) -> Launch:
+    from tests.ptxsim.samples import samples  # imports the DSL
+
     code = Code(parse(samples.emit(samples.Late(), "ppi" * 3)))
     packed = bytearray(code.program.parameter_bytes)
     for value, p in zip(copies, code.program.parameters, strict=True):

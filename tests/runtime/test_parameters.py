@@ -1,0 +1,211 @@
+"""The values of kernels' parameters, by name: each has one, and each tensor finds its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cutlass_moe.choose.heuristics_sm90 import every_config
+from cutlass_moe.images.toolchains import default_build
+from cutlass_moe.operands import Operands
+from cutlass_moe.runtime.parameters import (
+    combine_values,
+    gemm_values,
+    gemm_views,
+    operand_addresses,
+    quantize_values,
+    route_values,
+    router_values,
+)
+from emitters.spec.config_sm90 import GemmSm90Config, Schedule
+from emitters.spec.dtypes import DType
+from emitters.spec.gemm import (
+    Activation,
+    ActivationFunction,
+    Bias,
+    GemmProblem,
+    Granularity,
+    Major,
+    WeightFormat,
+    WeightStorage,
+)
+from emitters.spec.image import ParamKind
+from emitters.spec.layer_steps import (
+    CombineProblem,
+    QuantizeProblem,
+    RouteLogitsProblem,
+    RouteProblem,
+    TopkProblem,
+)
+from emitters.spec.registry import Config, Problem
+from tests.support.cases import BASE, FLOAT
+
+MAP, POINTER, INT = ParamKind.TENSOR_MAP, ParamKind.POINTER, ParamKind.INT32
+ADDRESS = {  # of any kernel's tensors
+    name: 256 * number
+    for number, name in enumerate(
+        [
+            "x",
+            "weight",
+            "index",
+            "starts",
+            "offsets",
+            "out",
+            "per_token_scale",
+            "scale",
+            "bias",
+            "source",
+            "end",
+            "q",
+            "rows",
+            "weights",
+            "inverse",
+            "residual",
+            "ids",
+            "expert_map",
+            "histograms",
+            "logits",
+            "correction_bias",
+        ],
+        start=1,
+    )
+}
+PLAIN = replace(FLOAT, gather=False, epilogue=()).problem
+GATED = Activation(ActivationFunction.SWIGLU, 0.5)
+FULL = replace(
+    BASE.problem,
+    epilogue=(Bias(DType.BF16), GATED),
+    weight=WeightFormat(DType.E4M3, storage=WeightStorage.TABLE),
+)
+ROUTER = (128, DType.BF16, "softmax", 1)
+_ROUTE = {"num_ids": 9, "pairs": 24, "choices": 3, "capacity": 24}
+_ROUTER = router_values(
+    ADDRESS, num_tokens=5, k=2, topk_groups=1, renormalize=True, scale=2.5, threshold=None
+)
+GEMM = {
+    "plain": (
+        PLAIN,
+        GemmSm90Config(64, 128),
+        "weight x starts offsets out out_map num_tokens num_rows early",
+    ),
+    "full": (
+        FULL,
+        GemmSm90Config(64, 128, schedule=Schedule.DYNAMIC),
+        "weight x index starts offsets out out_map num_tokens num_rows early column_stride "
+        "gate_stride per_token_scale scale bias counters",
+    ),
+}
+STEPS: dict[str, tuple[Problem, dict[str, int], str]] = {
+    "route": (
+        RouteProblem(9, 32),
+        {**route_values(ADDRESS, **_ROUTE), "parts": 0},
+        "ids expert_map num_ids pairs choices capacity index offsets inverse histograms parts",
+    ),
+    "topk_router": (
+        TopkProblem(*ROUTER),
+        _ROUTER,
+        "logits correction_bias weights ids num_tokens k topk_groups renormalize scale threshold",
+    ),
+    "route_logits": (
+        RouteLogitsProblem(*ROUTER),
+        {**_ROUTER, "capacity": 24},
+        "logits correction_bias weights ids num_tokens k topk_groups renormalize scale threshold "
+        "capacity index offsets inverse",
+    ),
+    "quantize": (
+        QuantizeProblem(DType.BF16, DType.E4M3, 64),
+        quantize_values(ADDRESS, 24),
+        "source end q scale num_rows early",
+    ),
+    "combine": (
+        CombineProblem(DType.BF16, 64, 3),
+        combine_values(ADDRESS, 24, 8),
+        "rows weights inverse residual out num_rows num_tokens",
+    ),
+}
+CASES: dict[str, tuple[Problem, Config, dict[str, int], str]] = {
+    **{
+        name: (problem, config, gemm_values(problem, ADDRESS, 8, 24), names)
+        for name, (problem, config, names) in GEMM.items()
+    },
+    **{
+        name: (problem, every_config(problem)[0], values, names)
+        for name, (problem, values, names) in STEPS.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_parameter_has_a_value_and_every_tensor_its_own(name: str) -> None:
+    _, _, values, names = CASES[name]
+    for param in names.split():
+        tensor = param.removesuffix("_map")
+        if tensor in ADDRESS and not (name.startswith(("topk", "route_l")) and param == "scale"):
+            assert values[param] == ADDRESS[tensor], param
+        else:
+            assert isinstance(values[param], int), param
+            assert -(2**31) <= values[param] < 2**31, param
+
+
+@pytest.mark.skipif(default_build() is None, reason="needs nvidia-cutlass-dsl")
+@pytest.mark.parametrize("name", CASES)
+def test_names_are_those_of_the_kernels(name: str) -> None:
+    from emitters.compile.emit import param_kinds
+
+    problem, config, _, names = CASES[name]
+    assert " ".join(param for param, _ in param_kinds(problem, config)) == names
+
+
+def test_tensors_that_are_not_there_have_address_zero() -> None:
+    needed = {name: ADDRESS[name] for name in ("x", "weight", "offsets", "out")}
+    assert gemm_values(PLAIN, needed, 8, 24)["starts"] == 0
+    assert quantize_values({}, 24)["end"] == 0
+    assert combine_values({}, 24, 8)["residual"] == 0
+    assert route_values({}, **_ROUTE)["expert_map"] == 0
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_integers_of_a_gemm(interleaved: bool, early: bool) -> None:
+    values = gemm_values(FULL, ADDRESS, 8, 24, interleaved=interleaved, early=early)
+    assert (values["num_tokens"], values["num_rows"], values["early"]) == (8, 24, int(early))
+    strides = (2, 1) if interleaved else (1, FULL.n // 2)
+    assert (values["column_stride"], values["gate_stride"]) == strides
+
+
+def test_float_parameters_travel_as_their_bits() -> None:
+    assert _ROUTER["scale"] == 0x40200000  # 2.5
+    assert _ROUTER["threshold"] == 0xBF800000 - 2**32  # -1: none
+
+
+def test_views() -> None:
+    problem = GemmProblem(
+        x=DType.BF16,
+        weight=WeightFormat(DType.BF16, Major.K),
+        accumulation=PLAIN.accumulation,
+        out=DType.FP32,
+        n=64,
+        k=32,
+        num_experts=3,
+        gather=True,
+        weight_scale=Granularity.CHANNEL,
+    )
+    views = gemm_views(problem, (4096, 40, 1), num_rows=10)
+    assert views["weight"] == ((32, 64, 3), (40, 4096), 2)
+    assert views["out_map"] == ((64, 10), (64,), 4)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "scale", "bias", "out"])
+def test_a_misaligned_tensor_is_refused(name: str) -> None:
+    buffer = torch.zeros(65)
+    given = {**dict.fromkeys(Operands._fields), "out": None, name: buffer[1:]}
+    for needed in ("x", "weight", "offsets", "out"):
+        given[needed] = buffer[:64] if given[needed] is None else given[needed]
+    out = given.pop("out")
+    assert out is not None
+    multiple = 8 if name in ("scale", "bias") else 16
+    words = f"{name}: its address must be a multiple of {multiple} bytes, got 0x"
+    with pytest.raises(ValueError, match=words):
+        operand_addresses(Operands(**given), out)
