@@ -205,7 +205,7 @@ def test_illegal_problems_have_a_reason(changes: dict, reason: str) -> None:
 
 
 CONFIG_REASONS = [
-    ("32 rows", {"tile_m": 32}, "64 rows a consumer"),
+    ("32 rows", {"tile_m": 32}, "64 rows per consumer"),
     ("N between slices", {"tile_n": 96}, "multiple of 64"),
     ("N beyond WGMMA", {"tile_n": 320}, "up to 256"),
     ("cluster of four", {"cluster_m": 4}, "1 or 2"),
@@ -214,9 +214,9 @@ CONFIG_REASONS = [
     ("ping-pong of 192 rows", {"tile_m": 192, "tile_n": 64, "pingpong": True}, "at most 128"),
     ("three CTAs", {"ctas_per_sm": 3}, "1 or 2"),
     ("one stage", {"stages": 1}, "must be 2 to"),
-    ("more stages than fit", {"stages": 5}, "bytes of shared memory"),
-    ("registers at launch", {"tile_m": 192}, "for one WGMMA where 128 are there"),
-    ("registers", {"tile_n": 192, "pingpong": True}, "registers a consumer thread"),
+    ("more stages than fit", {"stages": 5}, "shared memory of a CTA must be"),
+    ("registers at launch", {"tile_m": 192}, "the launch provides 128"),
+    ("registers", {"tile_n": 192, "pingpong": True}, "a consumer thread must do with"),
 ]
 
 
@@ -266,7 +266,7 @@ SWAP_REASONS = [
     ("more CTAs than steps of K", {"split_k": 8, "k_boxes": 4}, "at most the 4 stages"),
     ("three CTAs", {"ctas_per_sm": 3}, "1 or 2"),
     ("one stage", {"stages": 1}, "must be 2 to"),
-    ("more stages than fit", {"stages": 30}, "bytes of shared memory"),
+    ("more stages than fit", {"stages": 30}, "shared memory of a CTA must be"),
     ("registers", {"tile_m": 96, "tile_n": 128, "ctas_per_sm": 2}, "registers"),
 ]
 
