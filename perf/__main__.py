@@ -171,7 +171,9 @@ def report(results: Path | None, readme: Path) -> None:
 
     found = [results] if results else sorted(store.RESULTS.glob("*.json"))
     if len(found) != 1:
-        raise click.ClickException(f"expected one results file, found {len(found)}: name --results")
+        raise click.ClickException(
+            f"there must be one results file, got {len(found)}: name it with --results"
+        )
     path = found[0]
     contents = store.load(path)
     products, layers = rows_of(contents)

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import click
 import torch
@@ -44,7 +45,7 @@ class Bench:
         kind = nn.GatedMoeFeedForward if gated else nn.MoeFeedForward
         self.shape, self.dtype, self.gated = shape, dtype, gated
         self.activation = "swiglu" if gated else "silu"
-        self.module = kind(
+        self.module: Any = kind(
             shape.hidden, shape.inter, shape.num_experts, self.activation, shape.top_k,
             num_shared, device=device, dtype=torch.bfloat16,
         ).requires_grad_(False)  # fmt: skip
@@ -113,10 +114,11 @@ class Bench:
         if self.x.device.type != "cuda":
             raise Absent("needs a GPU")
         from perf.layer.triton import TritonLayer, tilings
+        from perf.product.triton import Tiling
 
         weights, tokens = self.weights(), len(self.x)
 
-        def call(tiling: object) -> torch.Tensor:
+        def call(tiling: Tiling) -> torch.Tensor:
             layer = TritonLayer(self.shape, self.dtype, tokens, tiling, self.x.device, self.gated)
             out = torch.empty_like(self.x)
             layer(self.x, weights, *self.choice(), out, self.shared(self.x))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +19,7 @@ Image = tuple[Any, Any]  # problem and config
 
 def images_of(cases: Iterable[BenchCase]) -> list[Image]:
     """Each image once."""
-    images_of_kind = {ProductCase: product_images, MoeLayerCase: layer_images}
-    found = (image for case in cases for image in images_of_kind[type(case)](case))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(image for case in cases for image in KINDS[type(case)](case)))
 
 
 def product_images(case: ProductCase) -> Iterator[Image]:
@@ -39,10 +37,18 @@ def layer_images(case: MoeLayerCase) -> Iterator[Image]:
     are not scaled, and of `topk_router`."""
     # of tokens that choose among this rank's experts
     problems = problems_of_shape(replace(case.shape, all_ranks=None), case.dtype)
-    *nodes, activation = problems.up.epilogue
-    up = replace(problems.up, epilogue=(*nodes, replace(activation, scale=1.0)))
-    found = {*problems, up, TopkProblem(case.shape.num_experts, DType.FP32, "softmax", 1)}
+    nodes, activation = problems.up.epilogue, problems.up.activation
+    assert activation is not None
+    up = replace(problems.up, epilogue=(*nodes[:-1], replace(activation, scale=1.0)))
+    router = TopkProblem(case.shape.num_experts, DType.FP32, "softmax", 1)
+    found: set[Any] = {*problems, up, router}
     if problems.quantize_active:
         found.add(replace(problems.quantize_active, source_scale=1.0))
     for problem in found - {None}:
         yield from ((problem, config) for config in heuristics.every_config(problem))
+
+
+KINDS: dict[type, Callable[[Any], Iterator[Image]]] = {
+    ProductCase: product_images,
+    MoeLayerCase: layer_images,
+}

@@ -54,12 +54,12 @@ def write_plots(
 
 def plot(rows: Sequence[ProductRow], named: Sequence[str]) -> Figure:
     gemms = list(dict.fromkeys(row.case.gemm for row in rows))
-    drawn = (
+    draws: tuple[tuple[Callable[..., None], Sequence[ProductRow]], ...] = (
         (draw_us, rows),
         (draw_gbs, [r for r in rows if r.case.tokens <= max(DECODE_TOKENS)]),
         (draw_tflops, [r for r in rows if r.case.tokens >= RATE_TOKENS]),
     )
-    drawn = [(draw_one, some) for draw_one, some in drawn if some]
+    drawn = [(draw_one, some) for draw_one, some in draws if some]
     figure = Figure(figsize=(6.5 * len(gemms), 4.5 * len(drawn)), layout="tight")
     grid = figure.subplots(len(drawn), len(gemms), squeeze=False)
     for column, gemm in enumerate(gemms):

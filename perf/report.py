@@ -289,5 +289,5 @@ def insert(text: str, table: str) -> str:
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"expected the markers {BEGIN} and {END}")
+        raise ValueError(f"the text must hold the markers {BEGIN} and {END}")
     return f"{head}{BEGIN}\n{table}\n{END}{tail}"

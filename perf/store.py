@@ -58,5 +58,5 @@ def load(path: Path) -> dict[str, Any]:
     """A results file. Raises ValueError where it is none."""
     contents = json.loads(path.read_text())
     if not isinstance(contents, dict) or not {"runs", "cases"} <= set(contents):
-        raise ValueError(f"{path}: expected results with 'runs' and 'cases'")
+        raise ValueError(f"{path} must hold results, with 'runs' and 'cases'")
     return contents

@@ -45,7 +45,7 @@ def spread(us: float, rounds: Sequence[float]) -> float:
 def summarise(rounds: Sequence[Sequence[float]]) -> Timing:
     """Timing of the samples of each round, in microseconds. Raises ValueError on an empty round."""
     if not rounds or not all(rounds):
-        raise ValueError("expected at least one sample in each round")
+        raise ValueError("each round must have at least one sample")
     samples = sorted(us for samples in rounds for us in samples)
 
     def quantile(q: float) -> float:

@@ -71,7 +71,7 @@ def one_round(model: str, dtype: str) -> dict[str, Any]:
         start = time.perf_counter()
         cutlass_moe.warmup(model, dtype=dtype)
         times.append(round((time.perf_counter() - start) * 1e3, 2))
-    calls = {}
+    calls: dict[str, list[float]] = {}
     for name in ("up", "down"):
         problem = gemm_problems(MODELS[model], dtype)[name]
         inputs = zeros(problem, TORCH_DTYPES[dtype])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ class LayerWeights:
         return cls(w13, w2, w13_scale, w2_scale)
 
     @property
-    def options(self) -> dict[str, torch.Tensor]:
+    def options(self) -> dict[str, Any]:
         """The scales as `fused_moe` takes them."""
         if self.w13_scale is None or self.w2_scale is None:
             return {}

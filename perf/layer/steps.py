@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -37,7 +38,8 @@ def layer_steps(
         "route": LayerStep([partial(cutlass_moe.route, ids, experts)]),
         ROUTE_REFERENCE: LayerStep([partial(route_reference, ids, experts)]),
     }
-    x, scaled = hidden, {}
+    x = hidden
+    scaled: dict[str, Any] = {}
     if case.element.quantized:
         x, scaled["per_token_scale"] = cutlass_moe.quantize_per_token(hidden, case.torch_dtype)
         small["quantize"] = quantize_step(case, hidden)

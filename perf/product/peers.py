@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def ours(
 ) -> PreparedProduct:
     """This library, gather and scales in the kernel, as a user calls it; may name a schedule."""
     out = poisoned(case.rows, tensors)
-    named = {} if schedule is None else {"schedule": schedule}
+    named: dict[str, Any] = {} if schedule is None else {"schedule": schedule}
 
     def launch(weight: torch.Tensor) -> None:
         cutlass_moe.grouped_matmul_out(out, tensors.x, weight, **tensors.options, **named)
@@ -166,13 +167,24 @@ def batched_products(
 
     x_scale [E, M] and scale [E, N] for fp8; int8 gives int32 without scales.
     """
-    options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
 
     def bmm(weight: torch.Tensor) -> torch.Tensor:
         return torch.bmm(x, weight.mT)
 
     def int_mm(weight: torch.Tensor) -> list[torch.Tensor]:
         return [torch._int_mm(a, b) for a, b in zip(x, weight.mT, strict=True)]
+
+    if dtype == "fp8":
+        assert x_scale is not None and scale is not None
+        return scaled_products(x, x_scale, scale)
+    return [bmm] if dtype == "bf16" else [int_mm]
+
+
+def scaled_products(
+    x: torch.Tensor, x_scale: torch.Tensor, scale: torch.Tensor
+) -> list[Callable[[torch.Tensor], Iterable[torch.Tensor]]]:
+    """The same of fp8."""
+    options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
 
     def scaled_mm(weight: torch.Tensor) -> list[torch.Tensor]:
         each = zip(x, weight.mT, x_scale[:, :, None], scale[:, None], strict=True)
@@ -181,7 +193,7 @@ def batched_products(
     def scaled_grouped_mm(weight: torch.Tensor) -> torch.Tensor:
         return torch._scaled_grouped_mm(x, weight.mT, x_scale, scale, **options)
 
-    return {"bf16": [bmm], "int8": [int_mm], "fp8": [scaled_mm, scaled_grouped_mm]}[dtype]
+    return [scaled_mm, scaled_grouped_mm]
 
 
 def stream(case: ProductCase, tensors: ProductTensors, flush: torch.Tensor) -> PreparedProduct:

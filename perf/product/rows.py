@@ -73,7 +73,7 @@ def product_row_of(
     )
 
 
-def ours_over_ours(rows: Sequence[ProductRow], **changed: str) -> dict[str, float]:
+def ours_over_ours(rows: Sequence[ProductRow], **changed: Any) -> dict[str, float]:
     """Our time over ours of the case with fields changed, by the row's name; where there is one."""
     us = {row.case: row.us[OURS] for row in rows if OURS in row.us}
     ratios = {}

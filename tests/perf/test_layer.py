@@ -13,7 +13,6 @@ import cutlass_moe
 from cutlass_moe.choose.heuristics_sm90 import every_config
 from cutlass_moe.models.problems import problems_of_shape
 from perf.images import images_of
-from perf.layer import measure as measure_layers
 from perf.layer import steps as layer_steps
 from perf.layer.cases import CHAIN_LAYERS, MoeLayerCase, layer_floor_us
 from perf.layer.measure import LayerMeasurement, layer_weights
@@ -23,25 +22,9 @@ from perf.layer.rows import layer_row_of
 from perf.product.routing import draw_topk_ids
 from perf.suites import select
 from perf.systems import Absent
-from perf.timing import Timing
 from tests.perf.samples import ABOUT, CHAIN, H200, LAYERS, SHAPE, dense, each_case
 
 NO_FLUSH = torch.empty(0)
-
-
-def capture_by_fake(launches, number: int):
-    """A replay that runs again what it should have captured."""
-
-    def replay() -> None:
-        for i in range(number):
-            launches[i % len(launches)]()
-
-    replay()
-    return replay
-
-
-def timed(calls, *_) -> dict[str, Timing]:
-    return {name: Timing(10.0, 9.0, 11.0, (10.0, 10.5), 5) for name in calls}
 
 
 def layer_by_fake(hidden, *weights_and_choice, out, workspace, pdl, quant, activation, **options):
@@ -51,8 +34,8 @@ def layer_by_fake(hidden, *weights_and_choice, out, workspace, pdl, quant, activ
 
 
 @pytest.fixture
-def library(monkeypatch) -> SimpleNamespace:
-    """The library's layer functions, graphs and clocks replaced by what a CPU can run."""
+def library(monkeypatch, no_clocks) -> SimpleNamespace:
+    """The library's layer functions replaced by what a CPU can run."""
     fakes = SimpleNamespace(
         fused_moe=layer_by_fake,
         fused_moe_workspace_size=lambda *_, **__: 64,
@@ -67,10 +50,6 @@ def library(monkeypatch) -> SimpleNamespace:
     )
     for name, fake in vars(fakes).items():
         monkeypatch.setattr(cutlass_moe, name, fake, raising=False)
-    monkeypatch.setattr(measure_layers, "capture", capture_by_fake)
-    monkeypatch.setattr(measure_layers, "interleaved", timed)
-    monkeypatch.setattr(measure_layers, "captured", timed)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.delitem(LAYER_SYSTEMS, "triton")
     return fakes
 

@@ -74,7 +74,7 @@ def test_store_keeps_the_latest_record_of_a_case_and_the_runs_in_use(tmp_path) -
 def test_store_refuses_other_files(tmp_path) -> None:
     path = tmp_path / "x.json"
     path.write_text("[]")
-    with pytest.raises(ValueError, match="expected results"):
+    with pytest.raises(ValueError, match="must hold results"):
         load(path)
 
 
