@@ -39,8 +39,9 @@ class Step:
     @property
     def words(self) -> str:
         """For lists that people read."""
-        shown = ((name, getattr(self, name, None)) for name in _WORDS)
-        return " ".join([self.op, *(_WORDS[n].format(v) for n, v in shown if v != _PLAIN.get(n))])
+        fields = to_plain(self)
+        shown = [name for name in _WORDS if fields.get(name, _PLAIN.get(name)) != _PLAIN.get(name)]
+        return " ".join([self.op, *(_WORDS[name].format(fields[name]) for name in shown)])
 
     @property
     def least_threads(self) -> int:
@@ -66,7 +67,7 @@ _WORDS = {  # of fields, in this order
     "top_k": "k {}",
     "source_scale": "scale {:g}",
 }
-_PLAIN = {"num_groups": 1, "source_scale": 1.0}  # values that go without saying; others: None
+_PLAIN = {"num_groups": 1, "source_scale": 1.0}  # values that go without saying
 
 
 @dataclass(frozen=True)

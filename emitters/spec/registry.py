@@ -90,7 +90,7 @@ def as_gemm(problem: Problem) -> GemmProblem | None:
 
 def problem_from_json(plain: dict[str, Any]) -> Problem:
     """Raises ValueError on an unknown op, field or value."""
-    op = plain.get("op")
+    op = dict(plain).get("op")
     if op not in _PROBLEMS:
         raise ValueError(f"a problem's op must be one of {sorted(_PROBLEMS)}, got {op!r}")
     return _PROBLEMS[op].from_json(plain)

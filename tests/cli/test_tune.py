@@ -119,7 +119,7 @@ BAD_TABLES = [
     ("list", "[]", "a table that `cutlass-moe tune` wrote"),
     ("no_configs", json.dumps({GPU: {NAME: []}}), "one or more numbers of rows"),
     ("no_us", json.dumps({GPU: {NAME: [{"config": WIDE.to_json()}]}}), "KeyError"),
-    ("other_config", listed({"template": "x"}, {"1": 2.0}), "expected a config"),
+    ("other_config", listed({"template": "x"}, {"1": 2.0}), "config's template must be"),
     ("no_number", listed(WIDE.to_json(), {"many": 2.0}), "many"),
     ("negative", listed(WIDE.to_json(), {"-1": 2.0}), "all positive"),
 ]
