@@ -154,9 +154,7 @@ def build(jobs: int | None, **choice: str) -> None:
     failed = 0
     for number, result in enumerate(build_images(default_cache(), requests, jobs), 1):
         failed += result.error is not None
-        request = result.request
-        fields = {**request.problem.to_json(), **request.config.to_json()}
-        image = " ".join(f"{k}={v}" for k, v in fields.items() if not isinstance(v, list))
+        image = f"{result.request.problem.words}, {result.request.config.words}"
         click.echo(f"{number}/{len(requests)} {image}: {result.error or 'there'}")
     if failed:
         raise click.ClickException(f"{failed} of {len(requests)} images were not built")
