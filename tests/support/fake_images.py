@@ -13,7 +13,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cutlass_moe.images.cache import Cache
-from emitters.spec.gemm import GemmProblem
 from emitters.spec.image import (
     IMAGE_ABI,
     Image,
@@ -23,7 +22,7 @@ from emitters.spec.image import (
     TensorMapBox,
     image_key,
 )
-from emitters.spec.registry import GemmConfig
+from emitters.spec.registry import Config, Problem
 
 ARCH, KEY, OTHER = "sm_90a", "5eed" * 16, "0dd5" * 16
 FORK = multiprocessing.get_context("fork")
@@ -49,7 +48,7 @@ def make_image(build: str = "today", cubin: bytes = b"\x7fELF" * 100) -> Image:
     return Image(cubin, record)
 
 
-def image_for(problem: GemmProblem, config: GemmConfig, build: str = "today") -> tuple[str, Image]:
+def image_for(problem: Problem, config: Config, build: str = "today") -> tuple[str, Image]:
     """The key of an image, and one that has it."""
     image = make_image(build, f"{problem} {config}".encode())
     asked = {"problem": problem.to_json(), "config": config.to_json()}
