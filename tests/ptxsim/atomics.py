@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from tests.ptxsim.operands import F32, I32, U32, U64, Op, Operands
+from tests.ptxsim.ordered import Location, OrderedMemory
 from tests.ptxsim.outcome import YIELD
 from tests.ptxsim.ptx import Fault, Instruction
-from tests.ptxsim.samples.ordered import Location, OrderedMemory
 
 _ORDERS = ("relaxed", "acquire", "release", "acq_rel")
 _SCOPES = ("cta", "cluster", "gpu", "sys")

@@ -11,9 +11,9 @@ import numpy as np
 
 from tests.ptxsim.operands import I32, U16, U32, U64, Op, Operands, Source, braced, integer
 from tests.ptxsim.order import ASYNC, GENERIC, Threads
+from tests.ptxsim.ordered import OFFSET, PARAM_WINDOW, SHARED_WINDOW
 from tests.ptxsim.outcome import YIELD
 from tests.ptxsim.ptx import Fault, Instruction
-from tests.ptxsim.samples.ordered import OFFSET, PARAM_WINDOW, SHARED_WINDOW
 from tests.ptxsim.tensormap import TensorMap
 
 _LOAD = re.compile(

@@ -11,9 +11,9 @@ import numpy as np
 from tests.ptxsim.barriers import ClusterBarrier, MBarrier, NamedBarrier
 from tests.ptxsim.memory import Access, GlobalMemory
 from tests.ptxsim.order import GENERIC, Order, Threads
+from tests.ptxsim.ordered import OFFSET, RANK_BIT, shared_memory
 from tests.ptxsim.outcome import DONE, READY
 from tests.ptxsim.ptx import Fault, Instruction
-from tests.ptxsim.samples.ordered import OFFSET, RANK_BIT, shared_memory
 from tests.ptxsim.schedule import Schedule
 from tests.ptxsim.warp import Code, Fragment, Trace, Warp
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tests.ptxsim.order import Order, Threads
+from tests.ptxsim.ordered import OrderedMemory, aligned
 from tests.ptxsim.ptx import Fault
-from tests.ptxsim.samples.ordered import OrderedMemory, aligned
 
 _REGION_BITS = 40
 WORKSPACE = -1  # in place of the number of the grid that writes

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.ptxsim.ordered import SHARED_BASE
 from tests.ptxsim.ptx import Fault, Program
-from tests.ptxsim.samples.ordered import SHARED_BASE
 
 ALL = (1 << 32) - 1
 BUSY = 1 << 40  # in place of a register's valid lanes while a WGMMA owns it

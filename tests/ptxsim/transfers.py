@@ -12,9 +12,9 @@ import numpy as np
 from tests.ptxsim.memory import Access, GlobalMemory
 from tests.ptxsim.operands import U16, U32, U64, Op, Operands, braced, integer
 from tests.ptxsim.order import GENERIC
+from tests.ptxsim.ordered import OFFSET, PARAM_WINDOW, RANK_BIT, SHARED_WINDOW
 from tests.ptxsim.outcome import YIELD
 from tests.ptxsim.ptx import Fault, Instruction
-from tests.ptxsim.samples.ordered import OFFSET, PARAM_WINDOW, RANK_BIT, SHARED_WINDOW
 
 _ACCESS = re.compile(
     r"(ld|st)\.(global|shared|shared::cluster|param)(?:\.v([24]))?\.([bus](?:16|32|64)|f32)$"

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from tests.ptxsim.operands import ALL, BUSY, U64, B, Op, Operands, integer
+from tests.ptxsim.ordered import OrderedMemory
 from tests.ptxsim.outcome import YIELD
 from tests.ptxsim.ptx import Fault, Instruction
-from tests.ptxsim.samples.ordered import OrderedMemory
 from tests.ptxsim.tensormap import swizzled
 
 _SHAPE = re.compile(
