@@ -27,8 +27,9 @@ class Plan:
         }
         self._device = out.get_device()
         self._options = options
-        self._choice = choice
+        self._kernel = None if choice is None else choice.kernel
         if choice is not None:
+            self._views = choice.views
             self._launch = choice.prepare(operand_addresses(operands, out))
 
     def __call__(
@@ -48,14 +49,14 @@ class Plan:
         for name, tensor in others.items():
             self._replace(name, tensor)
         tensors = self._tensors
-        if self._choice is None:
+        if self._kernel is None:
             grouped_matmul_reference_out(
                 **tensors,
                 activation=self._options.activation,
                 interleaved=self._options.interleaved,
             )
         else:
-            on_device(self._device, self._enqueue)
+            on_device(self._device, self._launch)
         return tensors["out"]
 
     def _replace(self, name: str, tensor: Tensor) -> None:
@@ -76,17 +77,12 @@ class Plan:
             )
         if tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{name} requires a gradient, and a plan has none")
-        if self._choice is not None:
+        if self._kernel is not None:
             address = tensor.data_ptr()
             if address % alignment:
                 raise misaligned(name, alignment, address)
-            self._choice.kernel.move(self._launch, name, address, self._choice.views)
+            self._kernel.move(self._launch, name, address, self._views)
         self._tensors[name] = tensor
-
-    def _enqueue(self, stream: int) -> None:
-        assert self._choice is not None
-        self._choice.kernel.set_counters(self._launch, stream)
-        self._launch(stream)
 
 
 def plan(

@@ -52,14 +52,14 @@ class Kernel:
         names = [param.name for param in params]
         self._bind = itemgetter(*names)
         self._map_params = [(at, param.name) for at, param in enumerate(params) if _is_map(param)]
-        self._tensors: dict[str, list[tuple[int, Param]]] = {}
+        self._of_tensor: dict[str, list[tuple[int, str | None]]] = {}
         for at, param in enumerate(params):
-            tensor = param.name.removesuffix("_map")
-            self._tensors.setdefault(tensor, []).append((at, param))
+            tensor = param.name.removesuffix("_map") if _is_map(param) else param.name
+            map_name = param.name if _is_map(param) else None
+            self._of_tensor.setdefault(tensor, []).append((at, map_name))
         self._counters = device_counters(device) if "counters" in names else None
-        self._counters_at = names.index("counters") if self._counters else 0
         self._lock = threading.Lock()
-        self._launch = Launch(self._function, self.record)
+        self._launch = Launch(self._function, self.record, self._counters)
 
     def _check_params(self, params: tuple[Param, ...]) -> None:
         for i, param in enumerate(params):
@@ -86,7 +86,6 @@ class Kernel:
         """
         with self._lock:
             self._fill(self._launch, values, grid, overlap, views)
-            self.set_counters(self._launch, stream)
             self._launch(stream)
 
     def prepare(
@@ -96,9 +95,8 @@ class Kernel:
         overlap: bool = False,
         views: Views = _NO_VIEWS,
     ) -> Launch:
-        """A launch of the caller's own, to repeat, each time after `set_counters`; arguments as in
-        `launch`."""
-        launch = Launch(self._function, self.record)
+        """A launch of the caller's own, to repeat; arguments as in `launch`."""
+        launch = Launch(self._function, self.record, self._counters)
         self._fill(launch, values, grid, overlap, views)
         return launch
 
@@ -117,17 +115,12 @@ class Kernel:
 
     def move(self, launch: Launch, tensor: str, address: int, views: Views) -> None:
         """Has a prepared launch find a tensor at another address."""
-        for at, param in self._tensors[tensor]:
-            if launch.values[at] != address:
-                if _is_map(param):
-                    found = self.maps.find(param.name, address, views[param.name])
-                    launch.set_map(at, found)
-                launch.values[at] = address
-
-    def set_counters(self, launch: Launch, stream: int) -> None:
-        """For a launch on `stream`, the current one of this device."""
-        if self._counters is not None:
-            launch.values[self._counters_at] = self._counters.address(stream)
+        values = launch.values
+        for at, map_name in self._of_tensor[tensor]:
+            if values[at] != address:
+                if map_name is not None:
+                    launch.set_map(at, self.maps.find(map_name, address, views[map_name]))
+                values[at] = address
 
 
 def _is_map(param: Param) -> bool:

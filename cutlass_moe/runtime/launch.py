@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from cuda.bindings import driver
 
+from cutlass_moe.runtime.counters import Counters
 from cutlass_moe.runtime.driver import DriverError
 from emitters.spec.image import LaunchRecord
 
@@ -18,13 +19,18 @@ class Launch:
     """A launch that can be repeated: a kernel's parameters, in memory of its own, and its grid.
 
     What differs from the launch before is set in between: `values` are the parameters, addresses
-    and integers in the order of record.params; what stands for a tensor map is ignored. Not
-    thread-safe. The driver has copied all of it when a call returns, into the graph where one is
-    captured.
+    and integers in the order of record.params; what stands for a tensor map or for counters is
+    ignored. Not thread-safe. The driver has copied all of it when a call returns, into the graph
+    where one is captured.
     """
 
-    def __init__(self, function: driver.CUfunction, record: LaunchRecord) -> None:
-        self._function = function
+    def __init__(
+        self, function: driver.CUfunction, record: LaunchRecord, counters: Counters | None = None
+    ) -> None:
+        """counters: where the kernel has a parameter of that name."""
+        self._function, self._counters = function, counters
+        if counters is not None:
+            self._counters_at = [param.name for param in record.params].index("counters")
         count = len(record.params)
         self._slots = struct.Struct(f"<{count}q")
         self.values = (ctypes.c_int64 * count)()
@@ -76,6 +82,8 @@ class Launch:
 
     def __call__(self, stream: int) -> None:
         """Enqueues the kernel on a stream of the current device, which must be the kernel's."""
+        if self._counters is not None:
+            self.values[self._counters_at] = self._counters.address(stream)
         if stream != self._stream:
             self._config.hStream = self._stream = stream
         status = driver.cuLaunchKernelEx(self._config, self._function, self._arguments, 0)[0]

@@ -18,6 +18,7 @@ from emitters.spec.gemm import GemmProblem
 from emitters.spec.weight_map import gate_strides, weight_view
 
 Addresses = Mapping[str, int]
+_OPERANDS = Operands._fields
 # Bytes that the addresses of a GEMM's tensors must be multiples of; others 4.
 ALIGNMENTS = {"x": 16, "weight": 16, "out": 16, "scale": 8, "bias": 8}
 
@@ -66,12 +67,12 @@ def operand_addresses(operands: Operands, out: Tensor) -> dict[str, int]:
     """Of a GEMM's tensors. Raises ValueError for one that its kernel could not read or write."""
     found = {
         name: tensor.data_ptr()
-        for name, tensor in zip(operands._fields, operands, strict=True)
+        for name, tensor in zip(_OPERANDS, operands, strict=True)
         if tensor is not None
     }
     found["out"] = found["out_map"] = out.data_ptr()
     for name, multiple in ALIGNMENTS.items():
-        if name in found and found[name] % multiple:
+        if found.get(name, 0) % multiple:
             raise misaligned(name, multiple, found[name])
     return found
 

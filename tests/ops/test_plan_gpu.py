@@ -124,10 +124,9 @@ def run_chain(names: tuple[str, ...], inputs: dict[str, Any], overlap: bool) -> 
         )
         x = buffers[i % 2]
         launch = choice._replace(overlap=overlap and i > 0).prepare(operand_addresses(operands, x))
-        launches.append((choice.kernel, launch))
+        launches.append(launch)
     stream = torch.cuda.current_stream().cuda_stream
-    for kernel, launch in launches:
-        kernel.set_counters(launch, stream)
+    for launch in launches:
         launch(stream)
     return x
 

@@ -31,7 +31,6 @@ from emitters.spec.gemm import (
     WeightFormat,
     WeightStorage,
 )
-from emitters.spec.image import ParamKind
 from emitters.spec.layer_steps import (
     CombineProblem,
     QuantizeProblem,
@@ -41,34 +40,13 @@ from emitters.spec.layer_steps import (
 )
 from emitters.spec.registry import Config, Problem
 from tests.support.cases import BASE, FLOAT
+from tests.support.fake_driver import INT, parameters_of
 
-MAP, POINTER, INT = ParamKind.TENSOR_MAP, ParamKind.POINTER, ParamKind.INT32
 ADDRESS = {  # of any kernel's tensors
     name: 256 * number
     for number, name in enumerate(
-        [
-            "x",
-            "weight",
-            "index",
-            "starts",
-            "offsets",
-            "out",
-            "per_token_scale",
-            "scale",
-            "bias",
-            "source",
-            "end",
-            "q",
-            "rows",
-            "weights",
-            "inverse",
-            "residual",
-            "ids",
-            "expert_map",
-            "histograms",
-            "logits",
-            "correction_bias",
-        ],
+        (*Operands._fields, "out", "source", "end", "q", "rows", "weights", "inverse")
+        + ("residual", "ids", "expert_map", "histograms", "logits", "correction_bias"),
         start=1,
     )
 }
@@ -84,69 +62,37 @@ _ROUTE = {"num_ids": 9, "pairs": 24, "choices": 3, "capacity": 24}
 _ROUTER = router_values(
     ADDRESS, num_tokens=5, k=2, topk_groups=1, renormalize=True, scale=2.5, threshold=None
 )
-GEMM = {
-    "plain": (
-        PLAIN,
-        GemmSm90Config(64, 128),
-        "weight x starts offsets out out_map num_tokens num_rows early",
-    ),
-    "full": (
-        FULL,
-        GemmSm90Config(64, 128, schedule=Schedule.DYNAMIC),
-        "weight x index starts offsets out out_map num_tokens num_rows early column_stride "
-        "gate_stride per_token_scale scale bias counters",
-    ),
-}
-STEPS: dict[str, tuple[Problem, dict[str, int], str]] = {
-    "route": (
-        RouteProblem(9, 32),
-        {**route_values(ADDRESS, **_ROUTE), "parts": 0},
-        "ids expert_map num_ids pairs choices capacity index offsets inverse histograms parts",
-    ),
-    "topk_router": (
-        TopkProblem(*ROUTER),
-        _ROUTER,
-        "logits correction_bias weights ids num_tokens k topk_groups renormalize scale threshold",
-    ),
-    "route_logits": (
-        RouteLogitsProblem(*ROUTER),
-        {**_ROUTER, "capacity": 24},
-        "logits correction_bias weights ids num_tokens k topk_groups renormalize scale threshold "
-        "capacity index offsets inverse",
-    ),
-    "quantize": (
-        QuantizeProblem(DType.BF16, DType.E4M3, 64),
-        quantize_values(ADDRESS, 24),
-        "source end q scale num_rows early",
-    ),
-    "combine": (
-        CombineProblem(DType.BF16, 64, 3),
-        combine_values(ADDRESS, 24, 8),
-        "rows weights inverse residual out num_rows num_tokens",
-    ),
-}
-CASES: dict[str, tuple[Problem, Config, dict[str, int], str]] = {
+CASES: dict[str, tuple[Problem, Config, dict[str, int]]] = {
     **{
-        name: (problem, config, gemm_values(problem, ADDRESS, 8, 24), names)
-        for name, (problem, config, names) in GEMM.items()
+        name: (problem, config, gemm_values(problem, ADDRESS, 8, 24))
+        for name, problem, config in (
+            ("plain", PLAIN, GemmSm90Config(64, 128)),
+            ("full", FULL, GemmSm90Config(64, 128, schedule=Schedule.DYNAMIC)),
+        )
     },
     **{
-        name: (problem, every_config(problem)[0], values, names)
-        for name, (problem, values, names) in STEPS.items()
+        problem.op: (problem, every_config(problem)[0], values)
+        for problem, values in (
+            (RouteProblem(9, 32), {**route_values(ADDRESS, **_ROUTE), "parts": 0}),
+            (TopkProblem(*ROUTER), _ROUTER),
+            (RouteLogitsProblem(*ROUTER), {**_ROUTER, "capacity": 24}),
+            (QuantizeProblem(DType.BF16, DType.E4M3, 64), quantize_values(ADDRESS, 24)),
+            (CombineProblem(DType.BF16, 64, 3), combine_values(ADDRESS, 24, 8)),
+        )
     },
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_parameter_has_a_value_and_every_tensor_its_own(name: str) -> None:
-    _, _, values, names = CASES[name]
-    for param in names.split():
-        tensor = param.removesuffix("_map")
-        if tensor in ADDRESS and not (name.startswith(("topk", "route_l")) and param == "scale"):
-            assert values[param] == ADDRESS[tensor], param
-        else:
-            assert isinstance(values[param], int), param
+    problem, config, values = CASES[name]
+    for param, kind in parameters_of(problem, config):
+        if kind is INT:
             assert -(2**31) <= values[param] < 2**31, param
+        elif param != "counters":
+            assert values[param] == ADDRESS["out" if param == "out_map" else param], param
+        else:
+            assert values[param] == 0  # the kernel's own
 
 
 @pytest.mark.skipif(default_build() is None, reason="needs nvidia-cutlass-dsl")
@@ -154,8 +100,8 @@ def test_every_parameter_has_a_value_and_every_tensor_its_own(name: str) -> None
 def test_names_are_those_of_the_kernels(name: str) -> None:
     from emitters.compile.emit import param_kinds
 
-    problem, config, _, names = CASES[name]
-    assert " ".join(param for param, _ in param_kinds(problem, config)) == names
+    problem, config, _ = CASES[name]
+    assert param_kinds(problem, config) == parameters_of(problem, config)
 
 
 def test_tensors_that_are_not_there_have_address_zero() -> None:

@@ -15,12 +15,57 @@ from cuda.bindings import driver
 
 from cutlass_moe.runtime import kernel as kernel_module
 from cutlass_moe.runtime.kernel import Kernel
+from emitters.spec.config_sm90 import Schedule
+from emitters.spec.gemm import GemmProblem, WeightStorage
 from emitters.spec.image import Image, Param, ParamKind, TensorMapBox
+from emitters.spec.registry import Config, Problem
 from tests.support.fake_images import make_image
 
+MAP, POINTER, INT = ParamKind.TENSOR_MAP, ParamKind.POINTER, ParamKind.INT32
+INTEGERS = (
+    "num_ids pairs choices capacity parts num_tokens k topk_groups renormalize num_rows early"
+)
+ROUTER = "logits correction_bias weights ids num_tokens k topk_groups renormalize scale threshold"
+TABLE = "index offsets inverse"
+PARAMETERS = {
+    "route": f"ids expert_map num_ids pairs choices capacity {TABLE} histograms parts",
+    "topk_router": ROUTER,
+    "route_logits": f"{ROUTER} capacity {TABLE}",
+    "quantize": "source end q scale num_rows early",
+    "combine": "rows weights inverse residual out num_rows num_tokens",
+}
 SIZES = {ParamKind.TENSOR_MAP: 128, ParamKind.POINTER: 8, ParamKind.INT32: 4}
 COUNTERS = 0xC0 << 8  # the address that every kernel's counters have
 SUCCESS = driver.CUresult.CUDA_SUCCESS
+
+
+def parameters_of(problem: Problem, config: Config) -> list[tuple[str, ParamKind]]:
+    """Names and kinds of a kernel's parameters, as the emitters know them."""
+    if not isinstance(problem, GemmProblem):
+        integers = f"{INTEGERS} scale threshold" if "rout" in problem.op else INTEGERS
+        names = PARAMETERS[problem.op].split()
+        return [(name, INT if name in integers.split() else POINTER) for name in names]
+    stacked = problem.weight.storage is WeightStorage.STACKED
+    operands = (node.operand for node in problem.epilogue if node.operand)
+    found = [
+        ("weight", MAP if stacked else POINTER),
+        ("x", POINTER),
+        ("index", POINTER if problem.gather else None),
+        ("starts", POINTER),
+        ("offsets", POINTER),
+        ("out", POINTER),
+        ("out_map", MAP),
+        ("num_tokens", INT),
+        ("num_rows", INT),
+        ("early", INT),
+        ("column_stride", INT if problem.gated else None),
+        ("gate_stride", INT if problem.gated else None),
+        ("per_token_scale", POINTER if problem.x_scale else None),
+        ("scale", POINTER if problem.weight_scale else None),
+        *((operand, POINTER) for operand in operands),
+        ("counters", POINTER if getattr(config, "schedule", "") == Schedule.DYNAMIC else None),
+    ]
+    return [(name, kind) for name, kind in found if kind is not None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +97,7 @@ class FakeDriver:
         self._record = record
         return Kernel(Image(image.cubin, record), 0)
 
-    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
         ok = (SUCCESS,)
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
@@ -73,6 +118,7 @@ class FakeDriver:
             ("cuLaunchKernelEx", self._launch),
         ):
             monkeypatch.setattr(driver, name, answer)
+        return self
 
     def _encode(
         self, dtype: Any, rank: int, address: int, extents: Any, strides: Any, *rest: Any
@@ -95,10 +141,3 @@ class FakeDriver:
         serialize = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         self.launches.append(Seen(values, config.gridDimX, int(config.hStream), serialize in ids))
         return (SUCCESS,)
-
-
-@pytest.fixture
-def fake_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    made = FakeDriver()
-    made.patch(monkeypatch)
-    return made
