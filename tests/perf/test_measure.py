@@ -15,7 +15,7 @@ from perf.product import peers
 from perf.product.rows import product_row_of
 from perf.systems import Admission
 from tests.perf.samples import ABOUT, H200, LAYERS, SMALL
-from tests.test_layering import FILES, ROOT, imports
+from tests.test_house import FILES, ROOT, imports
 
 
 @pytest.fixture
