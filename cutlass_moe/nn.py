@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import cutlass_moe as cm
 from cutlass_moe.layer.padded import Experts, feed_forward, quantized
-from cutlass_moe.layer.steps import Projection, layer_problems
+from cutlass_moe.layer.steps import LayerSizes, Projection, layer_problems
 from cutlass_moe.operands import DTYPES, QUANTS
 from cutlass_moe.ops.activations import GATED, NOT_GATED
 from cutlass_moe.ops.combine import combine_reference
@@ -314,5 +314,7 @@ def _why_illegal(
         return f"biases of {bias}: at most 32 bits"
     kind = None if bias is None else DTYPES[bias]
     each = Projection(2, kind) if quantized else Projection(0, kind, n_major=True)
-    problems = layer_problems(*sizes, (DTYPES[weight], DTYPES[hidden]), activation, (each, each))
+    problems = layer_problems(
+        LayerSizes(*sizes), DTYPES[weight], DTYPES[hidden], activation, each, each
+    )
     return problems.why_illegal(arch)

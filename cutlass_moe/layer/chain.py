@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -31,22 +31,21 @@ from emitters.spec.layer_steps import CombineProblem, QuantizeProblem
 _PDL_ROWS = 32
 
 
-class Link(NamedTuple):
+class Link:
     """One launch of a chain.
 
     reads, writes: for parameters that are addresses, the name of the tensor: one of LayerOperands,
     "out", or a region of the layer's workspace.
     """
 
-    choice: Choice
-    reads: dict[str, str]
-    writes: dict[str, str]
+    def __init__(self, choice: Choice, reads: dict[str, str], writes: dict[str, str]) -> None:
+        self.choice, self.reads, self.writes = choice, reads, writes
+        self._params = (*reads, *writes)
+        self._find = itemgetter(*reads.values(), *writes.values())
 
     def launch(self, addresses: dict[str, int], stream: int) -> None:
         """addresses: by tensor."""
-        tensors = {**self.reads, **self.writes}
-        found = {param: addresses[tensor] for param, tensor in tensors.items()}
-        self.choice.launch(found, stream)
+        self.choice.launch(zip(self._params, self._find(addresses), strict=True), stream)
 
 
 class LayerWorkspace:

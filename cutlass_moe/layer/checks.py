@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cutlass_moe.layer.steps import LayerProblems, Projection, layer_problems
+from cutlass_moe.layer.steps import LayerProblems, LayerSizes, Projection, layer_problems
 from cutlass_moe.operands import DTYPES, QUANTS, LayerOperands, LayerOptions
 from cutlass_moe.ops._checks import (
     check_accumulation,
@@ -89,7 +89,6 @@ def layer_addresses(layer: LayerOperands, out: Tensor) -> dict[str, int]:
 
 def problems_of(layer: LayerOperands, options: LayerOptions) -> LayerProblems:
     """Of checked arguments of `fused_moe`."""
-    num_experts, hidden, inter = layer.w2.shape
 
     def projection(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Projection:
         return Projection(
@@ -98,17 +97,14 @@ def problems_of(layer: LayerOperands, options: LayerOptions) -> LayerProblems:
             is_n_major(weight),
         )
 
+    num_experts, hidden, inter = layer.w2.shape
     return layer_problems(
-        num_experts,
-        layer.topk_ids.shape[1],
-        hidden,
-        inter,
-        (DTYPES[layer.w2.dtype], DTYPES[layer.hidden.dtype]),
+        LayerSizes(num_experts, layer.topk_ids.shape[1], hidden, inter),
+        DTYPES[layer.w2.dtype],
+        DTYPES[layer.hidden.dtype],
         options.activation,
-        (
-            projection(layer.w13, layer.w13_scale, layer.w13_bias),
-            projection(layer.w2, layer.w2_scale, layer.w2_bias),
-        ),
+        projection(layer.w13, layer.w13_scale, layer.w13_bias),
+        projection(layer.w2, layer.w2_scale, layer.w2_bias),
         options.accumulation,
         8 * layer.topk_ids.dtype.itemsize,
     )

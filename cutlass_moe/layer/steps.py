@@ -43,6 +43,13 @@ class LayerProblems(NamedTuple):
         return next(filter(None, reasons), None)
 
 
+class LayerSizes(NamedTuple):
+    num_experts: int  # of the weights
+    top_k: int
+    hidden: int
+    inter: int
+
+
 class Projection(NamedTuple):
     """What a layer's tensors say of one of its two products."""
 
@@ -52,24 +59,22 @@ class Projection(NamedTuple):
 
 
 def layer_problems(
-    num_experts: int,
-    top_k: int,
-    hidden: int,
-    inter: int,
-    dtypes: tuple[DType, DType],
+    sizes: LayerSizes,
+    operand: DType,
+    outside: DType,
     activation: str,
-    projections: tuple[Projection, Projection],
+    up: Projection,
+    down: Projection,
     accumulation: str | None = None,
     id_bits: int = 32,
 ) -> LayerProblems:
-    """dtypes: of the products' operands, and of the layer's input and output. projections: up and
-    down. Of a layer without quantisation both dtypes are the same."""
-    operand, outside = dtypes
+    """operand: what the products' weights and rows hold; outside: the layer's input and output, the
+    same without quantisation."""
+    num_experts, top_k, hidden, inter = sizes
     quantized = operand.quantized
     function = ActivationFunction(activation)
     active = DType.FP16 if quantized else outside
     scale = ACTIVATION_SCALE if quantized else 1.0
-    up, down = projections
 
     def gemm(
         of: Projection, n: int, k: int, out: DType, node: Activation | None = None

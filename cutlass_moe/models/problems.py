@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cutlass_moe.layer.steps import LayerProblems, Projection, layer_problems
+from cutlass_moe.layer.steps import LayerProblems, LayerSizes, Projection, layer_problems
 from cutlass_moe.models.shapes import DTYPES, MoeShape
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import GemmProblem
@@ -27,13 +27,12 @@ def problems_of_shape(shape: MoeShape, dtype: str) -> LayerProblems:
     operand = DTYPES[dtype]
     each = Projection(2 if operand.quantized else 0, DType.BF16 if shape.bias else None)
     return layer_problems(
-        shape.num_experts,
-        shape.routed.top_k,
-        shape.hidden,
-        shape.inter,
-        (operand, DType.BF16),
+        LayerSizes(shape.num_experts, shape.routed.top_k, shape.hidden, shape.inter),
+        operand,
+        DType.BF16,
         shape.activation,
-        (each, each),
+        each,
+        each,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -47,10 +47,12 @@ class Choice(NamedTuple):
     views: Views
     overlap: bool = False
 
-    def launch(self, addresses: Addresses, stream: int) -> None:
+    def launch(self, addresses: Addresses | Iterable[tuple[str, int]], stream: int) -> None:
         """Enqueues it. addresses: by parameter, of all tensors."""
-        kernel, grid, values, views, overlap = self
-        kernel.launch({**values, **addresses}, grid, stream, overlap, views)
+        kernel, grid, others, views, overlap = self
+        values = {**others}
+        values.update(addresses)
+        kernel.launch(values, grid, stream, overlap, views)
 
     def prepare(self, addresses: Addresses) -> Launch:
         kernel, grid, values, views, overlap = self

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.choose.heuristics_sm90 import choose, every_config, step_config
-from cutlass_moe.layer.steps import Projection, layer_problems
+from cutlass_moe.layer.steps import LayerSizes, Projection, layer_problems
 from cutlass_moe.models.shapes import MODELS, MoeShape
 from cutlass_moe.operands import QUANTS
 from cutlass_moe.ops.quantize import quantize_per_token_reference
@@ -116,13 +116,12 @@ def _images(
     operand = {"fp8": DType.E4M3, "int8": DType.INT8, None: outside}[quant]
     each = Projection(2 if quant else 0, DType.BF16 if shape.bias else None, n_major)
     every = layer_problems(
-        shape.num_experts,
-        shape.top_k,
-        shape.hidden,
-        shape.inter,
-        (operand, outside),
+        LayerSizes(shape.num_experts, shape.top_k, shape.hidden, shape.inter),
+        operand,
+        outside,
         case.activation,
-        (each, each),
+        each,
+        each,
         accumulation,
     )
     counts = TOKENS[1:] if case in CASES.values() else range(1, 501)
