@@ -6,12 +6,22 @@ the DSL, hypothesis or the command line's packages are skipped there, with the p
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 
 import pytest
 import torch
 
+from cutlass_moe.images.cache import Cache
+
 OPTIONAL = {"cutlass", "hypothesis", "click", "rich"}  # also what only their modules import
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """Of this run alone: of its processes, one compiles an image."""
+    root = tmp_path_factory.getbasetemp()
+    return Cache([(root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "images"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

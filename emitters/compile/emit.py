@@ -37,10 +37,13 @@ def emit(
 
 
 def emit_ptx(
-    problem: Problem, config: Config, arch: str = DEFAULT_ARCH
+    problem: Problem, config: Config, arch: str = DEFAULT_ARCH, line_info: bool = True
 ) -> tuple[LaunchRecord, str]:
-    """The kernel that `emit` writes as PTX, with `.loc` lines that name the Python source."""
-    image, ptx = _emit(problem, config, arch, "--generate-line-info")
+    """The kernel that `emit` writes as PTX.
+
+    line_info: with `.loc` lines that name the Python source, which take as long as all the rest.
+    """
+    image, ptx = _emit(problem, config, arch, "--generate-line-info" if line_info else "")
     return image.record, ptx
 
 

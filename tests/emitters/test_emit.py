@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cutlass_moe.choose import heuristics_sm90 as heuristics
-from cutlass_moe.images.compiler import Request, Result, compile_image, compile_images
+from cutlass_moe.images.cache import Cache
+from cutlass_moe.images.compiler import Request, Result, build_images, compile_image
 from cutlass_moe.images.toolchains import default_build
 from cutlass_moe.models import shapes
 from cutlass_moe.models.problems import model_problems
@@ -99,7 +100,7 @@ def every_problem() -> list[GemmProblem]:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> list[Result]:
+def compiled(shared_cache: Cache) -> list[Result]:
     """Every problem with one of its configs, in turn, and the whole set of a model."""
     requests = []
     for i, problem in enumerate(every_problem()):
@@ -108,7 +109,7 @@ def compiled() -> list[Result]:
     for dtype in shapes.DTYPES:
         for problem in model_problems(shapes.MODELS["qwen3-30b"], dtype).values():
             requests += [Request(problem, config) for config in heuristics.every_config(problem)]
-    return list(compile_images(dict.fromkeys(requests)))
+    return list(build_images(shared_cache, requests))
 
 
 def test_every_shipped_kernel_compiles_without_spills(compiled: list[Result]) -> None:

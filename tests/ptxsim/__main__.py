@@ -21,7 +21,7 @@ def main() -> int:
     options = _options()
     record = LaunchRecord.from_json((options.image / "launch.json").read_text())
     problem = GemmProblem.from_json(record.problem)
-    kernel = launch.kernel(problem, config_from_json(record.config))
+    kernel = launch.kernel(problem, config_from_json(record.config), line_info=True)
     if options.ptx:
         options.ptx.write_text(kernel.ptx)
     if options.run:

@@ -40,10 +40,13 @@ class Kernel:
         return Kernel(self.record, ptx, Code(parse(ptx)))
 
 
-@lru_cache(maxsize=8)
-def kernel(problem: GemmProblem, config: GemmConfig) -> Kernel:
-    """Compiled anew, in this process; one thread at a time may do that."""
-    record, ptx = emit_ptx(problem, config)
+@lru_cache(maxsize=32)
+def kernel(problem: GemmProblem, config: GemmConfig, line_info: bool = False) -> Kernel:
+    """Compiled anew, in this process; one thread at a time may do that.
+
+    line_info: so that faults name lines of the Python source, too.
+    """
+    record, ptx = emit_ptx(problem, config, line_info=line_info)
     return Kernel(record, ptx, Code(parse(ptx)))
 
 
