@@ -370,7 +370,6 @@ def make_inputs(case: Case, device: str, exact: bool = False, seed: int = 0) -> 
     tokens = case.tokens if case.gather else case.rows
     experts, n, k = len(case.counts), case.n, case.k
     spread_w = _SPREAD.get(case.operand, k**-0.5)
-    kinds = {node.kind: node for node in case.epilogue}
     inputs: dict[str, Any] = {
         "x": data.operand((tokens, k), case.operand, _SPREAD.get(case.operand, 1.0)),
         "weight": data.operand((experts, n, k), case.operand, spread_w),
@@ -389,14 +388,14 @@ def make_inputs(case: Case, device: str, exact: bool = False, seed: int = 0) -> 
     if case.problem.activation is not None:
         inputs["activation"] = str(case.problem.activation.function)
         inputs["interleaved"] = case.interleaved
-    if "per_token_scale" in kinds:
+    if Granularity.TOKEN in case.epilogue:
         inputs["per_token_scale"] = data.scale((tokens,), 1 / _SPREAD.get(case.operand, 1.0))
-    if "channel_scale" in kinds:
+    if Granularity.CHANNEL in case.epilogue:
         inputs["scale"] = data.scale((experts, n), k**-0.5 / spread_w)
-    if "expert_scale" in kinds:
+    if Granularity.EXPERT in case.epilogue:
         inputs["scale"] = data.scale((experts,), k**-0.5 / spread_w)
-    bias = kinds.get("bias")
-    if isinstance(bias, Bias):
+    bias = next((node for node in case.epilogue if isinstance(node, Bias)), None)
+    if bias is not None:
         inputs["bias"] = data.operand((experts, n), bias.dtype, 1.0)
     return inputs
 
