@@ -1,4 +1,4 @@
-"""Routing on a GPU. `python -m tests.build_images DIR` builds the images it needs."""
+"""Routing on a GPU."""
 
 from __future__ import annotations
 

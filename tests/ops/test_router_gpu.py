@@ -1,4 +1,4 @@
-"""topk_router and route_logits on a GPU. `python -m tests.build_images DIR` builds the images."""
+"""topk_router and route_logits on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m tests.build_images DIR` compiles all images that the GPU tests run.
+"""`python -m tests.support.build_images DIR` compiles all images that the GPU tests run.
 
 A machine without the DSL, or with few cores, takes them from elsewhere:
 run the tests there with CUTLASS_MOE_CACHE_DIR=DIR and CUTLASS_MOE_JIT=0.
@@ -7,32 +7,24 @@ run the tests there with CUTLASS_MOE_CACHE_DIR=DIR and CUTLASS_MOE_JIT=0.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+from pathlib import Path
 
 from cutlass_moe.images.cache import Cache
 from cutlass_moe.images.compiler import Request, build_images
-from tests.layer import test_nn_gpu
-from tests.ops import (
-    test_index_group_matmul_gpu,
-    test_plan_gpu,
-    test_route_gpu,
-    test_router_gpu,
-    test_rows_gpu,
-)
-from tests.runtime import test_warmup_gpu
+from emitters.spec.registry import Config, Problem
 from tests.support import cases, layer_cases
 
-SOURCES = (
-    cases,
-    layer_cases,
-    test_index_group_matmul_gpu,
-    test_nn_gpu,
-    test_plan_gpu,
-    test_route_gpu,
-    test_rows_gpu,
-    test_router_gpu,
-    test_warmup_gpu,
-)
+TESTS = Path(__file__).parents[1]
+
+
+def images() -> set[tuple[Problem, Config]]:
+    """What all GPU tests run: each of their modules, or its cases', says so in `images()`."""
+    paths = sorted(TESTS.rglob("test_*_gpu.py"))
+    names = [".".join(path.relative_to(TESTS.parent).with_suffix("").parts) for path in paths]
+    modules = [cases, layer_cases, *map(importlib.import_module, names)]
+    return {image for module in modules if hasattr(module, "images") for image in module.images()}
 
 
 def main() -> int:
@@ -41,8 +33,7 @@ def main() -> int:
     parser.add_argument("directory", help="root of the cache to build into")
     parser.add_argument("--jobs", type=int, help="compile workers (default: one a core)")
     arguments = parser.parse_args()
-    images = [image for source in SOURCES for image in source.images()]
-    requests = [Request(problem, config) for problem, config in dict.fromkeys(images)]
+    requests = [Request(problem, config) for problem, config in images()]
     failed = 0
     for done, result in enumerate(
         build_images(Cache([arguments.directory]), requests, arguments.jobs), 1
