@@ -9,18 +9,27 @@ from __future__ import annotations
 import ctypes
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from cutlass_moe.operands import Operands, Options
+from cutlass_moe.operands import Operands
 from cutlass_moe.ops._checks import check, check_out
+from cutlass_moe.ops._lists import (
+    ListArguments,
+    Tensors,
+    check_groups,
+    check_tensors,
+    entries_of,
+    find_lengths,
+    find_scales,
+    find_weights,
+)
 from cutlass_moe.ops.dispatch import Choice, choose_launch, enqueue, pose
-from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference_out
 from cutlass_moe.runtime import library
 from cutlass_moe.runtime.fallback import announce_fallback
@@ -31,7 +40,6 @@ from cutlass_moe.runtime.workspace import (
     WorkspaceLayout,
     resolve,
     stand_in,
-    view_of_slices,
 )
 from emitters.spec.gemm import GemmProblem, WeightStorage
 from emitters.spec.image import TENSOR_MAP_BYTES
@@ -39,7 +47,6 @@ from emitters.spec.registry import why_illegal
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Tensors = Tensor | Sequence[Tensor]
 
 
 def index_group_matmul(
@@ -105,33 +112,8 @@ def index_group_matmul_workspace_size(*tensors: Any, **others: Any) -> tuple[int
     Returns the bytes of workspace that a run needs, and the executor whose `run` is the second
     half. Raises what `index_group_matmul` raises.
     """
-    executor = Executor(_Arguments(*tensors, **others))
+    executor = Executor(ListArguments(*tensors, **others))
     return executor.workspace_size, executor
-
-
-class _Arguments(NamedTuple):
-    """As `index_group_matmul` takes them."""
-
-    x: Tensors
-    weight: Tensors
-    scale: Tensors | None
-    per_token_scale: Tensors | None
-    group_list: Tensor
-    out: Tensors
-    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
-    group_list_type: str = "cumsum"
-    bias: Tensor | None = None
-    accumulation: str | None = None
-    expected_rows: int | None = None
-    num_sms: int | None = None
-
-    @property
-    def options(self) -> Options:
-        return Options(
-            accumulation=self.accumulation,
-            expected_rows=self.expected_rows,
-            num_sms=self.num_sms,
-        )
 
 
 class Executor:
@@ -142,20 +124,22 @@ class Executor:
     workspace_size: bytes of workspace that a run needs. device: of all tensors.
     """
 
-    def __init__(self, arguments: _Arguments) -> None:
+    def __init__(self, arguments: ListArguments) -> None:
         self._arguments = arguments
-        self.device = _check_tensors(arguments)
-        self._weights = weights = _weights(arguments.weight)
+        self.device = check_tensors(arguments)
+        self._weights = weights = find_weights(arguments.weight)
         experts = len(weights)
         n, k = weights.shape[1:] if isinstance(weights, Tensor) else weights[0].shape
-        _check_groups(arguments, experts)
-        x = _entries("x", arguments.x, experts)
-        out = _entries("out", arguments.out, experts)
-        token_scale = _entries("per_token_scale", arguments.per_token_scale, experts)
-        scale = _scales(arguments.scale, experts, n)
+        check_groups(arguments, experts)
+        x = entries_of("x", arguments.x, experts)
+        out = entries_of("out", arguments.out, experts)
+        token_scale = entries_of("per_token_scale", arguments.per_token_scale, experts)
+        scale = find_scales(arguments.scale, experts, n)
 
         self._layout = layout = WorkspaceLayout(self.device)
-        lengths = _lengths({"x": x, "per_token_scale": token_scale, "out": out}, arguments.index)
+        lengths = find_lengths(
+            {"x": x, "per_token_scale": token_scale, "out": out}, arguments.index
+        )
         self._limits = layout.from_host(_limits(lengths)) if lengths else None
         self._groups = self._ends = None
         group_list, kind = arguments.group_list, arguments.group_list_type
@@ -272,108 +256,6 @@ class Executor:
             if self._why_illegal is not None:
                 announce_fallback(self._why_illegal)
             _reference(out, operands, self._weights)
-
-
-def _weights(value: Tensors) -> Tensor | list[Tensor]:
-    """[E, N, K] where that takes no copy, else [N, K] of every expert."""
-    single = isinstance(value, Tensor)
-    entries = _entries("weight", value, 1 if single else len(value))
-    shape = entries[0].shape
-    if len(entries) == 1 and len(shape) == 3:
-        return entries[0]
-    for e, entry in enumerate(entries):
-        if single or len(shape) != 2 or entry.shape != shape:
-            wanted = "[E, N, K]" if single else f"[N, K] as weight[0], {tuple(shape)}"
-            raise ValueError(f"weight[{e}]: expected {wanted}, got {tuple(entry.shape)}")
-    if len(entries) == 1:
-        return entries[0][None]
-    stacked = view_of_slices(entries)
-    return entries if stacked is None else stacked
-
-
-def _scales(value: Tensors | None, experts: int, n: int) -> list[Tensor]:
-    """One tensor as `grouped_matmul` takes it, or a row of one, [1, N] or [1], for each expert."""
-    entries = _entries("scale", value, experts)
-    wholes = ((experts, n), (experts, n, 1), (experts,))
-    if len(entries) < experts or (len(entries) == 1 and entries[0].shape in wholes):
-        return entries
-    shapes = ((n,), (n, 1), (1,), ())
-    for e, entry in enumerate(entries):
-        if entry.shape not in shapes:
-            wanted = " or ".join(map(str, shapes))
-            raise ValueError(f"scale[{e}]: expected shape {wanted}, got {tuple(entry.shape)}")
-    return [entry.view(1) if entry.numel() == 1 else entry.view(1, n) for entry in entries]
-
-
-def _entries(name: str, value: Tensors | None, experts: int) -> list[Tensor]:
-    """Of an argument: none, one tensor, or one for each expert, alike but for their first extent.
-
-    Raises TypeError and ValueError for others.
-    """
-    entries = _listed(value)
-    if value is not None and (not entries or len(entries) not in (1, experts)):
-        wanted = f"a tensor or a list of 1 or {experts}"
-        raise ValueError(f"{name}: expected {wanted}, got a list of {len(entries)}")
-    for e, entry in enumerate(entries):
-        if not isinstance(entry, Tensor):
-            raise TypeError(f"{name}[{e}]: expected a tensor, got {type(entry).__name__}")
-        first = entries[0]
-        if entry.dtype != first.dtype:
-            raise TypeError(f"{name}[{e}]: expected {first.dtype} as {name}[0], got {entry.dtype}")
-        if entry.dim() != first.dim() or entry.shape[1:] != first.shape[1:]:
-            wanted = f"{name}[0]'s shape {tuple(first.shape)} but for the first extent"
-            raise ValueError(f"{name}[{e}]: expected {wanted}, got {tuple(entry.shape)}")
-    return entries
-
-
-def _listed(value: Tensors | None) -> list[Tensor]:
-    return [] if value is None else [value] if isinstance(value, Tensor) else list(value)
-
-
-def _lengths(lists: dict[str, list[Tensor]], index: Tensor | None) -> list[int]:
-    """Rows of each expert's tensor where rows come one tensor per expert, else nothing."""
-    lengths: list[int] = []
-    for name, entries in lists.items():
-        if len(entries) < 2:
-            continue
-        if index is not None and name != "out":
-            wanted = "one tensor, whose rows the index names"
-            raise ValueError(f"{name}: expected {wanted}, got a list of {len(entries)}")
-        if not entries[0].dim():
-            raise ValueError(f"{name}[0]: expected rows, got a scalar")
-        rows = [len(entry) for entry in entries]
-        if lengths and rows != lengths:
-            raise ValueError(f"{name}: expected tensors of {lengths} rows, got {rows}")
-        lengths = rows
-    return lengths
-
-
-def _check_tensors(arguments: _Arguments) -> torch.device:
-    """The device of all tensors."""
-    names = ("x", "weight", "scale", "per_token_scale", "group_list", "out", "index", "bias")
-    listed = [(name, _listed(getattr(arguments, name))) for name in names]
-    tensors = [(name, t) for name, entries in listed for t in entries if isinstance(t, Tensor)]
-    device = tensors[0][1].device
-    for name, tensor in tensors:
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected tensors on {device}, got one on {tensor.device}")
-    if wants_gradient(tuple(tensor for _, tensor in tensors)):
-        raise RuntimeError(
-            "index_group_matmul has no gradient and an argument requires one: "
-            "use grouped_matmul, or torch.no_grad()"
-        )
-    return device
-
-
-def _check_groups(arguments: _Arguments, experts: int) -> None:
-    group_list, kind = arguments.group_list, arguments.group_list_type
-    if kind not in ("cumsum", "count"):
-        raise ValueError(f"group_list_type: expected 'cumsum' or 'count', got {kind!r}")
-    if group_list.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"group_list: expected torch.int32 or torch.int64, got {group_list.dtype}")
-    if group_list.shape != (experts,) or not group_list.is_contiguous():
-        got = f"shape {tuple(group_list.shape)}, strides {group_list.stride()}"
-        raise ValueError(f"group_list: expected shape ({experts},), contiguous, got {got}")
 
 
 # What run reads, and what it does without a kernel.

@@ -24,7 +24,7 @@ from cutlass_moe.tune.timing import batch_us, flush_buffer
 from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.gemm import Bias, GemmProblem
 from emitters.spec.image import Image
-from emitters.spec.registry import Config, why_illegal
+from emitters.spec.registry import GemmConfig, why_illegal
 
 TOKENS = tuple(2**i for i in range(16))
 SCREENING = (2, 2)  # rounds, and launches a round, of every config
@@ -36,7 +36,7 @@ HOPELESS = (
 )
 
 TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in DTYPES.items()}
-Sample = Callable[[Config, int], list[float]]  # microseconds of launches
+Sample = Callable[[GemmConfig, int], list[float]]  # microseconds of launches
 
 
 class Measured(NamedTuple):
@@ -44,10 +44,10 @@ class Measured(NamedTuple):
 
     tokens: int
     rows_per_expert: float
-    us: dict[Config, float]
+    us: dict[GemmConfig, float]
 
     @property
-    def best(self) -> Config:
+    def best(self) -> GemmConfig:
         return min(self.us, key=self.us.__getitem__)
 
 
@@ -55,12 +55,12 @@ class Measured(NamedTuple):
 class Images:
     """The configs of a problem that can be measured, and how many can't."""
 
-    configs: tuple[Config, ...]
+    configs: tuple[GemmConfig, ...]
     missing: int
     spilling: int
 
 
-def space(problem: GemmProblem) -> tuple[Config, ...]:
+def space(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """The legal configs that may be the best for some number of rows."""
     wide = ((64, 128), (64, 192), (64, 256), (128, 128))
     found = [
@@ -85,7 +85,7 @@ def gpu_name() -> str:
     return library.device_name(torch.cuda.current_device())
 
 
-def find_images(problem: GemmProblem, configs: Iterable[Config]) -> Images:
+def find_images(problem: GemmProblem, configs: Iterable[GemmConfig]) -> Images:
     """Loads a kernel for each config, compiled where the cache lacks it and compiling is allowed.
 
     Left out are kernels that spill registers. Raises MissingImage where there are no others, and
@@ -94,7 +94,7 @@ def find_images(problem: GemmProblem, configs: Iterable[Config]) -> Images:
     device = torch.cuda.current_device()
     arch = library.device_arch(device)
 
-    def find(config: Config) -> Image | None:
+    def find(config: GemmConfig) -> Image | None:
         try:
             return library.find_image(problem, config, arch)
         except MissingImage:
@@ -115,20 +115,20 @@ def find_images(problem: GemmProblem, configs: Iterable[Config]) -> Images:
 
 
 def measure(
-    problem: GemmProblem, top_k: int, configs: Sequence[Config], tokens: Sequence[int] = TOKENS
+    problem: GemmProblem, top_k: int, configs: Sequence[GemmConfig], tokens: Sequence[int] = TOKENS
 ) -> Iterator[Measured]:
     """Times configs at each number of tokens, in ascending order, on the current device.
 
     Random operands; every expert is as likely as another. Of a config that is far from the fastest
     nothing may be known.
     """
-    operands = Operands.of(problem, top_k, max(tokens))
+    operands = RandomOperands.of(problem, top_k, max(tokens))
     flush = flush_buffer()
-    hopeless: set[Config] = set()
+    hopeless: set[GemmConfig] = set()
     for count in sorted(tokens):
         run = operands.product(count)
 
-        def sample(config: Config, launches: int, run: Callable[[], None] = run) -> list[float]:
+        def sample(config: GemmConfig, launches: int, run: Callable[[], None] = run) -> list[float]:
             with dispatch.forced_config(config):
                 return batch_us(run, launches, flush)
 
@@ -151,7 +151,7 @@ def choices(measured: Sequence[Measured]) -> list[Entry]:
     return entries[::-1]
 
 
-def time_configs(configs: Sequence[Config], sample: Sample) -> dict[Config, float]:
+def time_configs(configs: Sequence[GemmConfig], sample: Sample) -> dict[GemmConfig, float]:
     """Microseconds of each config: a first reading of all, a closer one of those in front."""
     first = _medians(configs, sample, *SCREENING)
     limit = MAYBE * min(first.values())
@@ -159,10 +159,10 @@ def time_configs(configs: Sequence[Config], sample: Sample) -> dict[Config, floa
 
 
 def _medians(
-    configs: Sequence[Config], sample: Sample, rounds: int, launches: int
-) -> dict[Config, float]:
+    configs: Sequence[GemmConfig], sample: Sample, rounds: int, launches: int
+) -> dict[GemmConfig, float]:
     """Of launches in several rounds, in each of which every config takes its turn."""
-    samples: dict[Config, list[float]] = {config: [] for config in configs}
+    samples: dict[GemmConfig, list[float]] = {config: [] for config in configs}
     for _ in range(rounds):
         for config in configs:
             samples[config] += sample(config, launches)
@@ -170,7 +170,7 @@ def _medians(
 
 
 @dataclass(frozen=True)
-class Operands:
+class RandomOperands:
     """Random operands of a problem for up to a number of tokens."""
 
     problem: GemmProblem
@@ -180,21 +180,21 @@ class Operands:
     per_token_scale: Tensor | None
 
     @classmethod
-    def of(cls, problem: GemmProblem, top_k: int, tokens: int) -> Operands:
-        dtype = TORCH_DTYPES[problem.operand]
+    def of(cls, problem: GemmProblem, top_k: int, tokens: int) -> RandomOperands:
+        dtype = TORCH_DTYPES[problem.x]
         experts, n, k = problem.num_experts, problem.n, problem.k
         weight = torch.empty(experts, n, k, dtype=dtype, device="cuda")
         for expert in weight:
             expert.copy_(_values(dtype, n, k))
         fixed = {"weight": weight}
-        if problem.operand.quantized:
+        if problem.x.quantized:
             fixed["scale"] = torch.rand(experts, n, device="cuda")
         for node in problem.epilogue:
             if isinstance(node, Bias):
                 bias = torch.randn(experts, n, device="cuda")
                 fixed["bias"] = bias.to(TORCH_DTYPES[node.dtype])
         rows = tokens if problem.gather else tokens * top_k
-        scale = torch.rand(rows, device="cuda") if problem.operand.quantized else None
+        scale = torch.rand(rows, device="cuda") if problem.x.quantized else None
         return cls(problem, top_k, _values(dtype, rows, k).to(dtype), fixed, scale)
 
     def product(self, tokens: int) -> Callable[[], None]:

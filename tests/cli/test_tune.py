@@ -186,7 +186,7 @@ def test_hopeless_configs_miss_one_size(monkeypatch):
         def product(self, tokens):
             return tokens
 
-    monkeypatch.setattr(measure, "Operands", Fake)
+    monkeypatch.setattr(measure, "RandomOperands", Fake)
     monkeypatch.setattr(measure, "flush_buffer", lambda: None)
     monkeypatch.setattr(
         measure, "batch_us", lambda tokens, launches, _: [us[tokens][dispatch.forced]] * launches
@@ -242,7 +242,7 @@ def test_operands_pose_the_problem(monkeypatch, dtype, bias, name):
             torch, maker, lambda *a, _make=make, **k: _make(*a, **{**k, "device": "cpu"})
         )
     problem = gemm_problems(dataclasses.replace(SHAPE, bias=bias), dtype)[name]
-    run = measure.Operands.of(problem, 2, 16).product(8)
+    run = measure.RandomOperands.of(problem, 2, 16).product(8)
     (out,) = run.args
     assert grouped_matmul_problem(**run.keywords) == problem
     assert out.shape == (16, problem.n)

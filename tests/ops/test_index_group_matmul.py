@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cutlass_moe as cm
-from emitters.spec.gemm import Bias, ExpertScale, PerTokenScale
+from cutlass_moe.ops._lists import ListArguments
+from emitters.spec.gemm import Bias, Granularity
 from tests.support.cases import BF16, FP16, FP32, INT8, SCALES, Case
 from tests.support.forms import APART, FORMS, I32, I64, INDEX_FORMS, PARTS, Form, make_call
 from tests.support.numerics import same_bits
@@ -33,9 +35,9 @@ CASES = {
     "fp8": SMALL,
     "bf16": FLOAT,
     "bf16_fp32": replace(FLOAT, out=FP32),
-    "fp16_token_scale": replace(FLOAT, operand=FP16, epilogue=(PerTokenScale(),)),
+    "fp16_token_scale": replace(FLOAT, operand=FP16, epilogue=(Granularity.TOKEN,)),
     "int8_expert_scale": replace(
-        SMALL, operand=INT8, epilogue=(PerTokenScale(), ExpertScale(), Bias(FP32))
+        SMALL, operand=INT8, epilogue=(Granularity.TOKEN, Granularity.EXPERT, Bias(FP32))
     ),
     "bias": replace(SMALL, epilogue=(*SCALES, Bias(BF16))),
     "bf16_bias": replace(FLOAT, epilogue=(Bias(BF16),)),
@@ -419,3 +421,15 @@ def test_any_call_is_that_of_single_tensors(
     call = make_call(replace(SMALL, counts=tuple(counts), gather=gather), form)
     cm.index_group_matmul(**call.arguments)
     call.check()
+
+
+def test_both_forms_take_the_same_arguments() -> None:
+    whole = inspect.signature(cm.index_group_matmul)
+    assert inspect.signature(cm.index_group_matmul_workspace_size).parameters == whole.parameters
+    assert ListArguments._fields == tuple(whole.parameters)
+    defaults = {n: p.default for n, p in whole.parameters.items() if p.default is not p.empty}
+    assert ListArguments._field_defaults == defaults
+    with pytest.raises(TypeError, match="stream"):
+        cm.index_group_matmul_workspace_size(*"xwspgo", stream=0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="out"):
+        cm.index_group_matmul_workspace_size(*"xwspg")  # type: ignore[call-arg]
