@@ -1,4 +1,4 @@
-"""index_group_matmul on a GPU. `python -m tests.build_images DIR` builds the images it needs."""
+"""index_group_matmul on a GPU."""
 
 from __future__ import annotations
 
