@@ -184,8 +184,8 @@ class _LinkMaker:
         read = {"ids": "topk_ids", "expert_map": "expert_map"}
         written = {name: name for name in ("index", "offsets", "inverse", "histograms")}
         return [
-            Link(Choice(kernel, grid, {**values, "parts": parts}, {}, self.overlap), read, written)
-            for grid, parts in route_phases(pairs, num_experts)
+            Link(Choice(kernel, grid, {**values, "phase": phase}, {}, self.overlap), read, written)
+            for grid, phase in route_phases(pairs, num_experts)
         ]
 
     def rowwise(

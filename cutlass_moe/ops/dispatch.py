@@ -59,7 +59,7 @@ class Choice(NamedTuple):
         return kernel.prepare({**values, **addresses}, grid, overlap, views)
 
 
-class Call(NamedTuple):
+class CheckedCall(NamedTuple):
     """What is known of a call before its addresses are."""
 
     shape: tuple[int, int]
@@ -67,10 +67,10 @@ class Call(NamedTuple):
     choice: Choice | None  # None: the reference
 
 
-_calls: Signatures[Call] = Signatures()
+_calls: Signatures[CheckedCall] = Signatures()
 
 
-def find_call(operands: Operands, out: Tensor | None, options: Options) -> Call:
+def find_call(operands: Operands, out: Tensor | None, options: Options) -> CheckedCall:
     """Checks arguments and chooses a kernel, once per signature: dtypes, shapes, strides,
     devices."""
     key = signature((*options, forced), (out, *operands))
@@ -81,7 +81,9 @@ def find_call(operands: Operands, out: Tensor | None, options: Options) -> Call:
         dtype = check(operands, options)
         if out is not None:
             check_out(out, operands, options, dtype)
-        call = Call(product_shape(operands, options), dtype, _choose(operands, dtype, options))
+        call = CheckedCall(
+            product_shape(operands, options), dtype, _choose(operands, dtype, options)
+        )
         if call.choice is not None or not operands.x.is_cuda:  # else the fallback is told each time
             _calls.keep(key, call)
     return call
@@ -189,7 +191,7 @@ def choose_launch(
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     ctas = min(options.num_sms or sms, sms) * config.ctas_per_sm
     most_tiles = (num_rows // config.tile_m + min(experts, num_rows)) * config.n_tiles(problem)
-    clusters = max(1, min(ctas // config.cluster, most_tiles // config.cluster_m))
+    clusters = max(1, min(ctas // config.cluster, most_tiles // config.cluster_tiles))
     return Choice(
         library.load(problem, config, device),
         clusters * config.cluster,

@@ -163,7 +163,7 @@ def find_route(num_experts: int, dtype: torch.dtype, pairs: int, device: int) ->
 
 
 def route_phases(pairs: int, num_experts: int) -> tuple[tuple[int, int], ...]:
-    """The launches of a route kernel for so many pairs: CTAs and the value of `parts` of each."""
+    """The launches of a route kernel for so many pairs: CTAs and the value of `phase` of each."""
     grid = route_grid(pairs, num_experts)
     return ((1, 0),) if grid == 1 else ((grid, 1), (grid, 2))
 
@@ -199,8 +199,8 @@ def launch_route(
         choices=topk_ids.shape[1] if topk_ids.dim() == 2 else 1,
         capacity=capacity,
     )
-    for grid, parts in route_phases(pairs, num_experts):
-        launch_step(kernel, {**values, "parts": parts}, grid, topk_ids.get_device(), pdl)
+    for grid, phase in route_phases(pairs, num_experts):
+        launch_step(kernel, {**values, "phase": phase}, grid, topk_ids.get_device(), pdl)
 
 
 def _check(

@@ -86,7 +86,7 @@ def misaligned(name: str, multiple: int, address: int) -> ValueError:
 def route_values(
     addresses: Addresses, *, num_ids: int, pairs: int, choices: int, capacity: int
 ) -> dict[str, int]:
-    """All but `parts`, which differs from launch to launch. num_ids: experts that ids may name;
+    """All but `phase`, which differs from launch to launch. num_ids: experts that ids may name;
     choices: per token; capacity: the most rows of an expert."""
     return {
         "expert_map": 0,

@@ -21,7 +21,7 @@ from emitters.spec.image import IMAGE_ABI, TENSOR_MAP_BYTES, Image, LaunchRecord
 from emitters.spec.registry import Config, Problem, find_template, why_illegal
 
 if TYPE_CHECKING:
-    from emitters.templates.arguments import Argument
+    from emitters.templates.parameters import Argument
 
 _SIZES = {ParamKind.TENSOR_MAP: TENSOR_MAP_BYTES, ParamKind.POINTER: 8, ParamKind.INT32: 4}
 

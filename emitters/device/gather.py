@@ -8,7 +8,8 @@ from cutlass import Int32, Int64, const_expr, range_constexpr
 from cutlass.experimental import primitives as prims
 
 from emitters.device.memory import VECTOR
-from emitters.spec.config_sm90 import K_TILE_BYTES, WARPGROUP, GemmSm90Config
+from emitters.device.parameters import Gathered
+from emitters.spec.config_sm90 import K_TILE_BYTES, WARPGROUP
 from emitters.spec.gemm import GemmProblem
 
 _CHUNK = 16  # bytes of one cp.async
@@ -25,14 +26,14 @@ class GatherIterator:
     that WGMMA reads.
     """
 
-    def __init__(self, problem: GemmProblem, config: GemmSm90Config):
+    def __init__(self, problem: GemmProblem, tile_m: int):
         self.gather = problem.gather
         self.row_bytes = problem.k * problem.x.bytes
-        self.passes = -(-config.tile_m // _ROWS_PER_PASS)
+        self.passes = -(-tile_m // _ROWS_PER_PASS)
 
-    def attach(self, x: cute.Pointer, index: cute.Pointer | None, num_tokens: Int32, thread: Int32):
-        """x: bytes of [T, K] in global memory. thread: 0 .. 127 within the producer warpgroup."""
-        self.x, self.index, self.num_tokens = x, index, num_tokens
+    def attach(self, gathered: Gathered, thread: Int32):
+        """thread: 0 .. 127 within the producer warpgroup."""
+        self.x, self.index, self.num_tokens = gathered
         self.row = thread // _CHUNKS
         self.column = thread % _CHUNKS * _CHUNK
         # rows of a pass are 16 apart, so a thread's chunk is swizzled alike in all of them

@@ -1,9 +1,12 @@
-"""Typed views of memory on the device."""
+"""Memory as kernels address it: elements, typed views, tensor maps."""
 
 from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import cute_nvgpu
+from cutlass.cutlass_dsl import dsl_user_op
 
 from emitters.spec.dtypes import DType
 
@@ -17,8 +20,6 @@ ELEMENT = {
     DType.FP16: cutlass.Float16,
     DType.FP32: cutlass.Float32,
 }
-
-
 GMEM, SMEM = cute.AddressSpace.gmem, cute.AddressSpace.smem
 
 
@@ -30,3 +31,11 @@ def vector(
         element, pointer.toint(), space, assumed_align=count * element.width // 8
     )
     return cute.make_tensor(aligned, cute.make_layout(count))
+
+
+@dsl_user_op
+def tensor_map_address(atom, *, loc=None, ip=None):
+    """Address of the tensor map that a TMA atom carries as a kernel parameter."""
+    executable = cute_nvgpu.atom_make_exec_tma(atom._trait.value, loc=loc, ip=ip)
+    kind = ir.Type.parse("!cute.ptr<!cute_nvgpu.tma_descriptor_tiled, generic, align<128>>")
+    return cute_nvgpu.get_tma_desc_addr(kind, executable, loc=loc, ip=ip)

@@ -1,53 +1,76 @@
-"""The templates' side of tensor maps: the host encodes them, a kernel finds and names them."""
+"""Weights on their way to shared memory, by TMA."""
 
 from __future__ import annotations
 
 import cutlass.cute as cute
 import cutlass.utils as utils
-from cutlass import Int32, Uint8
-from cutlass._mlir import ir
-from cutlass._mlir.dialects import cute_nvgpu
+from cutlass import Int16, Int32, Int64, Uint8
 from cutlass.cute.nvgpu import cpasync
-from cutlass.cutlass_dsl import dsl_user_op
 from cutlass.experimental import primitives as prims
 
-from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS
+from emitters.device.memory import tensor_map_address
+from emitters.spec.config_sm90 import K_TILE_BYTES
 from emitters.spec.gemm import GemmProblem, Major, WeightStorage
 from emitters.spec.image import TENSOR_MAP_BYTES
+from emitters.spec.weight_map import weight_corners
 
 WEIGHT_LAYOUT = {Major.K: utils.LayoutEnum.ROW_MAJOR, Major.N: utils.LayoutEnum.COL_MAJOR}
 OPERAND_MAJOR = {
     Major.K: cute.nvgpu.OperandMajorMode.K,
     Major.N: cute.nvgpu.OperandMajorMode.MN,
 }
+_EVICT_FIRST = 0x12F0000000000000  # the L2 policy that createpolicy makes of evict_first
 
 
-@dsl_user_op
-def tensor_map_address(atom, *, loc=None, ip=None):
-    """Address of the tensor map that a TMA atom carries as a kernel parameter."""
-    executable = cute_nvgpu.atom_make_exec_tma(atom._trait.value, loc=loc, ip=ip)
-    kind = ir.Type.parse("!cute.ptr<!cute_nvgpu.tma_descriptor_tiled, generic, align<128>>")
-    return cute_nvgpu.get_tma_desc_addr(kind, executable, loc=loc, ip=ip)
+class WeightLoader:
+    """Copies columns of weights, 128 bytes of K of each at a time.
 
+    evict_first: weights leave L2 before what was there.
+    """
 
-def make_out_map(problem: GemmProblem, out: cute.Tensor):
-    """The TMA atom through which slices are stored. out: any [16, N]; the host says where."""
-    box = (SLICE_ROWS, SLICE_BYTES // problem.out.bytes)
-    layout = cute.make_layout(box, stride=(box[1], 1))
-    atom, _ = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), out, layout, box)
-    return atom
+    def __init__(self, problem: GemmProblem, evict_first: bool = False):
+        self.problem = problem
+        self.stacked = problem.weight.storage is WeightStorage.STACKED
+        self.l2_hint = Int64(_EVICT_FIRST) if evict_first else None
 
+    def carrier(self, weight, stage_layout, box: tuple[int, int]):
+        """What the kernel is handed for a [N, K, E] tensor: an atom, for which a parameter of 128
+        bytes is reserved. The host encodes the tensor map in it. For a table it is the pointer."""
+        if not self.stacked:
+            return weight
+        copy = cpasync.CopyBulkTensorTileG2SOp()
+        atom, _ = cpasync.make_tiled_tma_atom(copy, weight, stage_layout, box)
+        return atom
 
-def find_weight_map(problem: GemmProblem, weight, expert: Int32):
-    """Address of an expert's. weight: a TMA atom, or the pointer to a table of maps."""
-    if problem.weight.storage is WeightStorage.STACKED:
-        return tensor_map_address(weight)
-    entry = cute.make_ptr(
-        Uint8,
-        weight.toint() + expert * TENSOR_MAP_BYTES,
-        cute.AddressSpace.generic,
-        assumed_align=64,
-    )
-    # the table was written through the generic proxy
-    prims.fence_proxy_acquire(prims.MemScope.SYS, entry.to_llvm_ptr(), TENSOR_MAP_BYTES)
-    return entry
+    def prefetch_map(self, weight):
+        if self.stacked:
+            cpasync.prefetch_descriptor(weight)
+
+    def find_map(self, weight, expert: Int32) -> cute.Pointer:
+        """Address of the tensor map of an expert's weights. weight: what the kernel was handed."""
+        if self.stacked:
+            return tensor_map_address(weight)
+        entry = cute.make_ptr(
+            Uint8,
+            weight.toint() + expert * TENSOR_MAP_BYTES,
+            cute.AddressSpace.generic,
+            assumed_align=64,
+        )
+        # the table was written through the generic proxy
+        prims.fence_proxy_acquire(prims.MemScope.SYS, entry.to_llvm_ptr(), TENSOR_MAP_BYTES)
+        return entry
+
+    def copy(self, stage, weight_map, corner, columns: int, barrier, ctas: Int16 | None = None):
+        """By the calling thread. corner: element of K, first column, expert. ctas: of a cluster,
+        to which it is written; None: this one."""
+        corners = weight_corners(self.problem, *corner[:2], columns, corner[2])
+        for i, corner in enumerate(corners):
+            prims.cp_async_bulk_tensor_shared_cluster_global(
+                (stage + i * (columns * K_TILE_BYTES // len(corners))).to_llvm_ptr(),
+                weight_map.to_llvm_ptr(),
+                [Int32(coordinate) for coordinate in corner],
+                barrier.to_llvm_ptr(),
+                [],
+                multicast_mask=ctas,
+                l2_cache_hint=self.l2_hint,
+            )

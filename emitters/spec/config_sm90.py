@@ -286,9 +286,6 @@ class GemmSwapSm90Config(_Sm90Config):
     template: ClassVar[str] = "gemm_swap_sm90"
 
     MAX_STAGES: ClassVar[int] = 32
-    schedule: ClassVar[Schedule] = Schedule.TILE
-    cluster_m: ClassVar[int] = 1
-    group_m: ClassVar[int] = 8  # M tiles that share each N tile's weights
     l2_promotion: ClassVar[int] = 128  # bytes that a read of weights brings into L2
 
     @property

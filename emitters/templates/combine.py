@@ -6,9 +6,10 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, range_constexpr
 from cutlass.cute.math import fma
 
+from emitters.device.dependent import launch_next, wait_for_previous
 from emitters.device.memory import ELEMENT, GMEM, VECTOR, vector
 from emitters.spec.layer_steps import ROW_VECTOR, CombineProblem, StepConfig
-from emitters.templates.arguments import integer, pointer
+from emitters.templates.parameters import integer, pointer
 
 
 class Combine:
@@ -78,8 +79,8 @@ class Combine:
                 pair = token * count + j
                 row[j] = cute.make_tensor(inverse, cute.make_layout(VECTOR))[pair]
                 weight[j] = cute.make_tensor(weights, cute.make_layout(VECTOR))[pair]
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+        wait_for_previous()
+        launch_next()
         if token < num_tokens:
             self.sum(rows, residual, out, num_rows, token, part, row, weight)
 

@@ -2,31 +2,28 @@
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.pipeline as pipeline
 import cutlass.utils as utils
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int32, Int64, Uint8, const_expr, range_constexpr
+from cutlass import Int16, Int32, Int64, Uint8, const_expr, range_constexpr
 from cutlass.cute.nvgpu import cpasync, warpgroup
-from cutlass.experimental import primitives as prims
-from cutlass.pipeline import PipelineUserType
 
+from emitters.device.dependent import launch_next, wait_for_previous
+from emitters.device.epilogue.fragment import RowsFragment
 from emitters.device.epilogue.nodes import Epilogue
+from emitters.device.epilogue.store import SliceStore, make_out_map
 from emitters.device.gather import GatherIterator
+from emitters.device.mainloop_sm90 import begin_products, issue, make_sums, promote, sum_type
 from emitters.device.memory import ELEMENT
-from emitters.device.scheduler import TileScheduler
-from emitters.device.weights import (
-    OPERAND_MAJOR,
-    WEIGHT_LAYOUT,
-    find_weight_map,
-    make_out_map,
-)
-from emitters.spec.config_sm90 import K_TILE_BYTES, WARPGROUP, GemmSm90Config, Schedule
-from emitters.spec.dtypes import Accumulation, DType
-from emitters.spec.gemm import GemmProblem, WeightStorage
-from emitters.spec.weight_map import weight_corners
+from emitters.device.parameters import Gathered, Output, Rows
+from emitters.device.ring import Ring
+from emitters.device.scheduler import PostedUnits
+from emitters.device.weights import OPERAND_MAJOR, WEIGHT_LAYOUT, WeightLoader
+from emitters.spec.config_sm90 import WARPGROUP, GemmSm90Config, Schedule
+from emitters.spec.dtypes import Accumulation
+from emitters.spec.gemm import GemmProblem
 from emitters.templates.parameters import gemm_arguments, gemm_tensor_maps
 
-LOAD_AHEAD = 2  # k-steps before the last, under which the epilogue's operands are loaded
+LOAD_AHEAD = 2  # k-tiles before the last, under which the epilogue's operands are loaded
 
 
 class GemmSm90:
@@ -53,54 +50,42 @@ class GemmSm90:
 
     def __init__(self, problem: GemmProblem, config: GemmSm90Config):
         self.problem, self.config = problem, config
-        self.operand = ELEMENT[problem.x]
-        self.sum_type = Int32 if problem.x is DType.INT8 else Float32
+        self.element = ELEMENT[problem.x]
         self.tile = (config.tile_m, config.tile_n, config.k_tile(problem))
         self.k_tiles = config.k_tiles(problem)
         self.stages = config.pipeline_stages(problem)
-        self.x_bytes = config.tile_m * K_TILE_BYTES
-        self.weight_bytes = config.tile_n * K_TILE_BYTES
+        self.x_bytes, self.weight_bytes = config.x_bytes(problem), config.weight_bytes(problem)
         self.smem_bytes, self.cluster = config.smem_bytes(problem), config.cluster
-        self.scheduler = TileScheduler(problem, config)
-        self.gather = GatherIterator(problem, config)
-        self.epilogue = Epilogue(problem, config)
+        self.units = PostedUnits(problem, config)
+        self.gather = GatherIterator(problem, config.tile_m)
+        self.weights = WeightLoader(problem)
+        self.ring = Ring(
+            self.stages, 1 + WARPGROUP, 4 * config.warpgroups_per_tile, sharers=self.cluster
+        )
+        self.epilogue = Epilogue(problem, config, RowsFragment, SliceStore(problem))
 
     def arguments(self):
         """Of `__call__`, before grid and stream."""
-        return gemm_arguments(self.problem, self.config)
+        return gemm_arguments(self.problem, dynamic=self.config.schedule is Schedule.DYNAMIC)
 
     def tensor_maps(self):
-        return gemm_tensor_maps(self.problem, self.config)
+        columns, k = self.config.tile_n // self.cluster, self.tile[2]
+        return gemm_tensor_maps(self.problem, columns, k, self.config.l2_promotion)
 
     @cute.jit
     def __call__(
-        self, weight, x, index, starts, ends, out, out_map, num_tokens, num_rows, early,
-        gate_strides, node_tensors, counters, grid, stream,
-    ):  # fmt: skip
-        """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps. index is None
-        where rows are taken in order. starts may be null, and counters is None but for a dynamic
-        schedule: see TileScheduler. out_map: [16, N], stands for the output's tensor map.
-        gate_strides is None but for a gated activation. early: not 0 where starts and ends are
-        complete before the grid before this one is waited for; they are read then."""
-        if const_expr(self.problem.weight.storage is WeightStorage.STACKED):
-            # the atom reserves a parameter of 128 bytes: the host encodes the tensor map in it,
-            # `load_weight` issues the copy
-            _, layout = self.stage_layouts()
-            one_stage = cute.slice_(layout, (None, None, 0))
-            copy = cpasync.CopyBulkTensorTileG2SOp()
-            weight, _ = cpasync.make_tiled_tma_atom(copy, weight, one_stage, self.tile[1:])
-        out_map = make_out_map(self.problem, out_map)
+        self, weight, rows, gathered, output, gate_strides, node_tensors, counters, grid, stream
+    ):
+        """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps. gate_strides is
+        None but for a gated activation, node_tensors without scales and nodes that read one,
+        counters but for a dynamic schedule."""
+        _, layout = self.stage_layouts()
+        one_stage = cute.slice_(layout, (None, None, 0))
         self.kernel(
-            weight,
-            x,
-            index,
-            starts,
-            ends,
-            out,
-            out_map,
-            num_tokens,
-            num_rows,
-            early,
+            self.weights.carrier(weight, one_stage, self.tile[1:]),
+            rows,
+            gathered,
+            Output(output.out, make_out_map(self.problem, output.out_map)),
             gate_strides,
             node_tensors,
             counters,
@@ -117,8 +102,8 @@ class GemmSm90:
         """Of the stages of x and of weight: swizzled."""
         k_major, weight_major = utils.LayoutEnum.ROW_MAJOR, WEIGHT_LAYOUT[self.problem.weight.major]
         return (
-            sm90.make_smem_layout_a(k_major, self.tile, self.operand, self.stages),
-            sm90.make_smem_layout_b(weight_major, self.tile, self.operand, self.stages),
+            sm90.make_smem_layout_a(k_major, self.tile, self.element, self.stages),
+            sm90.make_smem_layout_b(weight_major, self.tile, self.element, self.stages),
         )
 
     def storage(self):
@@ -128,9 +113,9 @@ class GemmSm90:
 
         @cute.struct
         class Storage:
-            x: cute.struct.Align[cute.struct.MemRange[self.operand, tile_m * per_stage_row], 1024]
+            x: cute.struct.Align[cute.struct.MemRange[self.element, tile_m * per_stage_row], 1024]
             weight: cute.struct.Align[
-                cute.struct.MemRange[self.operand, tile_n * per_stage_row], 1024
+                cute.struct.MemRange[self.element, tile_n * per_stage_row], 1024
             ]
             staging: cute.struct.Align[cute.struct.MemRange[Uint8, self.config.staging_bytes], 1024]
             full: cute.struct.MemRange[Int64, self.stages]
@@ -143,15 +128,9 @@ class GemmSm90:
     def kernel(
         self,
         weight: cute.CopyAtom | cute.Pointer,
-        x: cute.Pointer,
-        index: cute.Pointer | None,
-        starts: cute.Pointer,
-        ends: cute.Pointer,
-        out: cute.Pointer,
-        out_map: cute.CopyAtom,
-        num_tokens: Int32,
-        num_rows: Int32,
-        early: Int32,
+        rows: Rows,
+        gathered: Gathered,
+        output: Output,
         gate_strides: tuple | None,
         node_tensors: tuple | None,
         counters: cute.Pointer | None,
@@ -160,42 +139,36 @@ class GemmSm90:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
         storage = utils.SmemAllocator().allocate(self.storage())
-        full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
-        self.scheduler.attach(storage.table.data_ptr(), counters)
+        self.ring.attach(storage.full.data_ptr(), storage.empty.data_ptr())
+        self.units.attach(storage.table.data_ptr(), counters)
 
         if warp == 0:
             with cute.arch.elect_one():
-                for stage in range_constexpr(self.stages):
-                    cute.arch.mbarrier_init(full + stage, 1 + WARPGROUP)
-                    cute.arch.mbarrier_init(
-                        empty + stage, 4 * self.config.warpgroups_per_tile * self.cluster
-                    )
+                self.ring.init()
             cute.arch.mbarrier_init_fence()
         if warp == 1:
-            if early == 0:
-                cute.arch.griddepcontrol_wait()
-            self.scheduler.start(starts, ends, num_rows)
+            if rows.early == 0:
+                wait_for_previous()
+            self.units.start(rows)
         if warp == 2:
-            cpasync.prefetch_descriptor(out_map)
-            if const_expr(self.problem.weight.storage is WeightStorage.STACKED):
-                cpasync.prefetch_descriptor(weight)
+            cpasync.prefetch_descriptor(output.out_map)
+            self.weights.prefetch_map(weight)
         self.sync_cluster()
-        cute.arch.griddepcontrol_wait()
+        wait_for_previous()
         if thread == 0:
-            cute.arch.griddepcontrol_launch_dependents()
+            launch_next()
 
         if group == 0:
             cute.arch.setmaxregister_decrease(self.config.producer_registers)
-            self.gather.attach(x, index, num_tokens, thread)
-            self.load(weight, storage, full, empty, warp)
+            self.gather.attach(gathered, thread)
+            self.load(weight, storage, warp)
         else:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
             staging = storage.staging.data_ptr()
             self.epilogue.attach(
-                node_tensors, gate_strides, out, out_map, index, num_tokens, staging, warp - 4,
-                thread % 32,
-            )  # fmt: skip
-            self.mma(storage, full, empty, group - 1, thread - WARPGROUP)
+                node_tensors, gate_strides, gathered, output, staging, warp - 4, thread % 32
+            )
+            self.mma(storage, group - 1, thread - WARPGROUP)
         if const_expr(self.cluster > 1):
             self.sync_cluster()  # the other CTA's copies and arrivals end here
 
@@ -207,100 +180,65 @@ class GemmSm90:
             cute.arch.sync_threads()
 
     @cute.jit
-    def load(self, weight, storage, full, empty, warp):
+    def load(self, weight, storage, warp):
         """The producer warpgroup."""
         x_stages = cute.recast_ptr(storage.x.data_ptr(), dtype=Uint8)
         weight_stages = cute.recast_ptr(storage.weight.data_ptr(), dtype=Uint8)
-        state = pipeline.make_pipeline_state(PipelineUserType.Producer, self.stages)
-        rank = self.scheduler.rank
-        expert, row, rows, column, shared = self.scheduler.read(Int32(0))
+        state = self.ring.producer()
+        expert, row, rows, column, shared = self.units.read(Int32(0))
         self.gather.fetch(row, rows)
         j = Int32(1)  # the CTA's unit after this one
         while expert >= 0:
             self.gather.advance()
-            next_expert, row, rows, next_column, next_shared = self.scheduler.read(j)
+            next_expert, row, rows, next_column, next_shared = self.units.read(j)
             self.gather.fetch(row, rows)
             j += 1
             if warp == 1:
-                self.scheduler.post(j)
+                self.units.post(j)
             cute.arch.barrier(barrier_id=3, number_of_threads=WARPGROUP)
-            weight_map = find_weight_map(self.problem, weight, expert)
+            weight_map = self.weights.find_map(weight, expert)
             for k_tile in cutlass.range(self.k_tiles, unroll=1):
-                cute.arch.mbarrier_wait(empty + state.index, state.phase)
+                self.ring.wait_empty(state)
                 if warp == 0:
                     with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(
-                            full + state.index, self.weight_bytes
-                        )
-                        self.load_weight(
-                            weight_stages + state.index * self.weight_bytes,
-                            weight_map,
-                            k_tile,
-                            column,
-                            expert,
-                            full + state.index,
-                            rank,
-                            shared,
-                        )
+                        barrier = self.ring.expect(state, self.weight_bytes)
+                        stage = weight_stages + state.index * self.weight_bytes
+                        corner = (k_tile * self.tile[2], column, expert)
+                        self.load_weight(stage, weight_map, corner, barrier, shared)
                 self.gather.copy(x_stages + state.index * self.x_bytes, k_tile)
-                cute.arch.cp_async_mbarrier_arrive_noinc(full + state.index)
+                self.ring.arrive_when_copied(state)
                 state.advance()
             expert, column, shared = next_expert, next_column, next_shared
         if const_expr(self.config.schedule is Schedule.DYNAMIC):
-            self.scheduler.finish(warp)
+            self.units.finish(warp)
 
     @cute.jit
-    def load_weight(self, stage, weight_map, k_tile, column, expert, barrier, rank, shared):
+    def load_weight(self, stage, weight_map, corner, barrier, shared):
         """tile_n rows of 128 bytes, by the calling thread: where shared, half of them to both."""
-        k = k_tile * self.tile[2]
+        columns = self.tile[1] // self.cluster
         if const_expr(self.cluster == 1):
-            self.copy_boxes(stage, weight_map, k, column, expert, barrier, None)
+            self.weights.copy(stage, weight_map, corner, columns, barrier)
         else:
-            half, half_bytes = self.tile[1] // 2, self.weight_bytes // 2
+            k, column, expert = corner
+            half_bytes = self.weight_bytes // 2
             if shared != 0:
-                self.copy_boxes(
-                    stage + rank * half_bytes,
-                    weight_map,
-                    k,
-                    column + rank * half,
-                    expert,
-                    barrier,
-                    cutlass.Int16(3),
+                rank = self.units.rank
+                mine = (k, column + rank * columns, expert)
+                self.weights.copy(
+                    stage + rank * half_bytes, weight_map, mine, columns, barrier, Int16(3)
                 )
             else:
                 for i in range_constexpr(2):
-                    self.copy_boxes(
-                        stage + i * half_bytes,
-                        weight_map,
-                        k,
-                        column + i * half,
-                        expert,
-                        barrier,
-                        None,
-                    )
+                    half = (k, column + i * columns, expert)
+                    self.weights.copy(stage + i * half_bytes, weight_map, half, columns, barrier)
 
-    def copy_boxes(self, stage, weight_map, k, column, expert, barrier, ctas):
-        """A CTA's share of a stage, from `column` on."""
-        columns = self.tile[1] // self.cluster
-        corners = weight_corners(self.problem, k, column, columns, expert)
-        for i, corner in enumerate(corners):
-            prims.cp_async_bulk_tensor_shared_cluster_global(
-                (stage + i * (columns * K_TILE_BYTES // len(corners))).to_llvm_ptr(),
-                weight_map.to_llvm_ptr(),
-                [Int32(c) for c in corner],
-                barrier.to_llvm_ptr(),
-                [],
-                multicast_mask=ctas,
-            )
-
-    @cute.jit
-    def mma(self, storage, full, empty, consumer, thread):
-        """A consumer warpgroup. consumer: which one; thread: within all of them."""
+    def operands(self, storage, consumer):
+        """-> the MMA of a consumer warpgroup, and all stages of x and weight as it reads them."""
         k_major = cute.nvgpu.OperandMajorMode.K
         weight_major = OPERAND_MAJOR[self.problem.weight.major]
         split = self.config.warpgroups_per_tile
         mma = sm90.make_trivial_tiled_mma(
-            self.operand, self.operand, k_major, weight_major, self.sum_type,
+            self.element, self.element, k_major, weight_major, sum_type(self.problem),
             (split, 1, 1), tiler_mn=(64, self.config.tile_n),
         )  # fmt: skip
         x_layout, weight_layout = self.stage_layouts()
@@ -309,21 +247,19 @@ class GemmSm90:
         group = mma.get_slice(cute.make_layout(split, stride=WARPGROUP)(consumer % split))
         tCrA = mma.make_fragment_A(group.partition_A(sA))
         tCrB = mma.make_fragment_B(group.partition_B(sB))
-        shape = (
-            mma.get_slice(thread % (split * WARPGROUP))
-            .partition_C(cute.make_identity_tensor(self.tile[:2]))
-            .shape
-        )
-        acc = cute.make_rmem_tensor(shape, self.sum_type)
-        k_blocks = cute.size(tCrA, mode=[2])
+        return mma, tCrA, tCrB
+
+    @cute.jit
+    def mma(self, storage, consumer, thread):
+        """A consumer warpgroup. consumer: which one; thread: within all of them."""
+        mma, tCrA, tCrB = self.operands(storage, consumer)
+        thread = thread % (self.config.warpgroups_per_tile * WARPGROUP)
+        acc, sums = make_sums(mma, self.tile[:2], thread, self.problem)
         two_level = self.problem.accumulation is Accumulation.TWO_LEVEL
-        sums = acc
-        if const_expr(two_level):
-            sums = cute.make_rmem_tensor(shape, self.sum_type)
 
         last = self.k_tiles - 1
-        steps = (0, max(last - LOAD_AHEAD, 0), last)  # the last one is apart
-        state = pipeline.make_pipeline_state(PipelineUserType.Consumer, self.stages)
+        runs = (0, max(last - LOAD_AHEAD, 0), last)  # the last one is apart
+        state = self.ring.consumer()
         j, turn = Int32(0), 1  # the CTA's unit, and how far it is to this consumer's next
         if const_expr(self.config.pingpong):
             turn = 2
@@ -331,79 +267,60 @@ class GemmSm90:
                 self.pass_turn(consumer, j)
                 j += 1
                 state.advance(self.k_tiles)  # the other consumer's
-        expert, row, rows, column, _ = self.scheduler.read(j)
+        expert, row, rows, column, _ = self.units.read(j)
         while expert >= 0:
             self.epilogue.begin(row, rows)
             if const_expr(self.config.pingpong):
                 cute.arch.barrier(barrier_id=1 + consumer, number_of_threads=2 * WARPGROUP)
-            behind = state.clone()  # the stage of the k-step before: WGMMA still reads it
+            behind = state.clone()  # the stage of the k-tile before: WGMMA still reads it
             if const_expr(two_level):
                 sums.fill(0)
             mma.set(warpgroup.Field.ACCUMULATE, False)
-            for part in range_constexpr(2):
-                for k_tile in cutlass.range(steps[part], steps[part + 1], unroll=1):
-                    cute.arch.mbarrier_wait(full + state.index, state.phase)
-                    self.issue(mma, acc, tCrA, tCrB, state.index, k_blocks)
+            for run in range_constexpr(2):
+                for k_tile in cutlass.range(runs[run], runs[run + 1], unroll=1):
+                    self.ring.wait_full(state)
+                    self.issue(mma, acc, tCrA, tCrB, state.index)
                     if const_expr(two_level):
                         warpgroup.wait_group(0)
-                        self.release(empty + state.index)
-                        self.promote(acc, sums)
+                        self.ring.release(state.index)
+                        promote(acc, sums)
                         mma.set(warpgroup.Field.ACCUMULATE, False)
                     else:
                         warpgroup.wait_group(1)
                         if k_tile > 0:
-                            self.release(empty + behind.index)
+                            self.ring.release(behind.index)
                             behind.advance()
                     state.advance()
-                if const_expr(part == 0):
+                if const_expr(run == 0):
                     self.epilogue.load(expert, column)
-            cute.arch.mbarrier_wait(full + state.index, state.phase)
-            self.issue(mma, acc, tCrA, tCrB, state.index, k_blocks)
+            self.ring.wait_full(state)
+            self.issue(mma, acc, tCrA, tCrB, state.index)
             if const_expr(self.config.pingpong):
                 self.pass_turn(consumer, j + 1)
             if const_expr(not two_level and self.k_tiles > 1):
                 warpgroup.wait_group(1)
-                self.release(empty + behind.index)
+                self.ring.release(behind.index)
             warpgroup.wait_group(0)
             if const_expr(two_level):
-                self.promote(acc, sums)
-            self.release(empty + state.index)
+                promote(acc, sums)
+            self.ring.release(state.index)
             state.advance()
             if const_expr(self.config.pingpong):
                 state.advance(self.k_tiles)
             self.epilogue.store(sums, expert, row, rows, column)
             j += turn
-            expert, row, rows, column, _ = self.scheduler.read(j)
+            expert, row, rows, column, _ = self.units.read(j)
         self.epilogue.finish()
 
     @cute.jit
     def pass_turn(self, consumer, j):
         """Lets the other consumer start the main loop of the CTA's j-th unit, if there is one."""
-        expert, _, _, _, _ = self.scheduler.read(j)
+        expert, _, _, _, _ = self.units.read(j)
         if expert >= 0:
             cute.arch.barrier_arrive(barrier_id=2 - consumer, number_of_threads=2 * WARPGROUP)
 
-    def issue(self, mma, acc, tCrA, tCrB, stage, k_blocks):
+    def issue(self, mma, acc, tCrA, tCrB, stage):
         """Starts the WGMMAs of one stage."""
-        cute.arch.fence_view_async_shared()  # x was written through the generic proxy
-        warpgroup.fence()
-        for k_block in range(k_blocks):
-            cute.gemm(
-                mma, acc, tCrA[None, None, k_block, stage], tCrB[None, None, k_block, stage], acc
-            )
-            mma.set(warpgroup.Field.ACCUMULATE, True)
+        begin_products()
+        issue(mma, acc, tCrA, tCrB, stage)
         warpgroup.commit_group()
-
-    def promote(self, acc, sums):
-        for i in range(cute.size(acc)):
-            sums[i] = sums[i] + acc[i]
-
-    @cute.jit
-    def release(self, barrier):
-        if const_expr(self.cluster == 1):
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive(barrier)
-        else:
-            lane = cute.arch.lane_idx()
-            if lane < self.cluster:
-                cute.arch.mbarrier_arrive(barrier, lane)

@@ -1,66 +1,123 @@
-"""What both templates of the grouped GEMM are called with."""
+"""What a template is compiled with: stand-ins for its arguments, and the parameters they become."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass.cute as cute
 from cutlass import Int32, Uint8
-from cutlass.cute.runtime import make_fake_compact_tensor
+from cutlass.cute.runtime import make_fake_compact_tensor, make_ptr
 
-from emitters.device.epilogue.nodes import node_element, node_operand, tensor_nodes
+from emitters.device.epilogue.nodes import applied
 from emitters.device.memory import ELEMENT
-from emitters.spec.config_sm90 import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, Schedule
-from emitters.spec.gemm import GemmProblem, Major, WeightStorage
+from emitters.device.parameters import Gathered, Output, Rows
+from emitters.spec.config_sm90 import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS
+from emitters.spec.dtypes import DType
+from emitters.spec.gemm import EpilogueNode, GemmProblem, Granularity, Major, WeightStorage
 from emitters.spec.image import ParamKind, TensorMapBox
-from emitters.spec.registry import GemmConfig
 from emitters.spec.weight_map import weight_box
-from emitters.templates.arguments import ABSENT, Argument, integer, pointer, several
 
 
-def gemm_arguments(problem: GemmProblem, config: GemmConfig) -> tuple[Argument, ...]:
-    """Of `__call__`, before grid and stream."""
-    weight = pointer("weight", Uint8, 64)
-    if problem.weight.storage is WeightStorage.STACKED:
-        weight = _tensor(
-            "weight",
-            ELEMENT[problem.x],
-            (problem.n, problem.k, problem.num_experts),
-            (1, 0, 2) if problem.weight.major is Major.K else (0, 1, 2),
-        )
-    dynamic = config.schedule is Schedule.DYNAMIC
+@dataclass(frozen=True)
+class Argument:
+    """One of a template's `__call__`. params: (name, kind) of the kernel parameters that it
+    becomes, in order; none where it is absent."""
+
+    stand_in: Any
+    params: tuple[tuple[str, ParamKind], ...]
+
+
+ABSENT = Argument(None, ())
+
+
+def pointer(name: str, element: type, align: int) -> Argument:
+    """Into global memory; align: bytes."""
+    stand_in = make_ptr(element, align, cute.AddressSpace.gmem, assumed_align=align)
+    return Argument(stand_in, ((name, ParamKind.POINTER),))
+
+
+def integer(name: str) -> Argument:
+    return Argument(Int32(1), ((name, ParamKind.INT32),))
+
+
+def several(*arguments: Argument, kind: Any = None) -> Argument:
+    """A tuple of them, or what stands for none. kind: the NamedTuple that it is."""
+    if not arguments:
+        return ABSENT
+    params = tuple(param for argument in arguments for param in argument.params)
+    stand_ins = tuple(argument.stand_in for argument in arguments)
+    return Argument(kind(*stand_ins) if kind else stand_ins, params)
+
+
+def tensor_map(
+    name: str, element: type, shape: tuple[int, ...], order: tuple[int, ...]
+) -> Argument:
+    """Stands for a tensor map, which the host encodes."""
+    stand_in = make_fake_compact_tensor(element, shape, stride_order=order, assumed_align=16)
+    return Argument(stand_in, ((name, ParamKind.TENSOR_MAP),))
+
+
+def gemm_arguments(problem: GemmProblem, dynamic: bool = False) -> tuple[Argument, ...]:
+    """What both templates of the grouped GEMM are called with, before grid and stream.
+
+    dynamic: whether the schedule takes units from a counter.
+    """
+    out_map = (SLICE_ROWS, problem.out_columns)
     return (
-        weight,
-        pointer("x", Uint8, 16),
-        pointer("index", Int32, 4) if problem.gather else ABSENT,
-        pointer("starts", Int32, 4),
-        pointer("offsets", Int32, 4),
-        pointer("out", ELEMENT[problem.out], 16),
-        _tensor("out_map", ELEMENT[problem.out], (SLICE_ROWS, problem.out_columns), (1, 0)),
-        integer("num_tokens"),
-        integer("num_rows"),
-        integer("early"),
+        _weight(problem),
+        several(
+            pointer("starts", Int32, 4),
+            pointer("offsets", Int32, 4),
+            integer("num_rows"),
+            integer("early"),
+            kind=Rows,
+        ),
+        several(
+            pointer("x", Uint8, 16),
+            pointer("index", Int32, 4) if problem.gather else ABSENT,
+            integer("num_tokens"),
+            kind=Gathered,
+        ),
+        several(
+            pointer("out", ELEMENT[problem.out], 16),
+            tensor_map("out_map", ELEMENT[problem.out], out_map, (1, 0)),
+            kind=Output,
+        ),
         several(integer("column_stride"), integer("gate_stride")) if problem.gated else ABSENT,
-        several(*(pointer(node_operand(node), node_element(node), 4) for node in tensor_nodes(problem))),
+        several(*map(_applied, applied(problem))),
         pointer("counters", Int32, 8) if dynamic else ABSENT,
     )
 
 
-def gemm_tensor_maps(problem: GemmProblem, config: GemmConfig) -> tuple[TensorMapBox, ...]:
-    rows, k = config.tile_n // config.cluster_m, config.k_tile(problem)
-    weight = TensorMapBox(
+def _weight(problem: GemmProblem) -> Argument:
+    if problem.weight.storage is WeightStorage.TABLE:
+        return pointer("weight", Uint8, 64)
+    return tensor_map(
         "weight",
-        box=weight_box(problem, rows, k),
-        swizzle=K_TILE_BYTES,
-        l2_promotion=config.l2_promotion,
+        ELEMENT[problem.weight.dtype],
+        (problem.n, problem.k, problem.num_experts),
+        (1, 0, 2) if problem.weight.major is Major.K else (0, 1, 2),
     )
-    out = TensorMapBox(
-        "out_map",
-        box=(SLICE_BYTES // problem.out.bytes, SLICE_ROWS),
-        swizzle=SLICE_BYTES,
-        l2_promotion=128,
-    )
-    return weight, out
 
 
-def _tensor(name: str, element: type, shape: tuple[int, ...], order: tuple[int, ...]) -> Argument:
-    """Stands for a tensor map, which the host encodes."""
-    stand_in = make_fake_compact_tensor(element, shape, stride_order=order, assumed_align=16)
-    return Argument(stand_in, ((name, ParamKind.TENSOR_MAP),))
+def _applied(node: Granularity | EpilogueNode) -> Argument:
+    """The tensor of a scale or of an epilogue node."""
+    if isinstance(node, Granularity):
+        name, element = "per_token_scale" if node is Granularity.TOKEN else "scale", DType.FP32
+    else:
+        name, element = node.operand, node.element
+    return pointer(name, ELEMENT[element], 4)
+
+
+def gemm_tensor_maps(
+    problem: GemmProblem, columns: int, k: int, l2_promotion: int
+) -> tuple[TensorMapBox, ...]:
+    """columns, k: of the weights that one copy takes. l2_promotion: bytes that a read of weights
+    brings into L2."""
+    box = weight_box(problem, columns, k)
+    out = (SLICE_BYTES // problem.out.bytes, SLICE_ROWS)
+    return (
+        TensorMapBox("weight", box=box, swizzle=K_TILE_BYTES, l2_promotion=l2_promotion),
+        TensorMapBox("out_map", box=out, swizzle=SLICE_BYTES, l2_promotion=128),
+    )

@@ -8,10 +8,11 @@ import cutlass.utils as utils
 from cutlass import Float32, Int32, Int64, Uint8, const_expr, range_constexpr
 from cutlass.cute.math import fma
 
+from emitters.device.dependent import launch_next, wait_for_previous
 from emitters.device.memory import ELEMENT, GMEM, VECTOR, vector
 from emitters.spec.dtypes import LARGEST, DType
 from emitters.spec.layer_steps import ROW_VECTOR, QuantizeProblem, StepConfig
-from emitters.templates.arguments import integer, pointer
+from emitters.templates.parameters import integer, pointer
 
 _MAGIC = 12582912.0  # 1.5 * 2^23: a sum with it has the rounded integer in its low bits
 
@@ -81,13 +82,13 @@ class Quantize:
         row = block * self.rows + thread // self.row_threads
         if end.toint() != 0:
             num_rows = min(num_rows, cute.make_tensor(end, cute.make_layout(VECTOR))[0])
-        cute.arch.griddepcontrol_launch_dependents()
+        launch_next()
         if early == 0:
-            cute.arch.griddepcontrol_wait()
+            wait_for_previous()
         if block * self.rows < num_rows:
             self.quantize(source, q, scale, row, row < num_rows, thread)
         if early != 0:
-            cute.arch.griddepcontrol_wait()
+            wait_for_previous()
 
     @cute.jit
     def quantize(self, source, q, scale, row: Int32, counts: cutlass.Boolean, thread: Int32):

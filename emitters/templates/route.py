@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32, range_constexpr
 from cutlass.memory import SmemAllocator
 
+from emitters.device.dependent import launch_next, wait_for_previous
 from emitters.device.memory import VECTOR
 from emitters.spec.layer_steps import RouteLogitsProblem, RouteProblem, StepConfig
-from emitters.templates.arguments import integer, pointer
-from emitters.templates.router import TopkRouter, router_arguments
+from emitters.templates.parameters import integer, pointer, several
+from emitters.templates.router import Routing, TopkRouter, routing_argument
 
 _BATCH = 8  # loads of a thread in flight
 _EXPERT_BITS = 10  # of a pair's packed rank and expert
-_ALL_PARTS, _COUNT, _PLACE = range(3)
+_ALL, _COUNT, _ASSIGN = range(3)  # phases
+
+
+class Pairs(NamedTuple):
+    """ids [pairs], `choices` of each token. expert_map [num_ids]: may be null, then ids are experts
+    and num_ids is num_experts."""
+
+    ids: cute.Pointer
+    expert_map: cute.Pointer
+    num_ids: Int32
+    pairs: Int32
+    choices: Int32
+
+
+class Table(NamedTuple):
+    """The routing table that is written."""
+
+    index: cute.Pointer
+    offsets: cute.Pointer
+    inverse: cute.Pointer
 
 
 class Route:
@@ -23,8 +45,8 @@ class Route:
 
     Every CTA has a run of neighbouring pairs, and every warp a run of those. `count` gives each
     pair its rank among its warp's pairs of the same expert, which `inverse` keeps until the end,
-    and each warp a histogram. `place` adds what warps, CTAs and experts before have. One CTA does
-    both in one launch; several do `count` in a first and `place` in a second, between which their
+    and each warp a histogram. `assign` adds what warps, CTAs and experts before have. One CTA does
+    both in one launch; several do `count` in a first and `assign` in a second, between which their
     ranks and histograms lie in global memory.
     """
 
@@ -40,84 +62,72 @@ class Route:
     def arguments(self):
         """Of `__call__`, before grid and stream."""
         return (
-            pointer("ids", self.id_type, self.id_type.width // 8),
-            pointer("expert_map", Int32, 4),
-            integer("num_ids"),
-            integer("pairs"),
-            integer("choices"),
+            several(
+                pointer("ids", self.id_type, self.id_type.width // 8),
+                pointer("expert_map", Int32, 4),
+                integer("num_ids"),
+                integer("pairs"),
+                integer("choices"),
+                kind=Pairs,
+            ),
             integer("capacity"),
-            pointer("index", Int32, 4),
-            pointer("offsets", Int32, 4),
-            pointer("inverse", Int32, 4),
+            several(
+                pointer("index", Int32, 4),
+                pointer("offsets", Int32, 4),
+                pointer("inverse", Int32, 4),
+                kind=Table,
+            ),
             pointer("histograms", Int32, 4),
-            integer("parts"),
+            integer("phase"),
         )
 
     def tensor_maps(self):
         return ()
 
     @cute.jit
-    def __call__(
-        self, ids, expert_map, num_ids, pairs, choices, capacity, index, offsets, inverse,
-        histograms, parts, grid, stream,
-    ):  # fmt: skip
-        """ids [pairs], `choices` of each token. expert_map [num_ids]: may be null, then ids are
-        experts and num_ids is num_experts. capacity: the most rows of an expert. histograms
-        [grid, num_experts]: what the second launch of two takes from the first. parts: 0, all of
-        it, by one CTA; 1, `count`; 2, `place`, by as many CTAs as that."""
-        self.kernel(
-            ids, expert_map, num_ids, pairs, choices, capacity, index, offsets, inverse,
-            histograms, parts,
-        ).launch(grid=[grid, 1, 1], block=[self.threads, 1, 1], stream=stream)  # fmt: skip
+    def __call__(self, pairs, capacity, table, histograms, phase, grid, stream):
+        """capacity: the most rows of an expert. histograms [grid, num_experts]: what the second
+        launch of two takes from the first. phase: 0, all of it, by one CTA; 1, `count`; 2,
+        `assign`, by as many CTAs as that."""
+        self.kernel(pairs, capacity, table, histograms, phase).launch(
+            grid=[grid, 1, 1], block=[self.threads, 1, 1], stream=stream
+        )
 
     @cute.kernel
     def kernel(
-        self,
-        ids: cute.Pointer,
-        expert_map: cute.Pointer,
-        num_ids: Int32,
-        pairs: Int32,
-        choices: Int32,
-        capacity: Int32,
-        index: cute.Pointer,
-        offsets: cute.Pointer,
-        inverse: cute.Pointer,
-        histograms: cute.Pointer,
-        parts: Int32,
+        self, pairs: Pairs, capacity: Int32, table: Table, histograms: cute.Pointer, phase: Int32
     ):
-        self.attach(pairs)
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
-        self.sort(
-            ids, expert_map, num_ids, choices, capacity, index, offsets, inverse, histograms, parts
-        )
+        self.attach(pairs.pairs)
+        wait_for_previous()
+        launch_next()
+        self.sort(pairs, capacity, table, histograms, phase)
 
     @cute.jit
     def sort(
-        self, ids: cute.Pointer, expert_map: cute.Pointer, num_ids: Int32, choices: Int32,
-        capacity: Int32, index: cute.Pointer, offsets: cute.Pointer, inverse: cute.Pointer,
-        histograms: cute.Pointer, parts: Int32,
-    ):  # fmt: skip
+        self, pairs: Pairs, capacity: Int32, table: Table, histograms: cute.Pointer, phase: Int32
+    ):
         """After `attach`."""
+        ids, expert_map, num_ids, _, choices = pairs
+        index, offsets, inverse = table
         cute.arch.sync_threads()
         vector = cute.make_layout(VECTOR)
         inverse = cute.make_tensor(inverse, vector)
-        if parts != _PLACE:
+        if phase != _ASSIGN:
             self.count(ids, expert_map, num_ids, inverse)
             cute.arch.sync_threads()
             self.sum_warps()
-            if parts == _COUNT:
+            if phase == _COUNT:
                 self.leave(histograms, inverse)
         else:
             self.gather(histograms)
-        if parts != _COUNT:
+        if phase != _COUNT:
             cute.arch.sync_threads()
             used = self.sum_experts(capacity, cute.make_tensor(offsets, vector))
             cute.arch.sync_threads()
-            self.place(choices, cute.make_tensor(index, vector), inverse, used)
+            self.assign(choices, cute.make_tensor(index, vector), inverse, used)
 
     def attach(self, pairs: Int32):
-        """Places tables in shared memory and clears them; a barrier must follow."""
+        """Lays tables out in shared memory and clears them; a barrier must follow."""
         table = SmemAllocator().allocate_array(Int32, self.words)
         experts = cute.make_layout(self.experts)
         words = cute.make_layout(self.words)
@@ -270,7 +280,7 @@ class Route:
         return used
 
     @cute.jit
-    def place(self, choices: Int32, index: cute.Tensor, inverse: cute.Tensor, used: Int32):
+    def assign(self, choices: Int32, index: cute.Tensor, inverse: cute.Tensor, used: Int32):
         for start in cutlass.range(0, self.steps, _BATCH, unroll=1):
             packed = cute.make_rmem_tensor((_BATCH,), Int32)
             for i in range_constexpr(_BATCH):
@@ -311,58 +321,36 @@ class RouteLogits:
     def arguments(self):
         """Of `__call__`, before grid and stream."""
         return (
-            *router_arguments(self.problem),
+            routing_argument(self.problem),
             integer("capacity"),
-            pointer("index", Int32, 4),
-            pointer("offsets", Int32, 4),
-            pointer("inverse", Int32, 4),
+            several(
+                pointer("index", Int32, 4),
+                pointer("offsets", Int32, 4),
+                pointer("inverse", Int32, 4),
+                kind=Table,
+            ),
         )
 
     def tensor_maps(self):
         return ()
 
     @cute.jit
-    def __call__(
-        self, logits, correction_bias, weights, ids, num_tokens, k, topk_groups, renormalize,
-        scale, threshold, capacity, index, offsets, inverse, grid, stream,
-    ):  # fmt: skip
-        """Arguments as of `TopkRouter` and `Route`; grid: 1."""
-        self.kernel(
-            logits, correction_bias, weights, ids, num_tokens, k, topk_groups, renormalize,
-            scale, threshold, capacity, index, offsets, inverse,
-        ).launch(grid=[grid, 1, 1], block=[self.threads, 1, 1], stream=stream)  # fmt: skip
+    def __call__(self, routing, capacity, table, grid, stream):
+        """capacity, table: as `Route`'s; grid: 1."""
+        self.kernel(routing, capacity, table).launch(
+            grid=[grid, 1, 1], block=[self.threads, 1, 1], stream=stream
+        )
 
     @cute.kernel
-    def kernel(
-        self,
-        logits: cute.Pointer,
-        correction_bias: cute.Pointer,
-        weights: cute.Pointer,
-        ids: cute.Pointer,
-        num_tokens: Int32,
-        k: Int32,
-        topk_groups: Int32,
-        renormalize: Int32,
-        scale: Int32,
-        threshold: Int32,
-        capacity: Int32,
-        index: cute.Pointer,
-        offsets: cute.Pointer,
-        inverse: cute.Pointer,
-    ):
-        route = self.route
-        route.attach(num_tokens * k)
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
-        for i in cutlass.range((num_tokens + route.warps - 1) // route.warps, unroll=1):
+    def kernel(self, routing: Routing, capacity: Int32, table: Table):
+        route, tokens, k = self.route, routing.num_tokens, routing.k
+        route.attach(tokens * k)
+        wait_for_previous()
+        launch_next()
+        for i in cutlass.range((tokens + route.warps - 1) // route.warps, unroll=1):
             token = i * route.warps + route.warp
-            if token < num_tokens:
-                self.router.route_token(
-                    token, logits, correction_bias, weights, ids, k, topk_groups, renormalize,
-                    scale, threshold,
-                )  # fmt: skip
+            if token < tokens:
+                self.router.route_token(token, routing)
         nothing = cute.make_ptr(Int32, Int64(0), cute.AddressSpace.gmem, assumed_align=4)
-        route.sort(
-            ids, nothing, Int32(self.problem.num_experts), k, capacity, index, offsets, inverse,
-            nothing, Int32(_ALL_PARTS),
-        )  # fmt: skip
+        pairs = Pairs(routing.ids, nothing, Int32(self.problem.num_experts), tokens * k, k)
+        route.sort(pairs, capacity, table, nothing, Int32(_ALL))

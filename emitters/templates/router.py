@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
+from emitters.device.dependent import launch_next, wait_for_previous
 from emitters.device.memory import ELEMENT, VECTOR
 from emitters.spec.layer_steps import StepConfig, TopkProblem
-from emitters.templates.arguments import integer, pointer
+from emitters.templates.parameters import integer, pointer, several
 
 _LARGEST = 3.4028234663852886e38
 _SMALLEST = 1.1754943508222875e-38  # above which float32 has all its bits
@@ -18,9 +21,25 @@ _MISSING = 0x007FFFFF  # the key of -infinity: of a NaN among logits, which are 
 _LAST, _NEXT_TO_LAST = -_LARGEST / 4, -_LARGEST / 8  # choices of NaN and -infinity: sums are finite
 
 
-def router_arguments(problem: TopkProblem):
+class Routing(NamedTuple):
+    """As `cutlass_moe.topk_router`: logits [T, E]; weights and ids [T, k], k at most 32.
+    correction_bias may be null. scale and threshold: the bits of float32."""
+
+    logits: cute.Pointer
+    correction_bias: cute.Pointer
+    weights: cute.Pointer
+    ids: cute.Pointer
+    num_tokens: Int32
+    k: Int32
+    topk_groups: Int32
+    renormalize: Int32
+    scale: Int32
+    threshold: Int32
+
+
+def routing_argument(problem: TopkProblem):
     element = ELEMENT[problem.logits]
-    return (
+    return several(
         pointer("logits", element, element.width // 8),
         pointer("correction_bias", Float32, 4),
         pointer("weights", Float32, 4),
@@ -31,6 +50,7 @@ def router_arguments(problem: TopkProblem):
         integer("renormalize"),
         integer("scale"),
         integer("threshold"),
+        kind=Routing,
     )
 
 
@@ -70,56 +90,33 @@ class TopkRouter:
 
     def arguments(self):
         """Of `__call__`, before grid and stream."""
-        return router_arguments(self.problem)
+        return (routing_argument(self.problem),)
 
     def tensor_maps(self):
         return ()
 
     @cute.jit
-    def __call__(
-        self, logits, correction_bias, weights, ids, num_tokens, k, topk_groups, renormalize,
-        scale, threshold, grid, stream,
-    ):  # fmt: skip
-        """As `cutlass_moe.topk_router`; k at most 32. correction_bias may be null. scale and
-        threshold: the bits of float32. grid: a warp for each token."""
-        self.kernel(
-            logits, correction_bias, weights, ids, num_tokens, k, topk_groups, renormalize, scale,
-            threshold,
-        ).launch(grid=[grid, 1, 1], block=[self.threads, 1, 1], stream=stream)  # fmt: skip
+    def __call__(self, routing, grid, stream):
+        """grid: a warp for each token."""
+        self.kernel(routing).launch(grid=[grid, 1, 1], block=[self.threads, 1, 1], stream=stream)
 
     @cute.kernel
-    def kernel(
-        self,
-        logits: cute.Pointer,
-        correction_bias: cute.Pointer,
-        weights: cute.Pointer,
-        ids: cute.Pointer,
-        num_tokens: Int32,
-        k: Int32,
-        topk_groups: Int32,
-        renormalize: Int32,
-        scale: Int32,
-        threshold: Int32,
-    ):
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+    def kernel(self, routing: Routing):
+        wait_for_previous()
+        launch_next()
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         warp = cute.arch.make_warp_uniform(thread // 32)
         token = block * (self.threads // 32) + warp
-        if token < num_tokens:
-            self.route_token(
-                token, logits, correction_bias, weights, ids, k, topk_groups, renormalize, scale,
-                threshold,
-            )  # fmt: skip
+        if token < routing.num_tokens:
+            self.route_token(token, routing)
 
     @cute.jit
-    def route_token(
-        self, token: Int32, logits: cute.Pointer, correction_bias: cute.Pointer,
-        weights: cute.Pointer, ids: cute.Pointer, k: Int32, topk_groups: Int32,
-        renormalize: Int32, scale: Int32, threshold: Int32,
-    ):  # fmt: skip
+    def route_token(self, token: Int32, routing: Routing):
         """By a whole warp."""
+        logits, correction_bias, weights, ids, _, k, topk_groups, renormalize, scale, threshold = (
+            routing
+        )
         lane = cute.arch.lane_idx()
         scores, keys = self.load(logits + Int64(token) * self.experts)
         self.score(scores, keys)

@@ -36,10 +36,10 @@ class Case:
     factor: float | None = None
 
     @property
-    def kernel(self) -> routing.Kernel:
+    def kernel(self) -> routing.StepKernel:
         return routing.kernel(RouteProblem(self.experts, self.id_bits), StepConfig(THREADS))
 
-    def run(self, schedule: Schedule, kernel: routing.Kernel) -> None:
+    def run(self, schedule: Schedule, kernel: routing.StepKernel) -> None:
         """Raises Fault, also where the result is wrong."""
         pairs = self.tokens * self.choices
         draw = np.random.default_rng(schedule.seed)
@@ -60,8 +60,8 @@ class Case:
             "pairs": pairs, "choices": self.choices,
             "capacity": row_capacity(torch.from_numpy(ids), number, self.factor), **outputs,
         }  # fmt: skip
-        parts = (0,) if self.ctas == 1 else (1, 2)
-        launches = [(kernel, self.ctas, {**arguments, "parts": part}) for part in parts]
+        phases = (0,) if self.ctas == 1 else (1, 2)
+        launches = [(kernel, self.ctas, {**arguments, "phase": phase}) for part in parts]
         last = len(launches) - 1
         writers = {
             "index": last, "offsets": last, "inverse": WORKSPACE, "histograms": WORKSPACE

@@ -73,7 +73,7 @@ CASES: dict[str, tuple[Problem, Config, dict[str, int]]] = {
     **{
         problem.op: (problem, every_config(problem)[0], values)
         for problem, values in (
-            (RouteProblem(9, 32), {**route_values(ADDRESS, **_ROUTE), "parts": 0}),
+            (RouteProblem(9, 32), {**route_values(ADDRESS, **_ROUTE), "phase": 0}),
             (TopkProblem(*ROUTER), _ROUTER),
             (RouteLogitsProblem(*ROUTER), {**_ROUTER, "capacity": 24}),
             (QuantizeProblem(DType.BF16, DType.E4M3, 64), quantize_values(ADDRESS, 24)),

@@ -1,0 +1,272 @@
+"""Which part of a tile a consumer thread's accumulators hold."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, const_expr, range_constexpr
+
+from emitters.device.memory import GMEM, VECTOR, vector
+from emitters.spec.config_sm90 import SLICE_BYTES, GemmSm90Config, GemmSwapSm90Config
+from emitters.spec.gemm import N_MAJOR_BLOCK, GemmProblem, Major
+
+
+class Fragment(Protocol):
+    """What the epilogue's nodes and stores ask of it.
+
+    A thread's accumulators come as `m_blocks` of 64 rows (or columns, where WGMMA's M is columns),
+    each in `parts` equal parts of `part_registers`; nodes and stores see one part at a time.
+    """
+
+    m_blocks: int
+    parts: int
+    part_registers: int
+    token_count: int  # rows whose tokens a thread reads
+    channel_count: int  # columns of the tile that a thread holds
+    part_channels: int  # and of a part
+    out_columns: int  # of the output
+    has_n_tail: bool  # whether the last tile has columns past N
+
+    def register(self, i: int) -> int:
+        """The accumulator that is the i-th where gate and up come in blocks by turns."""
+
+    def token_row(self, i: int):
+        """Row of the tile whose token a thread reads as its i-th."""
+
+    def by_row(self, values: cute.Tensor, m: int, part: int) -> list:
+        """values[token_count] -> for each register of a part, its row's."""
+
+    def by_channel(self, values: cute.Tensor, m: int, part: int) -> list:
+        """values[channel_count] -> for each register of a part, its column's."""
+
+    def gate_pairs(self, count: int) -> list[tuple[int, int]]:
+        """Of `count` registers of a part, those of gate and up for each output."""
+
+    def read_channels(
+        self, pointer: cute.Pointer, values: cute.Tensor, first: int, expert: Int32, column: Int32
+    ):
+        """[E, N] values of the thread's columns from its `first` on, in a tile whose first output
+        column is `column`; past N none are read."""
+
+
+class RowsFragment:
+    """Rows of the product are WGMMA's M.
+
+    WGMMA gives a thread two rows of 64, 8 apart, and of every 8 columns two neighbours: register
+    m * tile_n / 2 + 4 * block + 2 * half + c is row 64 * m + 8 * half + `row`, column
+    8 * block + `column` + c. Where gated, the blocks 2 * b and 2 * b + 1 are gate and up of the
+    b-th 8 outputs; of N-major weights eight blocks and the next eight are, whose registers
+    `register` has in that order.
+    """
+
+    def __init__(
+        self, problem: GemmProblem, config: GemmSm90Config, strides, warp: Int32, lane: Int32
+    ):
+        """strides: of a gated problem's channels, see `gate_strides`; else None. warp: among all
+        consumers'."""
+        # first of the warp's 16 rows of the tile, or of every 64
+        self.warp_row = warp % (4 * config.warpgroups_per_tile) * 16
+        self.row = self.warp_row + lane // 4
+        self.m_blocks = config.warpgroup_rows // 64
+        self.column = lane % 4 * 2
+        self.blocks = config.tile_n // 8
+        self.gated = problem.gated
+        self.by_blocks = problem.gated and problem.weight.major is Major.N  # gate and up
+        self.part_blocks = SLICE_BYTES // problem.out.bytes // 8
+        self.parts = config.tile_n // (8 * self.part_blocks)
+        self.part_registers = 4 * self.part_blocks
+        self.n, self.out_columns = problem.n, problem.out_columns
+        self.has_n_tail = problem.n % config.tile_n != 0
+        self.strides = strides
+        self.token_count = 2 * self.m_blocks
+        self.channel_count = 2 * self.blocks
+        self.part_channels = 2 * self.part_blocks
+
+    def register(self, i: int) -> int:
+        if not self.by_blocks:
+            return i
+        block, c = divmod(i, 4)
+        box = N_MAJOR_BLOCK // 8  # blocks of one
+        two, in_pairs = divmod(block, 2 * box)
+        return 4 * (2 * box * two + box * (in_pairs % 2) + in_pairs // 2) + c
+
+    def token_row(self, i: int):
+        return self.row + i // 2 * 64 + i % 2 * 8
+
+    def by_row(self, values: cute.Tensor, m: int, part: int):
+        return [values[2 * m + i // 2 % 2] for i in range(4 * self.part_blocks)]
+
+    def by_channel(self, values: cute.Tensor, m: int, part: int):
+        first = part * self.part_channels
+        if self.gated:
+            return [self.gate_or_up(values, first, i) for i in range(4 * self.part_blocks)]
+        return [values[first + i // 4 * 2 + i % 2] for i in range(4 * self.part_blocks)]
+
+    def gate_pairs(self, count: int) -> list[tuple[int, int]]:
+        return [(i, i + 4) for block in range(0, count, 8) for i in range(block, block + 4)]
+
+    def read_channels(
+        self,
+        pointer: cute.Pointer,
+        values: cute.Tensor,
+        first: int,
+        expert: Int32,
+        first_column: Int32,
+    ):
+        if self.gated:
+            self.read_gate_and_up(pointer, values, first, expert, first_column)
+        else:
+            self.read_pairs(pointer, values, first, expert, first_column)
+
+    @cute.jit
+    def read_gate_and_up(
+        self,
+        pointer: cute.Pointer,
+        values: cute.Tensor,
+        first: cutlass.Constexpr,
+        expert: Int32,
+        first_column: Int32,
+    ):
+        """Of two neighbouring outputs, gates and ups or, interleaved, one's and the other's."""
+        column_stride, gate_stride = self.strides
+        second = gate_stride
+        if gate_stride == 1:
+            second = Int32(2)
+        column = first_column + first // 4 * 8 + self.column
+        source = pointer + (expert * self.n + column * column_stride)
+        for pairs in range_constexpr(cute.size(values) // 4):
+            four = cute.make_rmem_tensor((2, 2), pointer.dtype)
+            four.fill(0)
+            if const_expr(self.has_n_tail):
+                if column + pairs * 8 < self.out_columns:
+                    for i in range_constexpr(2):
+                        pair = vector(source + i * second, pointer.dtype, 2, GMEM)
+                        cute.autovec_copy(pair, four[None, i])
+            else:
+                for i in range_constexpr(2):
+                    pair = vector(source + i * second, pointer.dtype, 2, GMEM)
+                    cute.autovec_copy(pair, four[None, i])
+            for i in range_constexpr(4):
+                values[4 * pairs + i] = four[i]
+            source = source + 8 * column_stride
+
+    def gate_or_up(self, values: cute.Tensor, first: int, register: int):
+        """What `read_gate_and_up` found for a part's register. Not sooner than it is needed."""
+        half, c = register // 4 % 2, register % 2
+        four = first + register // 8 * 4
+        halves, interleaved = values[four + 2 * half + c], values[four + 2 * c + half]
+        if half == c:
+            return halves
+        chosen = cutlass.select_(self.strides[1] == 1, interleaved, halves)
+        return values.element_type(chosen)
+
+    @cute.jit
+    def read_pairs(
+        self,
+        pointer: cute.Pointer,
+        values: cute.Tensor,
+        first: cutlass.Constexpr,
+        expert: Int32,
+        first_column: Int32,
+    ):
+        """Two neighbours at a time."""
+        for block in range_constexpr(cute.size(values) // 2):
+            column = first_column + (first // 2 + block) * 8 + self.column
+            pair = cute.make_rmem_tensor((2,), pointer.dtype)
+            pair.fill(0)
+            source = pointer + (expert * self.n + column)
+            if const_expr(self.has_n_tail):
+                if column < self.n:
+                    cute.autovec_copy(vector(source, pointer.dtype, 2, GMEM), pair)
+            else:
+                cute.autovec_copy(vector(source, pointer.dtype, 2, GMEM), pair)
+            values[2 * block] = pair[0]
+            values[2 * block + 1] = pair[1]
+
+
+class ColumnsFragment:
+    """Columns of the product, rows of weight, are WGMMA's M.
+
+    Of every 64 columns a thread has two, 8 apart, and of every 8 rows two neighbours: register
+    4 * block + 2 * half + c of a part is row 8 * block + lane % 4 * 2 + c, column 8 * half +
+    lane / 4 of the warp's 16. Part `part` of the m-th 64 columns has `part_rows` rows. Where gated,
+    the halves are gate and up of the warp's 8 outputs; of N-major weights the 64 columns are, whose
+    registers `register` has in that order.
+
+    What belongs to rows is read by one lane a row, and passed on by shuffles.
+    """
+
+    def __init__(
+        self, problem: GemmProblem, config: GemmSwapSm90Config, strides, warp: Int32, lane: Int32
+    ):
+        """strides: of a gated problem's channels, see `gate_strides`; else None."""
+        self.lane = lane
+        self.gated = problem.gated
+        self.by_blocks = problem.gated and problem.weight.major is Major.N  # gate and up
+        self.warp_column = warp * (16 if self.by_blocks else config.warp_columns(problem))
+        self.block_columns = (1 if self.by_blocks else 4) * config.warp_columns(problem)
+        self.m_registers = config.tile_m // 2
+        self.strides = strides
+        self.m_blocks = config.tile_n // 64  # of WGMMA's M
+        self.part_rows = config.part_rows
+        self.part_blocks = config.part_rows // 8
+        self.parts = config.tile_m // config.part_rows
+        self.part_registers = 4 * self.part_blocks
+        self.n, self.out_columns = problem.n, problem.out_columns
+        self.has_n_tail = problem.n % config.tile_n != 0
+        self.token_count = -(-config.tile_m // 32)
+        self.channel_count = self.part_channels = config.tile_n // 32
+
+    def register(self, i: int) -> int:
+        if not self.by_blocks:
+            return i
+        m, rest = divmod(i, self.m_registers)
+        half = rest // 2 % 2
+        return half * self.m_registers + rest + 2 * (m - half)
+
+    def token_row(self, i: int):
+        return self.lane + 32 * i
+
+    def by_row(self, values: cute.Tensor, m: int, part: int):
+        first = part * self.part_rows
+        found = {}
+        for block in range(self.part_blocks):
+            row = first + 8 * block
+            for c in range(2):
+                found[block, c] = cute.arch.shuffle_sync(
+                    values[row // 32], row % 32 + c + self.lane % 4 * 2
+                )
+        return [found[i // 4, i % 2] for i in range(4 * self.part_blocks)]
+
+    def by_channel(self, values: cute.Tensor, m: int, part: int):
+        return [values[2 * m + i // 2 % 2] for i in range(4 * self.part_blocks)]
+
+    def gate_pairs(self, count: int) -> list[tuple[int, int]]:
+        return [(i, i + 2) for block in range(0, count, 4) for i in range(block, block + 2)]
+
+    @cute.jit
+    def read_channels(
+        self,
+        pointer: cute.Pointer,
+        values: cute.Tensor,
+        first: cutlass.Constexpr,
+        expert: Int32,
+        first_column: Int32,
+    ):
+        table = cute.make_tensor(pointer, cute.make_layout(VECTOR))
+        for i in range_constexpr(cute.size(values)):
+            block, half = (first + i) // 2, (first + i) % 2
+            block_column = first_column + self.block_columns * block + self.warp_column
+            column = block_column + (0 if self.gated else 8 * half) + self.lane // 4
+            at = column
+            if const_expr(self.gated):
+                at = column * self.strides[0] + half * self.strides[1]
+            value = pointer.dtype(0)
+            if const_expr(self.has_n_tail):
+                if column < self.out_columns:
+                    value = table[expert * self.n + at]
+            else:
+                value = table[expert * self.n + at]
+            values[i] = value

@@ -1,0 +1,249 @@
+"""From a part of a tile in registers to the output in global memory, by way of shared memory."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
+from cutlass.cute.nvgpu import cpasync
+from cutlass.experimental import primitives as prims
+
+from emitters.device.epilogue.fragment import ColumnsFragment, Fragment, RowsFragment
+from emitters.device.memory import ELEMENT, GMEM, SMEM, tensor_map_address, vector
+from emitters.device.parameters import Output
+from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS, GemmSwapSm90Config
+from emitters.spec.dtypes import DType
+from emitters.spec.gemm import GemmProblem
+
+CHUNK = 16  # bytes of one global store
+
+
+class Store(Protocol):
+    """Where the epilogue's values go. Each consumer warp has `staging_bytes` of shared memory for
+    itself: no other warp is waited for."""
+
+    staging_bytes: int  # of a warp
+
+    def attach(self, output: Output, fragment: Fragment, staging: cute.Pointer, lane: Int32):
+        """staging: the warp's own."""
+
+    def put(
+        self, m: int, part: int, values: cute.Tensor, first_row: Int32, rows: Int32, column: Int32
+    ):
+        """Stores part `part` of the thread's m-th 64 rows or columns. first_row, column: of the
+        tile in the output; rows: from there to the expert's end. Other rows, and columns past the
+        output's, are not stored."""
+
+    def finish(self):
+        """After the last tile: shared memory outlives the stores that read it."""
+
+
+def make_out_map(problem: GemmProblem, out: cute.Tensor):
+    """The TMA atom through which slices are stored. out: any [16, N]; the host says where."""
+    box = (SLICE_ROWS, SLICE_BYTES // problem.out.bytes)
+    layout = cute.make_layout(box, stride=(box[1], 1))
+    atom, _ = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), out, layout, box)
+    return atom
+
+
+class SliceStore:
+    """Rows in slices of 128 bytes, 16 rows at a time, by TMA.
+
+    A part is as many columns of the accumulators as make a slice; where gated, half of one. Slices
+    go through 16 staging rows of the warp's own, in the 128-byte swizzle. A TMA store takes them
+    from there. Where the expert ends within the 16 rows, lanes store them instead, 16 bytes each
+    and eight lanes a row.
+    """
+
+    def __init__(self, problem: GemmProblem):
+        self.problem = problem
+        self.element = ELEMENT[problem.out]
+        self.slice_columns = SLICE_BYTES // problem.out.bytes
+        self.slice_parts = 2 if problem.gated else 1
+        self.staging_bytes = SLICE_ROWS * SLICE_BYTES
+        self.stage = self.stage_words if problem.out is DType.FP32 else self.stage_matrices
+
+    def attach(self, output: Output, fragment: RowsFragment, staging: cute.Pointer, lane: Int32):
+        self.out, self.out_map = output
+        self.fragment, self.staging, self.lane = fragment, staging, lane
+
+    @cute.jit
+    def put(
+        self,
+        m: cutlass.Constexpr,
+        part: cutlass.Constexpr,
+        values: cute.Tensor,
+        first_row: Int32,
+        rows: Int32,
+        first_column: Int32,
+    ):
+        in_slice = part % self.slice_parts
+        if const_expr(in_slice == 0):
+            if self.lane == 0:
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+            cute.arch.sync_warp()  # the slice before has left shared memory
+        self.stage(values, in_slice * (SLICE_BYTES // CHUNK // self.slice_parts))
+        if const_expr(in_slice == self.slice_parts - 1):
+            cute.arch.fence_view_async_shared()
+            cute.arch.sync_warp()
+            self.send(
+                first_row + m * 64 + self.fragment.warp_row,
+                rows - m * 64 - self.fragment.warp_row,
+                first_column + part // self.slice_parts * self.slice_columns,
+            )
+
+    @cute.jit
+    def finish(self):
+        if self.lane == 0:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def send(self, first_row: Int32, rows: Int32, first_column: Int32):
+        """rows: from first_row to the expert's end."""
+        if rows >= SLICE_ROWS:
+            if self.lane == 0:
+                prims.cp_async_bulk_tensor_global_shared_cta(
+                    tensor_map_address(self.out_map).to_llvm_ptr(),
+                    self.staging.to_llvm_ptr(),
+                    [first_column, first_row],
+                )
+                cute.arch.cp_async_bulk_commit_group()
+        else:
+            self.copy_out(first_row, rows, first_column)
+
+    def chunk(self, row: Int32, chunk: Int32):
+        """Where 16 bytes of a slice lie: the 128-byte swizzle of a 1024-byte aligned buffer."""
+        return self.staging + (row * SLICE_BYTES + (chunk ^ (row % 8)) * CHUNK)
+
+    @cute.jit
+    def stage_matrices(self, values: cute.Tensor, first: cutlass.Constexpr):
+        """Into the staging rows, from chunk `first` on. 16-bit outputs: two blocks of 8 columns and
+        both row halves in one stmatrix."""
+        for pair in range_constexpr(cute.size(values) // 8):
+            part = cute.make_rmem_tensor((8,), Float32)
+            packed = cute.make_rmem_tensor((8,), self.element)
+            for i in range_constexpr(8):
+                part[i] = values[8 * pair + i]
+            packed.store(part.load().to(self.element))
+            words = cute.recast_tensor(packed, Int32)
+            target = self.chunk(self.lane % 16, first + 2 * pair + self.lane // 16)
+            prims.stmatrix(
+                target.to_llvm_ptr(),
+                [words[0], words[1], words[2], words[3]],
+                prims.MMALayout.ROW,
+            )
+
+    @cute.jit
+    def stage_words(self, values: cute.Tensor, first: cutlass.Constexpr):
+        """As `stage_matrices`, float32 outputs: a thread's two neighbours at once."""
+        f = self.fragment
+        for block in range_constexpr(cute.size(values) // 4):
+            for half in range_constexpr(2):
+                pair = cute.make_rmem_tensor((2,), Float32)
+                for c in range_constexpr(2):
+                    pair[c] = values[4 * block + 2 * half + c]
+                row = f.row - f.warp_row + 8 * half
+                target = self.chunk(row, first + 2 * block + f.column // 4)
+                cute.autovec_copy(pair, vector(target + f.column % 4 * 4, Float32, 2, SMEM))
+
+    @cute.jit
+    def copy_out(self, first_row: Int32, rows: Int32, first_column: Int32):
+        chunk = self.lane % (SLICE_BYTES // CHUNK)
+        column = first_column + chunk * (CHUNK // self.problem.out.bytes)
+        for i in range_constexpr(SLICE_ROWS // 4):
+            row = self.lane // 8 + 4 * i
+            store = row < rows
+            if const_expr(self.fragment.has_n_tail):
+                store = store and column < self.problem.out_columns
+            if store:
+                words = cute.make_rmem_tensor((4,), Int32)
+                source = self.chunk(row, chunk)
+                cute.autovec_copy(vector(source, Int32, 4, SMEM), words)
+                target = self.out + (Int64(first_row + row) * self.problem.out_columns + column)
+                cute.autovec_copy(words, vector(target, Int32, 4, GMEM))
+
+
+class TransposedStore:
+    """Rows in shares of 16 columns, or 8 where gated: whole sectors of 32 bytes.
+
+    A part goes through staging rows of the warp's own, transposed: a row is the warp's columns.
+    """
+
+    def __init__(self, problem: GemmProblem, config: GemmSwapSm90Config):
+        self.problem, self.config = problem, config
+        self.element = ELEMENT[problem.out]
+        self.pitch = config.staging_pitch(problem)
+        self.staging_bytes = config.staging_bytes(problem) // 4
+        self.stage = self.stage_words if problem.out is DType.FP32 else self.stage_matrices
+
+    def attach(self, output: Output, fragment: ColumnsFragment, staging: cute.Pointer, lane: Int32):
+        self.out = output.out
+        self.fragment, self.staging, self.lane = fragment, staging, lane
+
+    @cute.jit
+    def put(
+        self,
+        m: cutlass.Constexpr,
+        part: cutlass.Constexpr,
+        values: cute.Tensor,
+        first_row: Int32,
+        rows: Int32,
+        first_column: Int32,
+    ):
+        cute.arch.sync_warp()  # the part before has left the staging rows
+        self.stage(values)
+        cute.arch.sync_warp()
+        skipped = part * self.config.part_rows
+        column = first_column + m * self.fragment.block_columns
+        self.copy_out(first_row + skipped, rows - skipped, column)
+
+    def finish(self):
+        pass  # lanes stored it
+
+    @cute.jit
+    def stage_matrices(self, values: cute.Tensor):
+        """16-bit outputs: a part's blocks of 8 rows and 8 columns in one stmatrix."""
+        count = cute.size(values)
+        halves = self.config.warp_columns(self.problem) // 8
+        packed = cute.make_rmem_tensor((count,), self.element)
+        packed.store(values.load().to(self.element))
+        words = cute.recast_tensor(packed, Int32)
+        row = self.lane % 8
+        if const_expr(self.config.part_rows == 16):
+            row += self.lane // (8 * halves) * 8
+        target = self.staging + (row * self.pitch + self.lane // 8 % halves * 16)
+        prims.stmatrix(
+            target.to_llvm_ptr(), [words[i] for i in range(count // 2)], prims.MMALayout.COL
+        )
+
+    @cute.jit
+    def stage_words(self, values: cute.Tensor):
+        """float32 outputs."""
+        for i in range_constexpr(cute.size(values)):
+            halves = self.config.warp_columns(self.problem) // 8
+            row = i // (2 * halves) * 8 + self.lane % 4 * 2 + i % 2
+            column = i // 2 % halves * 8 + self.lane // 4
+            word = vector(self.staging + (row * self.pitch + column * 4), Float32, 1, SMEM)
+            word[0] = values[i]
+
+    @cute.jit
+    def copy_out(self, first_row: Int32, rows: Int32, first_column: Int32):
+        f = self.fragment
+        chunks = self.config.warp_columns(self.problem) * self.problem.out.bytes // CHUNK
+        chunk = self.lane % chunks
+        column = first_column + f.warp_column + chunk * (CHUNK // self.problem.out.bytes)
+        for i in range_constexpr(-(-f.part_rows * chunks // 32)):
+            row = self.lane // chunks + i * (32 // chunks)
+            store = row < rows
+            if const_expr(f.part_rows * chunks < 32):
+                store = store and row < f.part_rows
+            if const_expr(f.has_n_tail):
+                store = store and column < f.out_columns
+            if store:
+                source = self.staging + (row * self.pitch + chunk * CHUNK)
+                words = cute.make_rmem_tensor((4,), Int32)
+                cute.autovec_copy(vector(source, Int32, 4, SMEM), words)
+                target = self.out + (Int64(first_row + row) * f.out_columns + column)
+                cute.autovec_copy(words, vector(target, Int32, 4, GMEM))
