@@ -36,8 +36,8 @@ from cutlass_moe.runtime.fallback import announce_fallback
 from cutlass_moe.runtime.kernel import Kernel
 from cutlass_moe.runtime.parameters import ALIGNMENTS, gemm_views, misaligned
 from cutlass_moe.runtime.workspace import (
-    Region,
     WorkspaceLayout,
+    WorkspaceRegion,
     resolve,
     stand_in,
 )
@@ -147,7 +147,7 @@ class Executor:
             self._groups = layout.region((2 * experts,), torch.int32)
             self._ends = layout.region((experts,), torch.int32)
         self._out = layout.join(out)
-        self._operands: dict[str, Tensor | Region | None] = {
+        self._operands: dict[str, Tensor | WorkspaceRegion | None] = {
             "x": layout.join(x),
             "weight": weights if isinstance(weights, Tensor) else weights[0].expand(experts, n, k),
             "index": arguments.index,
@@ -177,7 +177,7 @@ class Executor:
             in_table = replace(problem.weight, storage=WeightStorage.TABLE)
             problem = replace(problem, weight=in_table)
         self._choice: Choice | None = None
-        self._maps: Region | None = None
+        self._maps: WorkspaceRegion | None = None
         self._why_illegal: str | None = None
         if self.device.type == "cuda" and len(out):
             device = self.device.index

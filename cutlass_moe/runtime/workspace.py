@@ -14,7 +14,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class Region:
+class WorkspaceRegion:
     """A tensor in a workspace, `offset` bytes from its aligned beginning."""
 
     offset: int
@@ -31,16 +31,16 @@ class Region:
         return bytes_of_it.view(self.dtype).view(self.shape)
 
 
-def resolve(source: Tensor | Region | None, workspace: Tensor) -> Any:
+def resolve(source: Tensor | WorkspaceRegion | None, workspace: Tensor) -> Any:
     """The tensor itself, or the one in its region."""
-    return source.of(workspace) if isinstance(source, Region) else source
+    return source.of(workspace) if isinstance(source, WorkspaceRegion) else source
 
 
-def stand_in(source: Tensor | Region | None) -> Any:
+def stand_in(source: Tensor | WorkspaceRegion | None) -> Any:
     """The same tensor without memory, on the meta device: to check before there is a workspace."""
     if source is None:
         return None
-    if isinstance(source, Region):
+    if isinstance(source, WorkspaceRegion):
         return torch.empty(source.shape, dtype=source.dtype, device="meta")
     return torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device="meta")
 
@@ -51,21 +51,21 @@ class WorkspaceLayout:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._bytes = 0
-        self._copies: list[tuple[Region, list[Tensor]]] = []
-        self._host_values: list[tuple[Region, Tensor]] = []
+        self._copies: list[tuple[WorkspaceRegion, list[Tensor]]] = []
+        self._host_values: list[tuple[WorkspaceRegion, Tensor]] = []
 
     @property
     def size(self) -> int:
         """Bytes of workspace, wherever it begins."""
         return self._bytes and self._bytes + ALIGNMENT - 1
 
-    def region(self, shape: tuple[int, ...], dtype: torch.dtype) -> Region:
+    def region(self, shape: tuple[int, ...], dtype: torch.dtype) -> WorkspaceRegion:
         """Room for a tensor."""
-        region = Region(self._bytes, shape, dtype)
+        region = WorkspaceRegion(self._bytes, shape, dtype)
         self._bytes += -(-region.bytes // ALIGNMENT) * ALIGNMENT
         return region
 
-    def join(self, entries: list[Tensor]) -> Tensor | Region:
+    def join(self, entries: list[Tensor]) -> Tensor | WorkspaceRegion:
         """All rows of tensors that differ in their first extent at most: a view where that is
         possible, else a region they are copied to before every run."""
         joined = entries[0] if len(entries) == 1 else view_of_rows(entries)
@@ -76,7 +76,7 @@ class WorkspaceLayout:
         self._copies.append((region, entries))
         return region
 
-    def from_host(self, values: Tensor) -> Region:
+    def from_host(self, values: Tensor) -> WorkspaceRegion:
         """A region for values that the host knows, copied there before every run.
 
         Raises RuntimeError while a CUDA graph is captured: it would read memory of the host that
@@ -125,7 +125,7 @@ class WorkspaceLayout:
         for region, entries in self._copies:
             _copy(_split(region.of(workspace), entries), entries)
 
-    def write_back(self, joined: Tensor | Region, workspace: Tensor) -> None:
+    def write_back(self, joined: Tensor | WorkspaceRegion, workspace: Tensor) -> None:
         """Enqueues the copies from what `join` gave to its tensors."""
         for region, entries in self._copies:
             if region is joined:

@@ -40,7 +40,9 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def _run(kernel: launch.Kernel, case: Case, mode: str, options: argparse.Namespace) -> bool:
+def _run(
+    kernel: launch.SimulatedKernel, case: Case, mode: str, options: argparse.Namespace
+) -> bool:
     inputs = make_inputs(case, "cpu", exact=True)
     try:
         out = launch.simulate(

@@ -52,7 +52,7 @@ def problem(name: str) -> GemmProblem:
     return replace(asked, weight=replace(asked.weight, storage=storage))
 
 
-def complaints(kernel: launch.Kernel, case: Case) -> Iterator[str]:
+def complaints(kernel: launch.SimulatedKernel, case: Case) -> Iterator[str]:
     """What is wrong, schedule by schedule; "" where nothing is."""
     for seed, mode in enumerate(MODES):
         inputs = make_inputs(case, "cpu", exact=True)

@@ -75,7 +75,7 @@ def test_topk_router(case: Case) -> None:
         call.check()
 
 
-def run_fused(case: Case, kernel: routing.Kernel, schedule: Schedule) -> None:
+def run_fused(case: Case, kernel: routing.StepKernel, schedule: Schedule) -> None:
     call = Call(case, schedule.seed)
     pairs, experts = case.tokens * case.k, case.experts
     sizes = {"index": pairs, "offsets": experts, "inverse": pairs}

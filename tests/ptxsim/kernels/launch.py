@@ -26,7 +26,7 @@ from tests.support.numerics import poisoned
 
 
 @dataclass(frozen=True)
-class Kernel:
+class SimulatedKernel:
     record: LaunchRecord
     ptx: str
     code: Code
@@ -35,19 +35,19 @@ class Kernel:
     def problem(self) -> GemmProblem:
         return GemmProblem.from_json(self.record.problem)
 
-    def edited(self, ptx: str) -> Kernel:
+    def edited(self, ptx: str) -> SimulatedKernel:
         """The same kernel with other PTX."""
-        return Kernel(self.record, ptx, Code(parse(ptx)))
+        return SimulatedKernel(self.record, ptx, Code(parse(ptx)))
 
 
 @lru_cache(maxsize=32)
-def kernel(problem: GemmProblem, config: GemmConfig, line_info: bool = False) -> Kernel:
+def kernel(problem: GemmProblem, config: GemmConfig, line_info: bool = False) -> SimulatedKernel:
     """Compiled anew, in this process; one thread at a time may do that.
 
     line_info: so that faults name lines of the Python source, too.
     """
     record, ptx = emit_ptx(problem, config, line_info=line_info)
-    return Kernel(record, ptx, Code(parse(ptx)))
+    return SimulatedKernel(record, ptx, Code(parse(ptx)))
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:
@@ -64,7 +64,9 @@ class Arguments:
     late: a grid before the kernel's writes x and per_token_scale, and reads out.
     """
 
-    def __init__(self, kernel: Kernel, inputs: dict[str, Any], out: Tensor, late: bool = False):
+    def __init__(
+        self, kernel: SimulatedKernel, inputs: dict[str, Any], out: Tensor, late: bool = False
+    ):
         self.memory, self.problem = GlobalMemory(), kernel.problem
         self.inputs, self.record, self.out = inputs, kernel.record, out
         self.grid = int(late)  # the kernel's
@@ -121,7 +123,9 @@ class Arguments:
             swizzle=box.swizzle,
         ).encode()
 
-    def _pack(self, kernel: Kernel, values: dict[str, int], views: dict[str, View]) -> bytes:
+    def _pack(
+        self, kernel: SimulatedKernel, values: dict[str, int], views: dict[str, View]
+    ) -> bytes:
         program = kernel.code.program
         packed = bytearray(program.parameter_bytes)
         for param, declared in zip(kernel.record.params, program.parameters, strict=True):
@@ -151,7 +155,7 @@ class Arguments:
 
 
 def simulate(
-    kernel: Kernel, inputs: dict[str, Any], schedule: Schedule, grid: int = 2, *,
+    kernel: SimulatedKernel, inputs: dict[str, Any], schedule: Schedule, grid: int = 2, *,
     rows: int, trace: Trace | None = None, late: bool = False,
 ) -> Tensor:  # fmt: skip
     """out [rows, N], from `poisoned`. inputs: as `grouped_matmul` takes them, and int32 `starts`.

@@ -17,17 +17,17 @@ from tests.ptxsim.schedule import Schedule
 from tests.ptxsim.warp import Code
 
 POISON = -77  # what outputs hold before
-Kernel = tuple[LaunchRecord, str, Code]
+StepKernel = tuple[LaunchRecord, str, Code]
 Arguments = Mapping[str, np.ndarray | int]
 
 
 @lru_cache(maxsize=8)
-def kernel(problem: Step, config: StepConfig) -> Kernel:
+def kernel(problem: Step, config: StepConfig) -> StepKernel:
     record, ptx = emit_ptx(problem, config)
     return record, ptx, Code(parse(ptx))
 
 
-def edited(kernel: Kernel, old: str, new: str) -> Kernel:
+def edited(kernel: StepKernel, old: str, new: str) -> StepKernel:
     """The same kernel with other PTX; `old` must be there."""
     record, ptx, _ = kernel
     if old not in ptx:
@@ -36,7 +36,7 @@ def edited(kernel: Kernel, old: str, new: str) -> Kernel:
 
 
 def run(
-    launches: Sequence[tuple[Kernel, int, Arguments]],
+    launches: Sequence[tuple[StepKernel, int, Arguments]],
     writers: Mapping[str, int],
     schedule: Schedule,
 ) -> None:
@@ -59,7 +59,7 @@ def run(
             raise Fault(f"{region.name} + {int(region.writes.argmin())} bytes never written")
 
 
-def _launch(kernel: Kernel, grid: int, arguments: Arguments, address: dict[str, int]) -> Launch:
+def _launch(kernel: StepKernel, grid: int, arguments: Arguments, address: dict[str, int]) -> Launch:
     record, _, code = kernel
     values = {**arguments, **address}
     packed = bytearray(code.program.parameter_bytes)

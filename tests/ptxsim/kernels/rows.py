@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emitters.spec.layer_steps import QuantizeProblem
-from tests.ptxsim.kernels.routing import Kernel
+from tests.ptxsim.kernels.routing import StepKernel
 from tests.ptxsim.machine import Launch, Machine
 from tests.ptxsim.memory import GlobalMemory
 from tests.ptxsim.ptx import Fault
@@ -24,7 +24,7 @@ class Stage:
     """A launch. arguments: by parameter; a tensor that two stages name is the same memory. written:
     rows of its outputs that it must write, the first ones, and no other."""
 
-    kernel: Kernel
+    kernel: StepKernel
     arguments: Mapping[str, Tensor | int]
     grid: int
     written: int
