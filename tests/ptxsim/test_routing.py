@@ -61,7 +61,7 @@ class Case:
             "capacity": row_capacity(torch.from_numpy(ids), number, self.factor), **outputs,
         }  # fmt: skip
         phases = (0,) if self.ctas == 1 else (1, 2)
-        launches = [(kernel, self.ctas, {**arguments, "phase": phase}) for part in parts]
+        launches = [(kernel, self.ctas, {**arguments, "phase": phase}) for phase in phases]
         last = len(launches) - 1
         writers = {
             "index": last, "offsets": last, "inverse": WORKSPACE, "histograms": WORKSPACE
