@@ -121,7 +121,7 @@ def test_small_layers_overlap_and_say_what_is_early(run: Any, tokens: int, pdl: 
 def test_many_pairs_are_routed_by_two_launches_of_one_kernel(run: Any) -> None:
     _, launches = run(make_layer(tokens=4096), LayerOptions("fp8"))
     (one, first), (other, second), *_ = launches
-    assert one is other and (first.values["parts"], second.values["parts"]) == (1, 2)
+    assert one is other and (first.values["phase"], second.values["phase"]) == (1, 2)
     assert first.grid == second.grid > 1
 
 

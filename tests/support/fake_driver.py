@@ -23,12 +23,12 @@ from tests.support.fake_images import make_image
 
 MAP, POINTER, INT = ParamKind.TENSOR_MAP, ParamKind.POINTER, ParamKind.INT32
 INTEGERS = (
-    "num_ids pairs choices capacity parts num_tokens k topk_groups renormalize num_rows early"
+    "num_ids pairs choices capacity phase num_tokens k topk_groups renormalize num_rows early"
 )
 ROUTER = "logits correction_bias weights ids num_tokens k topk_groups renormalize scale threshold"
 TABLE = "index offsets inverse"
 PARAMETERS = {
-    "route": f"ids expert_map num_ids pairs choices capacity {TABLE} histograms parts",
+    "route": f"ids expert_map num_ids pairs choices capacity {TABLE} histograms phase",
     "topk_router": ROUTER,
     "route_logits": f"{ROUTER} capacity {TABLE}",
     "quantize": "source end q scale num_rows early",
