@@ -40,7 +40,7 @@ SUCCESS = driver.CUresult.CUDA_SUCCESS
 
 
 def parameters_of(problem: Problem, config: Config) -> list[tuple[str, ParamKind]]:
-    """Names and kinds of a kernel's parameters, as the emitters know them."""
+    """Names and kinds of a kernel's parameters, as the emitters know them, in some order."""
     if not isinstance(problem, GemmProblem):
         integers = f"{INTEGERS} scale threshold" if "rout" in problem.op else INTEGERS
         names = PARAMETERS[problem.op].split()
