@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import cutlass_moe as cm
-from cutlass_moe.layer.padded import Experts, feed_forward, quantized
+from cutlass_moe.layer.padded import feed_forward, quantized
 from cutlass_moe.layer.steps import LayerSizes, Projection, layer_problems
-from cutlass_moe.operands import DTYPES, QUANTS
+from cutlass_moe.operands import DTYPES, FLOATS, QUANTS, Experts
 from cutlass_moe.ops.activations import GATED, NOT_GATED
 from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.grouped_matmul import wants_gradient
@@ -310,7 +310,7 @@ def _why_illegal(
     quantized = weight in QUANTS.values()
     if not quantized and weight != hidden:  # under autocast
         return f"hidden of {hidden} and weights of {weight}"
-    if bias not in (None, torch.bfloat16, torch.float16, torch.float32):
+    if bias not in (None, *FLOATS):
         return f"biases of {bias}: at most 32 bits"
     kind = None if bias is None else DTYPES[bias]
     each = Projection(2, kind) if quantized else Projection(0, kind, n_major=True)

@@ -1,8 +1,8 @@
-"""What calls hand over: tensors and options, and the table of dtypes."""
+"""What calls hand over: tensors and options, by keyword and as what travels inside; dtypes."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -10,14 +10,41 @@ from torch import Tensor
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import Activation, ActivationFunction
 
-DTYPES = {
-    torch.float8_e4m3fn: DType.E4M3,
-    torch.float8_e5m2: DType.E5M2,
-    torch.int8: DType.INT8,
-    torch.bfloat16: DType.BF16,
-    torch.float16: DType.FP16,
-    torch.float32: DType.FP32,
-}
+if TYPE_CHECKING:
+    from typing_extensions import Required
+
+_TABLE = (  # torch's dtype, the kernels', and what users call it as that of a layer
+    (torch.float8_e4m3fn, DType.E4M3, "fp8"),
+    (torch.float8_e5m2, DType.E5M2, None),
+    (torch.int8, DType.INT8, "int8"),
+    (torch.bfloat16, DType.BF16, "bf16"),
+    (torch.float16, DType.FP16, None),
+    (torch.float32, DType.FP32, None),
+)
+DTYPES = {dtype: kernels for dtype, kernels, _ in _TABLE}
+TORCH_DTYPES = {kernels: dtype for dtype, kernels, _ in _TABLE}
+NAMED_DTYPES = {name: dtype for dtype, _, name in _TABLE if name}
+QUANTS = {name: dtype for name, dtype in NAMED_DTYPES.items() if dtype.itemsize == 1}
+FLOATS = tuple(dtype for dtype in DTYPES if dtype.is_floating_point and dtype.itemsize > 1)
+IDS = (torch.int32, torch.int64)  # of experts
+
+
+class ProductArguments(TypedDict, total=False):
+    """Arguments of `grouped_matmul` by keyword, for functions that take the same."""
+
+    index: Tensor | None
+    offsets: Required[Tensor]
+    per_token_scale: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+    activation: str | None
+    interleaved: bool
+    starts: Tensor | None
+    out_dtype: torch.dtype | None
+    accumulation: str | None
+    expected_rows: int | None
+    num_sms: int | None
+    schedule: str | None
 
 
 class Operands(NamedTuple):
@@ -27,9 +54,9 @@ class Operands(NamedTuple):
     weight: Tensor
     index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
     offsets: Tensor
-    per_token_scale: Tensor | None
-    scale: Tensor | None
-    bias: Tensor | None
+    per_token_scale: Tensor | None = None
+    scale: Tensor | None = None
+    bias: Tensor | None = None
     starts: Tensor | None = None
 
     @property
@@ -54,7 +81,44 @@ class Options(NamedTuple):
         return Activation(ActivationFunction(self.activation)) if self.activation else None
 
 
-QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+def split_product(
+    x: Tensor, weight: Tensor, arguments: ProductArguments
+) -> tuple[Operands, Options]:
+    """Raises TypeError for a name that `grouped_matmul` does not take, and without offsets."""
+    options, tensors = _split(arguments, Options._fields)
+    return Operands(x, weight, **{"index": None, **tensors}), Options(**options)
+
+
+class LayerArguments(TypedDict, total=False):
+    """Arguments of `fused_moe` by keyword, but for its memory, `out` and `workspace`."""
+
+    quant: str | None
+    w13_scale: Tensor | None
+    w2_scale: Tensor | None
+    activation: str
+    interleaved: bool
+    w13_bias: Tensor | None
+    w2_bias: Tensor | None
+    expert_map: Tensor | None
+    capacity_factor: float | None
+    residual: Tensor | None
+    accumulation: str | None
+    pdl: bool
+
+
+class Experts(NamedTuple):
+    """Weights of a layer's experts, as `fused_moe` takes them."""
+
+    w13: Tensor
+    w2: Tensor
+    w13_scale: Tensor | None = None
+    w2_scale: Tensor | None = None
+    w13_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
+
+    def only(self, e: int) -> Experts:
+        """Those of one expert."""
+        return Experts(*(None if tensor is None else tensor[e : e + 1] for tensor in self))  # type: ignore
 
 
 class LayerOperands(NamedTuple):
@@ -72,11 +136,64 @@ class LayerOperands(NamedTuple):
     expert_map: Tensor | None = None
     residual: Tensor | None = None
 
+    @property
+    def experts(self) -> Experts:
+        return Experts(
+            self.w13, self.w2, self.w13_scale, self.w2_scale, self.w13_bias, self.w2_bias
+        )
+
 
 class LayerOptions(NamedTuple):
+    """What a layer may be asked for besides its tensors, in the order of the op's schema."""
+
     quant: str | None = None
     activation: str = "swiglu"
     interleaved: bool = False
     capacity_factor: float | None = None
     accumulation: str | None = None
     pdl: bool = True
+
+
+def split_layer(
+    hidden: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    arguments: LayerArguments,
+) -> tuple[LayerOperands, LayerOptions]:
+    """Raises TypeError for a name that `fused_moe` does not take."""
+    options, tensors = _split(arguments, LayerOptions._fields)
+    layer = LayerOperands(hidden, w13, w2, topk_weights, topk_ids, **tensors)
+    return layer, LayerOptions(**options)
+
+
+class RouterArguments(TypedDict, total=False):
+    """Arguments of `topk_router` by keyword, but for `pdl`."""
+
+    scoring: str
+    renormalize: bool
+    num_groups: int
+    topk_groups: int
+    correction_bias: Tensor | None
+    scale: float
+    threshold: float | None
+
+
+class Router(NamedTuple):
+    """What a router does with logits, in the order of the ops' schemas; see `topk_router`."""
+
+    k: int
+    scoring: str = "softmax"
+    renormalize: bool = True
+    num_groups: int = 1
+    topk_groups: int = 1
+    correction_bias: Tensor | None = None
+    scale: float = 1.0
+    threshold: float | None = None
+
+
+def _split(arguments: Any, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those of these names, and the others."""
+    others = {**arguments}
+    return {name: others.pop(name) for name in names if name in others}, others

@@ -7,13 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from cutlass_moe.models.shapes import DTYPES
-from cutlass_moe.operands import DTYPES as ELEMENTS
+from cutlass_moe.operands import NAMED_DTYPES
 from emitters.spec.dtypes import DType
-
-TORCH_DTYPES = {
-    name: next(dtype for dtype, found in ELEMENTS.items() if found is element)
-    for name, element in DTYPES.items()
-}
 
 
 @dataclass(frozen=True)
@@ -45,4 +40,4 @@ class BenchCase:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return TORCH_DTYPES[self.dtype]
+        return NAMED_DTYPES[self.dtype]

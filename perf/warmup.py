@@ -22,10 +22,10 @@ import cutlass_moe
 from cutlass_moe.choose.heuristics_sm90 import candidates
 from cutlass_moe.models.problems import gemm_problems
 from cutlass_moe.models.shapes import DTYPES, MODELS
+from cutlass_moe.operands import NAMED_DTYPES
 from cutlass_moe.ops import dispatch
 from cutlass_moe.runtime import library
 from emitters.spec.gemm import Bias, GemmProblem
-from perf.cases import TORCH_DTYPES
 
 TOKENS = 16
 
@@ -74,7 +74,7 @@ def one_round(model: str, dtype: str) -> dict[str, Any]:
     calls: dict[str, list[float]] = {}
     for name in ("up", "down"):
         problem = gemm_problems(MODELS[model], dtype)[name]
-        inputs = zeros(problem, TORCH_DTYPES[dtype])
+        inputs = zeros(problem, NAMED_DTYPES[dtype])
         for config in candidates(problem):
             what = f"{name} {config.words}"
             calls[what] = []

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cutlass_moe.layer.fused_moe import fused_moe
 from cutlass_moe.models.shapes import MoeShape
+from cutlass_moe.operands import NAMED_DTYPES
 from cutlass_moe.ops.activations import activate
 from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.grouped_matmul import grouped_matmul
@@ -22,7 +23,6 @@ from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference
 from cutlass_moe.ops.quantize import quantize_per_channel, quantize_per_token
 from cutlass_moe.ops.route import RoutingTable, route
 
-TORCH_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat16}
 GPU_TOKENS, CPU_TOKENS = 4096, 4
 ERROR_LIMIT = 4e-3  # rounding to bf16 gives 1.7e-3, the fast sums of fp8 up to 2.5e-3
 # Of a layer to its projections one by one, whose results are rounded to bf16 before they are
@@ -103,10 +103,10 @@ def run(
     topk_weights /= topk_weights.sum(1, keepdim=True)
 
     table = Table("", "tokens", "rows", "time", "TFLOP/s", "GB/s", "relative error")
-    up = _up_product(shape, TORCH_DTYPES[dtype], hidden, routing)
+    up = _up_product(shape, NAMED_DTYPES[dtype], hidden, routing)
     gates, up_error = _measure_product("up", up, table)
     active = activate(gates.float(), shape.activation).bfloat16()
-    down = _down_product(shape, TORCH_DTYPES[dtype], active, routing.offsets)
+    down = _down_product(shape, NAMED_DTYPES[dtype], active, routing.offsets)
     rows, down_error = _measure_product("down", down, table)
 
     def layer() -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.layer.steps import LayerProblems, LayerSizes, Projection, layer_problems
-from cutlass_moe.operands import DTYPES, QUANTS, LayerOperands, LayerOptions
+from cutlass_moe.operands import DTYPES, FLOATS, IDS, QUANTS, LayerOperands, LayerOptions
 from cutlass_moe.ops._checks import (
     check_accumulation,
     check_activation,
@@ -19,7 +19,6 @@ from cutlass_moe.ops.route import check_capacity
 from cutlass_moe.runtime.parameters import misaligned
 
 _HIDDEN = (torch.bfloat16, torch.float16)
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENTS = {  # bytes that addresses must be multiples of
     **dict.fromkeys(("hidden", "w13", "w2", "residual", "out"), 16),
     **dict.fromkeys(("w13_scale", "w2_scale", "w13_bias", "w2_bias"), 8),
@@ -32,11 +31,11 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
     hidden, w13, w2 = layer.hidden, layer.w13, layer.w2
     device = hidden.get_device()
     if options.quant is not None and options.quant not in QUANTS:
-        raise ValueError(f"quant: expected None, 'fp8' or 'int8', got {options.quant!r}")
+        raise ValueError(f"quant must be None, 'fp8' or 'int8', got {options.quant!r}")
     check_capacity(options.capacity_factor)
     if hidden.dim() != 2 or w13.dim() != 3 or w2.dim() != 3 or layer.topk_ids.dim() != 2:
         raise ValueError(
-            "expected hidden [T, H], w13 [E, 2I or I, H], w2 [E, H, I] and topk_ids [T, k], got "
+            "hidden must be [T, H], w13 [E, 2I or I, H], w2 [E, H, I] and topk_ids [T, k], got "
             + ", ".join(str(tuple(t.shape)) for t in (hidden, w13, w2, layer.topk_ids))
         )
     check_activation("w13", w13, options.activation, options.interleaved)
@@ -45,7 +44,7 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
     experts, _, inter = w2.shape
     choices = (tokens, layer.topk_ids.shape[1])
     expect("hidden", hidden, device, _HIDDEN, (hidden.shape,))
-    expect("topk_ids", layer.topk_ids, device, (torch.int32, torch.int64), (choices,))
+    expect("topk_ids", layer.topk_ids, device, IDS, (choices,))
     expect("topk_weights", layer.topk_weights, device, (torch.float32,), (choices,))
     dtype = QUANTS[options.quant] if options.quant else hidden.dtype
     check_accumulation(options.accumulation, dtype)
@@ -56,12 +55,12 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
         check_weight(name, weight, hidden, shape, dtype)
         scale, bias = getattr(layer, f"{name}_scale"), getattr(layer, f"{name}_bias")
         if (scale is None) != (options.quant is None):
-            raise ValueError(f"{name}_scale: needed with quant, and only then")
+            raise ValueError(f"{name}_scale must be given with quant, and only then")
         if scale is not None:
             shapes = (shape[:2], (experts,))
             expect(f"{name}_scale", scale, device, (torch.float32,), shapes)
         if bias is not None:
-            expect(f"{name}_bias", bias, device, _FLOATS, (shape[:2],))
+            expect(f"{name}_bias", bias, device, FLOATS, (shape[:2],))
     if layer.expert_map is not None:
         count = layer.expert_map.numel()
         expect("expert_map", layer.expert_map, device, (torch.int32,), ((count,),))

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cutlass_moe.layer.chain import LayerWorkspace, find_chain
 from cutlass_moe.layer.checks import check_layer
-from cutlass_moe.operands import LayerOperands, LayerOptions
+from cutlass_moe.operands import LayerArguments, LayerOperands, LayerOptions, split_layer
+from cutlass_moe.ops._define import define
 from cutlass_moe.ops.grouped_matmul import is_plain_eager, wants_gradient
 
-_lib = torch.library.Library("cutlass_moe", "FRAGMENT")
-_lib.define(
-    "fused_moe_out(Tensor(a!) out, Tensor(b!)? workspace, Tensor hidden, Tensor w13, Tensor w2, "
-    "Tensor topk_weights, Tensor topk_ids, Tensor? w13_scale, Tensor? w2_scale, Tensor? w13_bias, "
-    "Tensor? w2_bias, Tensor? expert_map, Tensor? residual, str? quant, str activation, "
-    "bool interleaved, float? capacity_factor, str? accumulation, bool pdl) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_out_op = torch.ops.cutlass_moe.fused_moe_out.default
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def fused_moe(
@@ -87,7 +81,7 @@ def fused_moe(
     if is_plain_eager(hidden, w13):
         _run(out, workspace, layer, options)
     else:
-        _out_op(out, workspace, *layer, *options)
+        _fused_moe_out_op(out, workspace, *layer, *options)
     return out
 
 
@@ -97,28 +91,13 @@ def fused_moe_workspace_size(
     w2: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    *,
-    quant: str | None = None,
-    w13_scale: Tensor | None = None,
-    w2_scale: Tensor | None = None,
-    activation: str = "swiglu",
-    interleaved: bool = False,
-    w13_bias: Tensor | None = None,
-    w2_bias: Tensor | None = None,
-    expert_map: Tensor | None = None,
-    capacity_factor: float | None = None,
-    residual: Tensor | None = None,
-    accumulation: str | None = None,
-    pdl: bool = True,
+    **arguments: Unpack[LayerArguments],
 ) -> int:
     """Bytes of workspace that `fused_moe` needs for these arguments, and for fewer tokens of the
     same layer. Tensors on the meta device will do. Raises as `fused_moe` does."""
-    layer = LayerOperands(
-        hidden, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, w13_bias, w2_bias,
-        expert_map, residual,
-    )  # fmt: skip
-    check_layer(layer, LayerOptions(quant, activation, interleaved, capacity_factor, accumulation))
-    return LayerWorkspace(layer, quant).layout.size
+    layer, options = split_layer(hidden, w13, w2, topk_weights, topk_ids, arguments)
+    check_layer(layer, options)
+    return LayerWorkspace(layer, options.quant).layout.size
 
 
 def _run(
@@ -131,16 +110,21 @@ def _run(
     chain.launch(layer, out, layout.aligned(workspace).data_ptr())
 
 
-def _out_impl(out: Tensor, workspace: Tensor | None, *arguments: Any) -> None:
+def _fused_moe_out_impl(out: Tensor, workspace: Tensor | None, *arguments: Any) -> None:
     count = len(LayerOperands._fields)
     _run(out, workspace, LayerOperands(*arguments[:count]), LayerOptions(*arguments[count:]))
 
 
-def _out_fake(out: Tensor, workspace: Tensor | None, *arguments: Any) -> None:
+def _fused_moe_out_fake(out: Tensor, workspace: Tensor | None, *arguments: Any) -> None:
     count = len(LayerOperands._fields)
     check_layer(LayerOperands(*arguments[:count]), LayerOptions(*arguments[count:]), out)
 
 
-for _key in ("CPU", "CUDA"):
-    _lib.impl("fused_moe_out", _out_impl, _key)
-torch.library.register_fake("cutlass_moe::fused_moe_out", _out_fake, lib=_lib)
+_fused_moe_out_op = define(
+    "fused_moe_out(Tensor(a!) out, Tensor(b!)? workspace, Tensor hidden, Tensor w13, Tensor w2, "
+    "Tensor topk_weights, Tensor topk_ids, Tensor? w13_scale, Tensor? w2_scale, Tensor? w13_bias, "
+    "Tensor? w2_bias, Tensor? expert_map, Tensor? residual, str? quant, str activation, "
+    "bool interleaved, float? capacity_factor, str? accumulation, bool pdl) -> ()",
+    _fused_moe_out_impl,
+    _fused_moe_out_fake,
+)

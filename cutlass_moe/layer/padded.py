@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from cutlass_moe.operands import Experts
 from cutlass_moe.ops.activations import activate
 from cutlass_moe.ops.quantize import quantize_per_token_reference
-
-
-class Experts(NamedTuple):
-    """Weights of a layer's experts, as `fused_moe` takes them."""
-
-    w13: Tensor
-    w2: Tensor
-    w13_scale: Tensor | None = None
-    w2_scale: Tensor | None = None
-    w13_bias: Tensor | None = None
-    w2_bias: Tensor | None = None
-
-    def only(self, e: int) -> Experts:
-        """Those of one expert."""
-        return Experts(*(None if part is None else part[e : e + 1] for part in self))  # type: ignore
 
 
 def feed_forward(

@@ -5,13 +5,18 @@ They are differentiable, but not through a quantisation.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from cutlass_moe.layer.padded import Experts, feed_forward, quantized
+from cutlass_moe.layer.padded import feed_forward, quantized
+from cutlass_moe.operands import LayerArguments, split_layer
 from cutlass_moe.ops.combine import combine_reference
-from cutlass_moe.ops.route import row_capacity
+from cutlass_moe.ops.route import local_experts, row_capacity
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def fused_moe_reference(
@@ -21,21 +26,10 @@ def fused_moe_reference(
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,
-    quant: str | None = None,
-    w13_scale: Tensor | None = None,
-    w2_scale: Tensor | None = None,
-    activation: str = "swiglu",
-    interleaved: bool = False,
-    w13_bias: Tensor | None = None,
-    w2_bias: Tensor | None = None,
-    expert_map: Tensor | None = None,
-    capacity_factor: float | None = None,
-    residual: Tensor | None = None,
-    accumulation: str | None = None,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
-    pdl: bool = True,
     compute_dtype: torch.dtype = torch.float32,
+    **arguments: Unpack[LayerArguments],
 ) -> Tensor:
     """`cutlass_moe.fused_moe`, expert by expert, every step but quantisation in compute_dtype.
 
@@ -46,15 +40,12 @@ def fused_moe_reference(
 
     Returns [T, H] of compute_dtype, or `out`, of any floating dtype.
     """
-    stacked = Experts(w13, w2, w13_scale, w2_scale, w13_bias, w2_bias)
-    ids, experts = topk_ids.long(), len(w13)
-    if expert_map is not None:
-        known = (ids >= 0) & (ids < len(expert_map))
-        ids = functional.pad(expert_map.long(), (0, 1), value=-1)[ids.where(known, -1)]
-        experts = len(expert_map)
-    limit = row_capacity(ids, experts, capacity_factor)
+    layer, options = split_layer(hidden, w13, w2, topk_weights, topk_ids, arguments)
+    ids = local_experts(topk_ids, layer.expert_map).long()
+    num_ids = len(w13) if layer.expert_map is None else len(layer.expert_map)
+    limit = row_capacity(ids, num_ids, options.capacity_factor)
     x, x_scale = hidden.to(compute_dtype), None
-    if quant:
+    if options.quant:
         x, x_scale = quantized(hidden, w13.dtype, compute_dtype)
 
     rows, inverse, first = [x.new_empty(0, w2.shape[1])], torch.full_like(ids, -1), 0
@@ -66,5 +57,8 @@ def fused_moe_reference(
         inverse[token, choice] = torch.arange(first, first + len(token), device=ids.device)
         first += len(token)
         scale = None if x_scale is None else x_scale[None, token]
-        rows += feed_forward(x[None, token], scale, stacked.only(e), activation, interleaved)
-    return combine_reference(torch.cat(rows), topk_weights, inverse, residual=residual, out=out)
+        expert = layer.experts.only(e)
+        rows += feed_forward(x[None, token], scale, expert, options.activation, options.interleaved)
+    return combine_reference(
+        torch.cat(rows), topk_weights, inverse, residual=layer.residual, out=out
+    )

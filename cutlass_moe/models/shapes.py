@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from emitters.spec.dtypes import DType
+from cutlass_moe import operands
 from emitters.spec.gemm import ActivationFunction
 from emitters.spec.layer_steps import SCORINGS
 
-DTYPES = {"fp8": DType.E4M3, "int8": DType.INT8, "bf16": DType.BF16}  # as users call them
+DTYPES = {name: operands.DTYPES[dtype] for name, dtype in operands.NAMED_DTYPES.items()}
 _ACTIVATIONS = tuple(map(str, ActivationFunction))
 
 

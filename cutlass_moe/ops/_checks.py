@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cutlass_moe.operands import DTYPES, Operands, Options
+from cutlass_moe.operands import DTYPES, FLOATS, Operands, Options
 from cutlass_moe.ops.activations import ACTIVATIONS, is_gated
 from emitters.spec.config_sm90 import Schedule
 from emitters.spec.dtypes import ACCUMULATIONS
@@ -16,7 +16,6 @@ _ACCUMULATIONS = {
     if operand in ACCUMULATIONS
 }
 _SCHEDULES = tuple(map(str, Schedule))
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _FLOAT32, _INT32 = (torch.float32,), (torch.int32,)
 
 
@@ -56,7 +55,7 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     if scale is not None:
         expect("scale", scale, device, _FLOAT32, ((experts, n), (experts, n, 1), (experts,)))
     if bias is not None:
-        expect("bias", bias, device, _FLOATS, ((experts, n),))
+        expect("bias", bias, device, FLOATS, ((experts, n),))
     if x.dtype.itemsize == 1 and (per_token_scale is None or scale is None):
         missing = "per_token_scale" if per_token_scale is None else "scale"
         raise ValueError(f"{missing}: {x.dtype} operands need per_token_scale and scale, got None")
@@ -71,7 +70,7 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     check_accumulation(accumulation, x.dtype)
     if out_dtype is None:
         return torch.bfloat16 if x.dtype.itemsize == 1 else x.dtype
-    if out_dtype not in _FLOATS:
+    if out_dtype not in FLOATS:
         raise TypeError(f"out_dtype: expected bfloat16, float16 or float32, got {out_dtype}")
     return out_dtype
 

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from emitters.spec.gemm import ActivationFunction
+from emitters.spec.gemm import OAI_LIMIT, OAI_SLOPE, ActivationFunction
 
 GATED = tuple(str(function) for function in ActivationFunction if function.gated)
 NOT_GATED = tuple(str(function) for function in ActivationFunction if not function.gated)
 ACTIVATIONS = GATED + NOT_GATED
-_OAI_LIMIT, _OAI_SLOPE = 7.0, 1.702
 
 
 def is_gated(activation: str | None) -> bool:
@@ -29,8 +28,8 @@ def activate(x: Tensor, activation: str, interleaved: bool = False) -> Tensor:
         return _ungated(x, function)
     gate, up = _gate_and_up(x, interleaved)
     if function is ActivationFunction.SWIGLU_OAI:
-        gate, up = gate.clamp(max=_OAI_LIMIT), up.clamp(-_OAI_LIMIT, _OAI_LIMIT)
-        return gate * torch.sigmoid(_OAI_SLOPE * gate) * (up + 1)
+        gate, up = gate.clamp(max=OAI_LIMIT), up.clamp(-OAI_LIMIT, OAI_LIMIT)
+        return gate * torch.sigmoid(OAI_SLOPE * gate) * (up + 1)
     return _ungated(gate, function) * up
 
 
@@ -45,10 +44,10 @@ def activate_backward(
     gate, up = _gate_and_up(x, interleaved)
     gate_grad, up_grad = _gate_and_up(result, interleaved)
     if function is ActivationFunction.SWIGLU_OAI:
-        below, inside = gate <= _OAI_LIMIT, up.abs() <= _OAI_LIMIT
-        gate, up = gate.clamp(max=_OAI_LIMIT), up.clamp(-_OAI_LIMIT, _OAI_LIMIT)
-        sigmoid = torch.sigmoid(_OAI_SLOPE * gate)
-        slope = sigmoid * (1 + _OAI_SLOPE * gate * (1 - sigmoid))
+        below, inside = gate <= OAI_LIMIT, up.abs() <= OAI_LIMIT
+        gate, up = gate.clamp(max=OAI_LIMIT), up.clamp(-OAI_LIMIT, OAI_LIMIT)
+        sigmoid = torch.sigmoid(OAI_SLOPE * gate)
+        slope = sigmoid * (1 + OAI_SLOPE * gate * (1 - sigmoid))
         gate_grad.copy_(grad * (up + 1) * slope * below)
         up_grad.copy_(grad * gate * sigmoid * inside)
     else:

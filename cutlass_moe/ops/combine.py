@@ -5,19 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cutlass_moe.operands import DTYPES
+from cutlass_moe.operands import DTYPES, FLOATS
+from cutlass_moe.ops._define import define
 from cutlass_moe.ops.dispatch import launch_step, step_kernel
 from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.runtime.parameters import combine_values
 from emitters.spec.layer_steps import CombineProblem
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_ELEMENTS = 2**34  # of out, exclusive: a thread of a launch takes 8
-
-_lib = torch.library.Library("cutlass_moe", "FRAGMENT")
-_INPUTS = "Tensor rows, Tensor topk_weights, Tensor inverse, Tensor? residual"
-_lib.define(f"combine({_INPUTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_lib.define(f"combine_out(Tensor(a!) out, {_INPUTS}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def combine(
@@ -46,16 +41,16 @@ def combine(
             "torch.no_grad()"
         )
     if out is None:
-        return torch.ops.cutlass_moe.combine.default(rows, topk_weights, inverse, residual)
-    torch.ops.cutlass_moe.combine_out.default(out, rows, topk_weights, inverse, residual)
+        return _combine_op(rows, topk_weights, inverse, residual)
+    _combine_out_op(out, rows, topk_weights, inverse, residual)
     return out
 
 
 def _check(
     rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None, out: Tensor | None
 ) -> None:
-    if rows.dtype not in _DTYPES:
-        raise TypeError(f"rows: expected {', '.join(map(str, _DTYPES))}, got {rows.dtype}")
+    if rows.dtype not in FLOATS:
+        raise TypeError(f"rows: expected {', '.join(map(str, FLOATS))}, got {rows.dtype}")
     if rows.dim() != 2 or inverse.dim() != 2:
         got = f"{tuple(rows.shape)} and {tuple(inverse.shape)}"
         raise ValueError(f"expected rows [R, N] and inverse [T, k], got {got}")
@@ -81,7 +76,7 @@ def _check(
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
 
 
-def _combine(
+def _combine_impl(
     rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
 ) -> Tensor:
     _check(rows, topk_weights, inverse, residual, None)
@@ -90,7 +85,7 @@ def _combine(
     return out
 
 
-def _combine_out(
+def _combine_out_impl(
     out: Tensor, rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
 ) -> None:
     _check(rows, topk_weights, inverse, residual, out)
@@ -127,24 +122,24 @@ def _empty(rows: Tensor, inverse: Tensor) -> Tensor:
     return rows.new_empty((inverse.shape[0], rows.shape[1]))
 
 
-def _fake(rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None) -> Tensor:
+def _combine_fake(
+    rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
+) -> Tensor:
     _check(rows, topk_weights, inverse, residual, None)
     return _empty(rows, inverse)
 
 
-def _fake_out(
+def _combine_out_fake(
     out: Tensor, rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
 ) -> None:
     _check(rows, topk_weights, inverse, residual, out)
 
 
-for _name, _implementation, _meta in (
-    ("combine", _combine, _fake),
-    ("combine_out", _combine_out, _fake_out),
-):
-    for _key in ("CPU", "CUDA"):
-        _lib.impl(_name, _implementation, _key)
-    torch.library.register_fake(f"cutlass_moe::{_name}", _meta, lib=_lib)
+_INPUTS = "Tensor rows, Tensor topk_weights, Tensor inverse, Tensor? residual"
+_combine_op = define(f"combine({_INPUTS}) -> Tensor", _combine_impl, _combine_fake)
+_combine_out_op = define(
+    f"combine_out(Tensor(a!) out, {_INPUTS}) -> ()", _combine_out_impl, _combine_out_fake
+)
 
 
 def combine_reference(

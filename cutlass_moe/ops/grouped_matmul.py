@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cutlass_moe.operands import Operands, Options
+from cutlass_moe.operands import Operands, Options, ProductArguments, split_product
 from cutlass_moe.ops._checks import check, check_out, product_shape
+from cutlass_moe.ops._define import define, define_gradient
 from cutlass_moe.ops.dispatch import enqueue, find_call, pose
 from cutlass_moe.ops.grouped_matmul_reference import (
+    fill_product,
     grouped_matmul_backward,
-    grouped_matmul_reference_out,
 )
 from emitters.spec.gemm import GemmProblem
 
-_lib = torch.library.Library("cutlass_moe", "DEF")
-_TENSORS = (
-    "Tensor x, Tensor weight, Tensor? index, Tensor offsets, Tensor? per_token_scale, "
-    "Tensor? scale, Tensor? bias, Tensor? starts"
-)
-_INPUTS = (
-    f"{_TENSORS}, ScalarType? out_dtype, str? accumulation, SymInt? expected_rows, int? num_sms, "
-    "str? schedule, str? activation, bool interleaved"
-)
-for _schema in (
-    f"grouped_matmul({_INPUTS}) -> Tensor",
-    f"grouped_matmul_out(Tensor(a!) out, {_INPUTS}) -> ()",
-    f"grouped_matmul_backward(Tensor grad, {_TENSORS}, str? activation, bool interleaved, "
-    "bool[] needs) -> Tensor[]",
-):
-    _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _COUNT = len(Operands._fields)
-_functional = torch.ops.cutlass_moe.grouped_matmul.default
-_out_variant = torch.ops.cutlass_moe.grouped_matmul_out.default
-_backward = torch.ops.cutlass_moe.grouped_matmul_backward.default
 
 
 def grouped_matmul(
@@ -93,37 +78,18 @@ def grouped_matmul(
     )
     if is_plain_eager(x, weight) and not wants_gradient(operands):
         return _product(operands, options)
-    return _functional(*operands, *options)
+    return _grouped_matmul_op(*operands, *options)
 
 
 def grouped_matmul_out(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    *,
-    index: Tensor | None = None,
-    offsets: Tensor,
-    per_token_scale: Tensor | None = None,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    interleaved: bool = False,
-    starts: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    accumulation: str | None = None,
-    expected_rows: int | None = None,
-    num_sms: int | None = None,
-    schedule: str | None = None,
+    out: Tensor, x: Tensor, weight: Tensor, **arguments: Unpack[ProductArguments]
 ) -> None:
     """`grouped_matmul` into its result's shape, contiguous; rows of no expert are left untouched.
 
     out_dtype, if given, must be out's. Not differentiable: raises RuntimeError where a gradient
     would be lost.
     """
-    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias, starts)
-    options = Options(
-        out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved
-    )
+    operands, options = split_product(x, weight, arguments)
     loses_gradient = wants_gradient((out, *operands))
     if is_plain_eager(x, weight) and not loses_gradient:
         _product_into(out, operands, options)
@@ -133,7 +99,7 @@ def grouped_matmul_out(
             "grouped_matmul_out has no gradient and an argument requires one: "
             "use grouped_matmul, or torch.no_grad()"
         )
-    _out_variant(out, *operands, *options)
+    _grouped_matmul_out_op(out, *operands, *options)
 
 
 def wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -162,31 +128,13 @@ def is_plain_eager(x: Tensor, weight: Tensor) -> bool:
 
 
 def grouped_matmul_problem(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    index: Tensor | None = None,
-    offsets: Tensor,
-    per_token_scale: Tensor | None = None,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    interleaved: bool = False,
-    starts: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    accumulation: str | None = None,
-    expected_rows: int | None = None,
-    num_sms: int | None = None,
-    schedule: str | None = None,
+    x: Tensor, weight: Tensor, **arguments: Unpack[ProductArguments]
 ) -> GemmProblem:
     """The problem that `grouped_matmul` with these arguments poses: what `warmup` takes.
 
     Raises as the op does.
     """
-    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias, starts)
-    options = Options(
-        out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved
-    )
+    operands, options = split_product(x, weight, arguments)
     dtype = check(operands, options)
     return pose(operands, dtype, options)
 
@@ -200,7 +148,7 @@ def _product(operands: Operands, options: Options) -> Tensor:
     if call.choice is not None:
         enqueue(call.choice, out, operands)
     else:
-        _reference(out.zero_(), operands, options)
+        fill_product(out.zero_(), operands, options)
     return out
 
 
@@ -209,23 +157,14 @@ def _product_into(out: Tensor, operands: Operands, options: Options) -> None:
     if call.choice is not None:
         enqueue(call.choice, out, operands)
     else:
-        _reference(out, operands, options)
+        fill_product(out, operands, options)
 
 
-def _reference(out: Tensor, operands: Operands, options: Options) -> None:
-    grouped_matmul_reference_out(
-        out,
-        **operands._asdict(),
-        activation=options.activation,
-        interleaved=options.interleaved,
-    )
-
-
-def _functional_impl(*arguments: Any) -> Tensor:
+def _grouped_matmul_impl(*arguments: Any) -> Tensor:
     return _product(*_split(arguments))
 
 
-def _out_impl(out: Tensor, *arguments: Any) -> None:
+def _grouped_matmul_out_impl(out: Tensor, *arguments: Any) -> None:
     _product_into(out, *_split(arguments))
 
 
@@ -236,13 +175,13 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Operands, Options]:
 # Fakes and gradients.
 
 
-def _functional_fake(*arguments: Any) -> Tensor:
+def _grouped_matmul_fake(*arguments: Any) -> Tensor:
     operands, options = _split(arguments)
     dtype = check(operands, options)
     return operands.x.new_empty(product_shape(operands, options), dtype=dtype)
 
 
-def _out_fake(out: Tensor, *arguments: Any) -> None:
+def _grouped_matmul_out_fake(out: Tensor, *arguments: Any) -> None:
     operands, options = _split(arguments)
     dtype = check(operands, options._replace(out_dtype=options.out_dtype or out.dtype))
     check_out(out, operands, options, dtype)
@@ -263,7 +202,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     operands = Operands(*ctx.saved_tensors)
     x, weight, _, _, per_token_scale, scale, bias, _ = ctx.needs_input_grad[:_COUNT]
     needs = [x, weight, per_token_scale, scale, bias]
-    found = iter(_backward(grad.contiguous(), *operands, *ctx.activation, needs))
+    found = iter(_backward_op(grad.contiguous(), *operands, *ctx.activation, needs))
     gradients = [next(found) if need else None for need in needs]
     return (*gradients[:2], None, None, *gradients[2:], None, *(None for _ in Options._fields))
 
@@ -296,17 +235,27 @@ def _backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
     return [torch.empty_like(tensor) for tensor, need in inputs if need and tensor is not None]
 
 
-for _name, _implementation, _fake in (
-    ("grouped_matmul", _functional_impl, _functional_fake),
-    ("grouped_matmul_out", _out_impl, _out_fake),
-    ("grouped_matmul_backward", _backward_impl, _backward_fake),
-):
-    for _key in ("CPU", "CUDA"):
-        _lib.impl(_name, _implementation, _key)
-    torch.library.register_fake(f"cutlass_moe::{_name}", _fake, lib=_lib)
-torch.library.register_autograd(
-    "cutlass_moe::grouped_matmul", _gradients, setup_context=_save_for_backward, lib=_lib
+_TENSORS = (
+    "Tensor x, Tensor weight, Tensor? index, Tensor offsets, Tensor? per_token_scale, "
+    "Tensor? scale, Tensor? bias, Tensor? starts"
 )
-torch.library.register_autograd(
-    "cutlass_moe::grouped_matmul_backward", _no_second_gradient, lib=_lib
+_INPUTS = (
+    f"{_TENSORS}, ScalarType? out_dtype, str? accumulation, SymInt? expected_rows, int? num_sms, "
+    "str? schedule, str? activation, bool interleaved"
 )
+_grouped_matmul_op = define(
+    f"grouped_matmul({_INPUTS}) -> Tensor", _grouped_matmul_impl, _grouped_matmul_fake
+)
+_grouped_matmul_out_op = define(
+    f"grouped_matmul_out(Tensor(a!) out, {_INPUTS}) -> ()",
+    _grouped_matmul_out_impl,
+    _grouped_matmul_out_fake,
+)
+_backward_op = define(
+    f"grouped_matmul_backward(Tensor grad, {_TENSORS}, str? activation, bool interleaved, "
+    "bool[] needs) -> Tensor[]",
+    _backward_impl,
+    _backward_fake,
+)
+define_gradient("grouped_matmul", _gradients, _save_for_backward)
+define_gradient("grouped_matmul_backward", _no_second_gradient)

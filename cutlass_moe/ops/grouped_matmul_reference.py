@@ -7,77 +7,41 @@ experts on the host, so it is neither fast nor fit for CUDA graphs.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from cutlass_moe.operands import Operands, Options, ProductArguments, split_product
 from cutlass_moe.ops.activations import activate, activate_backward, is_gated
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Tensors = tuple[Tensor | None, ...]
 _BLOCK_ELEMENTS = 1 << 24  # of the largest float64 temporary: 128 MiB
 
 
 def grouped_matmul_reference(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    index: Tensor | None = None,
-    offsets: Tensor,
-    per_token_scale: Tensor | None = None,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    interleaved: bool = False,
-    starts: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    accumulation: str | None = None,
-    expected_rows: int | None = None,
-    num_sms: int | None = None,
+    x: Tensor, weight: Tensor, **arguments: Unpack[ProductArguments]
 ) -> Tensor:
     """`cutlass_moe.grouped_matmul` in float64: zeros in rows that belong to no expert.
 
     Takes the arguments of `grouped_matmul`, which checks them, and float32 and float64 operands
     besides. `out_dtype` defaults to bfloat16 for 8-bit operands and to x's dtype for others.
-    `accumulation`, `expected_rows` and `num_sms` concern kernels only.
+    `accumulation`, `expected_rows`, `num_sms` and `schedule` concern kernels only.
     """
-    rows = len(x) if index is None else len(index)
+    operands, options = split_product(x, weight, arguments)
     default = torch.bfloat16 if x.element_size() == 1 else x.dtype
     n = weight.shape[1]
-    columns = n // 2 if is_gated(activation) else n
-    out = x.new_zeros((rows, columns), dtype=out_dtype or default)
-    grouped_matmul_reference_out(
-        out,
-        x,
-        weight,
-        index=index,
-        offsets=offsets,
-        per_token_scale=per_token_scale,
-        scale=scale,
-        bias=bias,
-        activation=activation,
-        interleaved=interleaved,
-        starts=starts,
-    )
+    columns = n // 2 if is_gated(options.activation) else n
+    out = x.new_zeros((operands.rows, columns), dtype=options.out_dtype or default)
+    fill_product(out, operands, options)
     return out
 
 
 def grouped_matmul_reference_out(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    *,
-    index: Tensor | None = None,
-    offsets: Tensor,
-    per_token_scale: Tensor | None = None,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    interleaved: bool = False,
-    starts: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    accumulation: str | None = None,
-    expected_rows: int | None = None,
-    num_sms: int | None = None,
+    out: Tensor, x: Tensor, weight: Tensor, **arguments: Unpack[ProductArguments]
 ) -> None:
     """`cutlass_moe.grouped_matmul_out` in float64: writes the rows of `out` that experts have.
 
@@ -85,10 +49,16 @@ def grouped_matmul_reference_out(
     converted once, to out's dtype, whatever `out_dtype` says. A row whose index lies outside [0, T)
     becomes zeros, without bias.
     """
-    step = max(1, _BLOCK_ELEMENTS // max(weight.shape[1:]))
+    fill_product(out, *split_product(x, weight, arguments))
+
+
+def fill_product(out: Tensor, operands: Operands, options: Options) -> None:
+    """`grouped_matmul_reference_out` of arguments that are split already."""
+    x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
+    block = max(1, _BLOCK_ELEMENTS // max(weight.shape[1:]))
     for expert, first, last in _groups(starts, offsets, len(out)):
-        for start in range(first, last, step):
-            end = min(start + step, last)
+        for start in range(first, last, block):
+            end = min(start + block, last)
             row, token = _inside(index, start, end, x)
             result = x[token].double() @ weight[expert].double().T
             if per_token_scale is not None:
@@ -97,8 +67,8 @@ def grouped_matmul_reference_out(
                 result *= scale[expert].flatten().double()
             if bias is not None:
                 result += bias[expert].double()
-            if activation is not None:
-                result = activate(result, activation, interleaved)
+            if options.activation is not None:
+                result = activate(result, options.activation, options.interleaved)
             out[start:end] = 0
             out[row] = result.to(out.dtype)
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from cutlass_moe.operands import Operands, Options
+from cutlass_moe.operands import Operands, Options, ProductArguments, split_product
 from cutlass_moe.ops.dispatch import Choice, find_call
 from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference_out
 from cutlass_moe.runtime.device import on_device
 from cutlass_moe.runtime.parameters import ALIGNMENTS, misaligned, operand_addresses
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Plan:
@@ -62,7 +67,7 @@ class Plan:
     def _replace(self, name: str, tensor: Tensor) -> None:
         slot = self._slots.get(name)
         if slot is None:
-            raise TypeError(f"{name}: planned were {', '.join(self._tensors)}")
+            raise TypeError(f"{name} must be one of the tensors that were planned: {', '.join(self._tensors)}")
         shape, dtype, strides, alignment = slot
         if (
             tensor.dtype is not dtype
@@ -71,7 +76,7 @@ class Plan:
             or tensor.get_device() != self._device
         ):
             raise ValueError(
-                f"{name}: expected {dtype} {list(shape)} with strides {strides} on "
+                f"{name} must be {dtype} {list(shape)} with strides {strides} on "
                 f"{self._tensors[name].device}, as planned; got {tensor.dtype} "
                 f"{list(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
             )
@@ -86,23 +91,7 @@ class Plan:
 
 
 def plan(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    index: Tensor | None = None,
-    offsets: Tensor,
-    per_token_scale: Tensor | None = None,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    interleaved: bool = False,
-    starts: Tensor | None = None,
-    out: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    accumulation: str | None = None,
-    expected_rows: int | None = None,
-    num_sms: int | None = None,
-    schedule: str | None = None,
+    x: Tensor, weight: Tensor, *, out: Tensor | None = None, **arguments: Unpack[ProductArguments]
 ) -> Plan:
     """`grouped_matmul_out` with these arguments, prepared: `p = plan(...)`, then `p()`, `p(x)` or
     `p(x, out, index=index, ...)`.
@@ -112,10 +101,7 @@ def plan(
     keeps its tensors alive. It is neither differentiable nor for torch.compile. Raises as
     `grouped_matmul_out` does.
     """
-    operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias, starts)
-    options = Options(
-        out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved
-    )
+    operands, options = split_product(x, weight, arguments)
     if wants_gradient((out, *operands)):
         raise RuntimeError(
             "a plan has no gradient and an argument requires one: use torch.no_grad()"

@@ -7,21 +7,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from cutlass_moe.operands import DTYPES
+from cutlass_moe.operands import DTYPES, FLOATS
+from cutlass_moe.ops._define import define
 from cutlass_moe.ops.dispatch import launch_step, step_kernel
 from cutlass_moe.runtime.parameters import quantize_values
 from emitters.spec import dtypes
 from emitters.spec.layer_steps import QuantizeProblem
 
 LARGEST = {t: dtypes.LARGEST[name] for t, name in DTYPES.items() if name in dtypes.LARGEST}
-SOURCES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_ROWS = 2**31  # of a launch, exclusive
-
-_lib = torch.library.Library("cutlass_moe", "FRAGMENT")
-_lib.define(
-    "quantize_per_token(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -35,7 +29,7 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if x.dim() != 2:
         raise ValueError(f"x: expected [T, K], got {list(x.shape)}")
     _check(x, dtype)
-    return torch.ops.cutlass_moe.quantize_per_token.default(x, dtype)
+    return _quantize_op(x, dtype)
 
 
 def quantize_per_channel(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -43,7 +37,7 @@ def quantize_per_channel(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     if weight.dim() != 3:
         raise ValueError(f"weight: expected [E, N, K], got {list(weight.shape)}")
     _check(weight, dtype)
-    q, scale = torch.ops.cutlass_moe.quantize_per_token.default(weight.flatten(0, 1), dtype)
+    q, scale = _quantize_op(weight.flatten(0, 1), dtype)
     return q.view(weight.shape), scale.view(weight.shape[:2])
 
 
@@ -66,8 +60,8 @@ def quantize_per_token_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor,
 def _check(x: Tensor, dtype: torch.dtype) -> None:
     if dtype not in LARGEST:
         raise TypeError(f"dtype: expected one of {_names(LARGEST)}, got {dtype}")
-    if x.dtype not in SOURCES:
-        raise TypeError(f"values to quantise: expected {_names(SOURCES)}, got {x.dtype}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"values to quantise: expected {_names(FLOATS)}, got {x.dtype}")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "values to quantise: expected none that require grad (quantisation has no gradient; "
@@ -79,17 +73,17 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(dtype) for dtype in dtypes)
 
 
-def _empty(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _quantize_fake(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-def _on_cuda(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _quantize_cuda(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if x.numel() == 0 or x.shape[0] >= _MAX_ROWS:
         return quantize_per_token_reference(x, dtype)
     x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()
-    q, scale = _empty(x, dtype)
+    q, scale = _quantize_fake(x, dtype)
     rows, k = x.shape
     problem = QuantizeProblem(DTYPES[x.dtype], DTYPES[dtype], k)
     kernel = step_kernel(problem, x.get_device())
@@ -101,6 +95,9 @@ def _on_cuda(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-_lib.impl("quantize_per_token", quantize_per_token_reference, "CPU")
-_lib.impl("quantize_per_token", _on_cuda, "CUDA")
-torch.library.register_fake("cutlass_moe::quantize_per_token", _empty, lib=_lib)
+_quantize_op = define(
+    "quantize_per_token(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
+    quantize_per_token_reference,
+    _quantize_fake,
+    cuda=_quantize_cuda,
+)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.choose.heuristics_sm90 import FEW_PAIRS
+from cutlass_moe.operands import IDS
+from cutlass_moe.ops._define import define
 from cutlass_moe.ops.dispatch import launch_step, step_kernel
 from cutlass_moe.runtime.kernel import Kernel
 from cutlass_moe.runtime.parameters import route_values
 from emitters.spec.layer_steps import RouteProblem
 
-_IDS = {torch.int32: 32, torch.int64: 64}
 _MAX_PAIRS = 1 << 28  # 128 CTAs' ranks of 21 bits
 # Measured on an H200.
 _ONE_CTA_PAIRS = 1536  # up to so many one launch is faster than two
@@ -66,7 +67,7 @@ def route(
     infinite capacity_factor.
     """
     _check(topk_ids, num_experts, expert_map, capacity_factor)
-    return RoutingTable(*_op(topk_ids, num_experts, expert_map, capacity_factor, pdl))
+    return RoutingTable(*_route_op(topk_ids, num_experts, expert_map, capacity_factor, pdl))
 
 
 def route_reference(
@@ -78,11 +79,7 @@ def route_reference(
 ) -> RoutingTable:
     """`route` in plain PyTorch."""
     _check(topk_ids, num_experts, expert_map, capacity_factor)
-    experts = topk_ids.flatten()
-    if expert_map is not None:
-        known = (experts >= 0) & (experts < len(expert_map))
-        padded = torch.cat([expert_map, expert_map.new_full((1,), -1)])
-        experts = padded[experts.where(known, len(expert_map)).long()]
+    experts = local_experts(topk_ids.flatten(), expert_map)
     kept = (experts >= 0) & (experts < num_experts)
     # num_experts: a bin behind all experts. int32 sorts in half the passes of int64.
     bins = torch.arange(num_experts, dtype=torch.int32, device=topk_ids.device)
@@ -118,6 +115,15 @@ def renormalize_kept(topk_weights: Tensor, inverse: Tensor) -> Tensor:
     left = kept.sum(-1, keepdim=True)
     share = topk_weights.sum(-1, keepdim=True) / left
     return kept * share.where(left != 0, 0)
+
+
+def local_experts(ids: Tensor, expert_map: Tensor | None) -> Tensor:
+    """What an expert_map makes of global ids: -1 of those that lie outside of it."""
+    if expert_map is None:
+        return ids
+    known = (ids >= 0) & (ids < len(expert_map))
+    padded = torch.cat([expert_map, expert_map.new_full((1,), -1)])
+    return padded[ids.where(known, len(expert_map)).long()]
 
 
 def check_capacity(capacity_factor: float | None) -> None:
@@ -159,7 +165,9 @@ def find_route(num_experts: int, dtype: torch.dtype, pairs: int, device: int) ->
 
     Raises what `step_kernel` raises.
     """
-    return step_kernel(RouteProblem(num_experts, _IDS[dtype]), device, few=pairs <= FEW_PAIRS)
+    return step_kernel(
+        RouteProblem(num_experts, 8 * dtype.itemsize), device, few=pairs <= FEW_PAIRS
+    )
 
 
 def route_phases(pairs: int, num_experts: int) -> tuple[tuple[int, int], ...]:
@@ -206,7 +214,7 @@ def launch_route(
 def _check(
     topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, capacity_factor: float | None
 ) -> None:
-    if topk_ids.dtype not in _IDS:
+    if topk_ids.dtype not in IDS:
         raise TypeError(f"topk_ids: expected int32 or int64, got {topk_ids.dtype}")
     if topk_ids.dim() not in (1, 2):
         raise ValueError(f"topk_ids: expected [T, top_k] or [T], got {list(topk_ids.shape)}")
@@ -232,17 +240,10 @@ def _shapes(topk_ids: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 # The op.
 
-_lib = torch.library.Library("cutlass_moe", "FRAGMENT")
-_lib.define(
-    "route(Tensor topk_ids, int num_experts, Tensor? expert_map, float? capacity_factor, bool pdl)"
-    " -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_op = torch.ops.cutlass_moe.route.default
 _Table = tuple[Tensor, Tensor, Tensor]
 
 
-def _on_cpu(
+def _route_cpu(
     topk_ids: Tensor,
     num_experts: int,
     expert_map: Tensor | None,
@@ -255,7 +256,7 @@ def _on_cpu(
     return table.index, table.offsets, table.inverse
 
 
-def _on_cuda(
+def _route_cuda(
     topk_ids: Tensor,
     num_experts: int,
     expert_map: Tensor | None,
@@ -265,7 +266,7 @@ def _on_cuda(
     device = topk_ids.get_device()
     kernel = find_route(num_experts, topk_ids.dtype, topk_ids.numel(), device)
     if kernel is None:
-        return _on_cpu(topk_ids, num_experts, expert_map, capacity_factor, pdl)
+        return _route_cpu(topk_ids, num_experts, expert_map, capacity_factor, pdl)
     topk_ids = topk_ids.contiguous()
     if expert_map is not None:
         expert_map = expert_map.contiguous()
@@ -276,7 +277,7 @@ def _on_cuda(
     return table.index, table.offsets, table.inverse
 
 
-def _fake(
+def _route_fake(
     topk_ids: Tensor,
     num_experts: int,
     expert_map: Tensor | None,
@@ -287,6 +288,10 @@ def _fake(
     return table.index, table.offsets, table.inverse
 
 
-_lib.impl("route", _on_cpu, "CPU")
-_lib.impl("route", _on_cuda, "CUDA")
-torch.library.register_fake("cutlass_moe::route", _fake, lib=_lib)
+_route_op = define(
+    "route(Tensor topk_ids, int num_experts, Tensor? expert_map, float? capacity_factor, bool pdl)"
+    " -> (Tensor, Tensor, Tensor)",
+    _route_cpu,
+    _route_fake,
+    cuda=_route_cuda,
+)

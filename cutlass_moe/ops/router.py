@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cutlass_moe.operands import DTYPES
+from cutlass_moe.operands import DTYPES, Router, RouterArguments
+from cutlass_moe.ops._define import define
 from cutlass_moe.ops.dispatch import launch_step, step_kernel
 from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.ops.route import RoutingTable, check_capacity, route, row_capacity
@@ -22,22 +23,12 @@ from emitters.spec.layer_steps import (
     TopkProblem,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _LARGEST = torch.finfo(torch.float32).max
 # Measured on an H200: up to so many tokens, and logits, one launch for all is faster than two.
 _FUSED_TOKENS, _FUSED_LOGITS = 16, 4096
-
-
-class Router(NamedTuple):
-    """What a router does with logits, in the order of the ops' schemas; see `topk_router`."""
-
-    k: int
-    scoring: str = "softmax"
-    renormalize: bool = True
-    num_groups: int = 1
-    topk_groups: int = 1
-    correction_bias: Tensor | None = None
-    scale: float = 1.0
-    threshold: float | None = None
 
 
 def topk_router(
@@ -78,25 +69,18 @@ def topk_router(
         k, scoring, renormalize, num_groups, topk_groups, correction_bias, scale, threshold
     )
     _refuse_gradient("topk_router", logits, correction_bias)
-    weights, ids = _topk_op(logits, *router, pdl)
-    return weights, ids
+    return _topk_router_op(logits, *router, pdl)
 
 
 def route_logits(
     logits: Tensor,
     k: int,
     *,
-    scoring: str = "softmax",
-    renormalize: bool = True,
-    num_groups: int = 1,
-    topk_groups: int = 1,
-    correction_bias: Tensor | None = None,
-    scale: float = 1.0,
-    threshold: float | None = None,
     num_experts: int | None = None,
     expert_map: Tensor | None = None,
     capacity_factor: float | None = None,
     pdl: bool = True,
+    **arguments: Unpack[RouterArguments],
 ) -> tuple[RoutingTable, Tensor, Tensor]:
     """`topk_router` and `route` of what it chose: (table, topk_weights, topk_ids).
 
@@ -104,14 +88,12 @@ def route_logits(
     take one launch, unless there is an expert_map. Weights of pairs that got no row stay as they
     are. Raises what both raise.
     """
-    router = Router(
-        k, scoring, renormalize, num_groups, topk_groups, correction_bias, scale, threshold
-    )
-    _refuse_gradient("route_logits", logits, correction_bias)
+    router = Router(k, **arguments)
+    _refuse_gradient("route_logits", logits, router.correction_bias)
     if num_experts is None and expert_map is None:
-        *table, weights, ids = _fused_op(logits, *router, capacity_factor, pdl)
+        *table, weights, ids = _route_logits_op(logits, *router, capacity_factor, pdl)
         return RoutingTable(*table), weights, ids
-    weights, ids = _topk_op(logits, *router, pdl)
+    weights, ids = _topk_router_op(logits, *router, pdl)
     experts = logits.shape[1] if num_experts is None else num_experts
     table = route(ids, experts, expert_map=expert_map, capacity_factor=capacity_factor, pdl=pdl)
     return table, weights, ids
@@ -148,7 +130,7 @@ def _refuse_gradient(name: str, *tensors: Tensor | None) -> None:
 
 def _check(logits: Tensor, router: Router) -> None:
     bias = router.correction_bias
-    check_router(logits, router.k, router.scoring, router.num_groups, router.topk_groups, bias)
+    check_router(logits, router)
     for name, value in (("scale", router.scale), ("threshold", router.threshold or 0.0)):
         if not -_LARGEST <= value <= _LARGEST:
             raise ValueError(f"{name}: expected a finite float32, got {value}")
@@ -173,19 +155,6 @@ def _find(kind: type[TopkProblem], logits: Tensor, router: Router) -> Kernel | N
 
 # The ops.
 
-_lib = torch.library.Library("cutlass_moe", "FRAGMENT")
-_INPUTS = (
-    "Tensor logits, int k, str scoring, bool renormalize, int num_groups, int topk_groups, "
-    "Tensor? correction_bias, float scale, float? threshold"
-)
-for _schema in (
-    f"topk_router({_INPUTS}, bool pdl) -> (Tensor, Tensor)",
-    f"route_logits({_INPUTS}, float? capacity_factor, bool pdl)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-):
-    _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-_topk_op = torch.ops.cutlass_moe.topk_router.default
-_fused_op = torch.ops.cutlass_moe.route_logits.default
 _Pair = tuple[Tensor, Tensor]
 
 
@@ -202,7 +171,7 @@ def _operands(logits: Tensor, router: Router) -> tuple[Tensor, Tensor | None]:
     return logits.contiguous(), None if bias is None else bias.float().contiguous()
 
 
-def _topk(logits: Tensor, *arguments: Any) -> _Pair:
+def _topk_router_impl(logits: Tensor, *arguments: Any) -> _Pair:
     router, pdl = Router(*arguments[:-1]), arguments[-1]
     _check(logits, router)
     kernel = None
@@ -218,7 +187,7 @@ def _topk(logits: Tensor, *arguments: Any) -> _Pair:
     return weights, ids
 
 
-def _route_logits(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _route_logits_impl(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     router, (capacity_factor, pdl) = Router(*arguments[:-2]), arguments[-2:]
     _check(logits, router)
     check_capacity(capacity_factor)
@@ -228,7 +197,7 @@ def _route_logits(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     if logits.is_cuda and few and experts <= MAX_FUSED_EXPERTS:
         kernel = _find(RouteLogitsProblem, logits, router)
     if kernel is None:
-        weights, ids = _topk(logits, *router, pdl)
+        weights, ids = _topk_router_impl(logits, *router, pdl)
         table = route(ids, experts, capacity_factor=capacity_factor, pdl=pdl)
     else:
         weights, ids = _empty(logits, router)
@@ -245,7 +214,7 @@ def _route_logits(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return table.index, table.offsets, table.inverse, weights, ids
 
 
-def _topk_fake(logits: Tensor, *arguments: Any) -> _Pair:
+def _topk_router_fake(logits: Tensor, *arguments: Any) -> _Pair:
     router = Router(*arguments[:-1])
     _check(logits, router)
     return _empty(logits, router)
@@ -259,76 +228,69 @@ def _route_logits_fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return table.index, table.offsets, table.inverse, weights, ids
 
 
-for _name, _implementation, _fake in (
-    ("topk_router", _topk, _topk_fake),
-    ("route_logits", _route_logits, _route_logits_fake),
-):
-    for _key in ("CPU", "CUDA"):
-        _lib.impl(_name, _implementation, _key)
-    torch.library.register_fake(f"cutlass_moe::{_name}", _fake, lib=_lib)
+_INPUTS = (
+    "Tensor logits, int k, str scoring, bool renormalize, int num_groups, int topk_groups, "
+    "Tensor? correction_bias, float scale, float? threshold"
+)
+_topk_router_op = define(
+    f"topk_router({_INPUTS}, bool pdl) -> (Tensor, Tensor)", _topk_router_impl, _topk_router_fake
+)
+_route_logits_op = define(
+    f"route_logits({_INPUTS}, float? capacity_factor, bool pdl)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _route_logits_impl,
+    _route_logits_fake,
+)
 
 
 def topk_router_reference(
-    logits: Tensor,
-    k: int,
-    *,
-    scoring: str = "softmax",
-    renormalize: bool = True,
-    num_groups: int = 1,
-    topk_groups: int = 1,
-    correction_bias: Tensor | None = None,
-    scale: float = 1.0,
-    threshold: float | None = None,
+    logits: Tensor, k: int, **arguments: Unpack[RouterArguments]
 ) -> tuple[Tensor, Tensor]:
     """`cutlass_moe.topk_router`, differentiable in logits of any floating dtype.
 
     Scores and weights are float32, of float64 logits float64. gpt-oss's softmax over the chosen
     logits is softmax with renormalize. Raises as `topk_router` does.
     """
-    check_router(logits, k, scoring, num_groups, topk_groups, correction_bias)
+    router = Router(k, **arguments)
+    check_router(logits, router)
+    bias = router.correction_bias
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     missing = wide.isnan()
     top = torch.finfo(wide.dtype).max
     numbers = wide.clamp(-top, top).masked_fill(missing, -torch.inf)  # a NaN has no gradient
-    scores = numbers.sigmoid() if scoring == "sigmoid" else numbers.softmax(-1)
+    scores = numbers.sigmoid() if router.scoring == "sigmoid" else numbers.softmax(-1)
     scores = scores.masked_fill(missing, 0)
 
     choice = numbers.detach()
-    if num_groups > 1 or correction_bias is not None:
+    if router.num_groups > 1 or bias is not None:
         choice = scores.detach()
-        if correction_bias is not None:
-            choice = (choice + correction_bias.detach()).nan_to_num(nan=-top / 4, neginf=-top / 8)
+        if bias is not None:
+            choice = (choice + bias.detach()).nan_to_num(nan=-top / 4, neginf=-top / 8)
         choice = choice.masked_fill(missing, -top / 4)  # two of them still have a sum
-        choice = choice.masked_fill(~_allowed(choice, num_groups, topk_groups), -torch.inf)
+        choice = choice.masked_fill(~_allowed(choice, router), -torch.inf)
     ids = choice.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
     weights = scores.gather(1, ids)
-    if threshold is not None:
-        dropped = weights < threshold
+    if router.threshold is not None:
+        dropped = weights < router.threshold
         dropped[:, 0] = False
         weights, ids = weights.masked_fill(dropped, 0), ids.masked_fill(dropped, -1)
-    if renormalize:
+    if router.renormalize:
         weights = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
-    return weights * scale, ids.int()
+    return weights * router.scale, ids.int()
 
 
-def _allowed(choice: Tensor, num_groups: int, topk_groups: int) -> Tensor:
+def _allowed(choice: Tensor, router: Router) -> Tensor:
     """Which experts belong to the groups a token may choose from: bool [T, E]."""
-    grouped = choice.unflatten(1, (num_groups, -1))
+    grouped = choice.unflatten(1, (router.num_groups, -1))
     best = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(2)
-    groups = best.sort(dim=1, descending=True, stable=True).indices[:, :topk_groups]
+    groups = best.sort(dim=1, descending=True, stable=True).indices[:, : router.topk_groups]
     allowed = torch.zeros_like(best, dtype=torch.bool).scatter(1, groups, True)
     return allowed[:, :, None].expand_as(grouped).flatten(1)
 
 
-def check_router(
-    logits: Tensor,
-    k: int,
-    scoring: str,
-    num_groups: int,
-    topk_groups: int,
-    correction_bias: Tensor | None,
-) -> None:
+def check_router(logits: Tensor, router: Router) -> None:
+    k, scoring, _, num_groups, topk_groups, correction_bias, _, _ = router
     if not logits.is_floating_point():
         raise TypeError(f"logits: expected a floating-point dtype, got {logits.dtype}")
     if logits.dim() != 2 or not logits.shape[1]:

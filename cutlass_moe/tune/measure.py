@@ -15,7 +15,7 @@ from torch import Tensor
 from cutlass_moe.choose import heuristics_sm90 as heuristics
 from cutlass_moe.choose.tuned import Entry
 from cutlass_moe.images.cache import MissingImage
-from cutlass_moe.operands import DTYPES
+from cutlass_moe.operands import TORCH_DTYPES
 from cutlass_moe.ops import dispatch
 from cutlass_moe.ops.grouped_matmul import grouped_matmul_out
 from cutlass_moe.ops.route import route
@@ -35,7 +35,6 @@ HOPELESS = (
     1.5  # times the fastest: not measured with the next number of tokens, but with the one after
 )
 
-TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in DTYPES.items()}
 Sample = Callable[[GemmConfig, int], list[float]]  # microseconds of launches
 
 
@@ -81,7 +80,7 @@ def space(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 def gpu_name() -> str:
     """Of the current device. Raises RuntimeError where it runs no kernels."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        raise RuntimeError("expected a GPU of compute capability 9.0 to measure on, found none")
+        raise RuntimeError("the device to measure on must be a GPU of compute capability 9.0")
     return library.device_name(torch.cuda.current_device())
 
 
@@ -108,7 +107,7 @@ def find_images(problem: GemmProblem, configs: Iterable[GemmConfig]) -> Images:
     missing = sum(image is None for image in found.values())
     if not sound:
         raise MissingImage(
-            f"expected images for {problem} to measure, found none: build some with "
+            f"there must be images for {problem} to measure, found none: build some with "
             "`cutlass-moe build --for-tuning`, or install the compiler"
         )
     return Images(tuple(sound), missing, len(found) - len(sound) - missing)

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from cutlass_moe.models.shapes import DTYPES, MoeShape
+from cutlass_moe.operands import NAMED_DTYPES
 from cutlass_moe.ops.quantize import LARGEST
-from perf.cases import TORCH_DTYPES
 from perf.layer.operands import LayerWeights
 from perf.product.triton import Tiling, moe_kernel
 
@@ -191,7 +191,7 @@ class TritonLayer:
         def empty(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device=device)
 
-        operand, rows, experts = TORCH_DTYPES[dtype], tokens * shape.top_k, shape.num_experts
+        operand, rows, experts = NAMED_DTYPES[dtype], tokens * shape.top_k, shape.num_experts
         blocks = min(rows, rows // tiling.bm + experts)  # the most that a routing makes
         self.shape, self.tiling, self.gated, self.rows = shape, tiling, gated, rows
         self.int8, self.quantized = dtype == "int8", DTYPES[dtype].quantized

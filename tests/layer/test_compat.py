@@ -14,8 +14,9 @@ from cutlass_moe.compat import grouped_gemm
 from cutlass_moe.compat.deep_gemm import m_grouped_gemm_nt_contiguous, m_grouped_gemm_nt_masked
 from cutlass_moe.compat.grouped_gemm import ops
 from cutlass_moe.compat.grouped_gemm.ops import gmm
+from cutlass_moe.operands import NAMED_DTYPES
 from cutlass_moe.ops.quantize import quantize_per_channel, quantize_per_token
-from tests.support.compat_operands import DTYPES, FORMS, dense, pair
+from tests.support.compat_operands import FORMS, dense, pair
 from tests.support.numerics import poisoned, same_bits
 
 K, N = 16, 24
@@ -181,7 +182,7 @@ LAYOUTS = {  # of 4 experts
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("dtype", NAMED_DTYPES.values(), ids=NAMED_DTYPES.keys())
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_contiguous(layout: list[int], dtype: torch.dtype) -> None:
     check_contiguous(layout, dtype)
@@ -216,7 +217,7 @@ def test_contiguous_with_split_experts_raises() -> None:
         m_grouped_gemm_nt_contiguous(randn(4, K), randn(2, N, K), d, m_indices)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("dtype", NAMED_DTYPES.values(), ids=NAMED_DTYPES.keys())
 @pytest.mark.parametrize(
     "masked", [[0, 0, 0], [5, 5, 5], [2, 0, 3], [-1, 9, 1]], ids=["none", "all", "some", "beyond"]
 )

@@ -17,12 +17,12 @@ import cutlass_moe as cm
 from cutlass_moe import nn as modules
 from cutlass_moe.layer.reference import fused_moe_reference
 from cutlass_moe.nn import GatedMoeFeedForward, MoeFeedForward, quantize_
+from cutlass_moe.operands import QUANTS
 from cutlass_moe.ops.quantize import quantize_per_channel
 from cutlass_moe.ops.router import topk_router_reference
 from cutlass_moe.runtime import fallback
 
 D, H, E = 16, 24, 6
-QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 LAYERS: dict[str, tuple[type[MoeFeedForward], dict[str, Any]]] = {
     "default": (MoeFeedForward, {}),
     "gated": (GatedMoeFeedForward, {}),

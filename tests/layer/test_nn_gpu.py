@@ -16,12 +16,13 @@ from cutlass_moe.choose.heuristics_sm90 import candidates
 from cutlass_moe.compat.deep_gemm import m_grouped_gemm_nt_contiguous, m_grouped_gemm_nt_masked
 from cutlass_moe.compat.grouped_gemm.ops import gmm
 from cutlass_moe.nn import GatedMoeFeedForward, MoeFeedForward, quantize_
+from cutlass_moe.operands import NAMED_DTYPES, QUANTS
 from cutlass_moe.ops.quantize import quantize_per_channel
 from cutlass_moe.runtime import fallback
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.registry import GemmConfig
-from tests.layer.test_nn import QUANTS, expected
-from tests.support.compat_operands import DTYPES, FORMS, dense, pair
+from tests.layer.test_nn import expected
+from tests.support.compat_operands import FORMS, dense, pair
 from tests.support.numerics import poisoned, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -230,7 +231,7 @@ def contiguous_layout(sizes: list[int]) -> Tensor:
     return torch.tensor(sum(runs, []), dtype=torch.int32, device="cuda")
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("dtype", NAMED_DTYPES.values(), ids=NAMED_DTYPES.keys())
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def test_contiguous(sizes: list[int], dtype: torch.dtype) -> None:
     m_indices = contiguous_layout(sizes)
@@ -249,7 +250,7 @@ def test_contiguous(sizes: list[int], dtype: torch.dtype) -> None:
         assert relative(d[written], want) <= 4e-3
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("dtype", NAMED_DTYPES.values(), ids=NAMED_DTYPES.keys())
 @pytest.mark.parametrize("masked", [[70, 0, 1, 130], [0] * 4, [-3, 500, 130, 2]], ids=str)
 def test_masked(masked: list[int], dtype: torch.dtype) -> None:
     most = 130

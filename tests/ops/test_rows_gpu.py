@@ -12,10 +12,10 @@ from torch import Tensor
 
 import cutlass_moe as cm
 from cutlass_moe.choose import heuristics_sm90 as heuristics
-from cutlass_moe.operands import DTYPES
+from cutlass_moe.operands import DTYPES, FLOATS
 from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.dispatch import launch_step, step_kernel
-from cutlass_moe.ops.quantize import LARGEST, SOURCES, quantize_per_token_reference
+from cutlass_moe.ops.quantize import LARGEST, quantize_per_token_reference
 from cutlass_moe.runtime.parameters import combine_values, quantize_values
 from emitters.spec.dtypes import DType
 from emitters.spec.layer_steps import CombineProblem, QuantizeProblem, Step, StepConfig
@@ -28,7 +28,7 @@ SHAPES = [(rows, k) for k in LENGTHS for rows in (1, 7, 128, 65536) if rows * k 
 SUMS = [(2048, 8), (4096, 2), (7168, 8), (2880, 4), (2048, 10), (72, 1), (8, 3)]  # N, k
 SCALED = QuantizeProblem(DType.FP16, DType.E4M3, 768, 32.0)
 quantizes = pytest.mark.parametrize(
-    ("source", "dtype"), list(itertools.product(SOURCES, LARGEST)), ids=str
+    ("source", "dtype"), list(itertools.product(FLOATS, LARGEST)), ids=str
 )
 
 
@@ -36,9 +36,9 @@ def images() -> set[tuple[Step, StepConfig]]:
     """Every (problem, config) that these tests load."""
     problems: list[Step] = [
         QuantizeProblem(DTYPES[source], DTYPES[dtype], k)
-        for source, dtype, k in itertools.product(SOURCES, LARGEST, LENGTHS)
+        for source, dtype, k in itertools.product(FLOATS, LARGEST, LENGTHS)
     ]
-    problems += [CombineProblem(DTYPES[dtype], n, k) for dtype in SOURCES for n, k in SUMS]
+    problems += [CombineProblem(DTYPES[dtype], n, k) for dtype in FLOATS for n, k in SUMS]
     return {(problem, heuristics.step_config(problem)) for problem in [*problems, SCALED]}
 
 
@@ -188,7 +188,7 @@ def check_sum(out: Tensor, inputs: dict[str, Any]) -> None:
     assert ((out.double() - want).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", SOURCES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 7, 128, 4096])
 @pytest.mark.parametrize(("n", "k"), SUMS)
 def test_combine(n: int, k: int, tokens: int, dtype: torch.dtype) -> None:

@@ -17,14 +17,13 @@ from tests.ptxsim.schedule import MODES, Schedule
 if default_build() is None:
     pytest.skip("needs nvidia-cutlass-dsl", allow_module_level=True)
 
-from cutlass_moe.operands import DTYPES
+from cutlass_moe.operands import TORCH_DTYPES
 from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.quantize import quantize_per_token_reference
 from tests.ptxsim.kernels.routing import edited, kernel
 from tests.ptxsim.kernels.rows import Stage, run
 from tests.support.numerics import poisoned, same_bits
 
-TORCH = {name: dtype for dtype, name in DTYPES.items()}
 BF16, FP16, FP32 = DType.BF16, DType.FP16, DType.FP32
 
 
@@ -62,7 +61,7 @@ class Quantized:
     def inputs(self) -> Tensor:
         """Ordinary rows and, in turn, one of the smallest numbers, of the largest, of zeros."""
         generator = torch.Generator().manual_seed(self.k)
-        dtype = TORCH[self.source]
+        dtype = TORCH_DTYPES[self.source]
         x = torch.randn(self.rows, self.k, generator=generator)
         info = torch.finfo(dtype)
         factors = torch.tensor([1.0, 300.0, info.tiny, info.max / 8, 0.0])
@@ -72,7 +71,7 @@ class Quantized:
         x, q, scale = (stage.arguments[name] for name in ("source", "q", "scale"))
         assert isinstance(x, Tensor) and isinstance(q, Tensor) and isinstance(scale, Tensor)
         count = stage.written
-        want, want_scale = quantize_per_token_reference(x[:count], TORCH[self.target])
+        want, want_scale = quantize_per_token_reference(x[:count], TORCH_DTYPES[self.target])
         want_scale = want_scale * torch.where(x[:count].any(1), self.source_scale, 1.0)
         torch.testing.assert_close(scale[:count, 0], want_scale, rtol=0, atol=0, equal_nan=True)
         finite = want_scale.isfinite()
@@ -115,7 +114,7 @@ def test_signs_zeros_and_what_is_not_finite(source: DType, target: DType) -> Non
         [1.0, inf, 0.0, 2.0, 3.0, 4.0, 5.0, 6.0],
         [nan, 1.0, 0.0, 2.0, 3.0, 4.0, 5.0, 6.0],
         [-inf, nan, 0.0, 2.0, 3.0, 4.0, 5.0, 6.0],
-    ]).to(TORCH[source])  # fmt: skip
+    ]).to(TORCH_DTYPES[source])  # fmt: skip
     stage = case.stage(x)
     run([stage], Schedule(0))
     case.check(stage)
@@ -139,7 +138,7 @@ class Combined:
         """Small whole numbers, whose sums are exact; NaN in rows and weights that do not count."""
         built = kernel(self.problem, StepConfig(self.threads))
         generator = torch.Generator().manual_seed(self.n)
-        dtype = TORCH[self.dtype]
+        dtype = TORCH_DTYPES[self.dtype]
 
         def numbers(*shape: int) -> Tensor:
             return torch.randint(-3, 4, shape, generator=generator).float()

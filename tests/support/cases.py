@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.choose.heuristics_sm90 import candidates, choose
+from cutlass_moe.operands import TORCH_DTYPES
 from emitters.spec.config_sm90 import GemmSm90Config, GemmSwapSm90Config, Schedule
 from emitters.spec.dtypes import ACCUMULATIONS, Accumulation, DType
 from emitters.spec.gemm import (
@@ -27,14 +28,6 @@ from emitters.spec.gemm import (
 from emitters.spec.registry import GemmConfig, why_illegal
 
 E4M3, E5M2, INT8, BF16, FP16, FP32 = DType
-TORCH_DTYPES = {
-    E4M3: torch.float8_e4m3fn,
-    E5M2: torch.float8_e5m2,
-    INT8: torch.int8,
-    BF16: torch.bfloat16,
-    FP16: torch.float16,
-    FP32: torch.float32,
-}
 Epilogue = tuple[Granularity | EpilogueNode, ...]  # scales, then nodes
 SCALES: Epilogue = (Granularity.TOKEN, Granularity.CHANNEL)
 Counts = tuple[int, ...]

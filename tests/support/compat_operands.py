@@ -10,7 +10,6 @@ from torch import Tensor
 from cutlass_moe.ops.quantize import quantize_per_token
 
 FORMS = {"plain": (False, False), "trans_b": (False, True), "trans_a": (True, False)}
-DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 def pair(x: Tensor, dtype: torch.dtype) -> Any:
