@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from cutlass_moe.models.shapes import MODELS, MoeShape
 from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.image import image_key
+from tests.support.fake_images import ARCH, image_for
 
 needs_dsl = pytest.mark.skipif(default_build() is None, reason="needs nvidia-cutlass-dsl")
 TINY = MoeShape("tiny", 8, 2, 256, 128)
@@ -58,24 +58,17 @@ def root(tmp_path, monkeypatch):
     return tmp_path / "root"
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A root that `build --model` filled, and what it printed."""
-    root = tmp_path_factory.mktemp("built")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODELS, "qwen3-30b", TINY)
-        return root, call("build", "--model", "qwen3-30b", "--output", root)
-
-
 @pytest.fixture
-def filled(built, root):
-    shutil.copytree(built[0], root)
+def filled(root):
+    """The cache as after a build of the model: images of mere bytes."""
+    for problem, config in REQUESTS:
+        Cache([root]).store(ARCH, *image_for(problem, config, default_build()))
     return root
 
 
 @needs_dsl
-def test_build_of_a_model(built):
-    root, result = built
+def test_build_of_a_model(root):
+    result = call("build", "--model", "qwen3-30b", "--output", root)
     assert result.exit_code == 0, result.output
     assert keys(root) == {image_key(problem, config, "sm_90a") for problem, config in REQUESTS}
     assert len(json.loads((root / "manifest.json").read_text())["images"]) == len(REQUESTS)

@@ -154,7 +154,7 @@ FAULTS = [
     (unknown_arch, "supported are sm_90a"),
     (damaged, "is not what was written"),
     (no_record, "launch.json"),
-    (no_problem, "expected a problem"),
+    (no_problem, "a problem's op must be one of"),
     (writable, "can be written by others"),
     (too_new, "need driver R580 or newer (CUDA 13.0)"),
 ]
