@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cutlass_moe.images.toolchains import default_build
-from emitters.spec.registry import Config
+from emitters.spec.registry import GemmConfig
 from tests.ptxsim.kernels.mutations import Edit, replace_nth
 from tests.ptxsim.ptx import Fault
 from tests.ptxsim.schedule import MODES, Schedule
@@ -20,7 +20,7 @@ if default_build() is None:
 from tests.ptxsim.kernels import launch
 from tests.ptxsim.kernels.runs import BASE, CLUSTER, FEW, PINGPONG, SMALL, SWAP
 
-KERNELS: dict[str, tuple[Case, Config]] = {
+KERNELS: dict[str, tuple[Case, GemmConfig]] = {
     "base": (replace(BASE, k=144), SMALL),
     "pingpong": (replace(BASE, k=144), PINGPONG),
     "cluster": (replace(BASE, counts=(140, 0, 33), k=80), CLUSTER),
