@@ -71,13 +71,13 @@ class MoeFeedForward(nn.Module):
         sizes = {"embed_dim": embed_dim, "hidden_dim": hidden_dim, "num_experts": num_experts}
         for name, size in sizes.items():
             if size < 1:
-                raise ValueError(f"{name}: expected a positive number, got {size}")
+                raise ValueError(f"{name} must be a positive number, got {size}")
         if num_shared_experts < 0:
-            raise ValueError(f"num_shared_experts: expected 0 or more, got {num_shared_experts}")
+            raise ValueError(f"num_shared_experts must be 0 or more, got {num_shared_experts}")
         activation = self.activations[0] if activation is None else activation
         if activation not in self.activations:
             expected = ", ".join(self.activations)
-            raise ValueError(f"activation: expected one of {expected}, got {activation!r}")
+            raise ValueError(f"activation must be one of {expected}, got {activation!r}")
         self.embed_dim, self.hidden_dim, self.num_experts = embed_dim, hidden_dim, num_experts
         self.activation, self.top_k = activation, top_k
         self.num_shared_experts = num_shared_experts
@@ -143,7 +143,7 @@ class MoeFeedForward(nn.Module):
 
     def _check(self, hidden: Tensor) -> None:
         if hidden.shape[-1:] != (self.embed_dim,):
-            raise ValueError(f"hidden: expected [..., {self.embed_dim}], got {list(hidden.shape)}")
+            raise ValueError(f"hidden must be [..., {self.embed_dim}], got {list(hidden.shape)}")
         if self.quant:
             if wants_gradient((hidden,)):
                 raise RuntimeError(
@@ -152,7 +152,7 @@ class MoeFeedForward(nn.Module):
                 )
         elif hidden.dtype != self.w1.dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise TypeError(
-                f"hidden: expected {self.w1.dtype} (the parameters' dtype), got {hidden.dtype}"
+                f"hidden must be {self.w1.dtype} (the parameters' dtype), got {hidden.dtype}"
             )
 
     def _why_no_kernel(self, x: Tensor, differentiable: bool) -> str | None:
@@ -249,7 +249,7 @@ class MoeFeedForward(nn.Module):
         for name in _QUANTIZED:  # torch would convert 8-bit values of one kind to another
             mine, given = getattr(self, name), state_dict.get(prefix + name)
             if mine is not None and given is not None and mine.dtype != given.dtype:
-                raise TypeError(f"{prefix}{name}: expected {mine.dtype}, got {given.dtype}")
+                raise TypeError(f"{prefix}{name} must be {mine.dtype}, got {given.dtype}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -283,12 +283,12 @@ def quantize_(module: nn.Module, quant: str) -> nn.Module:
     """
     if quant not in QUANTS:
         expected = " or ".join(map(repr, QUANTS))
-        raise ValueError(f"quant: expected {expected}, got {quant!r}")
+        raise ValueError(f"quant must be {expected}, got {quant!r}")
     layers = [layer for layer in module.modules() if isinstance(layer, MoeFeedForward)]
     done = [layer for layer in layers if layer.quant]
     if not layers or done:
         got = f"one that is {done[0].quant} already" if done else type(module).__name__
-        raise ValueError(f"module: expected unquantised MoeFeedForward layers in it, got {got}")
+        raise ValueError(f"module must contain unquantised MoeFeedForward layers, got {got}")
     for layer in layers:
         layer._quantize(quant)
     return module
@@ -306,12 +306,12 @@ def _why_illegal(
     hidden_dim. dtypes: of the weights and of the layer's input."""
     weight, hidden = dtypes
     if hidden not in (torch.bfloat16, torch.float16):
-        return f"hidden of {hidden}: supported are torch.bfloat16 and torch.float16"
+        return f"hidden must be torch.bfloat16 or torch.float16, got {hidden}"
     quantized = weight in QUANTS.values()
     if not quantized and weight != hidden:  # under autocast
-        return f"hidden of {hidden} and weights of {weight}"
+        return f"weights must be {hidden}, as hidden is, or 8-bit, got {weight}"
     if bias not in (None, *FLOATS):
-        return f"biases of {bias}: at most 32 bits"
+        return f"biases must be {', '.join(map(str, FLOATS))}, got {bias}"
     kind = None if bias is None else DTYPES[bias]
     each = Projection(2, kind) if quantized else Projection(0, kind, n_major=True)
     problems = layer_problems(

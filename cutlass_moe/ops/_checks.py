@@ -35,14 +35,14 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     allowed = _ACCUMULATIONS.get(x.dtype)
     if allowed is None:
         names = ", ".join(map(str, _ACCUMULATIONS))
-        raise TypeError(f"x: expected one of {names}, got {x.dtype}")
+        raise TypeError(f"x must be one of {names}, got {x.dtype}")
     if x.dim() != 2 or weight.dim() != 3:
         got = f"{tuple(x.shape)} and {tuple(weight.shape)}"
-        raise ValueError(f"expected x [T, K] and weight [E, N, K], got {got}")
+        raise ValueError(f"x must be [T, K] and weight [E, N, K], got {got}")
     tokens = x.shape[0]
     experts, n, _ = weight.shape
     if not x.is_contiguous():
-        raise ValueError(f"x: expected a contiguous tensor, got strides {x.stride()}")
+        raise ValueError(f"x must be a contiguous tensor, got strides {x.stride()}")
     check_weight("weight", weight, x, (*weight.shape[:2], x.shape[1]), x.dtype)
     expect("offsets", offsets, device, _INT32, ((experts,),))
     if starts is not None:
@@ -62,16 +62,16 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     if activation is not None:
         check_activation("weight", weight, activation, interleaved)
     elif interleaved:
-        raise ValueError("interleaved: expected a gated activation with it, got None")
+        raise ValueError("interleaved must come with a gated activation, got None")
     if num_sms is not None and num_sms < 1:
-        raise ValueError(f"num_sms: expected a positive number, got {num_sms}")
+        raise ValueError(f"num_sms must be a positive number, got {num_sms}")
     if schedule is not None and schedule not in _SCHEDULES:
-        raise ValueError(f"schedule: expected one of {', '.join(_SCHEDULES)}, got {schedule!r}")
+        raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}, got {schedule!r}")
     check_accumulation(accumulation, x.dtype)
     if out_dtype is None:
         return torch.bfloat16 if x.dtype.itemsize == 1 else x.dtype
     if out_dtype not in FLOATS:
-        raise TypeError(f"out_dtype: expected bfloat16, float16 or float32, got {out_dtype}")
+        raise TypeError(f"out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
     return out_dtype
 
 
@@ -79,7 +79,7 @@ def check_accumulation(accumulation: str | None, dtype: torch.dtype) -> None:
     allowed = _ACCUMULATIONS[dtype]
     if accumulation is not None and accumulation not in allowed:
         raise ValueError(
-            f"accumulation: expected {' or '.join(allowed)} for {dtype}, got {accumulation!r}"
+            f"accumulation must be {' or '.join(allowed)} for {dtype}, got {accumulation!r}"
         )
 
 
@@ -94,19 +94,19 @@ def check_activation(name: str, weight: Tensor, activation: str, interleaved: bo
     n = weight.shape[1]
     if activation not in ACTIVATIONS:
         names = ", ".join(ACTIVATIONS)
-        raise ValueError(f"activation: expected one of {names}, got {activation!r}")
+        raise ValueError(f"activation must be one of {names}, got {activation!r}")
     if is_gated(activation):
         if n % 2:
             raise ValueError(
-                f"{name}: expected gate and up rows for {activation}, got an odd N {n}"
+                f"{name} must have gate and up rows for {activation}, got an odd N {n}"
             )
         if interleaved and is_n_major(weight):
             raise ValueError(
-                "interleaved: expected weights with K dense, whose gate and up rows can be told "
+                "interleaved weights must have K dense, whose gate and up rows can be told "
                 f"apart, got strides {weight.stride()}; a contiguous copy has K dense"
             )
     elif interleaved:
-        raise ValueError(f"interleaved: expected a gated activation with it, got {activation!r}")
+        raise ValueError(f"interleaved must come with a gated activation, got {activation!r}")
 
 
 def is_n_major(weight: Tensor) -> bool:
@@ -120,13 +120,11 @@ def check_weight(
     """Weights of this dtype and shape [E, N, K] on `like`'s device, in memory as kernels read
     them."""
     if weight.dtype is not dtype:
-        raise TypeError(f"{name}: expected {dtype}, got {weight.dtype}")
+        raise TypeError(f"{name} must be {dtype}, got {weight.dtype}")
     if weight.shape != shape or shape[0] == 0:
-        raise ValueError(
-            f"{name}: expected [E > 0, N, K] {tuple(shape)}, got {tuple(weight.shape)}"
-        )
+        raise ValueError(f"{name} must be [E > 0, N, K] {tuple(shape)}, got {tuple(weight.shape)}")
     if weight.get_device() != like.get_device():
-        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {weight.device}")
+        raise ValueError(f"{name} must be on {like.device}, got one on {weight.device}")
     to_16 = 16 // weight.dtype.itemsize
     either = "K or N" if weight.dtype.itemsize == 2 else "K"
     expert_stride, pitch, dense_stride = weight.stride()
@@ -138,7 +136,7 @@ def check_weight(
     if dense_stride != 1 or pitch < dense or (ragged and dense % to_16 == 0):
         # where `dense` is ragged, the problem is illegal
         raise ValueError(
-            f"{name}: expected {either} dense, strides of E and {other} in multiples of {to_16} "
+            f"{name} must have {either} dense, strides of E and {other} in multiples of {to_16} "
             f"elements, got strides {weight.stride()}"
         )
 
@@ -152,12 +150,12 @@ def expect(
 ) -> None:
     """A contiguous tensor of one of these dtypes and shapes; device: its index, -1 for the CPU."""
     if tensor.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
     if tensor.shape not in shapes:
         wanted = " or ".join(map(str, shapes))
-        raise ValueError(f"{name}: expected shape {wanted}, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(tensor.shape)}")
     if not tensor.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+        raise ValueError(f"{name} must be a contiguous tensor, got strides {tensor.stride()}")
     if tensor.get_device() != device:
         wanted = "cpu" if device < 0 else f"cuda:{device}"
-        raise ValueError(f"{name}: expected a tensor on {wanted}, got one on {tensor.device}")
+        raise ValueError(f"{name} must be on {wanted}, got one on {tensor.device}")

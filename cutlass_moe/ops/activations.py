@@ -22,7 +22,7 @@ def activate(x: Tensor, activation: str, interleaved: bool = False) -> Tensor:
     columns gate, up, gate, up, ... Raises ValueError for another activation."""
     if activation not in ACTIVATIONS:
         expected = ", ".join(ACTIVATIONS)
-        raise ValueError(f"activation: expected one of {expected}, got {activation!r}")
+        raise ValueError(f"activation must be one of {expected}, got {activation!r}")
     function = ActivationFunction(activation)
     if not function.gated:
         return _ungated(x, function)

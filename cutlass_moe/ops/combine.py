@@ -50,10 +50,10 @@ def _check(
     rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None, out: Tensor | None
 ) -> None:
     if rows.dtype not in FLOATS:
-        raise TypeError(f"rows: expected {', '.join(map(str, FLOATS))}, got {rows.dtype}")
+        raise TypeError(f"rows must be one of {', '.join(map(str, FLOATS))}, got {rows.dtype}")
     if rows.dim() != 2 or inverse.dim() != 2:
         got = f"{tuple(rows.shape)} and {tuple(inverse.shape)}"
-        raise ValueError(f"expected rows [R, N] and inverse [T, k], got {got}")
+        raise ValueError(f"rows must be [R, N] and inverse [T, k], got {got}")
     pairs, shape = tuple(inverse.shape), (inverse.shape[0], rows.shape[1])
     for name, tensor, dtype, wanted in (
         ("rows", rows, rows.dtype, tuple(rows.shape)),
@@ -65,15 +65,13 @@ def _check(
         if tensor is None:
             continue
         if tensor.dtype != dtype:
-            raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
         if tensor.shape != wanted:
-            raise ValueError(f"{name}: expected shape {wanted}, got {tuple(tensor.shape)}")
+            raise ValueError(f"{name} must have shape {wanted}, got {tuple(tensor.shape)}")
         if tensor.device != rows.device:
-            raise ValueError(
-                f"{name}: expected a tensor on {rows.device}, got one on {tensor.device}"
-            )
+            raise ValueError(f"{name} must be on {rows.device}, got one on {tensor.device}")
         if not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+            raise ValueError(f"{name} must be a contiguous tensor, got strides {tensor.stride()}")
 
 
 def _combine_impl(
@@ -96,25 +94,29 @@ def _into(
     out: Tensor, rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
 ) -> None:
     if out.numel() >= _MAX_ELEMENTS:
-        raise ValueError(f"out: expected fewer than 2^34 elements, got {out.numel()}")
+        raise ValueError(f"out must have fewer than 2^34 elements, got {out.numel()}")
     kernel = None
     if rows.is_cuda and out.numel():
         large = (rows, out) if residual is None else (rows, residual, out)
-        if any(tensor.data_ptr() % 16 for tensor in large):
-            raise ValueError("rows, residual and out: expected addresses in multiples of 16 bytes")
+        addresses = [tensor.data_ptr() for tensor in large]
+        if any(address % 16 for address in addresses):
+            got = ", ".join(map(hex, addresses))
+            raise ValueError(
+                f"rows, residual and out must be at multiples of 16 bytes, got addresses {got}"
+            )
         problem = CombineProblem(DTYPES[rows.dtype], rows.shape[1], inverse.shape[1])
         kernel = step_kernel(problem, rows.get_device())
     if kernel is None:
         combine_reference(rows, topk_weights, inverse, residual=residual, out=out)
         return
-    addresses = {
+    by_name = {
         "rows": rows.data_ptr(),
         "weights": topk_weights.data_ptr(),
         "inverse": inverse.data_ptr(),
         "residual": 0 if residual is None else residual.data_ptr(),
         "out": out.data_ptr(),
     }
-    values = combine_values(addresses, len(rows), len(out))
+    values = combine_values(by_name, len(rows), len(out))
     launch_step(kernel, values, problem.ctas(len(out), kernel.record.threads), rows.get_device())
 
 

@@ -27,7 +27,7 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     other dtypes, ValueError on another number of dimensions and where x requires grad.
     """
     if x.dim() != 2:
-        raise ValueError(f"x: expected [T, K], got {list(x.shape)}")
+        raise ValueError(f"x must be [T, K], got {list(x.shape)}")
     _check(x, dtype)
     return _quantize_op(x, dtype)
 
@@ -35,7 +35,7 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def quantize_per_channel(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """weight [E, N, K] -> (q [E, N, K], scale float32 [E, N]); else as `quantize_per_token`."""
     if weight.dim() != 3:
-        raise ValueError(f"weight: expected [E, N, K], got {list(weight.shape)}")
+        raise ValueError(f"weight must be [E, N, K], got {list(weight.shape)}")
     _check(weight, dtype)
     q, scale = _quantize_op(weight.flatten(0, 1), dtype)
     return q.view(weight.shape), scale.view(weight.shape[:2])
@@ -59,12 +59,12 @@ def quantize_per_token_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor,
 
 def _check(x: Tensor, dtype: torch.dtype) -> None:
     if dtype not in LARGEST:
-        raise TypeError(f"dtype: expected one of {_names(LARGEST)}, got {dtype}")
+        raise TypeError(f"dtype must be one of {_names(LARGEST)}, got {dtype}")
     if x.dtype not in FLOATS:
-        raise TypeError(f"values to quantise: expected {_names(FLOATS)}, got {x.dtype}")
+        raise TypeError(f"values to quantise must be one of {_names(FLOATS)}, got {x.dtype}")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "values to quantise: expected none that require grad (quantisation has no gradient; "
+            "values to quantise must not require a gradient (quantisation has no gradient; "
             "detach them or call under torch.no_grad()), got some that do"
         )
 

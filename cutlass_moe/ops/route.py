@@ -110,7 +110,7 @@ def renormalize_kept(topk_weights: Tensor, inverse: Tensor) -> Tensor:
     """
     if topk_weights.shape != inverse.shape:
         expected, got = list(inverse.shape), list(topk_weights.shape)
-        raise ValueError(f"topk_weights: expected {expected} as inverse has, got {got}")
+        raise ValueError(f"topk_weights must have the shape of inverse, {expected}, got {got}")
     kept = topk_weights.where(inverse >= 0, 0)
     left = kept.sum(-1, keepdim=True)
     share = topk_weights.sum(-1, keepdim=True) / left
@@ -128,7 +128,7 @@ def local_experts(ids: Tensor, expert_map: Tensor | None) -> Tensor:
 
 def check_capacity(capacity_factor: float | None) -> None:
     if capacity_factor is not None and not 0 <= capacity_factor < math.inf:
-        raise ValueError(f"capacity_factor: expected 0 or more, finite, got {capacity_factor}")
+        raise ValueError(f"capacity_factor must be 0 or more, finite, got {capacity_factor}")
 
 
 def _num_ids(num_experts: int, expert_map: Tensor | None) -> int:
@@ -215,22 +215,22 @@ def _check(
     topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, capacity_factor: float | None
 ) -> None:
     if topk_ids.dtype not in IDS:
-        raise TypeError(f"topk_ids: expected int32 or int64, got {topk_ids.dtype}")
+        raise TypeError(f"topk_ids must be int32 or int64, got {topk_ids.dtype}")
     if topk_ids.dim() not in (1, 2):
-        raise ValueError(f"topk_ids: expected [T, top_k] or [T], got {list(topk_ids.shape)}")
+        raise ValueError(f"topk_ids must be [T, top_k] or [T], got {list(topk_ids.shape)}")
     if topk_ids.numel() > _MAX_PAIRS:
-        raise ValueError(f"topk_ids: expected at most {_MAX_PAIRS} ids, got {topk_ids.numel()}")
+        raise ValueError(f"topk_ids must have at most {_MAX_PAIRS} ids, got {topk_ids.numel()}")
     if num_experts < 1:
-        raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     check_capacity(capacity_factor)
     if expert_map is None:
         return
     if expert_map.dtype != torch.int32:
-        raise TypeError(f"expert_map: expected int32, got {expert_map.dtype}")
+        raise TypeError(f"expert_map must be int32, got {expert_map.dtype}")
     if expert_map.dim() != 1:
-        raise ValueError(f"expert_map: expected [global experts], got {list(expert_map.shape)}")
+        raise ValueError(f"expert_map must be [global experts], got {list(expert_map.shape)}")
     if expert_map.device != topk_ids.device:
-        raise ValueError(f"expert_map: expected it on {topk_ids.device}, got {expert_map.device}")
+        raise ValueError(f"expert_map must be on {topk_ids.device}, got {expert_map.device}")
 
 
 def _shapes(topk_ids: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

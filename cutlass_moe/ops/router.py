@@ -133,13 +133,13 @@ def _check(logits: Tensor, router: Router) -> None:
     check_router(logits, router)
     for name, value in (("scale", router.scale), ("threshold", router.threshold or 0.0)):
         if not -_LARGEST <= value <= _LARGEST:
-            raise ValueError(f"{name}: expected a finite float32, got {value}")
+            raise ValueError(f"{name} must be a finite float32, got {value}")
     if bias is None:
         return
     if not bias.is_floating_point():
-        raise TypeError(f"correction_bias: expected a floating-point dtype, got {bias.dtype}")
+        raise TypeError(f"correction_bias must have a floating-point dtype, got {bias.dtype}")
     if bias.device != logits.device:
-        raise ValueError(f"correction_bias: expected it on {logits.device}, got {bias.device}")
+        raise ValueError(f"correction_bias must be on {logits.device}, got {bias.device}")
 
 
 def _find(kind: type[TopkProblem], logits: Tensor, router: Router) -> Kernel | None:
@@ -292,19 +292,19 @@ def _allowed(choice: Tensor, router: Router) -> Tensor:
 def check_router(logits: Tensor, router: Router) -> None:
     k, scoring, _, num_groups, topk_groups, correction_bias, _, _ = router
     if not logits.is_floating_point():
-        raise TypeError(f"logits: expected a floating-point dtype, got {logits.dtype}")
+        raise TypeError(f"logits must have a floating-point dtype, got {logits.dtype}")
     if logits.dim() != 2 or not logits.shape[1]:
-        raise ValueError(f"logits: expected [T, E > 0], got {list(logits.shape)}")
+        raise ValueError(f"logits must be [T, E > 0], got {list(logits.shape)}")
     experts = logits.shape[1]
     if scoring not in SCORINGS:
-        raise ValueError(f"scoring: expected 'softmax' or 'sigmoid', got {scoring!r}")
+        raise ValueError(f"scoring must be 'softmax' or 'sigmoid', got {scoring!r}")
     if num_groups < 1 or experts % num_groups:
-        raise ValueError(f"num_groups: expected a divisor of {experts} experts, got {num_groups}")
+        raise ValueError(f"num_groups must be a divisor of {experts} experts, got {num_groups}")
     if not 1 <= topk_groups <= num_groups:
-        raise ValueError(f"topk_groups: expected 1 to {num_groups}, got {topk_groups}")
+        raise ValueError(f"topk_groups must be 1 to {num_groups}, got {topk_groups}")
     most = experts // num_groups * topk_groups
     if not 1 <= k <= most:
-        raise ValueError(f"k: expected 1 to {most}, the experts to choose from, got {k}")
+        raise ValueError(f"k must be 1 to {most}, the experts to choose from, got {k}")
     if correction_bias is not None and correction_bias.shape != (experts,):
         got = list(correction_bias.shape)
-        raise ValueError(f"correction_bias: expected [{experts}], got {got}")
+        raise ValueError(f"correction_bias must be [{experts}], got {got}")

@@ -232,14 +232,26 @@ def test_training_never_asks_for_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
         (torch.bfloat16, torch.bfloat16, None, (8, 2, 64, 16), None),
         (torch.float16, torch.int8, torch.float32, (8, 2, 64, 16), None),
         (torch.bfloat16, torch.float8_e4m3fn, None, (8, 2, 64, 32), None),
-        (torch.float32, torch.float32, None, (8, 2, 64, 16), "hidden of torch.float32"),
-        (torch.float16, torch.bfloat16, None, (8, 2, 64, 16), "weights of torch.bfloat16"),
-        (torch.bfloat16, torch.int8, torch.float64, (8, 2, 64, 16), "biases of torch.float64"),
+        (torch.float32, torch.float32, None, (8, 2, 64, 16), "hidden must be torch.bfloat16 or"),
+        (
+            torch.float16,
+            torch.bfloat16,
+            None,
+            (8, 2, 64, 16),
+            "weights must be torch.float16",
+        ),
+        (
+            torch.bfloat16,
+            torch.int8,
+            torch.float64,
+            (8, 2, 64, 16),
+            "biases must be torch.bfloat16",
+        ),
         (torch.bfloat16, torch.bfloat16, None, (8, 2, 68, 16), "multiples of 16 bytes"),
         (torch.bfloat16, torch.bfloat16, None, (8, 2, 64, 12), "a multiple of 16"),
         (torch.bfloat16, torch.int8, None, (8, 2, 64, 24), "multiples of 16 bytes"),
-        (torch.bfloat16, torch.bfloat16, None, (5000, 2, 64, 16), "5000 experts"),
-        (torch.bfloat16, torch.bfloat16, None, (64, 33, 64, 16), "33 rows of bf16 a token"),
+        (torch.bfloat16, torch.bfloat16, None, (5000, 2, 64, 16), "got 5000"),
+        (torch.bfloat16, torch.bfloat16, None, (64, 33, 64, 16), "rows of bf16, got 33"),
     ],
 )
 def test_which_layers_have_kernels(
@@ -361,9 +373,7 @@ def test_names_and_shapes_of_state_dicts() -> None:
 
 def test_state_dict_of_another_quantisation_is_refused() -> None:
     fp8, int8 = quantize_(make("default"), "fp8"), quantize_(make("default"), "int8")
-    with pytest.raises(
-        TypeError, match="w1_quantized: expected torch.int8, got torch.float8_e4m3fn"
-    ):
+    with pytest.raises(TypeError, match="w1_quantized must be torch.int8, got torch.float8_e4m3fn"):
         int8.load_state_dict(fp8.state_dict())
     with pytest.raises(RuntimeError, match="w1_quantized"):
         make("default").load_state_dict(fp8.state_dict())
@@ -406,8 +416,8 @@ def test_quantised_layers_have_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("module", "quant", "message"),
     [
-        (nn.Linear(D, D), "fp8", "layers in it, got Linear"),
-        (MoeFeedForward(D, H, E), "fp4", "expected 'fp8' or 'int8', got 'fp4'"),
+        (nn.Linear(D, D), "fp8", "MoeFeedForward layers, got Linear"),
+        (MoeFeedForward(D, H, E), "fp4", "must be 'fp8' or 'int8', got 'fp4'"),
         (quantize_(MoeFeedForward(D, H, E), "fp8"), "int8", "got one that is fp8 already"),
     ],
 )
@@ -419,28 +429,28 @@ def test_quantize_errors(module: nn.Module, quant: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"embed_dim": 0}, "embed_dim: expected a positive number, got 0"),
-        ({"hidden_dim": -1}, "hidden_dim: expected a positive number, got -1"),
-        ({"num_experts": 0}, "num_experts: expected a positive number, got 0"),
-        ({"num_shared_experts": -1}, "num_shared_experts: expected 0 or more, got -1"),
-        ({"activation": "swiglu"}, "expected one of gelu, .*, got 'swiglu'"),
-        ({"top_k": 7}, "k: expected 1 to 6, .* got 7"),
-        ({"num_groups": 4}, "expected a divisor of 6 experts, got 4"),
+        ({"embed_dim": 0}, "embed_dim must be a positive number, got 0"),
+        ({"hidden_dim": -1}, "hidden_dim must be a positive number, got -1"),
+        ({"num_experts": 0}, "num_experts must be a positive number, got 0"),
+        ({"num_shared_experts": -1}, "num_shared_experts must be 0 or more, got -1"),
+        ({"activation": "swiglu"}, "must be one of gelu, .*, got 'swiglu'"),
+        ({"top_k": 7}, "k must be 1 to 6, .* got 7"),
+        ({"num_groups": 4}, "must be a divisor of 6 experts, got 4"),
         ({"scoring": "none"}, "got 'none'"),
     ],
 )
 def test_constructor_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MoeFeedForward(**{"embed_dim": D, "hidden_dim": H, "num_experts": E, **options})
-    with pytest.raises(ValueError, match="expected one of swiglu, .*, got 'gelu'"):
+    with pytest.raises(ValueError, match="must be one of swiglu, .*, got 'gelu'"):
         GatedMoeFeedForward(D, H, E, "gelu")
 
 
 def test_input_errors() -> None:
     layer = MoeFeedForward(D, H, E)
-    with pytest.raises(ValueError, match=r"hidden: expected \[\.\.\., 16\], got \[3, 8\]"):
+    with pytest.raises(ValueError, match=r"hidden must be \[\.\.\., 16\], got \[3, 8\]"):
         layer(torch.zeros(3, 8))
-    with pytest.raises(TypeError, match="expected torch.float32 .*, got torch.bfloat16"):
+    with pytest.raises(TypeError, match="must be torch.float32 .*, got torch.bfloat16"):
         layer(torch.zeros(3, D).bfloat16())
 
 

@@ -141,7 +141,7 @@ def test_layer_in_a_graph(quant: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("d", "dtype", "reason"),
-    [(D, torch.float32, "hidden of torch.float32"), (20, torch.bfloat16, "16 bytes")],
+    [(D, torch.float32, "hidden must be torch.bfloat16 or"), (20, torch.bfloat16, "16 bytes")],
 )
 def test_layers_without_kernels(d: int, dtype: torch.dtype, reason: str) -> None:
     torch.manual_seed(0)

@@ -180,16 +180,16 @@ def test_router_gradients(scoring: str, missing: bool) -> None:
     ("arguments", "error", "message"),
     [
         ({"logits": torch.zeros(2, 8, dtype=torch.int32)}, TypeError, "got torch.int32"),
-        ({"logits": torch.zeros(8)}, ValueError, r"expected \[T, E > 0\], got \[8\]"),
+        ({"logits": torch.zeros(8)}, ValueError, r"must be \[T, E > 0\], got \[8\]"),
         ({"logits": torch.zeros(2, 0)}, ValueError, r"got \[2, 0\]"),
-        ({"k": 0}, ValueError, "k: expected 1 to 8, .* got 0"),
-        ({"k": 9}, ValueError, "k: expected 1 to 8, .* got 9"),
-        ({"k": 5, "num_groups": 4, "topk_groups": 2}, ValueError, "expected 1 to 4, .* got 5"),
-        ({"num_groups": 3}, ValueError, "expected a divisor of 8 experts, got 3"),
-        ({"num_groups": 0}, ValueError, "expected a divisor of 8 experts, got 0"),
-        ({"num_groups": 4, "topk_groups": 5}, ValueError, "expected 1 to 4, got 5"),
-        ({"scoring": "relu"}, ValueError, "expected 'softmax' or 'sigmoid', got 'relu'"),
-        ({"correction_bias": torch.zeros(7)}, ValueError, r"expected \[8\], got \[7\]"),
+        ({"k": 0}, ValueError, "k must be 1 to 8, .* got 0"),
+        ({"k": 9}, ValueError, "k must be 1 to 8, .* got 9"),
+        ({"k": 5, "num_groups": 4, "topk_groups": 2}, ValueError, "must be 1 to 4, .* got 5"),
+        ({"num_groups": 3}, ValueError, "must be a divisor of 8 experts, got 3"),
+        ({"num_groups": 0}, ValueError, "must be a divisor of 8 experts, got 0"),
+        ({"num_groups": 4, "topk_groups": 5}, ValueError, "must be 1 to 4, got 5"),
+        ({"scoring": "relu"}, ValueError, "must be 'softmax' or 'sigmoid', got 'relu'"),
+        ({"correction_bias": torch.zeros(7)}, ValueError, r"must be \[8\], got \[7\]"),
     ],
 )
 def test_router_errors(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -425,5 +425,5 @@ def test_expert_map_of_no_experts() -> None:
 def test_unknown_activation() -> None:
     given = arguments_of(Layer())
     given["activation"] = "tanh"
-    with pytest.raises(ValueError, match="activation: expected one of swiglu, .* got 'tanh'"):
+    with pytest.raises(ValueError, match="activation must be one of swiglu, .* got 'tanh'"):
         fused_moe_reference(**given)

@@ -115,16 +115,16 @@ def test_compiled() -> None:
 ROWS, WEIGHTS = torch.zeros(6, 8), torch.zeros(3, 2)
 INVERSE, I64 = torch.zeros(3, 2, dtype=torch.int32), torch.int64
 ERRORS: dict[str, tuple[dict[str, Tensor], type[Exception], str]] = {
-    "float64 rows": ({"rows": ROWS.double()}, TypeError, "rows: expected .* got torch.float64"),
+    "float64 rows": ({"rows": ROWS.double()}, TypeError, "rows must be .* got torch.float64"),
     "rows 1-D": ({"rows": ROWS[0]}, ValueError, r"\[R, N\] .* got \(8,\)"),
     "inverse 1-D": ({"inverse": INVERSE[0]}, ValueError, r"inverse \[T, k\], got"),
-    "int64 inverse": ({"inverse": INVERSE.long()}, TypeError, "expected torch.int32, got"),
-    "bf16 weights": ({"topk_weights": WEIGHTS.bfloat16()}, TypeError, "expected torch.float32"),
+    "int64 inverse": ({"inverse": INVERSE.long()}, TypeError, "must be torch.int32, got"),
+    "bf16 weights": ({"topk_weights": WEIGHTS.bfloat16()}, TypeError, "must be torch.float32"),
     "weights of others": ({"topk_weights": WEIGHTS.T.contiguous()}, ValueError, r"shape \(3, 2\)"),
-    "half residual": ({"residual": ROWS[:3].half()}, TypeError, "expected torch.float32, got"),
-    "long residual": ({"residual": ROWS}, ValueError, r"expected shape \(3, 8\), got \(6, 8\)"),
-    "narrow out": ({"out": torch.zeros(3, 4)}, ValueError, r"out: expected shape \(3, 8\)"),
-    "strided rows": ({"rows": torch.zeros(8, 6).T}, ValueError, "rows: expected a contiguous"),
+    "half residual": ({"residual": ROWS[:3].half()}, TypeError, "must be torch.float32, got"),
+    "long residual": ({"residual": ROWS}, ValueError, r"must have shape \(3, 8\), got \(6, 8\)"),
+    "narrow out": ({"out": torch.zeros(3, 4)}, ValueError, r"out must have shape \(3, 8\)"),
+    "strided rows": ({"rows": torch.zeros(8, 6).T}, ValueError, "rows must be a contiguous"),
     "another device": ({"inverse": INVERSE.to("meta")}, ValueError, "on cpu, got one on meta"),
 }
 
@@ -151,12 +151,12 @@ def test_a_gradient_is_not_lost_in_silence(name: str) -> None:
 @pytest.mark.parametrize(
     ("problem", "reason"),
     [
-        (CombineProblem(DType.INT8, 64, 2), "rows of int8"),
-        (CombineProblem(DType.BF16, 60, 2), "N 60"),
+        (CombineProblem(DType.INT8, 64, 2), "fp32, got int8"),
+        (CombineProblem(DType.BF16, 60, 2), "N must be a multiple of 8 up to 32768, got 60"),
         (CombineProblem(DType.BF16, 65536, 2), "up to 32768"),
-        (CombineProblem(DType.BF16, 64, 0), "0 rows of bf16 a token"),
-        (CombineProblem(DType.BF16, 64, 33), "between 1 and 32"),
-        (CombineProblem(DType.FP32, 64, 17), "between 1 and 16"),
+        (CombineProblem(DType.BF16, 64, 0), "1 to 32 rows of bf16, got 0"),
+        (CombineProblem(DType.BF16, 64, 33), "1 to 32 rows of bf16, got 33"),
+        (CombineProblem(DType.FP32, 64, 17), "1 to 16 rows of fp32, got 17"),
     ],
     ids=["int8", "ragged", "wide", "no_choice", "many_choices", "many_fp32"],
 )

@@ -15,15 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cutlass_moe as cm
 from emitters.spec.dtypes import ACCUMULATIONS
-from emitters.spec.gemm import (
-    Activation,
-    ActivationFunction,
-    Bias,
-    ChannelScale,
-    EpilogueNode,
-    ExpertScale,
-    PerTokenScale,
-)
+from emitters.spec.gemm import Activation, ActivationFunction, Bias, EpilogueNode, Granularity
 from tests.support.cases import BF16, CASES, FP16, FP32, SCALES, Case, make_inputs
 from tests.support.numerics import (
     DIFFERENTIABLE,
@@ -43,17 +35,17 @@ I32, BFLOAT = torch.int32, torch.bfloat16
 
 # What each argument of a good call of SMALL is replaced with, and what must come of it.
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "x_dtype": ({"x": torch.ones(9, 32)}, TypeError, "x: expected .*int8.* got torch.float32"),
+    "x_dtype": ({"x": torch.ones(9, 32)}, TypeError, "x must be .*int8.* got torch.float32"),
     "x_1d": ({"x": torch.ones(9).to(torch.float8_e4m3fn)}, ValueError, r"x \[T, K\].* got \(9,\)"),
     "x_strided": (
         {"x": torch.ones(32, 9).to(torch.float8_e4m3fn).T},
         ValueError,
-        r"x: expected a contiguous tensor, got strides \(1, 9\)",
+        r"x must be a contiguous tensor, got strides \(1, 9\)",
     ),
     "weight_dtype": (
         {"weight": torch.ones(3, 24, 32, dtype=BFLOAT)},
         TypeError,
-        "weight: expected torch.float8_e4m3fn.* got torch.bfloat16",
+        "weight must be torch.float8_e4m3fn.* got torch.bfloat16",
     ),
     "weight_2d": (
         {"weight": torch.ones(24, 32).to(torch.float8_e4m3fn)},
@@ -63,47 +55,47 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight_k": (
         {"weight": torch.ones(3, 24, 16).to(torch.float8_e4m3fn)},
         ValueError,
-        r"weight: expected .*32\).* got \(3, 24, 16\)",
+        r"weight must be .*32\).* got \(3, 24, 16\)",
     ),
     "weight_no_experts": (
         {"weight": torch.ones(0, 24, 32).to(torch.float8_e4m3fn)},
         ValueError,
-        r"weight: expected .*E > 0.* got \(0, 24, 32\)",
+        r"weight must be .*E > 0.* got \(0, 24, 32\)",
     ),
     "weight_n_major": (
         {"weight": torch.ones(3, 32, 24).to(torch.float8_e4m3fn).mT},
         ValueError,
-        r"weight: expected K dense.* got strides \(768, 1, 24\)",
+        r"weight must have K dense.* got strides \(768, 1, 24\)",
     ),
     "weight_pitch": (
         {"weight": torch.ones(3, 24, 40).to(torch.float8_e4m3fn)[:, :, :32]},
         ValueError,
-        r"weight: expected .*multiples of 16.* got strides \(960, 40, 1\)",
+        r"weight must be .*multiples of 16.* got strides \(960, 40, 1\)",
     ),
     "offsets_dtype": (
         {"offsets": torch.tensor([4, 4, 11])},
         TypeError,
-        "offsets: expected torch.int32, got torch.int64",
+        "offsets must be torch.int32, got torch.int64",
     ),
     "offsets_shape": (
         {"offsets": torch.zeros(4, dtype=I32)},
         ValueError,
-        r"offsets: expected shape \(3,\), got \(4,\)",
+        r"offsets must have shape \(3,\), got \(4,\)",
     ),
     "index_dtype": (
         {"index": torch.zeros(13, dtype=torch.int64)},
         TypeError,
-        "index: expected torch.int32, got torch.int64",
+        "index must be torch.int32, got torch.int64",
     ),
     "index_2d": (
         {"index": torch.zeros(13, 1, dtype=I32)},
         ValueError,
-        r"index: expected shape \(13,\), got \(13, 1\)",
+        r"index must have shape \(13,\), got \(13, 1\)",
     ),
     "index_strided": (
         {"index": torch.zeros(26, dtype=I32)[::2]},
         ValueError,
-        r"index: expected a contiguous tensor, got strides \(2,\)",
+        r"index must be a contiguous tensor, got strides \(2,\)",
     ),
     "token_scale_missing": (
         {"per_token_scale": None},
@@ -113,17 +105,17 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "token_scale_dtype": (
         {"per_token_scale": torch.ones(9, dtype=BFLOAT)},
         TypeError,
-        "per_token_scale: expected torch.float32, got torch.bfloat16",
+        "per_token_scale must be torch.float32, got torch.bfloat16",
     ),
     "token_scale_per_row": (
         {"per_token_scale": torch.ones(13)},
         ValueError,
-        r"per_token_scale: expected shape \(9,\) or \(9, 1\), got \(13,\)",
+        r"per_token_scale must have shape \(9,\) or \(9, 1\), got \(13,\)",
     ),
     "token_scale_strided": (
         {"per_token_scale": torch.ones(9, 2)[:, :1]},
         ValueError,
-        r"per_token_scale: expected a contiguous tensor, got strides \(2, 1\)",
+        r"per_token_scale must be a contiguous tensor, got strides \(2, 1\)",
     ),
     "scale_missing": (
         {"scale": None},
@@ -133,39 +125,39 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "scale_dtype": (
         {"scale": torch.ones(3, 24).double()},
         TypeError,
-        "scale: expected torch.float32, got torch.float64",
+        "scale must be torch.float32, got torch.float64",
     ),
     "scale_shape": (
         {"scale": torch.ones(24)},
         ValueError,
-        r"scale: expected shape \(3, 24\) or \(3, 24, 1\) or \(3,\), got \(24,\)",
+        r"scale must have shape \(3, 24\) or \(3, 24, 1\) or \(3,\), got \(24,\)",
     ),
     "bias_dtype": (
         {"bias": torch.ones(3, 24).double()},
         TypeError,
-        "bias: expected .*torch.float32.* got torch.float64",
+        "bias must be .*torch.float32.* got torch.float64",
     ),
     "bias_shape": (
         {"bias": torch.ones(24)},
         ValueError,
-        r"bias: expected shape \(3, 24\), got \(24,\)",
+        r"bias must have shape \(3, 24\), got \(24,\)",
     ),
     "out_dtype": (
         {"out_dtype": torch.float64},
         TypeError,
-        "out_dtype: expected .*float32.* got torch.float64",
+        "out_dtype must be .*float32.* got torch.float64",
     ),
     "accumulation": (
         {"accumulation": "exact"},
         ValueError,
-        "accumulation: expected fast or two_level for torch.float8_e4m3fn, got 'exact'",
+        "accumulation must be fast or two_level for torch.float8_e4m3fn, got 'exact'",
     ),
-    "num_sms": ({"num_sms": 0}, ValueError, "num_sms: expected .* got 0"),
-    "schedule": ({"schedule": "fair"}, ValueError, "schedule: expected .*tile.* got 'fair'"),
+    "num_sms": ({"num_sms": 0}, ValueError, "num_sms must be .* got 0"),
+    "schedule": ({"schedule": "fair"}, ValueError, "schedule must be .*tile.* got 'fair'"),
     "activation": (
         {"activation": "tanh"},
         ValueError,
-        "activation: expected one of swiglu, .*relu2, got 'tanh'",
+        "activation must be one of swiglu, .*relu2, got 'tanh'",
     ),
     "gated_odd_n": (
         {
@@ -175,7 +167,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
             "bias": None,
         },
         ValueError,
-        "weight: expected gate and up rows for geglu, got an odd N 23",
+        "weight must have gate and up rows for geglu, got an odd N 23",
     ),
     "n_major_interleaved": (
         {
@@ -185,7 +177,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
             "interleaved": True,
         },
         ValueError,
-        r"interleaved: expected weights with K dense.* got strides \(768, 1, 24\)",
+        r"interleaved weights must have K dense.* got strides \(768, 1, 24\)",
     ),
     "n_major_pitch": (
         {
@@ -193,27 +185,27 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
             "weight": torch.ones(3, 32, 28).to(BFLOAT)[..., :24].mT,
         },
         ValueError,
-        r"weight: expected K or N dense, strides of E and K in multiples of 8 .*\(896, 1, 28\)",
+        r"weight must have K or N dense, strides of E and K in multiples of 8 .*\(896, 1, 28\)",
     ),
     "interleaved_plain": (
         {"interleaved": True},
         ValueError,
-        "interleaved: expected a gated activation with it, got None",
+        "interleaved must come with a gated activation, got None",
     ),
     "interleaved_ungated": (
         {"interleaved": True, "activation": "gelu"},
         ValueError,
-        "interleaved: expected a gated activation with it, got 'gelu'",
+        "interleaved must come with a gated activation, got 'gelu'",
     ),
     "starts_dtype": (
         {"starts": torch.zeros(3)},
         TypeError,
-        "starts: expected torch.int32, got torch.float32",
+        "starts must be torch.int32, got torch.float32",
     ),
     "starts_shape": (
         {"starts": torch.zeros(4, dtype=I32)},
         ValueError,
-        r"starts: expected shape \(3,\), got \(4,\)",
+        r"starts must have shape \(3,\), got \(4,\)",
     ),
 }
 ERROR_TABLE = pytest.mark.parametrize(
@@ -242,8 +234,12 @@ def test_errors_of_the_out_form(
 @pytest.mark.parametrize(
     ("out", "error", "message"),
     [
-        (torch.empty(13, 24), TypeError, "out: expected torch.bfloat16, got torch.float32"),
-        (torch.empty(12, 24, dtype=BFLOAT), ValueError, r"expected shape \(13, 24\), got \(12, 24"),
+        (torch.empty(13, 24), TypeError, "out must be torch.bfloat16, got torch.float32"),
+        (
+            torch.empty(12, 24, dtype=BFLOAT),
+            ValueError,
+            r"must have shape \(13, 24\), got \(12, 24",
+        ),
         (torch.empty(24, 13, dtype=BFLOAT).T, ValueError, r"contiguous tensor, got strides \(1,"),
     ],
     ids=["dtype", "shape", "strided"],
@@ -261,7 +257,7 @@ def test_tensors_elsewhere_raise(name: str) -> None:
         inputs = as_fake(mode, make_inputs(SMALL, "cpu"))
         inputs["out"] = torch.empty(13, 24, dtype=BFLOAT)
         inputs[name] = torch.empty_like(inputs[name], device="cuda")
-        with pytest.raises(ValueError, match=f"{name}: expected a tensor on cpu, got one on cuda"):
+        with pytest.raises(ValueError, match=f"{name} must be on cpu, got one on cuda"):
             cm.grouped_matmul_out(**inputs)
 
 
@@ -313,7 +309,7 @@ def test_scales_may_have_a_last_dimension_of_one() -> None:
 
 
 def test_scale_of_an_expert_is_that_of_all_its_channels() -> None:
-    inputs = make_inputs(replace(SMALL, epilogue=(PerTokenScale(), ExpertScale())), "cpu")
+    inputs = make_inputs(replace(SMALL, epilogue=(Granularity.TOKEN, Granularity.EXPERT)), "cpu")
     channels = inputs["scale"][:, None].expand(3, 24).contiguous()
     want = cm.grouped_matmul(**{**inputs, "scale": channels})
     assert torch.equal(cm.grouped_matmul(**inputs), want)
@@ -339,10 +335,10 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     counts = draw(st.lists(st.integers(0, 4), min_size=1, max_size=5))
     operand = draw(st.sampled_from(list(ACCUMULATIONS)))
     token_scale = operand.quantized or draw(st.booleans())
-    scales: list[EpilogueNode | None] = [ChannelScale(), ExpertScale()]
+    scales: list[EpilogueNode | None] = [Granularity.CHANNEL, Granularity.EXPERT]
     scales += [] if operand.quantized else [None]
     nodes: list[EpilogueNode | None] = [
-        PerTokenScale() if token_scale else None,
+        Granularity.TOKEN if token_scale else None,
         draw(st.sampled_from(scales)),
         draw(st.sampled_from([None, Bias(BF16), Bias(FP16), Bias(FP32)])),
     ]
@@ -405,7 +401,7 @@ def test_fakes_know_shape_and_dtype(case: Case) -> None:
         fake = as_fake(mode, real)
         got = cm.grouped_matmul(**fake)
         cm.grouped_matmul_out(torch.empty_like(got), **fake)
-        with pytest.raises(TypeError, match="offsets: expected torch.int32"):
+        with pytest.raises(TypeError, match="offsets must be torch.int32"):
             cm.grouped_matmul(**{**fake, "offsets": fake["offsets"].long()})
     want = cm.grouped_matmul(**real)
     assert (got.shape, got.dtype, got.device) == (want.shape, want.dtype, want.device)

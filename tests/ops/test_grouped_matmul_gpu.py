@@ -1,4 +1,4 @@
-"""grouped_matmul on a GPU. `python -m tests.build_images DIR` builds the images it needs."""
+"""grouped_matmul on a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cutlass_moe.images.cache import MissingImage
 from cutlass_moe.ops import dispatch
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_backward
 from cutlass_moe.runtime import library
-from emitters.spec.registry import Config
+from emitters.spec.registry import GemmConfig
 from tests.support.cases import (
     BASE,
     BIG_CASES,
@@ -59,14 +59,14 @@ def test_offsets_beyond_31_bits(case: Case) -> None:
 
 
 def _config_id(value: object) -> str:
-    if not isinstance(value, Config):
+    if not isinstance(value, GemmConfig):
         return str(value)
     return "-".join(str(field) for field in value.to_json().values())
 
 
 @pytest.mark.parametrize("num_sms", [None, 3], ids=["all_sms", "3_sms"])
 @pytest.mark.parametrize(("name", "config"), config_cases(), ids=_config_id)
-def test_every_config(name: str, config: Config, num_sms: int | None) -> None:
+def test_every_config(name: str, config: GemmConfig, num_sms: int | None) -> None:
     case = CASES[name]
     for exact in (True, False):
         inputs = make_inputs(case, "cuda", exact)
@@ -95,7 +95,7 @@ def test_two_runs_give_the_same_bytes(name: str) -> None:
 
 
 @pytest.mark.parametrize("config", SPLIT_CONFIGS, ids=_config_id)
-def test_split_k_adds_in_the_same_order_every_time(config: Config) -> None:
+def test_split_k_adds_in_the_same_order_every_time(config: GemmConfig) -> None:
     inputs = make_inputs(CASES["k_7168"], "cuda")
     with dispatch.forced_config(config):
         first, *others = (launch(CASES["k_7168"], inputs) for _ in range(20))

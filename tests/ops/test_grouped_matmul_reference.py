@@ -15,7 +15,7 @@ from cutlass_moe.ops.grouped_matmul_reference import (
     grouped_matmul_reference,
     grouped_matmul_reference_out,
 )
-from emitters.spec.gemm import Activation, ActivationFunction, Bias, ExpertScale, PerTokenScale
+from emitters.spec.gemm import Activation, ActivationFunction, Bias, Granularity
 from tests.support.cases import BF16, CASES, FP32, INT8, SCALES, Case, make_inputs
 from tests.support.numerics import (
     DIFFERENTIABLE,
@@ -41,7 +41,7 @@ SMALL = {
     "no_index": Case(counts=(0, 4, 7), gather=False),
     "bf16": Case(tokens=9, counts=(4, 0, 7), operand=BF16, epilogue=()),
     "bias": Case(tokens=9, counts=(4, 0, 7), epilogue=(*SCALES, Bias(BF16)), reads="outside"),
-    "expert_scale": Case(tokens=9, counts=(4, 7), epilogue=(PerTokenScale(), ExpertScale())),
+    "expert_scale": Case(tokens=9, counts=(4, 7), epilogue=(Granularity.TOKEN, Granularity.EXPERT)),
     "starts": Case(tokens=9, counts=(4, 0, 7), apart=2),
 }
 for _i, _activation in enumerate(ActivationFunction):

@@ -173,11 +173,14 @@ GOOD = QuantizeProblem(DType.BF16, DType.E4M3, 2048)
 @pytest.mark.parametrize(
     ("problem", "reason"),
     [
-        (QuantizeProblem(DType.INT8, DType.E4M3, 64), "rows of int8"),
-        (QuantizeProblem(DType.BF16, DType.FP16, 64), "quantised to fp16"),
-        (QuantizeProblem(DType.BF16, DType.E4M3, 60), "K 60"),
+        (QuantizeProblem(DType.INT8, DType.E4M3, 64), "fp32, got int8"),
+        (QuantizeProblem(DType.BF16, DType.FP16, 64), "quantised to e4m3, e5m2, int8, got fp16"),
+        (
+            QuantizeProblem(DType.BF16, DType.E4M3, 60),
+            "K must be a multiple of 8 up to",
+        ),
         (QuantizeProblem(DType.BF16, DType.E4M3, 32776), "up to 32768"),
-        (QuantizeProblem(DType.BF16, DType.E4M3, 0), "K 0"),
+        (QuantizeProblem(DType.BF16, DType.E4M3, 0), "up to 32768, got 0"),
         (QuantizeProblem(DType.BF16, DType.E4M3, 64, 3.0), "a power of two"),
         (QuantizeProblem(DType.BF16, DType.E4M3, 64, 2.0**40), "a power of two from"),
         (QuantizeProblem(DType.BF16, DType.E4M3, 64, -2.0), "a power of two"),
@@ -203,7 +206,7 @@ def test_without_an_image_the_torch_path_is_announced(monkeypatch: pytest.Monkey
     with pytest.warns(UserWarning, match="no image of a kernel that quantises"):
         assert step_kernel(GOOD, 0) is None
     monkeypatch.setattr(library, "device_arch", lambda device: "sm_80")
-    with pytest.warns(UserWarning, match="no template for sm_80"):
+    with pytest.warns(UserWarning, match="arch must be sm_90a for quantize, got sm_80"):
         assert step_kernel(GOOD, 0) is None
     monkeypatch.setenv("CUTLASS_MOE_STRICT", "1")
     with pytest.raises(RuntimeError, match="CUTLASS_MOE_STRICT=1"):

@@ -118,7 +118,7 @@ def test_weights_of_dropped_pairs_go_to_the_others() -> None:
     assert shared.tolist() == [[0.5, 0.25], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
     one = torch.tensor([[3, -1]])
     assert renormalize_kept(torch.tensor([[0.6, 0.2]]), one)[0].tolist() == pytest.approx([0.8, 0])
-    with pytest.raises(ValueError, match=r"expected \[4, 2\]"):
+    with pytest.raises(ValueError, match=r"must have the shape of inverse, \[4, 2\]"):
         renormalize_kept(weights[:2], inverse)
 
 
@@ -127,7 +127,7 @@ def test_weights_of_dropped_pairs_go_to_the_others() -> None:
 def test_op(with_map: bool, factor: float | None) -> None:
     expert_map = torch.tensor([1, -1, 0, 2], dtype=torch.int32) if with_map else None
     ids = torch.randint(-1, 5, (6, 2))
-    torch.library.opcheck(cutlass_moe.ops.route._op, (ids, 3, expert_map, factor, True))
+    torch.library.opcheck(cutlass_moe.ops.route._route_op, (ids, 3, expert_map, factor, True))
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (7,), (0, 3)], ids=str)
@@ -143,17 +143,17 @@ IDS = torch.zeros(2, 2, dtype=torch.int32)
 @pytest.mark.parametrize(
     ("topk_ids", "num_experts", "options", "error", "message"),
     [
-        (torch.zeros(2, 2), 4, {}, TypeError, "expected int32 or int64, got torch.float32"),
+        (torch.zeros(2, 2), 4, {}, TypeError, "must be int32 or int64, got torch.float32"),
         (IDS.short(), 4, {}, TypeError, "got torch.int16"),
         (IDS[None], 4, {}, ValueError, r"got \[1, 2, 2\]"),
         (IDS[0, 0], 4, {}, ValueError, r"got \[\]"),
-        (IDS[:, :1].expand(2, 2**28), 4, {}, ValueError, "expected at most 268435456 ids"),
-        (IDS, 0, {}, ValueError, "expected at least 1, got 0"),
-        (IDS, 4, {"capacity_factor": -1.0}, ValueError, "expected 0 or more, finite, got -1.0"),
+        (IDS[:, :1].expand(2, 2**28), 4, {}, ValueError, "must have at most 268435456 ids"),
+        (IDS, 0, {}, ValueError, "must be at least 1, got 0"),
+        (IDS, 4, {"capacity_factor": -1.0}, ValueError, "must be 0 or more, finite, got -1.0"),
         (IDS, 4, {"capacity_factor": float("nan")}, ValueError, "got nan"),
-        (IDS, 4, {"expert_map": IDS[0].long()}, TypeError, "expected int32, got torch.int64"),
-        (IDS, 4, {"expert_map": IDS}, ValueError, r"expected \[global experts\], got \[2, 2\]"),
-        (IDS, 4, {"expert_map": IDS[0].to("meta")}, ValueError, "expected it on cpu, got meta"),
+        (IDS, 4, {"expert_map": IDS[0].long()}, TypeError, "must be int32, got torch.int64"),
+        (IDS, 4, {"expert_map": IDS}, ValueError, r"must be \[global experts\], got \[2, 2\]"),
+        (IDS, 4, {"expert_map": IDS[0].to("meta")}, ValueError, "must be on cpu, got meta"),
     ],
     ids=[
         "float", "int16", "3d", "scalar", "ids", "no_experts", "factor", "nan", "map_int64",

@@ -72,18 +72,18 @@ def test_compiles_as_one_graph() -> None:
 @pytest.mark.parametrize(
     ("logits", "k", "options", "error", "message"),
     [
-        (X.int(), 2, {}, TypeError, "expected a floating-point dtype, got torch.int32"),
-        (X[0], 2, {}, ValueError, r"expected \[T, E > 0\], got \[16\]"),
-        (X, 0, {}, ValueError, "k: expected 1 to 16, the experts to choose from, got 0"),
-        (X, 9, {"num_groups": 2}, ValueError, "k: expected 1 to 8"),
-        (X, 2, {"num_groups": 3}, ValueError, "expected a divisor of 16 experts, got 3"),
-        (X, 2, {"num_groups": 4, "topk_groups": 5}, ValueError, "expected 1 to 4, got 5"),
-        (X, 2, {"scoring": "tanh"}, ValueError, "expected 'softmax' or 'sigmoid', got 'tanh'"),
-        (X, 2, {"correction_bias": X[0, :3]}, ValueError, r"expected \[16\], got \[3\]"),
+        (X.int(), 2, {}, TypeError, "must have a floating-point dtype, got torch.int32"),
+        (X[0], 2, {}, ValueError, r"must be \[T, E > 0\], got \[16\]"),
+        (X, 0, {}, ValueError, "k must be 1 to 16, the experts to choose from, got 0"),
+        (X, 9, {"num_groups": 2}, ValueError, "k must be 1 to 8"),
+        (X, 2, {"num_groups": 3}, ValueError, "must be a divisor of 16 experts, got 3"),
+        (X, 2, {"num_groups": 4, "topk_groups": 5}, ValueError, "must be 1 to 4, got 5"),
+        (X, 2, {"scoring": "tanh"}, ValueError, "must be 'softmax' or 'sigmoid', got 'tanh'"),
+        (X, 2, {"correction_bias": X[0, :3]}, ValueError, r"must be \[16\], got \[3\]"),
         (X, 2, {"correction_bias": X[0].int()}, TypeError, "floating-point dtype, got torch.int32"),
-        (X, 2, {"correction_bias": X[0].to("meta")}, ValueError, "expected it on cpu, got meta"),
-        (X, 2, {"scale": float("inf")}, ValueError, "scale: expected a finite float32, got inf"),
-        (X, 2, {"threshold": float("nan")}, ValueError, "threshold: expected a finite float32"),
+        (X, 2, {"correction_bias": X[0].to("meta")}, ValueError, "must be on cpu, got meta"),
+        (X, 2, {"scale": float("inf")}, ValueError, "scale must be a finite float32, got inf"),
+        (X, 2, {"threshold": float("nan")}, ValueError, "threshold must be a finite float32"),
     ],
 )
 def test_errors(
@@ -94,7 +94,7 @@ def test_errors(
 
 
 def test_capacity_factor_is_checked() -> None:
-    with pytest.raises(ValueError, match="capacity_factor: expected 0 or more, finite, got nan"):
+    with pytest.raises(ValueError, match="capacity_factor must be 0 or more, finite, got nan"):
         cm.route_logits(X, 2, capacity_factor=float("nan"))
 
 
@@ -109,17 +109,17 @@ def test_a_gradient_is_not_lost(op: Any) -> None:
 
 PROBLEMS = {
     RouteProblem(1024, 64): None,
-    RouteProblem(0, 32): "0 experts: 1 to 1024",
-    RouteProblem(1025, 32): "1025 experts: 1 to 1024",
-    RouteProblem(8, 16): "ids of 16 bits: 32 or 64",
+    RouteProblem(0, 32): "experts must be 1 to 1024, got 0",
+    RouteProblem(1025, 32): "experts must be 1 to 1024, got 1025",
+    RouteProblem(8, 16): "ids must have 32 or 64 bits, got 16",
     TopkProblem(1024, DType.FP16, "sigmoid", 32): None,
-    TopkProblem(1025, DType.FP16, "sigmoid", 1): "1025 experts: 1 to 1024",
-    TopkProblem(8, DType.INT8, "softmax", 1): "logits of int8",
-    TopkProblem(8, DType.FP32, "tanh", 1): "scoring 'tanh'",
-    TopkProblem(64, DType.FP32, "softmax", 64): "64 equal groups of 64 experts: 1 to 32",
-    TopkProblem(10, DType.FP32, "softmax", 4): "4 equal groups of 10 experts",
+    TopkProblem(1025, DType.FP16, "sigmoid", 1): "experts must be 1 to 1024, got 1025",
+    TopkProblem(8, DType.INT8, "softmax", 1): "logits must be bf16, fp16, fp32, got int8",
+    TopkProblem(8, DType.FP32, "tanh", 1): "scoring must be softmax or sigmoid, got 'tanh'",
+    TopkProblem(64, DType.FP32, "softmax", 64): "must be 1 to 32 and divide 64 experts, got 64",
+    TopkProblem(10, DType.FP32, "softmax", 4): "must be 1 to 32 and divide 10 experts, got 4",
     RouteLogitsProblem(512, DType.BF16, "softmax", 1): None,
-    RouteLogitsProblem(513, DType.BF16, "softmax", 1): "513 experts: at most 512",
+    RouteLogitsProblem(513, DType.BF16, "softmax", 1): "at most 512 experts, got 513",
 }
 
 
@@ -133,4 +133,5 @@ def test_problems(problem: Step, reason: str | None) -> None:
 def test_a_thread_for_each_expert() -> None:
     problem = RouteProblem(1024, 32)
     assert why_illegal(problem, StepConfig(1024)) is None
-    assert "992 threads: one for each of 1024" in (why_illegal(problem, StepConfig(992)) or "")
+    reason = why_illegal(problem, StepConfig(992)) or ""
+    assert "threads must be at least one per expert (1024), got 992" in reason
