@@ -32,7 +32,7 @@ def m_grouped_gemm_nt_contiguous(a: Operand, b: Operand, d: Tensor, m_indices: T
     weight, scale = _parts("b", b)
     if x.dim() != 2 or weight.dim() != 3:
         got = f"{list(x.shape)} and {list(weight.shape)}"
-        raise ValueError(f"expected a [M, K] and b [E, N, K], got {got}")
+        raise ValueError(f"a must be [M, K] and b [E, N, K], got {got}")
     _expect_int32("m_indices", m_indices, x, len(x))
     _expect_scale("a", x_scale, [(len(x),), (len(x), 1)])
     starts, ends = _runs(m_indices, len(weight))
@@ -56,7 +56,7 @@ def m_grouped_gemm_nt_masked(
     weight, scale = _parts("b", b)
     if x.dim() != 3 or weight.dim() != 3 or len(x) != len(weight):
         got = f"{list(x.shape)} and {list(weight.shape)}"
-        raise ValueError(f"expected a [E, max_m, K] and b [E, N, K], got {got}")
+        raise ValueError(f"a must be [E, max_m, K] and b [E, N, K], got {got}")
     experts, most, k = x.shape
     n = weight.shape[1]
     _expect_int32("masked_m", masked_m, x, experts)
@@ -64,7 +64,7 @@ def m_grouped_gemm_nt_masked(
     for name, tensor, shape in (("a", x, x.shape), ("d", d, (experts, most, n))):
         if tensor.shape != shape or not tensor.is_contiguous():
             got = f"{list(tensor.shape)} with strides {tensor.stride()}"
-            raise ValueError(f"{name}: expected a contiguous {list(shape)}, got {got}")
+            raise ValueError(f"{name} must be a contiguous {list(shape)}, got {got}")
     starts = torch.arange(experts, dtype=torch.int32, device=x.device) * most
     ends = starts + masked_m.clamp(0, most)
     flat_scale = None if x_scale is None else x_scale.reshape(-1)
@@ -111,7 +111,7 @@ def _runs(m_indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
         split = (counts != ends - starts).nonzero().flatten().tolist()
         if split:
             raise ValueError(
-                f"m_indices: expected each expert's rows to follow each other, got experts {split} "
+                f"each expert's rows must follow each other in m_indices, got experts {split} "
                 "with other rows in between"
             )
     return starts, ends
@@ -123,7 +123,7 @@ def _parts(name: str, operand: Operand) -> tuple[Tensor, Tensor | None]:
     if (scale is None) == (values.dtype.itemsize == 1):
         alone, paired = "a tensor alone", "a pair of a tensor and its scale"
         expected, got = (paired, alone) if scale is None else (alone, paired)
-        raise TypeError(f"{name}: expected {expected} for {values.dtype}, got {got}")
+        raise TypeError(f"{name} must be {expected} for {values.dtype}, got {got}")
     return values, scale
 
 
@@ -131,15 +131,15 @@ def _expect_scale(name: str, scale: Tensor | None, shapes: list[tuple[int, ...]]
     if scale is not None and tuple(scale.shape) not in shapes:
         expected = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(
-            f"{name}'s scale: expected {expected} (one a token, one a channel; DeepGEMM's block "
+            f"{name}'s scale must be {expected} (one a token, one a channel; DeepGEMM's block "
             f"scales are not supported), got {list(scale.shape)}"
         )
 
 
 def _expect_int32(name: str, tensor: Tensor, x: Tensor, length: int) -> None:
     if tensor.dtype != torch.int32:
-        raise TypeError(f"{name}: expected torch.int32, got {tensor.dtype}")
+        raise TypeError(f"{name} must be torch.int32, got {tensor.dtype}")
     if tensor.shape != (length,):
-        raise ValueError(f"{name}: expected [{length}], got {list(tensor.shape)}")
+        raise ValueError(f"{name} must be [{length}], got {list(tensor.shape)}")
     if tensor.device != x.device:
-        raise ValueError(f"{name}: expected a tensor on {x.device}, got one on {tensor.device}")
+        raise ValueError(f"{name} must be on {x.device}, got one on {tensor.device}")

@@ -50,7 +50,7 @@ def find_weights(value: Tensors) -> Tensor | list[Tensor]:
     for e, entry in enumerate(entries):
         if single or len(shape) != 2 or entry.shape != shape:
             wanted = "[E, N, K]" if single else f"[N, K] as weight[0], {tuple(shape)}"
-            raise ValueError(f"weight[{e}]: expected {wanted}, got {tuple(entry.shape)}")
+            raise ValueError(f"weight[{e}] must be {wanted}, got {tuple(entry.shape)}")
     if len(entries) == 1:
         return entries[0][None]
     stacked = view_of_slices(entries)
@@ -67,7 +67,7 @@ def find_scales(value: Tensors | None, experts: int, n: int) -> list[Tensor]:
     for e, entry in enumerate(entries):
         if entry.shape not in shapes:
             wanted = " or ".join(map(str, shapes))
-            raise ValueError(f"scale[{e}]: expected shape {wanted}, got {tuple(entry.shape)}")
+            raise ValueError(f"scale[{e}] must have shape {wanted}, got {tuple(entry.shape)}")
     return [entry.view(1) if entry.numel() == 1 else entry.view(1, n) for entry in entries]
 
 
@@ -79,16 +79,16 @@ def entries_of(name: str, value: Tensors | None, experts: int) -> list[Tensor]:
     entries = _listed(value)
     if value is not None and (not entries or len(entries) not in (1, experts)):
         wanted = f"a tensor or a list of 1 or {experts}"
-        raise ValueError(f"{name}: expected {wanted}, got a list of {len(entries)}")
+        raise ValueError(f"{name} must be {wanted}, got a list of {len(entries)}")
     for e, entry in enumerate(entries):
         if not isinstance(entry, Tensor):
-            raise TypeError(f"{name}[{e}]: expected a tensor, got {type(entry).__name__}")
+            raise TypeError(f"{name}[{e}] must be a tensor, got {type(entry).__name__}")
         first = entries[0]
         if entry.dtype != first.dtype:
-            raise TypeError(f"{name}[{e}]: expected {first.dtype} as {name}[0], got {entry.dtype}")
+            raise TypeError(f"{name}[{e}] must be {first.dtype} as {name}[0], got {entry.dtype}")
         if entry.dim() != first.dim() or entry.shape[1:] != first.shape[1:]:
             wanted = f"{name}[0]'s shape {tuple(first.shape)} but for the first extent"
-            raise ValueError(f"{name}[{e}]: expected {wanted}, got {tuple(entry.shape)}")
+            raise ValueError(f"{name}[{e}] must have {wanted}, got {tuple(entry.shape)}")
     return entries
 
 
@@ -104,12 +104,12 @@ def find_lengths(lists: dict[str, list[Tensor]], index: Tensor | None) -> list[i
             continue
         if index is not None and name != "out":
             wanted = "one tensor, whose rows the index names"
-            raise ValueError(f"{name}: expected {wanted}, got a list of {len(entries)}")
+            raise ValueError(f"{name} must be {wanted}, got a list of {len(entries)}")
         if not entries[0].dim():
-            raise ValueError(f"{name}[0]: expected rows, got a scalar")
+            raise ValueError(f"{name}[0] must have rows, got a scalar")
         rows = [len(entry) for entry in entries]
         if lengths and rows != lengths:
-            raise ValueError(f"{name}: expected tensors of {lengths} rows, got {rows}")
+            raise ValueError(f"{name} must be tensors of {lengths} rows, got {rows}")
         lengths = rows
     return lengths
 
@@ -122,7 +122,7 @@ def check_tensors(arguments: ListArguments) -> torch.device:
     device = tensors[0][1].device
     for name, tensor in tensors:
         if tensor.device != device:
-            raise ValueError(f"{name}: expected tensors on {device}, got one on {tensor.device}")
+            raise ValueError(f"{name} must be on {device}, got one on {tensor.device}")
     if wants_gradient(tuple(tensor for _, tensor in tensors)):
         raise RuntimeError(
             "index_group_matmul has no gradient and an argument requires one: "
@@ -134,9 +134,9 @@ def check_tensors(arguments: ListArguments) -> torch.device:
 def check_groups(arguments: ListArguments, experts: int) -> None:
     group_list, kind = arguments.group_list, arguments.group_list_type
     if kind not in ("cumsum", "count"):
-        raise ValueError(f"group_list_type: expected 'cumsum' or 'count', got {kind!r}")
+        raise ValueError(f"group_list_type must be 'cumsum' or 'count', got {kind!r}")
     if group_list.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"group_list: expected torch.int32 or torch.int64, got {group_list.dtype}")
+        raise TypeError(f"group_list must be torch.int32 or torch.int64, got {group_list.dtype}")
     if group_list.shape != (experts,) or not group_list.is_contiguous():
         got = f"shape {tuple(group_list.shape)}, strides {group_list.stride()}"
-        raise ValueError(f"group_list: expected shape ({experts},), contiguous, got {got}")
+        raise ValueError(f"group_list must have shape ({experts},), contiguous, got {got}")

@@ -213,14 +213,14 @@ class Executor:
         if stream is None:
             return nullcontext()
         if self.device.type != "cuda":
-            raise ValueError(f"stream: expected None for tensors on {self.device}, got {stream}")
+            raise ValueError(f"stream must be None for tensors on {self.device}, got {stream}")
         if not isinstance(stream, torch.cuda.Stream):
             # 0 and 1 both mean the default stream, and ExternalStream takes neither
             handle, default = int(stream), torch.cuda.default_stream(self.device)
             external = torch.cuda.ExternalStream
             stream = external(handle, device=self.device) if handle > 1 else default
         if stream.device != self.device:
-            raise ValueError(f"stream: expected one of {self.device}, got one of {stream.device}")
+            raise ValueError(f"stream must be one of {self.device}, got one of {stream.device}")
         return torch.cuda.stream(stream)
 
     def _find_ends(self, workspace: Tensor) -> None:

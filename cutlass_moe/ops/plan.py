@@ -67,7 +67,8 @@ class Plan:
     def _replace(self, name: str, tensor: Tensor) -> None:
         slot = self._slots.get(name)
         if slot is None:
-            raise TypeError(f"{name} must be one of the tensors that were planned: {', '.join(self._tensors)}")
+            names = ", ".join(self._tensors)
+            raise TypeError(f"{name} must be one of the tensors that were planned: {names}")
         shape, dtype, strides, alignment = slot
         if (
             tensor.dtype is not dtype

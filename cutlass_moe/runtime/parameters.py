@@ -79,7 +79,7 @@ def operand_addresses(operands: Operands, out: Tensor) -> dict[str, int]:
 
 def misaligned(name: str, multiple: int, address: int) -> ValueError:
     return ValueError(
-        f"{name}: its address must be a multiple of {multiple} bytes, got {address:#x}"
+        f"the address of {name} must be a multiple of {multiple} bytes, got {address:#x}"
     )
 
 

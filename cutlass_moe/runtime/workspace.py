@@ -113,7 +113,7 @@ class WorkspaceLayout:
             if workspace is not None:
                 got = f"{workspace.dtype} {list(workspace.shape)} on {workspace.device}"
             raise ValueError(
-                f"workspace: expected contiguous torch.uint8 [{self.size} or more] on "
+                f"workspace must be contiguous torch.uint8 [{self.size} or more] on "
                 f"{self.device}, got {got}"
             )
         return workspace[-workspace.data_ptr() % ALIGNMENT :]

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from cutlass_moe.choose import heuristics_sm90 as heuristics
 from cutlass_moe.choose import tuned
-from cutlass_moe.choose.tuned import Entry
+from cutlass_moe.choose.tuned import TunedConfig
 from cutlass_moe.cli import main as cli
 from cutlass_moe.images.cache import Cache, MissingImage
 from cutlass_moe.models.problems import gemm_problems
@@ -29,7 +29,7 @@ SHAPE = MoeShape("small", 8, 2, 512, 256)
 PROBLEM = gemm_problems(SHAPE, "fp8")["up"]
 NAME = tuned.name_of(PROBLEM)
 NARROW, WIDE, ODD = GemmSm90Config(64, 64), GemmSm90Config(128, 256), GemmSm90Config(64, 192)
-TABLE = {GPU: {NAME: (Entry(1.0, NARROW, 5.0), Entry(16.0, WIDE, 9.0))}}
+TABLE = {GPU: {NAME: (TunedConfig(1.0, NARROW, 5.0), TunedConfig(16.0, WIDE, 9.0))}}
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_gather_and_epilogue_share_an_entry(file):
 def test_config_that_a_problem_does_not_allow_is_not_taken(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
     illegal = dataclasses.replace(WIDE, tile_n=100)
-    tuned.merge(path, {GPU: {NAME: (Entry(1.0, illegal, 5.0), Entry(1.2, WIDE, 9.0))}})
+    tuned.merge(path, {GPU: {NAME: (TunedConfig(1.0, illegal, 5.0), TunedConfig(1.2, WIDE, 9.0))}})
     monkeypatch.setenv("CUTLASS_MOE_TUNING", str(path))
     assert tuned.lookup(PROBLEM, GPU, 1) == WIDE
     assert tuned.configs(PROBLEM) == (WIDE,)
@@ -88,7 +88,7 @@ def test_other_gpu_is_estimated(file):
 
 def test_first_file_answers(file, tmp_path, monkeypatch):
     first = tmp_path / "first.json"
-    tuned.merge(first, {GPU: {NAME: (Entry(1.0, ODD, 4.0),)}})
+    tuned.merge(first, {GPU: {NAME: (TunedConfig(1.0, ODD, 4.0),)}})
     monkeypatch.setenv("CUTLASS_MOE_TUNING", f"{first}:{file}")
     assert tuned.lookup(PROBLEM, GPU, 1) == ODD
     assert tuned.configs(PROBLEM) == (ODD,)
@@ -99,12 +99,12 @@ def test_first_file_answers(file, tmp_path, monkeypatch):
 
 def test_merge_keeps_what_it_does_not_replace(file):
     tuned.merge(
-        file, {"NVIDIA H100": {NAME: (Entry(2.0, ODD, 7.0),)}, GPU: {"x": TABLE[GPU][NAME]}}
+        file, {"NVIDIA H100": {NAME: (TunedConfig(2.0, ODD, 7.0),)}, GPU: {"x": TABLE[GPU][NAME]}}
     )
-    tuned.merge(file, {GPU: {NAME: (Entry(4.0, ODD, 6.04),)}})
+    tuned.merge(file, {GPU: {NAME: (TunedConfig(4.0, ODD, 6.04),)}})
     assert tuned.read(file) == {
-        GPU: {NAME: (Entry(4.0, ODD, 6.0),), "x": TABLE[GPU][NAME]},
-        "NVIDIA H100": {NAME: (Entry(2.0, ODD, 7.0),)},
+        GPU: {NAME: (TunedConfig(4.0, ODD, 6.0),), "x": TABLE[GPU][NAME]},
+        "NVIDIA H100": {NAME: (TunedConfig(2.0, ODD, 7.0),)},
     }
     assert list(file.parent.iterdir()) == [file]
 
@@ -287,7 +287,7 @@ def test_tune_without_a_gpu_or_a_model(tmp_path, monkeypatch):
     assert "expected --model" in call().output
     result = call("--model", "mixtral", "--output", tmp_path / "out.json")
     assert result.exit_code == 1
-    assert "expected a GPU of compute capability 9.0" in result.output
+    assert "must be a GPU of compute capability 9.0" in result.output
     assert not (tmp_path / "out.json").exists()
 
 

@@ -140,17 +140,17 @@ def test_gmm_of_strided_a() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"a": torch.zeros(5, K)}, TypeError, "a: expected torch.bfloat16, got torch.float32"),
-        ({"b": torch.zeros(2, K, N)}, TypeError, "b: expected torch.bfloat16, got torch.float32"),
+        ({"a": torch.zeros(5, K)}, TypeError, "a must be torch.bfloat16, got torch.float32"),
+        ({"b": torch.zeros(2, K, N)}, TypeError, "b must be torch.bfloat16, got torch.float32"),
         ({"batch_sizes": torch.tensor([3, 2]).int()}, TypeError, "torch.int64, got torch.int32"),
-        ({"batch_sizes": torch.tensor([[3, 2]])}, ValueError, r"expected \[E\], got \[1, 2\]"),
+        ({"batch_sizes": torch.tensor([[3, 2]])}, ValueError, r"must be \[E\], got \[1, 2\]"),
         ({"batch_sizes": torch.tensor([3, 3])}, ValueError, r"sum 5, .* got \[3, 3\]"),
         ({"batch_sizes": torch.tensor([6, -1])}, ValueError, r"at least 0 .* got \[6, -1\]"),
         ({"batch_sizes": torch.tensor([1, 2, 2])}, ValueError, r"\[3, 16, N\], got \[2, 16, 24\]"),
-        ({"a": randn(5)}, ValueError, r"a: expected \[M, K\], got \[5\]"),
-        ({"a": randn(5, 8)}, ValueError, r"b: expected \[2, 8, N\], got \[2, 16, 24\]"),
-        ({"trans_b": True}, ValueError, r"b: expected \[2, N, 16\], got \[2, 16, 24\]"),
-        ({"trans_a": True}, ValueError, r"b: expected \[5, N\], got \[2, 16, 24\]"),
+        ({"a": randn(5)}, ValueError, r"a must be \[M, K\], got \[5\]"),
+        ({"a": randn(5, 8)}, ValueError, r"b must be \[2, 8, N\], got \[2, 16, 24\]"),
+        ({"trans_b": True}, ValueError, r"b must be \[2, N, 16\], got \[2, 16, 24\]"),
+        ({"trans_a": True}, ValueError, r"b must be \[5, N\], got \[2, 16, 24\]"),
         ({"trans_a": True, "trans_b": True}, ValueError, "at most one of trans_a and trans_b"),
         ({"b": torch.empty(2, K, N, dtype=torch.bfloat16, device="meta")}, ValueError, "on meta"),
     ],
@@ -213,7 +213,7 @@ def test_contiguous_of_any_layout(order: list[int], sizes: list[tuple[int, int]]
 def test_contiguous_with_split_experts_raises() -> None:
     d = torch.zeros(4, N).bfloat16()
     m_indices = torch.tensor([0, 1, 0, 1], dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"rows to follow each other, got experts \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"rows must follow each other .*got experts \[0, 1\]"):
         m_grouped_gemm_nt_contiguous(randn(4, K), randn(2, N, K), d, m_indices)
 
 
@@ -263,17 +263,17 @@ CALL: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"a": Q}, TypeError, "a: expected a pair of a tensor and its scale for torch.int8"),
-        ({"a": (randn(6, K), torch.ones(6))}, TypeError, "a: expected a tensor alone"),
-        ({"b": W}, TypeError, "b: expected a pair"),
-        ({"a": (Q, torch.ones(6, 2))}, ValueError, r"a's scale: .*block scales.*got \[6, 2\]"),
-        ({"b": (W, torch.ones(2, 1, 1))}, ValueError, r"b's scale: .*block .*got \[2, 1, 1\]"),
-        ({"a": (Q, torch.ones(6).double())}, TypeError, "expected torch.float32"),
+        ({"a": Q}, TypeError, "a must be a pair of a tensor and its scale for torch.int8"),
+        ({"a": (randn(6, K), torch.ones(6))}, TypeError, "a must be a tensor alone"),
+        ({"b": W}, TypeError, "b must be a pair"),
+        ({"a": (Q, torch.ones(6, 2))}, ValueError, r"a's scale must .*block scales.*got \[6, 2\]"),
+        ({"b": (W, torch.ones(2, 1, 1))}, ValueError, r"b's scale must .*block .*got \[2, 1, 1\]"),
+        ({"a": (Q, torch.ones(6).double())}, TypeError, "must be torch.float32"),
         ({"a": (Q[0], torch.ones(6))}, ValueError, r"got \[16\] and \[2, 24, 16\]"),
-        ({"m_indices": torch.zeros(6)}, TypeError, "m_indices: expected torch.int32"),
-        ({"m_indices": torch.zeros(5).int()}, ValueError, r"expected \[6\], got \[5\]"),
+        ({"m_indices": torch.zeros(6)}, TypeError, "m_indices must be torch.int32"),
+        ({"m_indices": torch.zeros(5).int()}, ValueError, r"must be \[6\], got \[5\]"),
         ({"m_indices": torch.zeros(6, device="meta").int()}, ValueError, "got one on meta"),
-        ({"d": torch.zeros(6, N - 1).bfloat16()}, ValueError, "out: expected shape"),
+        ({"d": torch.zeros(6, N - 1).bfloat16()}, ValueError, "out must have shape"),
         ({"d": torch.zeros(6, N).int()}, TypeError, "out"),
     ],
 )
@@ -295,12 +295,12 @@ MASKED: dict[str, Any] = {
     [
         ({"a": CALL["a"]}, ValueError, r"got \[6, 16\] and \[2, 24, 16\]"),
         ({"a": (Q.view(3, 2, K), torch.ones(3, 2))}, ValueError, r"got \[3, 2, 16\] and"),
-        ({"a": (Q.view(2, 3, K), torch.ones(6))}, ValueError, r"a's scale: .*got \[6\]"),
-        ({"a": (Q.view(3, 2, K).transpose(0, 1), torch.ones(2, 3))}, ValueError, "a: .*contiguous"),
-        ({"d": torch.zeros(6, N).bfloat16()}, ValueError, r"d: expected a contiguous \[2, 3, 24\]"),
-        ({"d": torch.zeros(2, N, 3).transpose(1, 2)}, ValueError, "d: expected a contiguous"),
-        ({"masked_m": torch.ones(2).long()}, TypeError, "masked_m: expected torch.int32"),
-        ({"masked_m": torch.ones(3).int()}, ValueError, r"expected \[2\], got \[3\]"),
+        ({"a": (Q.view(2, 3, K), torch.ones(6))}, ValueError, r"a's scale must be .*got \[6\]"),
+        ({"a": (Q.view(3, 2, K).transpose(0, 1), torch.ones(2, 3))}, ValueError, "a must .*contig"),
+        ({"d": torch.zeros(6, N).bfloat16()}, ValueError, r"d must be a contiguous \[2, 3, 24\]"),
+        ({"d": torch.zeros(2, N, 3).transpose(1, 2)}, ValueError, "d must be a contiguous"),
+        ({"masked_m": torch.ones(2).long()}, TypeError, "masked_m must be torch.int32"),
+        ({"masked_m": torch.ones(3).int()}, ValueError, r"must be \[2\], got \[3\]"),
     ],
 )
 def test_masked_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:

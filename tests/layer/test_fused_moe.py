@@ -46,28 +46,28 @@ def changed(name: str, value: Any) -> dict[str, Any]:
 
 
 BAD = (
-    ("hidden", lambda x: x.float(), TypeError, "hidden: expected torch.bfloat16 or torch.float16"),
-    ("hidden", lambda x: x[:, ::2], ValueError, "hidden: expected a contiguous tensor"),
-    ("hidden", lambda x: x[:, 8:].contiguous(), ValueError, "w13: expected"),
-    ("hidden", lambda x: x[0], ValueError, r"hidden \[T, H\]"),
-    ("w13", lambda w: w.half(), TypeError, "w13: expected torch.bfloat16, got torch.float16"),
-    ("w13", lambda w: w[:, 1:], ValueError, "w13: expected"),
-    ("w2", lambda w: w[1:], ValueError, "expected"),
-    ("topk_ids", lambda t: t.short(), TypeError, "topk_ids: expected torch.int32 or torch.int64"),
-    ("topk_ids", lambda t: t[1:], ValueError, "topk_ids: expected shape"),
-    ("topk_weights", lambda t: t.half(), TypeError, "topk_weights: expected torch.float32"),
-    ("quant", "int4", ValueError, "quant: expected None, 'fp8' or 'int8', got 'int4'"),
-    ("quant", "fp8", TypeError, "w13: expected torch.float8_e4m3fn, got torch.bfloat16"),
-    ("w13_scale", None, ValueError, "w13_scale: needed with quant"),
-    ("w2_scale", lambda s: s[:, 1:], ValueError, "w2_scale: expected shape"),
-    ("activation", "tanh", ValueError, "activation: expected one of swiglu"),
-    ("activation", "relu", ValueError, "w13: expected"),
-    ("capacity_factor", -0.5, ValueError, "capacity_factor: expected 0 or more, finite, got -0.5"),
-    ("accumulation", "slow", ValueError, "accumulation: expected"),
-    ("residual", torch.zeros(4, 256).bfloat16(), ValueError, "residual: expected shape"),
-    ("expert_map", torch.zeros(9), TypeError, "expert_map: expected torch.int32"),
-    ("out", torch.zeros(5, 256), TypeError, "out: expected torch.bfloat16"),
-    ("workspace", torch.zeros(3), ValueError, "workspace: expected"),
+    ("hidden", lambda x: x.float(), TypeError, "hidden must be torch.bfloat16 or torch.float16"),
+    ("hidden", lambda x: x[:, ::2], ValueError, "hidden must be a contiguous tensor"),
+    ("hidden", lambda x: x[:, 8:].contiguous(), ValueError, "w13 must"),
+    ("hidden", lambda x: x[0], ValueError, r"hidden must be \[T, H\]"),
+    ("w13", lambda w: w.half(), TypeError, "w13 must be torch.bfloat16, got torch.float16"),
+    ("w13", lambda w: w[:, 1:], ValueError, "w13 must"),
+    ("w2", lambda w: w[1:], ValueError, "w13 must"),
+    ("topk_ids", lambda t: t.short(), TypeError, "topk_ids must be torch.int32 or torch.int64"),
+    ("topk_ids", lambda t: t[1:], ValueError, "topk_ids must have shape"),
+    ("topk_weights", lambda t: t.half(), TypeError, "topk_weights must be torch.float32"),
+    ("quant", "int4", ValueError, "quant must be None, 'fp8' or 'int8', got 'int4'"),
+    ("quant", "fp8", TypeError, "w13 must be torch.float8_e4m3fn, got torch.bfloat16"),
+    ("w13_scale", None, ValueError, "w13_scale must be given with quant"),
+    ("w2_scale", lambda s: s[:, 1:], ValueError, "w2_scale must have shape"),
+    ("activation", "tanh", ValueError, "activation must be one of swiglu"),
+    ("activation", "relu", ValueError, "w13 must"),
+    ("capacity_factor", -0.5, ValueError, "capacity_factor must be 0 or more, finite, got -0.5"),
+    ("accumulation", "slow", ValueError, "accumulation must be"),
+    ("residual", torch.zeros(4, 256).bfloat16(), ValueError, "residual must have shape"),
+    ("expert_map", torch.zeros(9), TypeError, "expert_map must be torch.int32"),
+    ("out", torch.zeros(5, 256), TypeError, "out must be torch.bfloat16"),
+    ("workspace", torch.zeros(3), ValueError, "workspace must be"),
 )
 
 
@@ -86,7 +86,7 @@ def test_addresses_that_kernels_cannot_take_are_refused(name: str) -> None:
     tensors = {**layer._asdict(), "out": out}
     buffer = tensors[name].new_empty(tensors[name].numel() + 1)
     tensors[name] = buffer[1:].view(tensors[name].shape)
-    with pytest.raises(ValueError, match="address must be a multiple of"):
+    with pytest.raises(ValueError, match=f"the address of {name} must be a multiple of"):
         layer_addresses(
             LayerOperands(**{f: tensors[f] for f in LayerOperands._fields}), tensors["out"]
         )

@@ -197,14 +197,14 @@ WORKSPACES: dict[str, Callable[[int], Tensor | None]] = {
 @pytest.mark.parametrize("make", WORKSPACES.values(), ids=WORKSPACES.keys())
 def test_errors_of_workspaces(make: Callable[[int], Tensor | None]) -> None:
     size, executor = cm.index_group_matmul_workspace_size(**make_call(SMALL, APART).arguments)
-    wanted = rf"workspace: expected contiguous torch.uint8 \[{size} or more\] on cpu, got "
+    wanted = rf"workspace must be contiguous torch.uint8 \[{size} or more\] on cpu, got "
     with pytest.raises(ValueError, match=wanted):
         executor.run(make(size))
 
 
 def test_cpu_tensors_take_no_stream() -> None:
     _, executor = cm.index_group_matmul_workspace_size(**make_call(SMALL, Form()).arguments)
-    with pytest.raises(ValueError, match="stream: expected None for tensors on cpu, got 7"):
+    with pytest.raises(ValueError, match="stream must be None for tensors on cpu, got 7"):
         executor.run(None, 7)
 
 
@@ -218,35 +218,35 @@ def fp8(*shape: int) -> Tensor:
 
 
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "x_two": ({"x": [fp8(5, 32)] * 2}, ValueError, "x: expected .* list of 1 or 3, got .* of 2"),
-    "x_none": ({"x": []}, ValueError, "x: expected .* list of 1 or 3, got a list of 0"),
-    "x_no_tensor": ({"x": [fp8(5, 32), None, None]}, TypeError, r"x\[1\]: .* got NoneType"),
-    "x_scalars": ({"x": [fp8()] * 3}, ValueError, r"x\[0\]: expected rows, got a scalar"),
+    "x_two": ({"x": [fp8(5, 32)] * 2}, ValueError, "x must be .* list of 1 or 3, got .* of 2"),
+    "x_none": ({"x": []}, ValueError, "x must be .* list of 1 or 3, got a list of 0"),
+    "x_no_tensor": ({"x": [fp8(5, 32), None, None]}, TypeError, r"x\[1\] must be .* got NoneType"),
+    "x_scalars": ({"x": [fp8()] * 3}, ValueError, r"x\[0\] must have rows, got a scalar"),
     "x_dtypes": (
         {"x": [fp8(4, 32), fp8(0, 32).to(torch.int8), fp8(9, 32)]},
         TypeError,
-        r"x\[1\]: expected torch.float8_e4m3fn as x\[0\], got torch.int8",
+        r"x\[1\] must be torch.float8_e4m3fn as x\[0\], got torch.int8",
     ),
     "x_k": (
         {"x": [fp8(4, 32), fp8(0, 32), fp8(9, 16)]},
         ValueError,
-        r"x\[2\]: expected x\[0\]'s shape \(4, 32\) but for the first extent, got \(9, 16\)",
+        r"x\[2\] must have x\[0\]'s shape \(4, 32\) but for the first extent, got \(9, 16\)",
     ),
     "x_rows": (
         {"x": [fp8(4, 32), fp8(0, 32), fp8(7, 32)]},
         ValueError,
-        r"per_token_scale: expected shape \(11,\) or \(11, 1\), got \(13,\)",
+        r"per_token_scale must have shape \(11,\) or \(11, 1\), got \(13,\)",
     ),
-    "x_dtype": ({"x": torch.ones(13, 32)}, TypeError, "x: expected .* got torch.float32"),
+    "x_dtype": ({"x": torch.ones(13, 32)}, TypeError, "x must be .* got torch.float32"),
     "x_with_index": (
         {"x": list(fp8(13, 32).split((4, 0, 9))), "index": torch.zeros(13, dtype=I32)},
         ValueError,
-        "x: expected one tensor, whose rows the index names, got a list of 3",
+        "x must be one tensor, whose rows the index names, got a list of 3",
     ),
     "token_scale_with_index": (
         {"per_token_scale": [torch.ones(4)] * 3, "index": torch.zeros(13, dtype=I32)},
         ValueError,
-        "per_token_scale: expected one tensor, whose rows the index names, got a list of 3",
+        "per_token_scale must be one tensor, whose rows the index names, got a list of 3",
     ),
     "token_scale_rows": (
         {
@@ -254,108 +254,108 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
             "per_token_scale": list(torch.ones(13).split((4, 1, 8))),
         },
         ValueError,
-        r"per_token_scale: expected tensors of \[4, 0, 9\] rows, got \[4, 1, 8\]",
+        r"per_token_scale must be tensors of \[4, 0, 9\] rows, got \[4, 1, 8\]",
     ),
     "token_scale_missing": (
         {"per_token_scale": None},
         ValueError,
         "per_token_scale: .*need per_token_scale and scale, got None",
     ),
-    "weight_none": ({"weight": []}, ValueError, "weight: expected .* got a list of 0"),
+    "weight_none": ({"weight": []}, ValueError, "weight must be .* got a list of 0"),
     "weight_2d": (
         {"weight": fp8(24, 32)},
         ValueError,
-        r"weight.*: expected \[E, N, K\], got \(24, 32\)",
+        r"weight.* must be \[E, N, K\], got \(24, 32\)",
     ),
     "weight_shapes": (
         {"weight": [fp8(24, 32), fp8(24, 32), fp8(16, 32)]},
         ValueError,
-        r"weight\[2\]: expected \[N, K\] as weight\[0\], \(24, 32\), got \(16, 32\)",
+        r"weight\[2\] must be \[N, K\] as weight\[0\], \(24, 32\), got \(16, 32\)",
     ),
     "weight_3d": (
         {"weight": [fp8(1, 24, 32)] * 3},
         ValueError,
-        r"weight\[0\]: expected \[N, K\] .*, got \(1, 24, 32\)",
+        r"weight\[0\] must be \[N, K\] .*, got \(1, 24, 32\)",
     ),
     "weight_k": (
         {"weight": [fp8(24, 16) for _ in range(3)]},
         ValueError,
-        r"weight: expected .*32\), got \(3, 24, 16\)",
+        r"weight must be .*32\), got \(3, 24, 16\)",
     ),
     "weight_n_major": (
         {"weight": [fp8(24, 32), fp8(32, 24).T, fp8(24, 32)]},
         ValueError,
-        r"weight: expected K dense.* got strides \(0, 1, 24\)",
+        r"weight must have K dense.* got strides \(0, 1, 24\)",
     ),
     "weight_pitch": (
         {"weight": [fp8(24, 32), fp8(24, 40)[:, :32], fp8(24, 32)]},
         ValueError,
-        r"weight: expected .*multiples of 16.* got strides \(0, 40, 1\)",
+        r"weight must .*multiples of 16.* got strides \(0, 40, 1\)",
     ),
     "weight_dtype": (
         {"weight": [torch.ones(24, 32, dtype=torch.int8) for _ in range(3)]},
         TypeError,
-        "weight: expected torch.float8_e4m3fn.* got torch.int8",
+        "weight must be torch.float8_e4m3fn.* got torch.int8",
     ),
     "scale_missing": ({"scale": None}, ValueError, "scale: .*need .* and scale, got None"),
     "scale_shape": (
         {"scale": [torch.ones(25) for _ in range(3)]},
         ValueError,
-        r"scale\[0\]: expected shape \(24,\) or \(24, 1\) or \(1,\) or \(\), got \(25,\)",
+        r"scale\[0\] must have shape \(24,\) or \(24, 1\) or \(1,\) or \(\), got \(25,\)",
     ),
     "scale_shape_whole": (
         {"scale": torch.ones(24)},
         ValueError,
-        r"scale: expected shape \(3, 24\) or \(3, 24, 1\) or \(3,\), got \(24,\)",
+        r"scale must have shape \(3, 24\) or \(3, 24, 1\) or \(3,\), got \(24,\)",
     ),
     "scale_mixed": (
         {"scale": [torch.ones(24), torch.ones(24, 1), torch.ones(24)]},
         ValueError,
-        r"scale\[1\]: expected scale\[0\]'s shape \(24,\) .*, got \(24, 1\)",
+        r"scale\[1\] must have scale\[0\]'s shape \(24,\) .*, got \(24, 1\)",
     ),
     "out_rows": (
         {"out": torch.empty(12, 24, dtype=torch.bfloat16)},
         ValueError,
-        r"out: expected shape \(13, 24\), got \(12, 24\)",
+        r"out must have shape \(13, 24\), got \(12, 24\)",
     ),
     "out_list_rows": (
         {"out": [torch.empty(4, 24, dtype=torch.bfloat16)] * 3},
         ValueError,
-        r"out: expected shape \(13, 24\), got \(12, 24\)",
+        r"out must have shape \(13, 24\), got \(12, 24\)",
     ),
-    "out_dtype": ({"out": fp8(13, 24)}, TypeError, "out.*: expected .*float32.* got .*e4m3fn"),
+    "out_dtype": ({"out": fp8(13, 24)}, TypeError, "out.* must be .*float32.* got .*e4m3fn"),
     "groups_dtype": (
         {"group_list": torch.tensor([4, 4, 11]).short()},
         TypeError,
-        "group_list: expected torch.int32 or torch.int64, got torch.int16",
+        "group_list must be torch.int32 or torch.int64, got torch.int16",
     ),
     "groups_shape": (
         {"group_list": torch.zeros(4, dtype=I32)},
         ValueError,
-        r"group_list: expected shape \(3,\), contiguous, got shape \(4,\)",
+        r"group_list must have shape \(3,\), contiguous, got shape \(4,\)",
     ),
     "groups_strided": (
         {"group_list": torch.zeros(6, dtype=I64)[::2]},
         ValueError,
-        r"group_list: expected shape \(3,\), contiguous, got .*strides \(2,\)",
+        r"group_list must have shape \(3,\), contiguous, got .*strides \(2,\)",
     ),
     "groups_kind": (
         {"group_list_type": "counts"},
         ValueError,
-        "group_list_type: expected 'cumsum' or 'count', got 'counts'",
+        "group_list_type must be 'cumsum' or 'count', got 'counts'",
     ),
     "index_dtype": (
         {"index": torch.zeros(13, dtype=I64)},
         TypeError,
-        "index: expected torch.int32, got torch.int64",
+        "index must be torch.int32, got torch.int64",
     ),
-    "bias_shape": ({"bias": torch.ones(24)}, ValueError, r"bias: expected shape \(3, 24\)"),
+    "bias_shape": ({"bias": torch.ones(24)}, ValueError, r"bias must have shape \(3, 24\)"),
     "accumulation": (
         {"accumulation": "exact"},
         ValueError,
-        "accumulation: expected fast or two_level .*, got 'exact'",
+        "accumulation must be fast or two_level .*, got 'exact'",
     ),
-    "num_sms": ({"num_sms": 0}, ValueError, "num_sms: expected .* got 0"),
+    "num_sms": ({"num_sms": 0}, ValueError, "num_sms must be .* got 0"),
 }
 
 
@@ -373,7 +373,7 @@ def test_tensors_elsewhere_raise(name: str) -> None:
     arguments = make_call(SMALL, Form()).arguments
     with FakeTensorMode(allow_non_fake_inputs=True):  # a CUDA tensor without a GPU
         arguments[name] = torch.empty_like(arguments[name], device="cuda")
-        with pytest.raises(ValueError, match=f"{name}: expected tensors on cpu, got one on cuda"):
+        with pytest.raises(ValueError, match=f"{name} must be on cpu, got one on cuda"):
             cm.index_group_matmul(**arguments)
 
 

@@ -189,9 +189,9 @@ def test_two_devices() -> None:
     executor.run(workspace)
     assert torch.cuda.current_device() == 0
     call.check()
-    with pytest.raises(ValueError, match="stream: expected one of cuda:1, got one of cuda:0"):
+    with pytest.raises(ValueError, match="stream must be one of cuda:1, got one of cuda:0"):
         executor.run(workspace, torch.cuda.Stream(0))
-    with pytest.raises(ValueError, match=r"workspace: expected .* on cuda:1, got .* on cuda:0"):
+    with pytest.raises(ValueError, match=r"workspace must be .* on cuda:1, got .* on cuda:0"):
         executor.run(workspace.to("cuda:0"))
 
 
@@ -269,7 +269,7 @@ def test_weights_at_odd_addresses_raise() -> None:
     arguments = make_call(BASE, Form(weight="apart"), "cuda").arguments
     odd = torch.empty(BASE.n * BASE.k + 8, dtype=torch.float8_e4m3fn, device="cuda")
     arguments["weight"][3] = odd[8:].view(BASE.n, BASE.k)
-    with pytest.raises(ValueError, match=r"weight\[3\]: expected an address .* 16 bytes"):
+    with pytest.raises(ValueError, match=r"address of weight\[3\] must be a multiple of 16 bytes"):
         cm.index_group_matmul(**arguments)
 
 
@@ -278,5 +278,5 @@ def test_tensors_elsewhere_raise(name: str) -> None:
     arguments = make_call(BASE, Form(weight="apart"), "cuda").arguments
     value = arguments[name]
     arguments[name] = [*value[:-1], value[-1].cpu()] if name == "weight" else value.cpu()
-    with pytest.raises(ValueError, match=rf"{name}: expected tensors on cuda:0, got one on cpu"):
+    with pytest.raises(ValueError, match=rf"{name} must be on cuda:0, got one on cpu"):
         cm.index_group_matmul(**arguments)

@@ -53,7 +53,7 @@ def test_other_shape_dtype_or_stride(name):
     tensor = {**inputs, "out": out}[name]
     wrong = [tensor[:-1], tensor.to(torch.float64), torch.stack([tensor, tensor], -1)[..., 0]]
     for other in wrong:
-        with pytest.raises(ValueError, match=rf"{name}: expected .* as planned; got {other.dtype}"):
+        with pytest.raises(ValueError, match=rf"{name} must be .* as planned; got {other.dtype}"):
             plan(**{name: other})
     plan()
     check(out, CASE, inputs, exact=True)
@@ -61,7 +61,10 @@ def test_other_shape_dtype_or_stride(name):
 
 def test_argument_that_was_not_planned():
     _, _, plan = planned()
-    with pytest.raises(TypeError, match="bias: planned were x, weight, index, offsets, per_token"):
+    with pytest.raises(
+        TypeError,
+        match="bias must be one of the tensors that were planned: x, weight, index, offsets, per_",
+    ):
         plan(bias=torch.zeros(3, 24))
 
 
@@ -80,9 +83,9 @@ def test_no_gradient_is_lost():
 
 def test_planning_checks_as_the_op_does():
     inputs = make_inputs(CASE, "cpu")
-    with pytest.raises(TypeError, match="out: expected torch.bfloat16, got torch.float32"):
+    with pytest.raises(TypeError, match="out must be torch.bfloat16, got torch.float32"):
         cm.plan(**inputs, out=torch.empty(CASE.rows, CASE.n))
-    with pytest.raises(ValueError, match="x: expected a contiguous tensor"):
+    with pytest.raises(ValueError, match="x must be a contiguous tensor"):
         cm.plan(**{**inputs, "x": torch.empty(32, 20, dtype=inputs["x"].dtype).t()})
 
 

@@ -106,7 +106,7 @@ def test_address_that_the_kernel_cannot_take() -> None:
     plan = cm.plan(**inputs)
     x = inputs["x"]
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view(x.shape)
-    with pytest.raises(ValueError, match="x: its address must be a multiple of 16 bytes"):
+    with pytest.raises(ValueError, match="the address of x must be a multiple of 16 bytes"):
         plan(shifted)
 
 

@@ -152,6 +152,6 @@ def test_a_misaligned_tensor_is_refused(name: str) -> None:
     out = given.pop("out")
     assert out is not None
     multiple = 8 if name in ("scale", "bias") else 16
-    words = f"{name}: its address must be a multiple of {multiple} bytes, got 0x"
+    words = f"the address of {name} must be a multiple of {multiple} bytes, got 0x"
     with pytest.raises(ValueError, match=words):
         operand_addresses(Operands(**given), out)

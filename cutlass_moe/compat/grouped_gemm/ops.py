@@ -72,16 +72,16 @@ def _outer(a: Tensor, b: Tensor, batch_sizes: Tensor) -> Tensor:
 
 def _check(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_a: bool, trans_b: bool) -> None:
     if trans_a and trans_b:
-        raise ValueError("expected at most one of trans_a and trans_b, got both")
+        raise ValueError("at most one of trans_a and trans_b must be true, got both")
     for name, tensor in (("a", a), ("b", b)):
         if tensor.dtype != torch.bfloat16:
-            raise TypeError(f"{name}: expected torch.bfloat16, got {tensor.dtype}")
+            raise TypeError(f"{name} must be torch.bfloat16, got {tensor.dtype}")
     if batch_sizes.dtype != torch.int64:
-        raise TypeError(f"batch_sizes: expected torch.int64, got {batch_sizes.dtype}")
+        raise TypeError(f"batch_sizes must be torch.int64, got {batch_sizes.dtype}")
     if batch_sizes.dim() != 1:
-        raise ValueError(f"batch_sizes: expected [E], got {list(batch_sizes.shape)}")
+        raise ValueError(f"batch_sizes must be [E], got {list(batch_sizes.shape)}")
     if a.dim() != 2:
-        raise ValueError(f"a: expected [M, K], got {list(a.shape)}")
+        raise ValueError(f"a must be [M, K], got {list(a.shape)}")
     experts, (rows, k) = len(batch_sizes), a.shape
     if trans_a:
         expected, fits = f"[{rows}, N]", b.dim() == 2 and len(b) == rows
@@ -90,18 +90,17 @@ def _check(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_a: bool, trans_b: bo
         inner = -1 if trans_b else -2
         fits = b.dim() == 3 and len(b) == experts and b.shape[inner] == k
     if not fits:
-        raise ValueError(f"b: expected {expected}, got {list(b.shape)}")
+        raise ValueError(f"b must be {expected}, got {list(b.shape)}")
     if b.device != a.device:
-        raise ValueError(f"b: expected a tensor on {a.device}, got one on {b.device}")
+        raise ValueError(f"b must be on {a.device}, got one on {b.device}")
     if batch_sizes.device.type == "cpu":
         total = int(batch_sizes.sum())
         if total != rows or (batch_sizes < 0).any():
             raise ValueError(
-                f"batch_sizes: expected sizes of at least 0 with the sum {rows}, a's rows, "
+                f"batch_sizes must be at least 0 with the sum {rows}, a's rows, "
                 f"got {batch_sizes.tolist()}"
             )
     elif batch_sizes.device != a.device:
         raise ValueError(
-            f"batch_sizes: expected a tensor on the CPU or {a.device}, "
-            f"got one on {batch_sizes.device}"
+            f"batch_sizes must be on the CPU or {a.device}, got one on {batch_sizes.device}"
         )
