@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.choose import heuristics_sm90 as heuristics
-from cutlass_moe.choose.tuned import Entry
+from cutlass_moe.choose.tuned import TunedConfig
 from cutlass_moe.images.cache import MissingImage
 from cutlass_moe.operands import TORCH_DTYPES
 from cutlass_moe.ops import dispatch
@@ -136,17 +136,17 @@ def measure(
         yield Measured(count, count * top_k / problem.num_experts, us)
 
 
-def choices(measured: Sequence[Measured]) -> list[Entry]:
+def choices(measured: Sequence[Measured]) -> list[TunedConfig]:
     """What a table says of each number of tokens.
 
     Of configs that are equally fast, but for noise, neighbours get one: fewer images.
     """
-    entries: list[Entry] = []
+    entries: list[TunedConfig] = []
     for one in sorted(measured, key=lambda one: one.tokens, reverse=True):
         config = entries[-1].config if entries else one.best
         if one.us.get(config, float("inf")) > NOISE * one.us[one.best]:
             config = one.best
-        entries.append(Entry(one.rows_per_expert, config, one.us[config]))
+        entries.append(TunedConfig(one.rows_per_expert, config, one.us[config]))
     return entries[::-1]
 
 
