@@ -20,7 +20,7 @@ from perf.machine import ceilings, checkout, versions
 from perf.measure import KNOWN_SYSTEMS, measure_all
 from perf.product.cases import PREFILL_TOKENS, ROUTINGS, seed_cases
 from perf.report import describe_host, full_report, insert, readme_table, rows_of, summary
-from perf.store import Store, default_path
+from perf.store import ResultFile, default_path
 from perf.suites import GEMM_MODELS, GEMM_TOKENS, POWERS_OF_TWO, SUITES
 
 TOKENS = {"all": POWERS_OF_TWO, "prefill": PREFILL_TOKENS}
@@ -107,7 +107,7 @@ def run(system: str, budget: float, commit: str, out: Path | None, **choice: str
     limits = ceilings()
     command = command_line("run", {**choice, "system": system, "budget": str(budget)})
     this = {**about(command, commit), "ceilings": asdict(limits)}
-    store = Store(out or default_path(this["versions"]["gpu"]), this)
+    store = ResultFile(out or default_path(this["versions"]["gpu"]), this)
     done = []
     for case, record in measure_all(cases, systems, limits, budget):
         store.add_case(case.id, record)
@@ -136,7 +136,7 @@ def host(commit: str, out: Path | None, jit: bool) -> None:
     from perf import host as measured  # needs cuda.bindings
 
     this = about("python -m perf host" + " --jit" * jit, commit)
-    store = Store(out or default_path(this["versions"]["gpu"]), this)
+    store = ResultFile(out or default_path(this["versions"]["gpu"]), this)
     if jit:
         store.add_host("jit", measured.jit_seconds(seed_cases(DTYPES, ["balanced"])))
     else:

@@ -24,7 +24,7 @@ def default_path(gpu: str) -> Path:
     return RESULTS / f"{gpu.lower().replace(' ', '-')}.json"
 
 
-class Store:
+class ResultFile:
     """The file's contents, and a run that is being added to them."""
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:

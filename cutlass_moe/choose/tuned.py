@@ -24,7 +24,7 @@ FAR = 1.5  # a little more than half of a power of two, the steps of `tune`
 _SHIPPED = tuple(sorted(map(str, Path(__file__).with_name("tables").glob("*.json"))))
 
 
-class Entry(NamedTuple):
+class TunedConfig(NamedTuple):
     """What was fastest at a number of rows an expert, and the microseconds it took."""
 
     rows_per_expert: float
@@ -32,7 +32,7 @@ class Entry(NamedTuple):
     us: float
 
 
-Table = dict[str, dict[str, tuple[Entry, ...]]]  # by GPU, then by `name_of` a problem
+Table = dict[str, dict[str, tuple[TunedConfig, ...]]]  # by GPU, then by `name_of` a problem
 
 
 def name_of(problem: GemmProblem) -> str:
@@ -49,7 +49,7 @@ def lookup(problem: GemmProblem, gpu: str, rows_per_expert: float) -> GemmConfig
     CUTLASS_MOE_TUNING that is no table.
     """
 
-    def far(entry: Entry) -> float:
+    def far(entry: TunedConfig) -> float:
         return abs(math.log(entry.rows_per_expert / rows_per_expert))
 
     entries = _entries(problem, gpu, os.environ.get(VARIABLE, ""))
@@ -68,7 +68,7 @@ def configs(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _entries(problem: GemmProblem, gpu: str, files: str) -> tuple[Entry, ...]:
+def _entries(problem: GemmProblem, gpu: str, files: str) -> tuple[TunedConfig, ...]:
     """Of the first table that has any, those that this output and epilogue allow."""
     name = name_of(problem)
     known = (table.get(gpu, {}).get(name, ()) for table in _tables(files))
@@ -95,9 +95,9 @@ def read(path: Path) -> Table:
         ) from error
 
 
-def _parse(listed: list[dict[str, Any]]) -> tuple[Entry, ...]:
+def _parse(listed: list[dict[str, Any]]) -> tuple[TunedConfig, ...]:
     entries = [
-        Entry(float(rows), gemm_config_from_json(one["config"]), float(us))
+        TunedConfig(float(rows), gemm_config_from_json(one["config"]), float(us))
         for one in listed
         for rows, us in one["us"].items()
     ]
@@ -123,7 +123,7 @@ def merge(path: Path, table: Table) -> None:
     fresh.replace(path)
 
 
-def _to_json(entries: tuple[Entry, ...]) -> list[dict[str, Any]]:
+def _to_json(entries: tuple[TunedConfig, ...]) -> list[dict[str, Any]]:
     found: dict[GemmConfig, dict[str, float]] = {}
     for entry in sorted(entries, key=lambda entry: entry.rows_per_expert):
         found.setdefault(entry.config, {})[f"{entry.rows_per_expert:g}"] = round(entry.us, 1)

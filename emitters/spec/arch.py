@@ -29,3 +29,13 @@ def arch_of(capability: tuple[int, int]) -> str:
     supports "sm_" and the digits."""
     known = {arch.capability: arch.name for arch in ARCHS.values()}
     return known.get(capability, "sm_{}{}".format(*capability))
+
+
+def why_no_registers(accumulators: int, others: int, limit: int, whose: str) -> str | None:
+    """None where a thread has registers for its accumulators and others, else the reason."""
+    if accumulators + others <= limit:
+        return None
+    return (
+        f"a {whose} must do with {limit} registers, it needs about {accumulators + others} "
+        f"({accumulators} of them accumulators)"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from emitters.spec.arch import SM90
+from emitters.spec.arch import SM90, why_no_registers
 from emitters.spec.dtypes import Accumulation, DType, Name
 from emitters.spec.gemm import N_MAJOR_BLOCK, GemmProblem, Granularity, Major
 from emitters.spec.plain import to_plain
@@ -44,6 +44,9 @@ class _Sm90Config:
     def k_tile(self, problem: GemmProblem) -> int:
         """Elements of K in 128 bytes, a box of weights."""
         return K_TILE_BYTES // problem.x.bytes
+
+    def n_tiles(self, problem: GemmProblem) -> int:
+        return -(-problem.n // self.tile_n)
 
     def table_entries(self, problem: GemmProblem) -> int:
         """Experts in the scheduler's table: num_experts rounded up to the warp's 32 lanes."""
@@ -96,13 +99,10 @@ class _Sm90Config:
                 f"there must be 2 to {self.MAX_STAGES} stages, "
                 f"got {stages} of {stage_bytes} bytes each"
             )
-        smem = self.smem_bytes(problem)
-        if smem > self.smem_limit:
-            return (
-                f"shared memory of a CTA must be at most {self.smem_limit} bytes with "
-                f"{self.ctas_per_sm} CTAs on an SM, got {smem}"
-            )
-        return None
+        smem, limit = self.smem_bytes(problem), self.smem_limit
+        return (
+            None if smem <= limit else f"shared memory of a CTA must be at most {limit}, got {smem}"
+        )
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,6 @@ class GemmSm90Config(_Sm90Config):
 
     def k_tiles(self, problem: GemmProblem) -> int:
         return -(-problem.k // self.k_tile(problem))
-
-    def n_tiles(self, problem: GemmProblem) -> int:
-        return -(-problem.n // self.tile_n)
 
     def stage_bytes(self, problem: GemmProblem) -> int:
         return self.x_bytes(problem) + self.weight_bytes(problem)
@@ -307,9 +304,6 @@ class GemmSwapSm90Config(_Sm90Config):
         """Stages that K takes."""
         return -(-problem.k // (self.k_tile(problem) * self.k_boxes))
 
-    def n_tiles(self, problem: GemmProblem) -> int:
-        return -(-problem.n // self.tile_n)
-
     def stage_bytes(self, problem: GemmProblem) -> int:
         return (self.x_bytes(problem) + self.weight_bytes(problem)) * self.k_boxes
 
@@ -403,13 +397,3 @@ class GemmSwapSm90Config(_Sm90Config):
                 f"takes, got {self.split_k}"
             )
         return None
-
-
-def why_no_registers(accumulators: int, others: int, limit: int, whose: str) -> str | None:
-    """None where a thread has registers for its accumulators and others, else the reason."""
-    if accumulators + others <= limit:
-        return None
-    return (
-        f"a {whose} must do with {limit} registers, it needs about {accumulators + others} "
-        f"({accumulators} of them accumulators)"
-    )

@@ -12,7 +12,7 @@ from perf.__main__ import main
 from perf.layer.cases import MoeLayerCase
 from perf.layer.figures import layer_figures
 from perf.layer.rows import LayerRow, layer_row_of, layer_tables
-from perf.store import Store
+from perf.store import ResultFile
 from perf.suites import select
 from tests.perf.samples import ABOUT
 
@@ -100,7 +100,7 @@ def test_tables_show_what_is_there() -> None:
 
 def test_report_has_layers_chains_and_their_plots(tmp_path) -> None:
     pytest.importorskip("matplotlib")
-    store = Store(tmp_path / "gpu.json", ABOUT)
+    store = ResultFile(tmp_path / "gpu.json", ABOUT)
     for case in select(["layer", "chain"], dtypes=["fp8"]):
         us = {"cutlass_moe": 10.0, "triton": 15.0}
         store.add_case(case.id, record_of(case, us))

@@ -17,7 +17,7 @@ from perf.product.figures import product_figures
 from perf.product.routing import draw_topk_ids, workload
 from perf.product.rows import RIVALS, ProductRow, product_row_of
 from perf.rows import PUBLISHED, load_published
-from perf.store import Store, default_path, load
+from perf.store import ResultFile, default_path, load
 from perf.suites import SUITES, select
 from tests.perf.samples import ABOUT, H200, PRODUCTS, SMALL
 
@@ -41,7 +41,7 @@ def record_of(
 @pytest.fixture
 def results(tmp_path):
     """A results file with one model's fp8 and bf16 products and the shapes of another suite."""
-    store = Store(tmp_path / "some-gpu.json", ABOUT)
+    store = ResultFile(tmp_path / "some-gpu.json", ABOUT)
     suites = [suite for suite in PRODUCTS if suite != "decode"]
     for case in select(suites, ["qwen3-30b"], ["fp8", "bf16"], (1, 1024)):
         case = replace(case, tokens=min(case.tokens, 1024))
@@ -55,13 +55,13 @@ def test_store_keeps_the_latest_record_of_a_case_and_the_runs_in_use(tmp_path) -
     path = tmp_path / "deep" / "gpu.json"
     other = replace(SMALL, dtype="bf16")
     assert default_path("NVIDIA H200").name == "nvidia-h200.json"
-    first = Store(path, {**ABOUT, "commit": "first"})
+    first = ResultFile(path, {**ABOUT, "commit": "first"})
     first.run = "2000-01-01"
     first.contents["runs"] = {"2000-01-01": {"commit": "first"}}
     first.add_case(SMALL.id, record_of(SMALL, {"triton": 1.0}))
     first.add_case(other.id, record_of(other, {"triton": 2.0}))
 
-    second = Store(path, {**ABOUT, "commit": "second"})
+    second = ResultFile(path, {**ABOUT, "commit": "second"})
     second.add_case(SMALL.id, record_of(SMALL, {"triton": 3.0}))
     contents = load(path)
     assert contents["cases"][SMALL.id]["systems"]["triton"]["us"] == 3.0
