@@ -36,7 +36,11 @@ I32, BFLOAT = torch.int32, torch.bfloat16
 # What each argument of a good call of SMALL is replaced with, and what must come of it.
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "x_dtype": ({"x": torch.ones(9, 32)}, TypeError, "x must be .*int8.* got torch.float32"),
-    "x_1d": ({"x": torch.ones(9).to(torch.float8_e4m3fn)}, ValueError, r"x \[T, K\].* got \(9,\)"),
+    "x_1d": (
+        {"x": torch.ones(9).to(torch.float8_e4m3fn)},
+        ValueError,
+        r"x must be \[T, K\].* got \(9,\)",
+    ),
     "x_strided": (
         {"x": torch.ones(32, 9).to(torch.float8_e4m3fn).T},
         ValueError,
@@ -70,7 +74,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight_pitch": (
         {"weight": torch.ones(3, 24, 40).to(torch.float8_e4m3fn)[:, :, :32]},
         ValueError,
-        r"weight must be .*multiples of 16.* got strides \(960, 40, 1\)",
+        r"weight must have .*multiples of 16.* got strides \(960, 40, 1\)",
     ),
     "offsets_dtype": (
         {"offsets": torch.tensor([4, 4, 11])},
@@ -491,3 +495,15 @@ def test_out_form_does_not_lose_gradients(name: str) -> None:
         cm.grouped_matmul_out(**inputs)
     with torch.no_grad():
         cm.grouped_matmul_out(**inputs)
+
+
+@pytest.mark.parametrize(
+    "mirror", [cm.grouped_matmul_problem, cm.plan, cm.grouped_matmul_reference]
+)
+def test_mirrors_know_the_names_of_grouped_matmul_alone(mirror: Any) -> None:
+    inputs = make_inputs(SMALL, "cpu")
+    with pytest.raises(TypeError, match="'offset'"):
+        mirror(**inputs, offset=inputs["offsets"])
+    del inputs["offsets"]
+    with pytest.raises(TypeError, match="'offsets'"):
+        mirror(**inputs)
