@@ -9,10 +9,10 @@ import torch
 
 from cutlass_moe import grouped_matmul_problem
 from cutlass_moe.choose.heuristics_sm90 import every_config
-from cutlass_moe.cli.demo import TORCH_DTYPES
 from cutlass_moe.layer.steps import ACTIVATION_SCALE
 from cutlass_moe.models.problems import gemm_problems, model_problems
 from cutlass_moe.models.shapes import DTYPES, MODELS, MoeShape, Routed
+from cutlass_moe.operands import NAMED_DTYPES
 from emitters.spec.dtypes import Accumulation, DType
 from emitters.spec.gemm import Activation, ActivationFunction, Granularity
 from emitters.spec.layer_steps import (
@@ -77,7 +77,7 @@ def test_problems_are_those_that_calls_pose(dtype, bias):
     """Else a build would compile images that no call asks for."""
     shape = MoeShape("small", 4, 2, 64, 32, bias)
     for problem in gemm_problems(shape, dtype).values():
-        operand = TORCH_DTYPES[dtype]
+        operand = NAMED_DTYPES[dtype]
         scaled = operand != torch.bfloat16
         posed = grouped_matmul_problem(
             torch.empty(3, problem.k, dtype=operand),
