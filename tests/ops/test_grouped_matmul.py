@@ -278,7 +278,7 @@ def test_accumulation_of_each_operand(operand: Any) -> None:
         if accumulation in ACCUMULATIONS[operand]:
             assert torch.equal(cm.grouped_matmul(**inputs, accumulation=accumulation), default)
         else:
-            with pytest.raises(ValueError, match=f"accumulation: .*got '{accumulation}'"):
+            with pytest.raises(ValueError, match=f"accumulation must be .*got '{accumulation}'"):
                 cm.grouped_matmul(**inputs, accumulation=accumulation)
 
 
