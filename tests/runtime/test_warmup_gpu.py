@@ -11,7 +11,7 @@ from cutlass_moe.images.archive import write
 from cutlass_moe.models.problems import gemm_problems, model_problems
 from cutlass_moe.models.shapes import MODELS
 from cutlass_moe.runtime import library
-from emitters.spec.arch import ARCHS
+from emitters.spec.arch import DEFAULT_ARCH
 from emitters.spec.image import image_key
 from emitters.spec.registry import Config, Problem
 from tests.support.cases import Case, make_inputs, skewed
@@ -31,7 +31,7 @@ def images() -> set[tuple[Problem, Config]]:
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
     """An archive of the model's images, which alone is searched; nothing is loaded or compiled."""
-    path, arch = tmp_path / "images.zip", ARCHS[0]
+    path, arch = tmp_path / "images.zip", DEFAULT_ARCH
     found = [(p, c, library.find_image(p, c, arch)) for p, c in images()]
     write(path, ((arch, image_key(p, c, arch), image) for p, c, image in found))
     monkeypatch.setenv("CUTLASS_MOE_CACHE_DIR", str(path))
