@@ -39,14 +39,14 @@ class Kernel:
                 raise DriverError(f"the image of {self.record.problem} can't be loaded: {reason}")
             module = checked("cuModuleLoadData", driver.cuModuleLoadData(image.cubin))
             symbol = self.record.symbol.encode()
-            self._function = checked(
+            self.function = checked(
                 "cuModuleGetFunction", driver.cuModuleGetFunction(module, symbol)
             )
         self._check_params(params)
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         checked(
             "cuFuncSetAttribute",
-            driver.cuFuncSetAttribute(self._function, attribute, self.record.smem_bytes),
+            driver.cuFuncSetAttribute(self.function, attribute, self.record.smem_bytes),
         )
         self.maps = TensorMaps(self.record.tensor_maps)
         names = [param.name for param in params]
@@ -59,11 +59,11 @@ class Kernel:
             self._of_tensor.setdefault(tensor, []).append((at, map_name))
         self._counters = device_counters(device) if "counters" in names else None
         self._lock = threading.Lock()
-        self._launch = Launch(self._function, self.record, self._counters)
+        self._launch = Launch(self.function, self.record, self._counters)
 
     def _check_params(self, params: tuple[Param, ...]) -> None:
         for i, param in enumerate(params):
-            got = checked("cuFuncGetParamInfo", driver.cuFuncGetParamInfo(self._function, i))
+            got = checked("cuFuncGetParamInfo", driver.cuFuncGetParamInfo(self.function, i))
             if int(got[1]) != param.size:
                 raise DriverError(
                     f"parameter {param.name} must have {param.size} bytes, the kernel has {got[1]}"
@@ -96,7 +96,7 @@ class Kernel:
         views: Views = _NO_VIEWS,
     ) -> Launch:
         """A launch of the caller's own, to repeat; arguments as in `launch`."""
-        launch = Launch(self._function, self.record, self._counters)
+        launch = Launch(self.function, self.record, self._counters)
         self._fill(launch, values, grid, overlap, views)
         return launch
 

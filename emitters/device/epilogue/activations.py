@@ -7,9 +7,8 @@ import math
 import cutlass.cute as cute
 from cutlass import Float32
 
-from emitters.spec.gemm import Activation, ActivationFunction
+from emitters.spec.gemm import OAI_LIMIT, OAI_SLOPE, Activation, ActivationFunction
 
-_OAI_LIMIT, _OAI_SLOPE = 7.0, 1.702
 # Abramowitz and Stegun 7.1.26: erfc(z) = t (a1 + t (a2 + ...)) exp(-z^2) for z >= 0, where
 # t = 1 / (1 + p z), within 1.5e-7
 _ERFC_P = 0.3275911
@@ -21,10 +20,10 @@ def activate(node: Activation, *columns: Float32) -> Float32:
     """Of gate and up, or of the one column. A NaN makes a NaN; so does silu(-inf), as torch's."""
     function, x = node.function, columns[0]
     if function is ActivationFunction.SWIGLU_OAI:
-        gate = cute.arch.fmin(x, _OAI_LIMIT, nan=True)
-        up = cute.arch.fmin(columns[1], _OAI_LIMIT, nan=True)
-        up = cute.arch.fmax(up, -_OAI_LIMIT, nan=True)
-        value = gate * _sigmoid(_OAI_SLOPE, gate) * (up + 1.0)
+        gate = cute.arch.fmin(x, OAI_LIMIT, nan=True)
+        up = cute.arch.fmin(columns[1], OAI_LIMIT, nan=True)
+        up = cute.arch.fmax(up, -OAI_LIMIT, nan=True)
+        value = gate * _sigmoid(OAI_SLOPE, gate) * (up + 1.0)
     else:
         value = _UNGATED[function](x)
         if function.gated:
