@@ -218,13 +218,8 @@ def _split_backward(arguments: tuple[Any, ...]) -> tuple[Operands, tuple[Any, ..
 def _backward_impl(grad: Tensor, *arguments: Any) -> list[Tensor]:
     """Gradients of those of x, weight, per_token_scale, scale, bias that `needs` names."""
     operands, (activation, interleaved, needs) = _split_backward(arguments)
-    found = grouped_matmul_backward(
-        grad,
-        **operands._asdict(),
-        activation=activation,
-        interleaved=interleaved,
-        needs=tuple(needs),
-    )
+    options = Options(activation=activation, interleaved=interleaved)
+    found = grouped_matmul_backward(grad, operands, options, tuple(needs))
     return [gradient for gradient in found if gradient is not None]
 
 

@@ -74,27 +74,16 @@ def fill_product(out: Tensor, operands: Operands, options: Options) -> None:
 
 
 def grouped_matmul_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    *,
-    index: Tensor | None,
-    offsets: Tensor,
-    per_token_scale: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    starts: Tensor | None = None,
-    activation: str | None = None,
-    interleaved: bool = False,
-    needs: tuple[bool, ...],
+    grad: Tensor, operands: Operands, options: Options, needs: tuple[bool, ...]
 ) -> Tensors:
     """Gradients of (x, weight, per_token_scale, scale, bias); None where not asked for or absent.
 
-    grad is the result's gradient, the rest the product's inputs, none of them 8-bit.
+    grad is the result's gradient, operands and options those of the product, none of them 8-bit.
     Sums run in float32, in float64 for float64 operands; a gradient has its input's shape and
     dtype. A token that several rows read collects their sum; rows of no expert and rows of an index
     outside [0, T) give nothing.
     """
+    x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
     inputs = (x, weight, per_token_scale, scale, bias)
     wide = torch.promote_types(x.dtype, torch.float32)
     # An expert's weights are written once: no wide copy of all of them.
@@ -106,7 +95,7 @@ def grouped_matmul_backward(
     )
     for expert, first, last in _groups(starts, offsets, len(grad)):
         row, token = _inside(index, first, last, x)
-        _add_expert(grads, expert, token, grad[row].to(wide), inputs, activation, interleaved)
+        _add_expert(grads, expert, token, grad[row].to(wide), inputs, options)
     return tuple(
         None if total is None or tensor is None else total.to(tensor.dtype)
         for total, tensor in zip(grads, inputs, strict=True)
@@ -119,8 +108,7 @@ def _add_expert(
     token: Tensor,
     grad: Tensor,
     inputs: Tensors,
-    activation: str | None,
-    interleaved: bool,
+    options: Options,
 ) -> None:
     """Adds to `grads` what the rows of one expert give; token and grad are those of these rows."""
     x, weight, per_token_scale, scale, bias = inputs
@@ -130,11 +118,11 @@ def _add_expert(
     one = grad.new_ones(1)
     by_row = one if per_token_scale is None else per_token_scale.flatten()[token][:, None]
     by_column = one if scale is None else scale[expert].flatten()
-    if activation is not None:
+    if options.activation is not None:
         before = a @ b.T * by_row * by_column
         if bias is not None:
             before += bias[expert]
-        grad = activate_backward(grad, before, activation, interleaved)
+        grad = activate_backward(grad, before, options.activation, options.interleaved)
     if dbias is not None:
         dbias[expert] = grad.sum(0)
     if dtoken is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import cutlass_moe as cm
 from cutlass_moe.images.cache import MissingImage
+from cutlass_moe.operands import Operands, Options
 from cutlass_moe.ops import dispatch
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_backward
 from cutlass_moe.runtime import library
@@ -335,9 +336,8 @@ def test_backward(name: str) -> None:
     wide: dict[str, Any] = {
         k: None if inputs.get(k) is None else inputs[k].detach().double() for k in names
     }
-    wanted = grouped_matmul_backward(
-        grad.double(), index=inputs["index"], offsets=inputs["offsets"], needs=(True,) * 5, **wide
-    )
+    operands = Operands(index=inputs["index"], offsets=inputs["offsets"], **wide)
+    wanted = grouped_matmul_backward(grad.double(), operands, Options(), (True,) * 5)
     for key, got in zip(leaves, found, strict=True):
         want = wanted[names.index(key)]
         assert want is not None and got.shape == want.shape and got.dtype == inputs[key].dtype

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cutlass_moe.operands import split_product
 from cutlass_moe.ops import grouped_matmul_reference as reference
 from cutlass_moe.ops.grouped_matmul_reference import (
     grouped_matmul_backward,
@@ -188,13 +189,22 @@ def test_default_out_dtype(operand: torch.dtype, default: torch.dtype) -> None:
     assert grouped_matmul_reference(x, weight, offsets=offsets).dtype == default
 
 
+def backward(
+    grad: Tensor, inputs: dict[str, Any], needs: tuple[bool, ...] = (True,) * 5
+) -> tuple[Tensor | None, ...]:
+    """inputs: as `grouped_matmul` takes them."""
+    rest = {name: value for name, value in inputs.items() if name not in ("x", "weight")}
+    operands, options = split_product(inputs["x"], inputs["weight"], rest)
+    return grouped_matmul_backward(grad, operands, options, needs)
+
+
 @pytest.mark.parametrize("shapes", ["flat", "column", "expert"])
 @pytest.mark.parametrize("routing", GRADIENTS.values(), ids=GRADIENTS.keys())
 def test_backward_is_autograd_of_the_definition(routing: dict[str, Any], shapes: str) -> None:
     inputs = gradient_inputs(**routing, dtype=torch.float64, shapes=shapes)
     rows = 5 if inputs["index"] is None else len(inputs["index"])
     grad = torch.randn(rows, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    got = grouped_matmul_backward(grad, **inputs, needs=(True,) * 5)
+    got = backward(grad, inputs)
     for name, found, want in zip(DIFFERENTIABLE, got, naive_gradients(grad, inputs), strict=True):
         torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12, msg=name)
 
@@ -214,7 +224,7 @@ def test_backward_through_activations(activation: ActivationFunction, interleave
     generator = torch.Generator().manual_seed(5)
     columns = 2 if activation.gated else 4
     grad = torch.randn(7, columns, dtype=torch.float64, generator=generator)
-    got = grouped_matmul_backward(grad, **inputs, needs=(True,) * 5)
+    got = backward(grad, inputs)
     for name, found, want in zip(DIFFERENTIABLE, got, naive_gradients(grad, inputs), strict=True):
         torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12, msg=name)
 
@@ -232,8 +242,7 @@ def test_backward_sums_in_float32(dtype: torch.dtype) -> None:
         "offsets": torch.tensor([500], dtype=torch.int32),
     }
     grad = torch.rand(500, 4, generator=generator).to(dtype)
-    absent: dict[str, Any] = {"per_token_scale": None, "scale": None, "bias": None}
-    got = grouped_matmul_backward(grad, **inputs, **absent, needs=(True,) * 5)
+    got = backward(grad, inputs)
     assert got[2:] == (None, None, None)
     rtol = max(torch.finfo(dtype).eps, 2e-6)
     for found, want in zip(got, naive_gradients(grad, inputs), strict=False):
@@ -246,7 +255,7 @@ def test_backward_gives_what_is_asked_for() -> None:
     grad = torch.ones(3, 4, dtype=torch.bfloat16)
     for asked in range(5):
         needs = tuple(i == asked for i in range(5))
-        got = grouped_matmul_backward(grad, **inputs, needs=needs)
+        got = backward(grad, inputs, needs)
         found = got[asked]
         assert [g is not None for g in got] == list(needs)
         assert found is not None and found.dtype == inputs[DIFFERENTIABLE[asked]].dtype
