@@ -85,7 +85,9 @@ def split_product(
     x: Tensor, weight: Tensor, arguments: ProductArguments
 ) -> tuple[Operands, Options]:
     """Raises TypeError for a name that `grouped_matmul` does not take, and without offsets."""
-    options, tensors = _split(arguments, Options._fields)
+    options, tensors = _split(arguments, Options._fields, Operands._fields[2:])
+    if "offsets" not in tensors:
+        raise TypeError("'offsets' must be given, the cumulative ends of the experts' rows")
     return Operands(x, weight, **{"index": None, **tensors}), Options(**options)
 
 
@@ -163,7 +165,7 @@ def split_layer(
     arguments: LayerArguments,
 ) -> tuple[LayerOperands, LayerOptions]:
     """Raises TypeError for a name that `fused_moe` does not take."""
-    options, tensors = _split(arguments, LayerOptions._fields)
+    options, tensors = _split(arguments, LayerOptions._fields, LayerOperands._fields[5:])
     layer = LayerOperands(hidden, w13, w2, topk_weights, topk_ids, **tensors)
     return layer, LayerOptions(**options)
 
@@ -193,7 +195,13 @@ class Router(NamedTuple):
     threshold: float | None = None
 
 
-def _split(arguments: Any, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those of these names, and the others."""
-    others = {**arguments}
-    return {name: others.pop(name) for name in names if name in others}, others
+def _split(
+    arguments: Any, options: tuple[str, ...], tensors: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options and tensors among keyword arguments. Raises TypeError for other names."""
+    for name in arguments:
+        if name not in options and name not in tensors:
+            known = ", ".join((*tensors, *options))
+            raise TypeError(f"an argument by name must be one of {known}, got {name!r}")
+    found = ({n: arguments[n] for n in names if n in arguments} for names in (options, tensors))
+    return next(found), next(found)

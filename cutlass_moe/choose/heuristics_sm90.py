@@ -50,7 +50,7 @@ def _swap(
     wide = GemmSwapSm90Config(
         tile_m, 128, k_boxes=2, stages=2, ctas_per_sm=2, evict_first=evict_first
     )
-    stages = 4 if tile_m <= 16 and wide.k_steps(problem) > 3 else 3
+    stages = 4 if tile_m <= 16 and wide.k_stages(problem) > 3 else 3
     narrow = replace(wide, tile_n=64, stages=stages)
     # of gate and up of N-major weights only the wide one is legal
     return _first_legal(problem, *((wide, narrow) if tile_n == 128 else (narrow, wide)))
@@ -96,9 +96,11 @@ def _widest(
     problem: GemmProblem, tile_m: int, tile_n: int, **options: Any
 ) -> tuple[GemmConfig, ...]:
     """The widest legal config up to tile_n, none wider than N asks for."""
-    step = 128 if problem.gated else 64
-    widths = [n for n in (256, 192, 128, 64) if n <= tile_n and n < problem.n + step]
-    return _first_legal(problem, *(GemmSm90Config(tile_m, n, **options) for n in widths or [step]))
+    multiple = 128 if problem.gated else 64
+    widths = [n for n in (256, 192, 128, 64) if n <= tile_n and n < problem.n + multiple]
+    return _first_legal(
+        problem, *(GemmSm90Config(tile_m, n, **options) for n in widths or [multiple])
+    )
 
 
 def every_config(problem: Problem) -> tuple[Config, ...]:

@@ -168,19 +168,19 @@ class PostedUnits:
         """Builds the table and posts the first two units."""
         units = self.experts.build(rows)
         cute.arch.sync_warp()
-        first, step, stop = self.cluster, self.clusters, units
+        first, stride, stop = self.cluster, self.clusters, units
         if const_expr(self.schedule is Schedule.STATIC):
             share, rest = units // self.clusters, units % self.clusters
             first = self.cluster * share + cutlass.min(self.cluster, rest)
             stop = (self.cluster + 1) * share + cutlass.min(self.cluster + 1, rest)
-            step = Int32(1)
+            stride = Int32(1)
         self.stop[0] = stop
         self.write(Int32(0), first)
-        self.write(Int32(1), first + step)
+        self.write(Int32(1), first + stride)
         if const_expr(self.schedule is Schedule.DYNAMIC):
             self.claim()
         else:
-            self.next[0] = first + 2 * step
+            self.next[0] = first + 2 * stride
 
     @cute.jit
     def post(self, j: Int32):

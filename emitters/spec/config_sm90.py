@@ -225,12 +225,12 @@ class GemmSm90Config(_Sm90Config):
             return (
                 f"tile_m must be 64, 128 or 192 (64 rows per consumer warpgroup), got {self.tile_m}"
             )
-        step = SLICE_BYTES // DType.BF16.bytes
+        multiple = SLICE_BYTES // DType.BF16.bytes
         if problem.gated and (problem.out is not DType.FP32 or problem.weight.major is Major.N):
-            step *= 2  # columns of weights for a slice of outputs, or boxes of gate and up
-        if self.tile_n % step or not step <= self.tile_n <= 256:
+            multiple *= 2  # columns of weights for a slice of outputs, or boxes of gate and up
+        if self.tile_n % multiple or not multiple <= self.tile_n <= 256:
             return (
-                f"tile_n must be a multiple of {step} up to 256 (WGMMA's N, whole store slices), "
+                f"tile_n must be a multiple of {multiple} up to 256 (WGMMA's N, whole slices), "
                 f"got {self.tile_n}"
             )
         if self.pingpong and self.tile_m > 128:
@@ -300,7 +300,7 @@ class GemmSwapSm90Config(_Sm90Config):
         """CTAs of a cluster."""
         return self.split_k
 
-    def k_steps(self, problem: GemmProblem) -> int:
+    def k_stages(self, problem: GemmProblem) -> int:
         """Stages that K takes."""
         return -(-problem.k // (self.k_tile(problem) * self.k_boxes))
 
@@ -391,9 +391,9 @@ class GemmSwapSm90Config(_Sm90Config):
             return f"k_boxes must be 1, 2 or 4, got {self.k_boxes}"
         if self.split_k not in (1, 2, 4, 8):
             return f"split_k must be 1, 2, 4 or 8 CTAs of a cluster, got {self.split_k}"
-        if self.split_k > self.k_steps(problem):
+        if self.split_k > self.k_stages(problem):
             return (
-                f"split_k must be at most the {self.k_steps(problem)} stages that K {problem.k} "
+                f"split_k must be at most the {self.k_stages(problem)} stages that K {problem.k} "
                 f"takes, got {self.split_k}"
             )
         return None

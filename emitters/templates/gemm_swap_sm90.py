@@ -187,7 +187,7 @@ class GemmSwapSm90:
             cute.arch.sync_threads()
 
     def share(self, storage):
-        """-> first tile, end and step of this CTA's or cluster's."""
+        """-> first tile, end and stride of this CTA's or cluster's."""
         block, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
         end = storage.tiles.get_tensor(cute.make_layout(1))[0]
@@ -195,18 +195,18 @@ class GemmSwapSm90:
 
     def k_range(self):
         """First and last + 1 of the stages of K that this CTA takes."""
-        steps, split = self.config.k_steps(self.problem), self.config.split_k
+        stages, split = self.config.k_stages(self.problem), self.config.split_k
         if split == 1:
-            return Int32(0), Int32(steps)
+            return Int32(0), Int32(stages)
         rank = cute.arch.block_idx_in_cluster()
-        return rank * steps // split, (rank + 1) * steps // split
+        return rank * stages // split, (rank + 1) * stages // split
 
     @cute.jit
     def load_weights(self, weight, storage):
         """The weights' warp."""
         stages = cute.recast_ptr(storage.weight.data_ptr(), dtype=Uint8)
         boxes = self.config.k_boxes
-        tile, end, step = self.share(storage)
+        tile, end, stride = self.share(storage)
         first_k, end_k = self.k_range()
         state = self.ring.producer()
         while tile < end:
@@ -221,21 +221,21 @@ class GemmSwapSm90:
                         corner = ((k * boxes + i) * self.tile[2], column, expert)
                         self.weights.copy(stage, weight_map, corner, self.tile[0], barrier)
                 state.advance()
-            tile += step
+            tile += stride
 
     @cute.jit
     def load_x(self, storage):
         """The gather's warps."""
         stages = cute.recast_ptr(storage.x.data_ptr(), dtype=Uint8)
         boxes = self.config.k_boxes
-        tile, end, step = self.share(storage)
+        tile, end, stride = self.share(storage)
         first_k, end_k = self.k_range()
         state = self.ring.producer()
         _, row, rows, _, _ = self.experts.locate(tile, end, Int32(0))
         self.gather.fetch(row, rows)
         while tile < end:
             self.gather.advance()
-            tile += step
+            tile += stride
             _, row, rows, _, _ = self.experts.locate(tile, end, Int32(0))
             self.gather.fetch(row, rows)
             for k in cutlass.range(first_k, end_k, unroll=1):
@@ -269,7 +269,7 @@ class GemmSwapSm90:
         acc, sums = make_sums(mma, self.tile[:2], thread, self.problem)
         two_level = self.problem.accumulation is Accumulation.TWO_LEVEL
 
-        tile, end, step = self.share(storage)
+        tile, end, stride = self.share(storage)
         first_k, end_k = self.k_range()
         state = self.ring.consumer()
         cluster_state = pipeline.make_pipeline_state(PipelineUserType.Consumer, 1)
@@ -298,7 +298,7 @@ class GemmSwapSm90:
                 cluster_state.advance()
             else:
                 self.epilogue.store(sums, expert, row, rows, column)
-            tile += step
+            tile += stride
         self.epilogue.finish()
 
     def multiply(self, mma, acc, tCrA, tCrB, stage, sums):

@@ -145,8 +145,8 @@ class Route:
         self.warp, self.lane = cute.arch.make_warp_uniform(self.thread // 32), self.thread % 32
         self.pairs = pairs
         together = self.threads * self.blocks
-        self.steps = (pairs + together - 1) // together
-        self.first_pair = (self.block * self.warps + self.warp) * self.steps * 32 + self.lane
+        self.rounds = (pairs + together - 1) // together
+        self.first_pair = (self.block * self.warps + self.warp) * self.rounds * 32 + self.lane
         self.clear()
 
     @cute.jit
@@ -160,12 +160,12 @@ class Route:
         ids = cute.make_tensor(ids, cute.make_layout(VECTOR))
         local = cute.make_tensor(expert_map, cute.make_layout(VECTOR))
         before, warp = self.before, self.warp
-        for start in cutlass.range(0, self.steps, _BATCH, unroll=1):
+        for start in cutlass.range(0, self.rounds, _BATCH, unroll=1):
             experts = cute.make_rmem_tensor((_BATCH,), Int32)
             for i in range_constexpr(_BATCH):
                 experts[i] = Int32(-1)
                 pair = self.first_pair + (start + i) * 32
-                if start + i < self.steps and pair < self.pairs:
+                if start + i < self.rounds and pair < self.pairs:
                     given = ids[pair]
                     if given >= 0 and given < num_ids:
                         experts[i] = Int32(given)
@@ -176,7 +176,7 @@ class Route:
                         if experts[i] >= self.experts:
                             experts[i] = Int32(-1)
             for i in range_constexpr(_BATCH):
-                if start + i < self.steps:
+                if start + i < self.rounds:
                     expert = experts[i]
                     same = self.same(expert)
                     rank = Int32(cute.arch.popc(same & cute.arch.lanemask_lt()))
@@ -227,7 +227,7 @@ class Route:
         if self.thread < self.experts:
             histograms[self.block * self.experts + self.thread] = self.totals[self.thread]
         cute.arch.sync_threads()
-        for step in cutlass.range(self.steps, unroll=1):
+        for step in cutlass.range(self.rounds, unroll=1):
             pair = self.first_pair + step * 32
             if pair < self.pairs:
                 packed = inverse[pair]
@@ -281,12 +281,12 @@ class Route:
 
     @cute.jit
     def assign(self, choices: Int32, index: cute.Tensor, inverse: cute.Tensor, used: Int32):
-        for start in cutlass.range(0, self.steps, _BATCH, unroll=1):
+        for start in cutlass.range(0, self.rounds, _BATCH, unroll=1):
             packed = cute.make_rmem_tensor((_BATCH,), Int32)
             for i in range_constexpr(_BATCH):
                 pair = self.first_pair + (start + i) * 32
                 packed[i] = Int32(-1)
-                if start + i < self.steps and pair < self.pairs:
+                if start + i < self.rounds and pair < self.pairs:
                     packed[i] = inverse[pair]
             for i in range_constexpr(_BATCH):
                 pair = self.first_pair + (start + i) * 32
