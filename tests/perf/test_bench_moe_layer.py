@@ -63,7 +63,7 @@ def test_a_failure_is_shown_and_a_wrong_result_has_its_error(monkeypatch) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--top-k 6", "expected 1 to 5"),
+        ("--top-k 6", "must be 1 to 5"),
         ("--num-experts 0", "num_experts must be a positive integer"),
         ("--batch-size 0", "batch size and length must be positive, got 0 and 19"),
         ("--dtype fp4", "fp4"),

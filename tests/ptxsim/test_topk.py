@@ -17,8 +17,10 @@ from tests.support.topk_cases import OPTIONS, Case, check
 if default_build() is None:
     pytest.skip("needs nvidia-cutlass-dsl", allow_module_level=True)
 
+from cutlass_moe.operands import Router
 from cutlass_moe.ops.route import route_reference, row_capacity
-from cutlass_moe.ops.router import Router, router_values, topk_router_reference
+from cutlass_moe.ops.router import topk_router_reference
+from cutlass_moe.runtime.parameters import router_values
 from emitters.spec.layer_steps import StepConfig
 from tests.ptxsim.kernels import routing
 
@@ -47,17 +49,22 @@ class Call:
         self.weights = np.full((case.tokens, case.k), routing.POISON, np.float32)
         self.ids = np.full((case.tokens, case.k), routing.POISON, np.int32)
         bias = self.options.get("correction_bias")
+        router = Router(case.k, **self.options)
         numbers = router_values(
-            self.logits, Router(case.k, **self.options), bias,
-            torch.from_numpy(self.weights), torch.from_numpy(self.ids),
-        )[4:]  # fmt: skip
-        names = ("num_tokens", "k", "topk_groups", "renormalize", "scale", "threshold")
+            {},
+            num_tokens=case.tokens,
+            k=router.k,
+            topk_groups=router.topk_groups,
+            renormalize=router.renormalize,
+            scale=router.scale,
+            threshold=router.threshold,
+        )
         self.arguments: dict[str, np.ndarray | int] = {
+            **numbers,
             "logits": self.logits.view(torch.uint8).numpy(),
             "correction_bias": 0 if bias is None else bias.numpy(),
             "weights": self.weights,
             "ids": self.ids,
-            **dict(zip(names, numbers, strict=True)),
         }
 
     def check(self) -> None:
