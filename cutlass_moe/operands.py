@@ -199,9 +199,10 @@ def _split(
     arguments: Any, options: tuple[str, ...], tensors: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options and tensors among keyword arguments. Raises TypeError for other names."""
-    for name in arguments:
-        if name not in options and name not in tensors:
-            known = ", ".join((*tensors, *options))
-            raise TypeError(f"an argument by name must be one of {known}, got {name!r}")
-    found = ({n: arguments[n] for n in names if n in arguments} for names in (options, tensors))
-    return next(found), next(found)
+    chosen = {name: arguments[name] for name in options if name in arguments}
+    given = {name: arguments[name] for name in tensors if name in arguments}
+    if len(chosen) + len(given) < len(arguments):
+        known = (*tensors, *options)
+        wrong = next(name for name in arguments if name not in known)
+        raise TypeError(f"an argument by name must be one of {', '.join(known)}, got {wrong!r}")
+    return chosen, given
