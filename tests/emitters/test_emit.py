@@ -75,15 +75,16 @@ def kept(problem: GemmProblem, **changes: Any) -> GemmProblem:
 
 
 def every_problem() -> list[GemmProblem]:
-    """Every operand x accumulation x output x epilogue, and the ways to find rows and weights."""
-    problems = [
-        holding(base, operand, accumulation=accumulation, out=out, **scales_and_nodes(epilogue))
-        for operand, accumulations in ACCUMULATIONS.items()
-        for accumulation in accumulations
-        for (out, epilogue), base in zip(
-            itertools.product(OUTPUTS, EPILOGUES), itertools.cycle((PROBLEM, ODD))
-        )
-    ]
+    """Every pair of operand with accumulation, output and epilogue, and the ways to find rows and
+    weights."""
+    sums = [(o, a) for o, accumulations in ACCUMULATIONS.items() for a in accumulations]
+    problems = []
+    for (i, (operand, accumulation)), (j, epilogue) in itertools.product(
+        enumerate(sums), enumerate(EPILOGUES)
+    ):
+        out, base = OUTPUTS[(i + j) % len(OUTPUTS)], (PROBLEM, ODD)[(i + j) % 2]
+        epilogue_of = scales_and_nodes(epilogue)
+        problems.append(holding(base, operand, accumulation=accumulation, out=out, **epilogue_of))
     for base in (PROBLEM, ODD):
         problems.append(dataclasses.replace(base, gather=False))
         for epilogue in ((), (Activation(ActivationFunction.SWIGLU),)):

@@ -7,6 +7,7 @@ experts, tails of N and K, rows of missing tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from os import environ
 from typing import Any
 
 from torch import Tensor
@@ -90,7 +91,7 @@ for _m, _n, _group in (
     (192, 64, 3),
     (192, 128, 1),
 ):
-    _case = replace(BASE, counts=(_m + 70, 0, 3), n=_n + 16)
+    _case = replace(BASE, counts=(_m + 6, 0, 3), n=_n + 16 if _group > 1 else _n - 24)
     _config = GemmSm90Config(tile_m=_m, tile_n=_n, group_m=_group, stages=2)
     SHAPES[f"tile_{_m}x{_n}_group_{_group}"] = Run(_case, _config)
 SHAPES |= {
@@ -295,10 +296,12 @@ N_MAJOR: dict[str, Run] = {
     ),
 }
 RUNS = NUMBERS | SHAPES | SWAPPED | ACTIVATED | N_MAJOR
-SCHEDULES = 5  # of most runs
+_ASKED = environ.get("PTXSIM_SCHEDULES")
+SCHEDULES = int(_ASKED or 3)  # of runs that differ in their waits
+FEWER = int(_ASKED or 2)  # of runs that differ in arithmetic and addresses
 
 
-def check_schedules(run: Run, seed: int, count: int = SCHEDULES) -> None:
+def check_schedules(run: Run, seed: int, count: int) -> None:
     """So many schedules with seeds from `seed` on, modes in turn; the last with values that need
     rounding."""
     for i in range(count):
