@@ -1,4 +1,4 @@
-"""What a call of grouped_matmul may look like, and which problem it poses."""
+"""Checks of the arguments of grouped_matmul, and of tensors in general."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ _FLOAT32, _INT32 = (torch.float32,), (torch.int32,)
 
 
 def product_shape(operands: Operands, options: Options) -> tuple[int, int]:
+    """The shape of the product: [rows, N], or [rows, N / 2] if the activation is gated."""
     n = operands.weight.shape[1]
     return operands.rows, n // 2 if is_gated(options.activation) else n
 
 
 def check(operands: Operands, options: Options) -> torch.dtype:
-    """The dtype of the product. Extents may be symbolic.
+    """Checks the arguments of `grouped_matmul` and returns the dtype of the product.
 
-    Raises ValueError or TypeError, with what was expected and what came, for malformed arguments.
+    Extents may be symbolic. Raises ValueError or TypeError that says what must be and what came.
     """
     x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
     out_dtype, accumulation, _, num_sms, schedule, activation, interleaved = options
@@ -58,11 +59,13 @@ def check(operands: Operands, options: Options) -> torch.dtype:
         expect("bias", bias, device, FLOATS, ((experts, n),))
     if x.dtype.itemsize == 1 and (per_token_scale is None or scale is None):
         missing = "per_token_scale" if per_token_scale is None else "scale"
-        raise ValueError(f"{missing}: {x.dtype} operands need per_token_scale and scale, got None")
+        raise ValueError(
+            f"{missing} must be given: {x.dtype} operands need per_token_scale and scale, got None"
+        )
     if activation is not None:
         check_activation("weight", weight, activation, interleaved)
     elif interleaved:
-        raise ValueError("interleaved must come with a gated activation, got None")
+        raise ValueError("interleaved=True needs a gated activation, got None")
     if num_sms is not None and num_sms < 1:
         raise ValueError(f"num_sms must be a positive number, got {num_sms}")
     if schedule is not None and schedule not in _SCHEDULES:
@@ -76,6 +79,7 @@ def check(operands: Operands, options: Options) -> torch.dtype:
 
 
 def check_accumulation(accumulation: str | None, dtype: torch.dtype) -> None:
+    """Raises ValueError if operands of this dtype have no such accumulation."""
     allowed = _ACCUMULATIONS[dtype]
     if accumulation is not None and accumulation not in allowed:
         raise ValueError(
@@ -84,13 +88,13 @@ def check_accumulation(accumulation: str | None, dtype: torch.dtype) -> None:
 
 
 def check_out(out: Tensor, operands: Operands, options: Options, dtype: torch.dtype) -> None:
-    """Raises as `check` does where `out` cannot take the product, of this dtype, of operands."""
+    """Checks that `out` can take the product, which has this dtype; raises as `check` does."""
     shape = product_shape(operands, options)
     expect("out", out, operands.x.get_device(), (dtype,), (shape,))
 
 
 def check_activation(name: str, weight: Tensor, activation: str, interleaved: bool) -> None:
-    """Of the product with these weights [E, N, K]."""
+    """Checks that an activation exists and fits weights [E, N, K]; raises ValueError if not."""
     n = weight.shape[1]
     if activation not in ACTIVATIONS:
         names = ", ".join(ACTIVATIONS)
@@ -98,27 +102,34 @@ def check_activation(name: str, weight: Tensor, activation: str, interleaved: bo
     if is_gated(activation):
         if n % 2:
             raise ValueError(
-                f"{name} must have gate and up rows for {activation}, got an odd N {n}"
+                f"{name} must have an even N for {activation}, half of it gate rows and half up "
+                f"rows, got N = {n}"
             )
         if interleaved and is_n_major(weight):
             raise ValueError(
-                "interleaved weights must have K dense, whose gate and up rows can be told "
-                f"apart, got strides {weight.stride()}; a contiguous copy has K dense"
+                f"{name} must have K dense (stride 1) if it is interleaved, got strides "
+                f"{weight.stride()}; {name}.contiguous() has K dense"
             )
     elif interleaved:
-        raise ValueError(f"interleaved must come with a gated activation, got {activation!r}")
+        raise ValueError(f"interleaved=True needs a gated activation, got {activation!r}")
 
 
 def is_n_major(weight: Tensor) -> bool:
-    """Whether kernels read it as N-major: bfloat16 or float16 [E, N, K], N dense and not K."""
+    """Whether kernels read these weights as N-major: N dense and not K, in a 16-bit dtype.
+
+    weight [E, N, K].
+    """
     return weight.dtype.itemsize == 2 and weight.stride(1) == 1 and weight.stride(2) != 1
 
 
 def check_weight(
     name: str, weight: Tensor, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """Weights of this dtype and shape [E, N, K] on `like`'s device, in memory as kernels read
-    them."""
+    """Checks the dtype, shape, device and strides of weights [E, N, K].
+
+    shape, dtype: what they must have; like: a tensor on the device they must be on. Raises
+    TypeError for the dtype, else ValueError.
+    """
     if weight.dtype is not dtype:
         raise TypeError(f"{name} must be {dtype}, got {weight.dtype}")
     if weight.shape != shape or shape[0] == 0:
@@ -134,10 +145,11 @@ def check_weight(
         dense, other = shape[1], "K"
     ragged = pitch % to_16 or expert_stride % to_16
     if dense_stride != 1 or pitch < dense or (ragged and dense % to_16 == 0):
-        # where `dense` is ragged, the problem is illegal
+        # a dense extent that is itself no multiple of 16 bytes is refused later, by why_illegal
         raise ValueError(
-            f"{name} must have {either} dense, strides of E and {other} in multiples of {to_16} "
-            f"elements, got strides {weight.stride()}"
+            f"{name} must have {either} dense (stride 1) and strides of E and {other} in multiples "
+            f"of {to_16} elements (16 bytes), without overlap, got strides {weight.stride()}; "
+            f"{name}.contiguous() has them"
         )
 
 
@@ -148,7 +160,10 @@ def expect(
     dtypes: tuple[torch.dtype, ...],
     shapes: tuple[tuple[int, ...], ...],
 ) -> None:
-    """A contiguous tensor of one of these dtypes and shapes; device: its index, -1 for the CPU."""
+    """Checks that a tensor is contiguous, has one of these dtypes and shapes, and is on a device.
+
+    device: its CUDA index, or -1 for the CPU. Raises TypeError for the dtype, else ValueError.
+    """
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
     if tensor.shape not in shapes:

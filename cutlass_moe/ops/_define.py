@@ -18,10 +18,10 @@ def define(
     *,
     cuda: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Defines the op of this schema, "name(Tensor x, ...) -> ...", and returns it.
+    """Defines a torch op from its schema, "name(Tensor x, ...) -> ...", and returns it.
 
-    implementation serves CPU tensors, and CUDA tensors as well unless `cuda` is given. fake makes
-    results without values, from tensors that may have symbolic extents: for torch.compile.
+    implementation: for CPU tensors, and for CUDA tensors too unless `cuda` is given.
+    fake: for torch.compile; makes results without values, from extents that may be symbolic.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -36,8 +36,11 @@ def define_gradient(
     gradient: Callable[..., Any],
     save: Callable[..., None] | None = None,
 ) -> None:
-    """Gives an op that `define` made its gradient. save: keeps what the gradient needs, as
-    `setup_context` of `torch.library.register_autograd` does."""
+    """Registers the gradient of an op that `define` made.
+
+    save: stores what the gradient needs; it is `setup_context` of
+    `torch.library.register_autograd`.
+    """
     torch.library.register_autograd(
         f"{_NAMESPACE}::{name}", gradient, setup_context=save, lib=_library
     )

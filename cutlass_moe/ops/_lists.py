@@ -1,4 +1,4 @@
-"""Operands that come whole, as lists of one, or as lists of one tensor per expert."""
+"""Checks of operands that are tensors, lists of one tensor, or lists of one tensor per expert."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Tensors = Tensor | Sequence[Tensor]
 
 
 class ListArguments(NamedTuple):
-    """As `index_group_matmul` takes them."""
+    """The arguments of `index_group_matmul`, in its order."""
 
     x: Tensors
     weight: Tensors
@@ -41,7 +41,10 @@ class ListArguments(NamedTuple):
 
 
 def find_weights(value: Tensors) -> Tensor | list[Tensor]:
-    """[E, N, K] where that takes no copy, else [N, K] of every expert."""
+    """Checks weights; returns one tensor [E, N, K] if that takes no copy, else [N, K] per expert.
+
+    Raises TypeError or ValueError for tensors that differ in dtype or shape.
+    """
     single = isinstance(value, Tensor)
     entries = entries_of("weight", value, 1 if single else len(value))
     shape = entries[0].shape
@@ -49,8 +52,9 @@ def find_weights(value: Tensors) -> Tensor | list[Tensor]:
         return entries[0]
     for e, entry in enumerate(entries):
         if single or len(shape) != 2 or entry.shape != shape:
-            wanted = "[E, N, K]" if single else f"[N, K] as weight[0], {tuple(shape)}"
-            raise ValueError(f"weight[{e}] must be {wanted}, got {tuple(entry.shape)}")
+            name = "weight" if single else f"weight[{e}]"
+            wanted = "[E, N, K]" if single else f"[N, K] like weight[0], {tuple(shape)}"
+            raise ValueError(f"{name} must be {wanted}, got {tuple(entry.shape)}")
     if len(entries) == 1:
         return entries[0][None]
     stacked = view_of_slices(entries)
@@ -58,7 +62,10 @@ def find_weights(value: Tensors) -> Tensor | list[Tensor]:
 
 
 def find_scales(value: Tensors | None, experts: int, n: int) -> list[Tensor]:
-    """One tensor as `grouped_matmul` takes it, or a row of one, [1, N] or [1], for each expert."""
+    """Checks scales; returns a list of one tensor for `grouped_matmul`, or of one row per expert.
+
+    A row is [1, N], or [1] if the expert has one scale. None gives an empty list.
+    """
     entries = entries_of("scale", value, experts)
     wholes = ((experts, n), (experts, n, 1), (experts,))
     if len(entries) < experts or (len(entries) == 1 and entries[0].shape in wholes):
@@ -72,22 +79,23 @@ def find_scales(value: Tensors | None, experts: int, n: int) -> list[Tensor]:
 
 
 def entries_of(name: str, value: Tensors | None, experts: int) -> list[Tensor]:
-    """Of an argument: none, one tensor, or one for each expert, alike but for their first extent.
+    """Makes a list of an argument: empty for None, of one tensor, or of one tensor per expert.
 
-    Raises TypeError and ValueError for others.
+    Raises TypeError or ValueError for another number of tensors, and for tensors that differ in
+    dtype or shape; only their first extents may differ.
     """
     entries = _listed(value)
     if value is not None and (not entries or len(entries) not in (1, experts)):
-        wanted = f"a tensor or a list of 1 or {experts}"
+        wanted = f"a tensor or a list of 1 or {experts} tensors"
         raise ValueError(f"{name} must be {wanted}, got a list of {len(entries)}")
     for e, entry in enumerate(entries):
         if not isinstance(entry, Tensor):
             raise TypeError(f"{name}[{e}] must be a tensor, got {type(entry).__name__}")
         first = entries[0]
         if entry.dtype != first.dtype:
-            raise TypeError(f"{name}[{e}] must be {first.dtype} as {name}[0], got {entry.dtype}")
+            raise TypeError(f"{name}[{e}] must be {first.dtype} like {name}[0], got {entry.dtype}")
         if entry.dim() != first.dim() or entry.shape[1:] != first.shape[1:]:
-            wanted = f"{name}[0]'s shape {tuple(first.shape)} but for the first extent"
+            wanted = f"the shape of {name}[0], {tuple(first.shape)}, but for the first extent"
             raise ValueError(f"{name}[{e}] must have {wanted}, got {tuple(entry.shape)}")
     return entries
 
@@ -97,25 +105,34 @@ def _listed(value: Tensors | None) -> list[Tensor]:
 
 
 def find_lengths(lists: dict[str, list[Tensor]], index: Tensor | None) -> list[int]:
-    """Rows of each expert's tensor where rows come one tensor per expert, else nothing."""
+    """The number of rows of each expert's tensor, or [] if no list has one tensor per expert.
+
+    lists: by argument; all with one tensor per expert must have the same numbers of rows.
+    """
     lengths: list[int] = []
     for name, entries in lists.items():
         if len(entries) < 2:
             continue
         if index is not None and name != "out":
-            wanted = "one tensor, whose rows the index names"
-            raise ValueError(f"{name} must be {wanted}, got a list of {len(entries)}")
+            wanted = "one tensor if index is given"
+            raise ValueError(f"{name} must be {wanted}, got a list of {len(entries)} tensors")
         if not entries[0].dim():
             raise ValueError(f"{name}[0] must have rows, got a scalar")
         rows = [len(entry) for entry in entries]
         if lengths and rows != lengths:
-            raise ValueError(f"{name} must be tensors of {lengths} rows, got {rows}")
+            raise ValueError(
+                f"{name} must have as many rows per expert as the other lists, {lengths}, "
+                f"got {rows}"
+            )
         lengths = rows
     return lengths
 
 
 def check_tensors(arguments: ListArguments) -> torch.device:
-    """The device of all tensors."""
+    """Checks that all tensors are on one device, and returns it.
+
+    Raises ValueError if they are not, and RuntimeError where a gradient would be lost.
+    """
     names = ("x", "weight", "scale", "per_token_scale", "group_list", "out", "index", "bias")
     listed = [(name, _listed(getattr(arguments, name))) for name in names]
     tensors = [(name, t) for name, entries in listed for t in entries if isinstance(t, Tensor)]
@@ -126,12 +143,13 @@ def check_tensors(arguments: ListArguments) -> torch.device:
     if wants_gradient(tuple(tensor for _, tensor in tensors)):
         raise RuntimeError(
             "index_group_matmul has no gradient and an argument requires one: "
-            "use grouped_matmul, or torch.no_grad()"
+            "use grouped_matmul, or call under torch.no_grad()"
         )
     return device
 
 
 def check_groups(arguments: ListArguments, experts: int) -> None:
+    """Checks group_list and group_list_type; raises TypeError or ValueError."""
     group_list, kind = arguments.group_list, arguments.group_list_type
     if kind not in ("cumsum", "count"):
         raise ValueError(f"group_list_type must be 'cumsum' or 'count', got {kind!r}")
@@ -139,4 +157,4 @@ def check_groups(arguments: ListArguments, experts: int) -> None:
         raise TypeError(f"group_list must be torch.int32 or torch.int64, got {group_list.dtype}")
     if group_list.shape != (experts,) or not group_list.is_contiguous():
         got = f"shape {tuple(group_list.shape)}, strides {group_list.stride()}"
-        raise ValueError(f"group_list must have shape ({experts},), contiguous, got {got}")
+        raise ValueError(f"group_list must be contiguous, of shape ({experts},), got {got}")

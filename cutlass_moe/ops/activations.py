@@ -1,4 +1,4 @@
-"""Activations of an up projection, and their gradients, in plain PyTorch."""
+"""The activations between a layer's two products, and their gradients, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ ACTIVATIONS = GATED + NOT_GATED
 
 
 def is_gated(activation: str | None) -> bool:
+    """Whether an activation multiplies a gate with an up value, so that it halves the columns."""
     return activation is not None and ActivationFunction(activation).gated
 
 
 def activate(x: Tensor, activation: str, interleaved: bool = False) -> Tensor:
-    """[..., N] -> [..., N], or [..., N / 2] where gated: of [gate, up] halves or, interleaved, of
-    columns gate, up, gate, up, ... Raises ValueError for another activation."""
+    """Applies an activation: x [..., N] -> [..., N], or [..., N / 2] if it is gated.
+
+    The columns of a gated one are [gate | up], or gate, up, gate, up, ... if interleaved. Raises
+    ValueError for an unknown activation.
+    """
     if activation not in ACTIVATIONS:
         expected = ", ".join(ACTIVATIONS)
         raise ValueError(f"activation must be one of {expected}, got {activation!r}")
@@ -36,7 +40,7 @@ def activate(x: Tensor, activation: str, interleaved: bool = False) -> Tensor:
 def activate_backward(
     grad: Tensor, x: Tensor, activation: str, interleaved: bool = False
 ) -> Tensor:
-    """The gradient of `activate`'s x, from that of its result."""
+    """The gradient of `activate` with respect to x. grad: the gradient of its result."""
     function = ActivationFunction(activation)
     if not function.gated:
         return grad * _slope(x, function)
@@ -73,10 +77,10 @@ def _ungated(x: Tensor, function: ActivationFunction) -> Tensor:
 
 
 def _slope(x: Tensor, function: ActivationFunction) -> Tensor:
-    """Of `_ungated` at x."""
-    one = torch.ones_like(x)
+    """The derivative of `_ungated` at x."""
+    ones = torch.ones_like(x)
     if function in (ActivationFunction.SILU, ActivationFunction.SWIGLU):
-        return torch.ops.aten.silu_backward(one, x)
+        return torch.ops.aten.silu_backward(ones, x)
     if function in (ActivationFunction.GELU, ActivationFunction.GEGLU):
-        return torch.ops.aten.gelu_backward(one, x)
+        return torch.ops.aten.gelu_backward(ones, x)
     return 2 * x.relu() if function is ActivationFunction.RELU2 else (x > 0).to(x.dtype)

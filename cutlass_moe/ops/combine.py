@@ -1,4 +1,4 @@
-"""combine: each token's output, the weighted sum of its rows of the product."""
+"""combine: sums each token's rows of the product, weighted, to the token's output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.runtime.parameters import combine_values
 from emitters.spec.layer_steps import CombineProblem
 
-_MAX_ELEMENTS = 2**34  # of out, exclusive: a thread of a launch takes 8
+_MAX_ELEMENTS = 2**34  # of out, exclusive: threads are counted in int32 and take 8 elements each
 
 
 def combine(
@@ -23,22 +23,27 @@ def combine(
     residual: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """out[t] = residual[t] + sum over j of topk_weights[t, j] * rows[inverse[t, j]], in float32 and
-    in the order of j.
+    """Sums each token's rows of the product, weighted, to the token's output.
 
-    rows [R, N]: bfloat16, float16 or float32. topk_weights float32 [T, k]. inverse int32 [T, k]: a
-    pair whose inverse lies outside [0, R), -1 say, adds nothing, not even a NaN. residual [T, N] of
-    rows' dtype. All on one device, contiguous.
+      out[t] = residual[t] + sum over j of topk_weights[t, j] * rows[inverse[t, j]]
 
-    Returns out, [T, N] of rows' dtype; one that is given is written, and may be the residual.
-    Raises TypeError or ValueError, with what was expected and what came, for malformed arguments,
+    Sums are float32, in the order of j. All tensors are contiguous and on one device.
+
+    rows [R, N]: bfloat16, float16 or float32.
+    topk_weights float32 [T, k].
+    inverse int32 [T, k]: the row of each (token, choice) pair, from `RoutingTable.inverse`. A pair
+      with an inverse outside [0, R), such as -1, adds nothing, not even a NaN.
+    residual [T, N]: rows' dtype; default zeros.
+    out [T, N]: rows' dtype; default a new tensor. It may be the residual.
+
+    Returns out. Raises TypeError or ValueError that says what must be and what came, and
     RuntimeError where a gradient would be lost: combine has none.
     """
     tensors = (rows, topk_weights, inverse, residual, out)
     if wants_gradient(tensors):
         raise RuntimeError(
-            "combine has no gradient and an argument requires one: detach it, or call under "
-            "torch.no_grad()"
+            "combine has no gradient and an argument requires one: use combine_reference, or call "
+            "under torch.no_grad()"
         )
     if out is None:
         return _combine_op(rows, topk_weights, inverse, residual)
@@ -94,7 +99,7 @@ def _into(
     out: Tensor, rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
 ) -> None:
     if out.numel() >= _MAX_ELEMENTS:
-        raise ValueError(f"out must have fewer than 2^34 elements, got {out.numel()}")
+        raise ValueError(f"out must have fewer than 2**34 elements, got {out.numel()}")
     kernel = None
     if rows.is_cuda and out.numel():
         large = (rows, out) if residual is None else (rows, residual, out)
@@ -102,7 +107,8 @@ def _into(
         if any(address % 16 for address in addresses):
             got = ", ".join(map(hex, addresses))
             raise ValueError(
-                f"rows, residual and out must be at multiples of 16 bytes, got addresses {got}"
+                "the addresses of rows, residual and out must be multiples of 16 bytes, got "
+                f"{got}; a clone of the tensor has such an address"
             )
         problem = CombineProblem(DTYPES[rows.dtype], rows.shape[1], inverse.shape[1])
         kernel = step_kernel(problem, rows.get_device())
@@ -152,12 +158,11 @@ def combine_reference(
     residual: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """[T, N] of rows' dtype: residual[t] + sum over j of topk_weights[t, j] * rows[inverse[t, j]].
+    """`combine` in plain PyTorch, differentiable, for any floating dtype.
 
-    rows [R, N], topk_weights [T, k] and residual [T, N]: floating point. inverse int32 or int64
-    [T, k]: a pair whose inverse lies outside [0, R) adds nothing, whatever it and the rows hold.
-    Sums run over j in order, in float32 or in float64 where rows have it. out, where given, is
-    written and returned; it may have another dtype.
+    rows [R, N], topk_weights [T, k], residual [T, N]: floating point. inverse [T, k]: int32 or
+    int64. Sums are float32, or float64 for float64 rows. out, if given, is written and returned,
+    and may have another dtype; otherwise the result has rows' dtype.
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
     count = len(rows)

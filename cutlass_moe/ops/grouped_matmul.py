@@ -1,4 +1,4 @@
-"""grouped_matmul: the public ops, their registration with torch, and the way to a launch."""
+"""grouped_matmul and grouped_matmul_out: the public ops, their registration and gradients."""
 
 from __future__ import annotations
 
@@ -42,35 +42,46 @@ def grouped_matmul(
     num_sms: int | None = None,
     schedule: str | None = None,
 ) -> Tensor:
-    """out[r] = activation(per_token_scale[index[r]] * scale[e] * (x[index[r]] @ weight[e].T) +
-    bias[e]) for the rows r of expert e, which are offsets[e - 1] <= r < offsets[e].
+    """Multiplies tokens with the weights of their experts, in one kernel that copies no token.
 
-    x [T, K], contiguous: float8_e4m3fn, float8_e5m2, int8, bfloat16 or float16. weight [E, N, K]:
-      of the same dtype, K dense, or N where it is bfloat16 or float16 and not interleaved.
-    index int32 [rows]: the row of x that each row of the product reads, rows sorted by expert;
-      without it row r reads x[r]. An index outside [0, T) gives a row of zeros, without bias.
-    offsets int32 [E]: cumulative ends of the experts' rows, on x's device; never read by the host.
-    per_token_scale float32 [T] or [T, 1]; scale float32 [E, N], [E, N, 1] or [E]: both are needed
-      for 8-bit operands. bias [E, N]: bfloat16, float16 or float32.
-    activation, in float32: "gelu" (by erf), "silu", "relu", "relu2" (relu squared), or gated, of a
-      gate g and an up u: "swiglu" silu(g) * u, "geglu" gelu(g) * u, "reglu" relu(g) * u,
-      "swiglu_oai" g * sigmoid(1.702 g) * (u + 1) with g clamped to at most 7, u to [-7, 7]. N is
-      then 2 I: I gate rows of a weight and I up rows or, if interleaved, gate, up, gate, up, ...;
-      scale and bias alike, out has I columns.
-    starts int32 [E]: first rows of the experts where they are not the ends before, as in masked and
-      aligned layouts. Rows between experts are undefined.
-    out_dtype: bfloat16, float16 or float32; default bfloat16 for 8-bit operands, x's dtype for
-      others.
-    accumulation: for float8 "fast" (the default: in the tensor core, about 14 bits) or "two_level"
-      (promoted to float32 every 128 elements); others have one only.
-    expected_rows: rows an expert is expected to have, where rows / E misleads; changes speed alone.
-    num_sms: SMs to use (default all), the rest stay free for communication.
-    schedule: who computes which tile: "static" (equal runs of neighbours), "tile" (in turns) or
-      "dynamic" (whoever is free); changes speed alone, and None chooses.
+    Row r of expert e, where offsets[e - 1] <= r < offsets[e], reads token t = index[r]:
 
-    Returns [rows, N] or [rows, I]; rows past offsets[-1] are undefined. Raises ValueError or
-    TypeError, with what was expected and what came, for malformed arguments. bfloat16 and float16
-    are differentiable.
+      out[r] = activation(per_token_scale[t] * scale[e] * (x[t] @ weight[e].T) + bias[e])
+
+    x [T, K]: float8_e4m3fn, float8_e5m2, int8, bfloat16 or float16; contiguous.
+    weight [E, N, K]: x's dtype; K dense (stride 1). bfloat16 and float16 weights that are not
+      interleaved may have N dense instead.
+    index int32 [rows]: the row of x that each row of the product reads, sorted by expert; None:
+      row r reads x[r]. An index outside [0, T) gives a row of zeros, without bias.
+    offsets int32 [E]: cumulative ends of the experts' rows; the host never reads them.
+    per_token_scale float32 [T] or [T, 1], scale float32 [E, N], [E, N, 1] or [E]: 8-bit operands
+      need both, others may have either.
+    bias [E, N]: bfloat16, float16 or float32.
+    activation: computed in float32. A gated one takes a gate g and an up value u, and N = 2 I:
+
+      "gelu" (erf), "silu", "relu", "relu2" (relu squared)          -> [rows, N]
+      "swiglu"      silu(g) * u                                     -> [rows, I]
+      "geglu"       gelu(g) * u                                     -> [rows, I]
+      "reglu"       relu(g) * u                                     -> [rows, I]
+      "swiglu_oai"  g * sigmoid(1.702 g) * (u + 1), with g clamped
+                    to at most 7 and u to [-7, 7] (gpt-oss)         -> [rows, I]
+
+    interleaved: N holds gate, up, gate, up, ... instead of I gates, then I ups; this is the order
+      of weight, scale and bias.
+    starts int32 [E]: the first row of each expert, for layouts with gaps (masked, aligned);
+      default: the end of the expert before. Rows in gaps are undefined.
+    out_dtype: bfloat16, float16 or float32; default: bfloat16 for 8-bit operands, else x's dtype.
+    accumulation: how float8 products are summed: "fast" (default; in the tensor core, about 14
+      bits) or "two_level" (added to float32 every 128 elements). Other dtypes have one way only.
+    expected_rows: rows per expert to expect, if rows / E misleads; changes speed only.
+    num_sms: SMs to use, default all; the others stay free, for communication say.
+    schedule: which CTA computes which tile: "static" (equal runs of neighbours), "tile" (in turns)
+      or "dynamic" (whichever is free); None chooses. Changes speed only.
+
+    All tensors are on one device. Returns [rows, N] or [rows, I]; rows past offsets[-1] are
+    undefined. Raises ValueError or TypeError that says what must be and what came. bfloat16 and
+    float16 products are differentiable once, in x, weight, scales and bias: the gradients are
+    computed by plain PyTorch, expert by expert, and read offsets back to the host.
     """
     operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias, starts)
     options = Options(
@@ -84,10 +95,11 @@ def grouped_matmul(
 def grouped_matmul_out(
     out: Tensor, x: Tensor, weight: Tensor, **arguments: Unpack[ProductArguments]
 ) -> None:
-    """`grouped_matmul` into its result's shape, contiguous; rows of no expert are left untouched.
+    """`grouped_matmul` that writes its result to `out`; leaves rows that have no expert untouched.
 
-    out_dtype, if given, must be out's. Not differentiable: raises RuntimeError where a gradient
-    would be lost.
+    out: contiguous, of the shape that `grouped_matmul` returns. out_dtype: default out's dtype, and
+    it must be that. Raises what `grouped_matmul` raises, and RuntimeError where a gradient would be
+    lost: this function is not differentiable.
     """
     operands, options = split_product(x, weight, arguments)
     loses_gradient = wants_gradient((out, *operands))
@@ -97,12 +109,13 @@ def grouped_matmul_out(
     if loses_gradient:
         raise RuntimeError(
             "grouped_matmul_out has no gradient and an argument requires one: "
-            "use grouped_matmul, or torch.no_grad()"
+            "use grouped_matmul, or call under torch.no_grad()"
         )
     _grouped_matmul_out_op(out, *operands, *options)
 
 
 def wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether autograd would record a function of these tensors."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -111,10 +124,10 @@ def wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def is_plain_eager(x: Tensor, weight: Tensor) -> bool:
-    """Nobody but the op's implementation wants to see this call.
+    """Whether a call may skip torch's dispatcher, because nothing there wants to see it.
 
-    It then goes past torch's dispatcher and autograd layer, which take longer than the rest of the
-    call on the host (perf/README.md).
+    Nothing traces, compiles, profiles or overrides it. The dispatcher and the autograd layer take
+    longer than the rest of a call on the host (perf/README.md).
     """
     return not (
         torch.compiler.is_compiling()
@@ -130,9 +143,9 @@ def is_plain_eager(x: Tensor, weight: Tensor) -> bool:
 def grouped_matmul_problem(
     x: Tensor, weight: Tensor, **arguments: Unpack[ProductArguments]
 ) -> GemmProblem:
-    """The problem that `grouped_matmul` with these arguments poses: what `warmup` takes.
+    """The problem that a call of `grouped_matmul` with these arguments poses; `warmup` takes it.
 
-    Raises as the op does.
+    Raises what `grouped_matmul` raises.
     """
     operands, options = split_product(x, weight, arguments)
     dtype = check(operands, options)
@@ -191,8 +204,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     operands, options = _split(inputs)
     if operands.x.dtype.itemsize == 1:
         raise RuntimeError(
-            f"no gradient through {operands.x.dtype} operands, and an argument requires one: "
-            "detach it, or use bfloat16 or float16"
+            f"grouped_matmul has no gradient through {operands.x.dtype} operands and an argument "
+            "requires one: use bfloat16 or float16, or call under torch.no_grad()"
         )
     ctx.save_for_backward(*operands)
     ctx.activation = options.activation, options.interleaved
@@ -202,13 +215,13 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     operands = Operands(*ctx.saved_tensors)
     x, weight, _, _, per_token_scale, scale, bias, _ = ctx.needs_input_grad[:_COUNT]
     needs = [x, weight, per_token_scale, scale, bias]
-    found = iter(_backward_op(grad.contiguous(), *operands, *ctx.activation, needs))
-    gradients = [next(found) if need else None for need in needs]
+    computed = iter(_backward_op(grad.contiguous(), *operands, *ctx.activation, needs))
+    gradients = [next(computed) if need else None for need in needs]
     return (*gradients[:2], None, None, *gradients[2:], None, *(None for _ in Options._fields))
 
 
 def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("grouped_matmul is differentiable once: no gradient of its gradient")
+    raise RuntimeError("grouped_matmul is differentiable once, got a gradient of its gradient")
 
 
 def _split_backward(arguments: tuple[Any, ...]) -> tuple[Operands, tuple[Any, ...]]:
@@ -216,11 +229,11 @@ def _split_backward(arguments: tuple[Any, ...]) -> tuple[Operands, tuple[Any, ..
 
 
 def _backward_impl(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    """Gradients of those of x, weight, per_token_scale, scale, bias that `needs` names."""
+    """The gradients of those of (x, weight, per_token_scale, scale, bias) that `needs` marks."""
     operands, (activation, interleaved, needs) = _split_backward(arguments)
     options = Options(activation=activation, interleaved=interleaved)
-    found = grouped_matmul_backward(grad, operands, options, tuple(needs))
-    return [gradient for gradient in found if gradient is not None]
+    gradients = grouped_matmul_backward(grad, operands, options, tuple(needs))
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 def _backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:

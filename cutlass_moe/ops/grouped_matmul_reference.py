@@ -1,7 +1,7 @@
-"""The grouped matrix product and its gradients in plain PyTorch: what the kernels are held to.
+"""The grouped matrix product and its gradients in plain PyTorch, which tests compare kernels with.
 
-CPU tensors and problems without a kernel take this path. It reads `offsets` back and walks the
-experts on the host, so it is neither fast nor fit for CUDA graphs.
+CPU tensors, gradients and problems without a kernel take this path. It reads `offsets` back to the
+host and loops over the experts there, so it is slow and CUDA graphs cannot capture it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _BLOCK_ELEMENTS = 1 << 24  # of the largest float64 temporary: 128 MiB
 def grouped_matmul_reference(
     x: Tensor, weight: Tensor, **arguments: Unpack[ProductArguments]
 ) -> Tensor:
-    """`cutlass_moe.grouped_matmul` in float64: zeros in rows that belong to no expert.
+    """`cutlass_moe.grouped_matmul` in plain PyTorch, computed in float64.
 
-    Takes the arguments of `grouped_matmul`, which checks them, and float32 and float64 operands
-    besides. `out_dtype` defaults to bfloat16 for 8-bit operands and to x's dtype for others.
-    `accumulation`, `expected_rows`, `num_sms` and `schedule` concern kernels only.
+    Takes the arguments of `grouped_matmul`, unchecked, and float32 and float64 operands too. Rows
+    that have no expert become zeros. `accumulation`, `expected_rows`, `num_sms` and `schedule` are
+    for kernels and change nothing here.
     """
     operands, options = split_product(x, weight, arguments)
     default = torch.bfloat16 if x.element_size() == 1 else x.dtype
@@ -43,17 +43,17 @@ def grouped_matmul_reference(
 def grouped_matmul_reference_out(
     out: Tensor, x: Tensor, weight: Tensor, **arguments: Unpack[ProductArguments]
 ) -> None:
-    """`cutlass_moe.grouped_matmul_out` in float64: writes the rows of `out` that experts have.
+    """`cutlass_moe.grouped_matmul_out` in plain PyTorch, computed in float64.
 
-    Products, sums (exact for int8), scales, bias and activation are float64; the result is
-    converted once, to out's dtype, whatever `out_dtype` says. A row whose index lies outside [0, T)
-    becomes zeros, without bias.
+    Products, sums (exact for int8), scales, bias and activation are float64. The result is
+    converted once, to out's dtype; `out_dtype` is ignored. A row with an index outside [0, T)
+    becomes zeros, without bias; rows that have no expert are left untouched.
     """
     fill_product(out, *split_product(x, weight, arguments))
 
 
 def fill_product(out: Tensor, operands: Operands, options: Options) -> None:
-    """`grouped_matmul_reference_out` of arguments that are split already."""
+    """`grouped_matmul_reference_out` for arguments that are split into operands and options."""
     x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
     block = max(1, _BLOCK_ELEMENTS // max(weight.shape[1:]))
     for expert, first, last in _groups(starts, offsets, len(out)):
@@ -76,17 +76,17 @@ def fill_product(out: Tensor, operands: Operands, options: Options) -> None:
 def grouped_matmul_backward(
     grad: Tensor, operands: Operands, options: Options, needs: tuple[bool, ...]
 ) -> Tensors:
-    """Gradients of (x, weight, per_token_scale, scale, bias); None where not asked for or absent.
+    """The gradients of (x, weight, per_token_scale, scale, bias), each None unless needed.
 
-    grad is the result's gradient, operands and options those of the product, none of them 8-bit.
-    Sums run in float32, in float64 for float64 operands; a gradient has its input's shape and
-    dtype. A token that several rows read collects their sum; rows of no expert and rows of an index
-    outside [0, T) give nothing.
+    grad [rows, N or I]: the gradient of the product. operands, options: the product's; no operand
+    is 8-bit. needs: which of the five to compute. Each has its input's shape and dtype; sums are
+    float32, or float64 for float64 operands. A token gets the sum over all rows that read it. Rows
+    without an expert, and rows with an index outside [0, T), add nothing.
     """
     x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
     inputs = (x, weight, per_token_scale, scale, bias)
     wide = torch.promote_types(x.dtype, torch.float32)
-    # An expert's weights are written once: no wide copy of all of them.
+    # The gradient of weight needs no wide copy: each expert's part is written once, not summed.
     grads = tuple(
         torch.zeros_like(tensor, dtype=tensor.dtype if tensor is weight else wide)
         if need and tensor is not None
@@ -110,14 +110,17 @@ def _add_expert(
     inputs: Tensors,
     options: Options,
 ) -> None:
-    """Adds to `grads` what the rows of one expert give; token and grad are those of these rows."""
+    """Adds the share of one expert's rows to `grads`.
+
+    token [m]: the token of each of these rows; grad [m, N or I]: their gradient.
+    """
     x, weight, per_token_scale, scale, bias = inputs
     dx, dweight, dtoken, dscale, dbias = grads
     assert x is not None and weight is not None
     a, b = x[token].to(grad.dtype), weight[expert].to(grad.dtype)
-    one = grad.new_ones(1)
-    by_row = one if per_token_scale is None else per_token_scale.flatten()[token][:, None]
-    by_column = one if scale is None else scale[expert].flatten()
+    unscaled = grad.new_ones(1)
+    by_row = unscaled if per_token_scale is None else per_token_scale.flatten()[token][:, None]
+    by_column = unscaled if scale is None else scale[expert].flatten()
     if options.activation is not None:
         before = a @ b.T * by_row * by_column
         if bias is not None:
@@ -139,12 +142,15 @@ def _add_expert(
 
 
 def _groups(starts: Tensor | None, ends: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
-    """(expert, first row, end) of every expert that has rows. starts: default the ends before."""
-    given = None if starts is None or not rows else starts.tolist()
+    """Yields (expert, first row, end row) for every expert that has rows.
+
+    starts: first rows per expert; default: the end of the expert before.
+    """
+    first_rows = None if starts is None or not rows else starts.tolist()
     first = 0
     for expert, end in enumerate(ends.tolist() if rows else ()):  # no rows: nothing is read
-        if given is not None:
-            first = max(given[expert], 0)
+        if first_rows is not None:
+            first = max(first_rows[expert], 0)
         last = min(end, rows)
         if first < last:
             yield expert, first, last
@@ -152,7 +158,7 @@ def _groups(starts: Tensor | None, ends: Tensor, rows: int) -> Iterator[tuple[in
 
 
 def _inside(index: Tensor | None, start: int, end: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of rows [start, end) whose token exists, and their tokens: int64, on x's device."""
+    """The rows in [start, end) that have an existing token, and these tokens; int64."""
     row = torch.arange(start, end, device=x.device)
     if index is None:
         return row, row

@@ -1,7 +1,8 @@
-"""index_group_matmul: the grouped product of operands that come whole or one tensor per expert.
+"""index_group_matmul: the grouped product of operands that may be lists of one tensor per expert.
 
-Weights are never copied: slices at equal distances become a view, others a table of tensor maps.
-Other operands become a view where they lie end to end, else they are copied to the workspace.
+Weights are never copied. A list of weights at equal distances in memory becomes one view; another
+list becomes a table of tensor maps. A list of other operands becomes one view if the tensors lie
+end to end in memory, else each run copies it to the workspace.
 """
 
 from __future__ import annotations
@@ -64,28 +65,34 @@ def index_group_matmul(
     expected_rows: int | None = None,
     num_sms: int | None = None,
 ) -> None:
-    """`grouped_matmul_out` whose operands are tensors or lists: of one, or of one per expert.
+    """`grouped_matmul_out` for operands that are tensors, or lists of one tensor per expert.
 
-    x [T, K], or [M_e, K] for each expert e, of the dtypes of `grouped_matmul`.
-    weight [E, N, K], or [N, K] for each expert, of x's dtype, K dense.
-    scale float32 [E, N], [E, N, 1] or [E], or [N], [N, 1], [1] or [] for each expert.
-    per_token_scale float32 [T] or [T, 1], or [M_e] or [M_e, 1] for each expert. 8-bit operands need
-      both scales, others take None as well.
-    group_list int32 or int64 [E] on x's device, never read by the host: cumulative ends of the
-      experts' rows (group_list_type "cumsum") or their numbers of rows ("count").
-    out [rows, N], or [M_e, N] for each expert: bfloat16, float16 or float32.
-    index int32 [rows]: the row of x that each row of the product reads, rows sorted by expert; x
-      and per_token_scale are then single tensors. Without it row r reads row r of x.
-    bias, accumulation, expected_rows, num_sms: as in `grouped_matmul`.
+                       tensor (or list of one)     list of one tensor per expert e
+      x                [T, K]                      [M_e, K]
+      weight           [E, N, K]                   [N, K]
+      scale            [E, N], [E, N, 1] or [E]    [N], [N, 1], [1] or []
+      per_token_scale  [T] or [T, 1]               [M_e] or [M_e, 1]
+      out              [rows, N]                   [M_e, N]
 
-    Experts' rows follow each other from row 0 on. But where x, per_token_scale or out come one per
-    expert, an expert's rows are the first of its tensor's, as many as group_list counts, at most
-    all. Other rows of out are left untouched. Single tensors, and lists whose tensors are parts of
-    one, cost nothing; other lists, but weights, are copied by every call. CPU tensors take the
-    reference. Raises ValueError or TypeError, with what was expected and what came, for malformed
-    arguments; RuntimeError where a gradient would be lost, and where a list needs a table from the
-    host while a CUDA graph is captured: prepare that call before with
-    `index_group_matmul_workspace_size`.
+    x, weight: the dtypes of `grouped_matmul`; weights have K dense, or N if they are 16-bit.
+    scale, per_token_scale: float32; 8-bit operands need both, others may have None.
+    out: bfloat16, float16 or float32; it is written.
+    group_list int32 or int64 [E]: with group_list_type "cumsum" the cumulative ends of the experts'
+      rows, with "count" the number of rows per expert. The host never reads it.
+    index int32 [rows]: the row of x that each row of the product reads, sorted by expert; x and
+      per_token_scale must then be single tensors. None: row r reads row r of x.
+    bias [E, N], accumulation, expected_rows, num_sms: as in `grouped_matmul`.
+
+    Experts' rows follow each other from row 0 on. If x, per_token_scale or out is a list of one
+    tensor per expert, expert e has the first rows of its tensor: as many as group_list counts, but
+    at most M_e. Other rows of out are left untouched.
+
+    Tensors, and lists of slices that lie end to end in one tensor, cost nothing. Every call copies
+    other lists, except weights. CPU tensors take the reference.
+
+    Raises ValueError or TypeError that says what must be and what came. Raises RuntimeError where a
+    gradient would be lost, and during CUDA graph capture if a list needs a table from the host:
+    prepare that call before the capture, with `index_group_matmul_workspace_size`.
     """
     size, executor = index_group_matmul_workspace_size(
         x, weight, scale, per_token_scale, group_list, out,
@@ -98,6 +105,8 @@ def index_group_matmul(
 def _takes_arguments_of(
     original: Callable[P, object],
 ) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """A decorator that shows the signature of `original` for a function that passes all on."""
+
     def decorate(mirror: Callable[..., R]) -> Callable[P, R]:
         mirror.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
         return mirror
@@ -107,21 +116,23 @@ def _takes_arguments_of(
 
 @_takes_arguments_of(index_group_matmul)
 def index_group_matmul_workspace_size(*tensors: Any, **others: Any) -> tuple[int, Executor]:
-    """The first half of `index_group_matmul`: checks its arguments, loads the kernel.
+    """Prepares a call of `index_group_matmul`: checks its arguments and loads the kernel.
 
-    Returns the bytes of workspace that a run needs, and the executor whose `run` is the second
-    half. Raises what `index_group_matmul` raises.
+    Takes the arguments of `index_group_matmul`. Returns (bytes of workspace, executor): the call
+    itself is `executor.run(workspace)`. Raises what `index_group_matmul` raises.
     """
     executor = Executor(ListArguments(*tensors, **others))
     return executor.workspace_size, executor
 
 
 class Executor:
-    """A checked call of `index_group_matmul`, to be run any number of times.
+    """A checked call of `index_group_matmul` that can be run any number of times.
 
-    It keeps the call's tensors, which every run reads anew. It must outlive the runs it enqueued
-    and the CUDA graphs that captured one: they read tables in its pinned host memory.
-    workspace_size: bytes of workspace that a run needs. device: of all tensors.
+    It keeps the call's tensors, and every run reads what they hold then. It must outlive the runs
+    it enqueued and the CUDA graphs that captured one, because they read tables in its pinned host
+    memory.
+
+    workspace_size: bytes of workspace that a run needs. device: the device of all tensors.
     """
 
     def __init__(self, arguments: ListArguments) -> None:
@@ -159,7 +170,7 @@ class Executor:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Checks what the operands will be once they are joined; finds the problem, its kernel."""
+        """Checks the operands as they will be once lists are joined, and loads the kernel."""
         weights, out = self._weights, stand_in(self._out)
         operands = Operands(**{name: stand_in(t) for name, t in self._operands.items()})
         options = self._arguments.options._replace(out_dtype=out.dtype)
@@ -194,13 +205,16 @@ class Executor:
     def run(
         self, workspace: Tensor | None = None, stream: torch.cuda.Stream | int | None = None
     ) -> None:
-        """Enqueues the product and returns at once: allocates nothing and waits for nothing.
+        """Enqueues the product and returns at once; allocates nothing and waits for nothing.
 
-        workspace: contiguous uint8 [workspace_size or more] on the call's device, which no other
-        run uses until this one is done; None where workspace_size is 0. stream: default torch's
-        current one; a handle's stream must outlive the executor. May be captured in a CUDA graph.
-        Raises ValueError for another workspace or a stream of another device. (CPU tensors, and
-        problems without a kernel, take the reference, which allocates and waits.)
+        workspace: contiguous uint8 [workspace_size or more] on the call's device; no other run may
+          use it until this one is done. None if workspace_size is 0.
+        stream: a stream or its handle, default torch's current one. The stream of a handle must
+          outlive the executor.
+
+        CUDA graphs can capture a run. CPU tensors, and problems without a kernel, take the
+        reference, which allocates and waits. Raises ValueError for an unfit workspace or a stream
+        of another device.
         """
         workspace = self._layout.aligned(workspace)
         with self._on(stream), torch.no_grad():
@@ -215,7 +229,7 @@ class Executor:
         if self.device.type != "cuda":
             raise ValueError(f"stream must be None for tensors on {self.device}, got {stream}")
         if not isinstance(stream, torch.cuda.Stream):
-            # 0 and 1 both mean the default stream, and ExternalStream takes neither
+            # handles 0 and 1 both mean the default stream, and ExternalStream takes neither
             handle, default = int(stream), torch.cuda.default_stream(self.device)
             external = torch.cuda.ExternalStream
             stream = external(handle, device=self.device) if handle > 1 else default
@@ -224,24 +238,27 @@ class Executor:
         return torch.cuda.stream(stream)
 
     def _find_ends(self, workspace: Tensor) -> None:
-        """int32 ends of the experts' rows from group_list. Not by cumsum, which allocates."""
+        """Computes the int32 ends of the experts' rows from group_list.
+
+        Without cumsum, which allocates memory.
+        """
         if self._ends is None or self._groups is None:
             return
         ends, groups = self._ends.of(workspace), self._groups.of(workspace)
-        experts, given = len(ends), self._arguments.group_list
+        experts, group_list = len(ends), self._arguments.group_list
         counted = self._arguments.group_list_type == "count"
         if self._limits is None and not counted:
-            ends.copy_(given)
+            ends.copy_(group_list)
             return
         groups[:experts].zero_()
-        groups[experts:].copy_(given)
+        groups[experts:].copy_(group_list)
         if self._limits is not None:
             starts, limits = self._limits.of(workspace)
             torch.add(starts, groups[experts:], out=ends)
             if not counted:
                 ends.sub_(groups[experts - 1 : -1])
             torch.minimum(ends, limits, out=ends)
-        else:  # windows over zeros and counts, each of which reaches one count further
+        else:  # sums over windows of [0, ..., 0, counts...]; each window has one count more
             torch.sum(groups[1:].unfold(0, experts, 1), 1, dtype=torch.int32, out=ends)
 
     def _compute(self, workspace: Tensor) -> None:
@@ -258,17 +275,17 @@ class Executor:
             _reference(out, operands, self._weights)
 
 
-# What run reads, and what it does without a kernel.
+# Tables that a run reads, and the path without a kernel.
 
 
 def _limits(lengths: list[int]) -> Tensor:
-    """int32 [2, E]: where each expert's rows start, and where its tensor ends."""
+    """The first row of each expert and the end of its tensor: int32 [2, E]."""
     ends = list(itertools.accumulate(lengths))
     return torch.tensor([[0, *ends[:-1]], ends], dtype=torch.int32)
 
 
 def _tensor_maps(problem: GemmProblem, kernel: Kernel, weights: list[Tensor]) -> Tensor:
-    """uint8 [E, TENSOR_MAP_BYTES]: what a kernel reads the weights of each expert through."""
+    """The tensor maps through which a kernel reads each expert's weights: uint8 [E, 128]."""
     maps = torch.empty((len(weights), TENSOR_MAP_BYTES), dtype=torch.uint8)
     for e, weight in enumerate(weights):
         address = weight.data_ptr()
@@ -281,7 +298,7 @@ def _tensor_maps(problem: GemmProblem, kernel: Kernel, weights: list[Tensor]) ->
 
 
 def _reference(out: Tensor, operands: Operands, weights: Tensor | list[Tensor]) -> None:
-    """Expert by expert, so that weights stay where they are."""
+    """Runs the reference expert by expert, so that weights are not stacked."""
     ends = operands.offsets.tolist()
     starts = operands.starts
     first_rows = [0, *ends[:-1]] if starts is None else starts.tolist()

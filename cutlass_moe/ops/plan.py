@@ -1,4 +1,4 @@
-"""plan: a grouped_matmul that is checked and prepared once, then launched as often as one likes."""
+"""plan: a grouped_matmul that is checked and prepared once, then launched many times."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Plan:
-    """What `plan` returns. Not for two threads at a time."""
+    """A prepared `grouped_matmul_out`, made by `plan`; one thread at a time may use it."""
 
     def __init__(
         self, operands: Operands, options: Options, out: Tensor, choice: Choice | None
@@ -42,10 +42,10 @@ class Plan:
     ) -> Tensor:
         """Enqueues the product on torch's current stream and returns `out`.
 
-        A tensor given, by the name that `plan` knows it by, takes the place of the one before, for
-        later calls too. It must have the same shape, dtype, strides and device: raises ValueError
-        where it has not, or its address is no multiple of what the kernel needs; TypeError for a
-        name that was not planned; RuntimeError where a gradient would be lost.
+        A tensor that is given, by its name in `plan`, replaces the planned one in this and later
+        calls. It must have the same shape, dtype, strides and device. Raises ValueError if it has
+        not, or if its address is not aligned as the kernel needs; TypeError for a name that was not
+        planned; RuntimeError where a gradient would be lost.
         """
         if x is not None:
             self._replace("x", x)
@@ -68,7 +68,7 @@ class Plan:
         slot = self._slots.get(name)
         if slot is None:
             names = ", ".join(self._tensors)
-            raise TypeError(f"{name} must be one of the tensors that were planned: {names}")
+            raise TypeError(f"a tensor's name must be one that was planned, {names}, got {name!r}")
         shape, dtype, strides, alignment = slot
         if (
             tensor.dtype is not dtype
@@ -82,7 +82,10 @@ class Plan:
                 f"{list(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
             )
         if tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{name} requires a gradient, and a plan has none")
+            raise RuntimeError(
+                f"a plan has no gradient and {name} requires one: detach it, or call under "
+                "torch.no_grad()"
+            )
         if self._kernel is not None:
             address = tensor.data_ptr()
             if address % alignment:
@@ -94,18 +97,22 @@ class Plan:
 def plan(
     x: Tensor, weight: Tensor, *, out: Tensor | None = None, **arguments: Unpack[ProductArguments]
 ) -> Plan:
-    """`grouped_matmul_out` with these arguments, prepared: `p = plan(...)`, then `p()`, `p(x)` or
-    `p(x, out, index=index, ...)`.
+    """Prepares a `grouped_matmul_out` with these arguments, to be called many times.
 
-    A call checks no more than what it is given, allocates nothing and can be captured in a CUDA
-    graph. out is allocated now where none is given, and every call writes to it. The plan
-    keeps its tensors alive. It is neither differentiable nor for torch.compile. Raises as
-    `grouped_matmul_out` does.
+      p = plan(x, weight, offsets=offsets)
+      p()                          # the planned tensors, with what they hold now
+      p(x, out, index=index)       # other tensors of the same shapes, by name
+
+    A call checks only the tensors it is given, allocates nothing, and CUDA graphs can capture it.
+    Every call writes to `out`, which is allocated now if none is given. The plan keeps its tensors
+    alive. It is not differentiable, and torch.compile cannot trace it. Raises what
+    `grouped_matmul_out` raises.
     """
     operands, options = split_product(x, weight, arguments)
     if wants_gradient((out, *operands)):
         raise RuntimeError(
-            "a plan has no gradient and an argument requires one: use torch.no_grad()"
+            "a plan has no gradient and an argument requires one: use grouped_matmul, or call "
+            "under torch.no_grad()"
         )
     call = find_call(operands, out, options)
     if out is None:

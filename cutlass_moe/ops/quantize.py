@@ -1,4 +1,4 @@
-"""Symmetric 8-bit quantisation with one float32 scale a row: tensor ~ q * scale."""
+"""Symmetric 8-bit quantisation with one float32 scale per row: tensor ~ q * scale."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ from emitters.spec import dtypes
 from emitters.spec.layer_steps import QuantizeProblem
 
 LARGEST = {t: dtypes.LARGEST[name] for t, name in DTYPES.items() if name in dtypes.LARGEST}
-_MAX_ROWS = 2**31  # of a launch, exclusive
+_MAX_ROWS = 2**31  # per launch, exclusive: rows are counted in int32
 
 
 def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [T, K] of bf16, fp16 or fp32 -> (q [T, K] of `dtype`, scale float32 [T]).
+    """Quantises each row of x to 8 bits with a scale of its own.
 
-    dtype: torch.float8_e4m3fn, torch.float8_e5m2 or torch.int8. scale is the row's largest
-    magnitude over the dtype's (448, 57344, 127), 1 for a row of zeros; q = x / scale to nearest,
-    ties to even. A row with an infinity or a NaN gets a scale that is one too. Raises TypeError on
-    other dtypes, ValueError on another number of dimensions and where x requires grad.
+      scale[t] = max |x[t]| / largest, or 1 for a row of zeros
+      q[t] = x[t] / scale[t], to nearest, ties to even
+
+    x [T, K]: bfloat16, float16 or float32. dtype: torch.float8_e4m3fn, torch.float8_e5m2 or
+    torch.int8, with largest 448, 57344 and 127.
+
+    Returns (q [T, K] of `dtype`, scale float32 [T]). A row with an infinity or a NaN gets a scale
+    that is not finite either. Raises TypeError for other dtypes, and ValueError if x is not [T, K]
+    or requires a gradient.
     """
     if x.dim() != 2:
         raise ValueError(f"x must be [T, K], got {list(x.shape)}")
@@ -33,7 +38,10 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def quantize_per_channel(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """weight [E, N, K] -> (q [E, N, K], scale float32 [E, N]); else as `quantize_per_token`."""
+    """Quantises each row of each expert's weights to 8 bits, as `quantize_per_token` does.
+
+    weight [E, N, K] -> (q [E, N, K], scale float32 [E, N]).
+    """
     if weight.dim() != 3:
         raise ValueError(f"weight must be [E, N, K], got {list(weight.shape)}")
     _check(weight, dtype)
@@ -42,18 +50,18 @@ def quantize_per_channel(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def quantize_per_token_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`quantize_per_token` in plain PyTorch: the same bits, but for q of rows that are not finite.
+    """`quantize_per_token` in plain PyTorch; gives the same bits for every finite row.
 
-    x may have more dimensions.
+    x [..., K] may have any number of dimensions.
     """
     largest = LARGEST[dtype]
     magnitude = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
-    # by a tensor: CUDA's division by a number multiplies by its reciprocal
+    # divides by a tensor, because CUDA's division by a number multiplies by its reciprocal
     scale = magnitude.float() / torch.full((), largest, device=x.device)
-    scale = scale.where(scale != 0, 1.0)  # zeros, and magnitudes that vanish in the division
+    scale = scale.where(scale != 0, 1.0)  # rows of zeros, or so small that the division gives 0
     scaled = (x.float() / scale[..., None]).clamp_(-largest, largest)
     if dtype == torch.int8:
-        scaled.round_()  # ties to even; the conversion alone would cut off
+        scaled.round_()  # ties to even; the conversion alone would truncate
     return scaled.to(dtype), scale
 
 
@@ -64,8 +72,8 @@ def _check(x: Tensor, dtype: torch.dtype) -> None:
         raise TypeError(f"values to quantise must be one of {_names(FLOATS)}, got {x.dtype}")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "values to quantise must not require a gradient (quantisation has no gradient; "
-            "detach them or call under torch.no_grad()), got some that do"
+            "values to quantise must not require a gradient, because quantisation has none, got "
+            "some that do: detach them, or call under torch.no_grad()"
         )
 
 

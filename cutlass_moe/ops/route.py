@@ -1,4 +1,4 @@
-"""From each token's experts to rows sorted by expert, without a wait for the device."""
+"""route: sorts (token, choice) pairs by expert, on the device; the host waits for nothing."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from cutlass_moe.runtime.kernel import Kernel
 from cutlass_moe.runtime.parameters import route_values
 from emitters.spec.layer_steps import RouteProblem
 
-_MAX_PAIRS = 1 << 28  # 128 CTAs' ranks of 21 bits
+_MAX_PAIRS = 1 << 28  # 128 CTAs, each of which ranks its pairs in 21 bits
 # Measured on an H200.
-_ONE_CTA_PAIRS = 1536  # up to so many one launch is faster than two
-_CTA_PAIRS, _MOST_CTAS = 1024, 128  # of two launches
+_ONE_CTA_PAIRS = 1536  # up to this many pairs one launch is faster than two
+_CTA_PAIRS, _MOST_CTAS = 1024, 128  # with two launches: least pairs per CTA, most CTAs
 
 
 @dataclass(frozen=True)
 class RoutingTable:
-    """Rows of the product, sorted by expert.
+    """The rows of the product, sorted by expert, and the way back to tokens.
 
-    index    int32 [rows]   token of each row, -1 in rows past offsets[-1]; rows = topk_ids.numel()
-    offsets  int32 [E]      cumulative ends: rows [offsets[e - 1], offsets[e]) are expert e's
-    inverse  int32, shaped like topk_ids: row of each (token, choice) pair, -1 where it was dropped
+    index    int32 [rows]      the token of each row, -1 in rows past offsets[-1]; there are
+                               rows = topk_ids.numel()
+    offsets  int32 [E]         cumulative ends: expert e has rows offsets[e - 1] to offsets[e] - 1
+    inverse  int32 [T, top_k]  the row of each (token, choice) pair, -1 if it was dropped; has the
+                               shape of topk_ids
     """
 
     index: Tensor
@@ -37,7 +39,7 @@ class RoutingTable:
 
     @staticmethod
     def empty(topk_ids: Tensor, num_experts: int) -> RoutingTable:
-        """Uninitialised, for these ids."""
+        """A table with the right shapes for these ids; its values are uninitialised."""
         index, inverse = (topk_ids.new_empty(s, dtype=torch.int32) for s in _shapes(topk_ids))
         offsets = topk_ids.new_empty(num_experts, dtype=torch.int32)
         return RoutingTable(index, offsets, inverse)
@@ -51,20 +53,22 @@ def route(
     capacity_factor: float | None = None,
     pdl: bool = True,
 ) -> RoutingTable:
-    """Sorts (token, choice) pairs by expert, stably: by token, then choice, within an expert.
+    """Sorts (token, choice) pairs by expert; an expert's pairs stay in order of token and choice.
 
-    topk_ids: int32 or int64 [T, top_k], or [T] for one choice. A pair whose id lies outside
-      [0, num_experts) is dropped: it takes no row.
-    expert_map int32 [global experts]: for topk_ids that are global ids, the one among the
-      num_experts experts here that each stands for, or -1; ids outside the map are dropped.
-    capacity_factor: an expert has at most ceil(topk_ids.numel() / experts * capacity_factor) rows,
-      experts being num_experts or, with an expert_map, its length; its later pairs are dropped.
-    pdl: kernels may start before their predecessors end (programmatic dependent launch), for which
-      they wait before they read anything.
+    topk_ids int32 or int64 [T, top_k], or [T] for one choice: the experts of each token. A pair
+      with an id outside [0, num_experts) is dropped: it gets no row.
+    num_experts: the experts of this process, E.
+    expert_map int32 [global experts]: for topk_ids that are global ids, the local id of each in
+      [0, E), or -1 if the expert is elsewhere. Pairs with -1 or an id outside the map are dropped.
+    capacity_factor: limits the rows of an expert to ceil(topk_ids.numel() / experts *
+      capacity_factor), where experts is the length of expert_map, or else num_experts. The last
+      pairs of a full expert are dropped.
+    pdl: lets each kernel start before its predecessor ends (programmatic dependent launch); it
+      waits for the predecessor before it reads anything.
 
-    Nothing is read back to the host; works under CUDA graphs and torch.compile. Raises TypeError on
-    another dtype, ValueError on another shape or device, on num_experts < 1 and on a negative or
-    infinite capacity_factor.
+    Returns a `RoutingTable` on the device of topk_ids. The host reads nothing back, so CUDA graphs
+    and torch.compile work. Raises TypeError for a dtype, and ValueError for a shape, a device,
+    num_experts < 1 and a negative or infinite capacity_factor.
     """
     _check(topk_ids, num_experts, expert_map, capacity_factor)
     return RoutingTable(*_route_op(topk_ids, num_experts, expert_map, capacity_factor, pdl))
@@ -77,11 +81,12 @@ def route_reference(
     expert_map: Tensor | None = None,
     capacity_factor: float | None = None,
 ) -> RoutingTable:
-    """`route` in plain PyTorch."""
+    """`route` in plain PyTorch; takes the same arguments and gives the same table."""
     _check(topk_ids, num_experts, expert_map, capacity_factor)
     experts = local_experts(topk_ids.flatten(), expert_map)
     kept = (experts >= 0) & (experts < num_experts)
-    # num_experts: a bin behind all experts. int32 sorts in half the passes of int64.
+    # Dropped pairs get id num_experts, a bin behind all experts. int32 sorts in half the passes of
+    # int64.
     bins = torch.arange(num_experts, dtype=torch.int32, device=topk_ids.device)
     rows = torch.arange(experts.numel(), dtype=torch.int32, device=topk_ids.device)
     experts, order = torch.sort(experts.where(kept, num_experts).int(), stable=True)
@@ -101,24 +106,25 @@ def route_reference(
 
 
 def renormalize_kept(topk_weights: Tensor, inverse: Tensor) -> Tensor:
-    """Of each token, the weights of pairs without a row shared out among those that have one.
+    """Raises the weights of a token's kept pairs so that they make up for its dropped pairs.
 
-    topk_weights [T, k], floating point; inverse [T, k] of a `RoutingTable` of all experts: that of
-    one rank's does not tell dropped pairs from those of other ranks. Returns weights that have the
-    same sum a token, 0 where inverse is -1; a token without a row has zeros alone. Raises
-    ValueError on different shapes.
+    topk_weights [T, k]: floating point. inverse [T, k]: from a `RoutingTable` of all experts; one
+    of a single rank's experts will not do, because it drops the pairs of other ranks too.
+
+    Returns weights [T, k] with the same sum per token, and 0 where inverse is -1; a token without
+    any row gets zeros. Raises ValueError if the shapes differ.
     """
     if topk_weights.shape != inverse.shape:
         expected, got = list(inverse.shape), list(topk_weights.shape)
         raise ValueError(f"topk_weights must have the shape of inverse, {expected}, got {got}")
     kept = topk_weights.where(inverse >= 0, 0)
-    left = kept.sum(-1, keepdim=True)
-    share = topk_weights.sum(-1, keepdim=True) / left
-    return kept * share.where(left != 0, 0)
+    kept_sum = kept.sum(-1, keepdim=True)
+    factor = topk_weights.sum(-1, keepdim=True) / kept_sum
+    return kept * factor.where(kept_sum != 0, 0)
 
 
 def local_experts(ids: Tensor, expert_map: Tensor | None) -> Tensor:
-    """What an expert_map makes of global ids: -1 of those that lie outside of it."""
+    """The local ids of global expert ids; -1 for ids outside expert_map. None: ids as they are."""
     if expert_map is None:
         return ids
     known = (ids >= 0) & (ids < len(expert_map))
@@ -127,17 +133,18 @@ def local_experts(ids: Tensor, expert_map: Tensor | None) -> Tensor:
 
 
 def check_capacity(capacity_factor: float | None) -> None:
+    """Raises ValueError for a capacity factor that is negative, infinite or NaN."""
     if capacity_factor is not None and not 0 <= capacity_factor < math.inf:
-        raise ValueError(f"capacity_factor must be 0 or more, finite, got {capacity_factor}")
+        raise ValueError(f"capacity_factor must be 0 or more and finite, got {capacity_factor}")
 
 
 def _num_ids(num_experts: int, expert_map: Tensor | None) -> int:
-    """Experts that ids may name."""
+    """The number of experts that ids may name: those of the map, or else num_experts."""
     return num_experts if expert_map is None else expert_map.numel()
 
 
 def row_capacity(topk_ids: Tensor, num_experts: int, capacity_factor: float | None) -> int:
-    """The most rows that an expert may have. num_experts: of all ranks."""
+    """The most rows that an expert may have. num_experts: the experts of all ranks."""
     if capacity_factor is None:
         return topk_ids.numel()
     return min(
@@ -146,22 +153,21 @@ def row_capacity(topk_ids: Tensor, num_experts: int, capacity_factor: float | No
 
 
 def route_grid(pairs: int, num_experts: int) -> int:
-    """CTAs that `launch_route` takes for so many pairs: one does all in one launch, several take
-    two."""
+    """The number of CTAs that `launch_route` uses: 1 for one launch, more for two launches."""
     if pairs <= _ONE_CTA_PAIRS:
         return 1
-    share = max(_CTA_PAIRS, 2 * num_experts)  # each CTA reads the histograms of all
+    share = max(_CTA_PAIRS, 2 * num_experts)  # each CTA reads the histograms of all CTAs
     return min(-(-pairs // share), _MOST_CTAS)
 
 
 def route_scratch(pairs: int, num_experts: int) -> int:
-    """int32 of scratch memory that `launch_route` needs."""
+    """The number of int32 of scratch memory that `launch_route` needs."""
     grid = route_grid(pairs, num_experts)
     return grid * num_experts if grid > 1 else 0
 
 
 def find_route(num_experts: int, dtype: torch.dtype, pairs: int, device: int) -> Kernel | None:
-    """The kernel for so many ids of `dtype`; None, and a warning, where there is none.
+    """The route kernel for this many pairs and ids of this dtype, or None after a warning.
 
     Raises what `step_kernel` raises.
     """
@@ -171,7 +177,7 @@ def find_route(num_experts: int, dtype: torch.dtype, pairs: int, device: int) ->
 
 
 def route_phases(pairs: int, num_experts: int) -> tuple[tuple[int, int], ...]:
-    """The launches of a route kernel for so many pairs: CTAs and the value of `phase` of each."""
+    """The launches of a route kernel, each as (CTAs, value of the parameter `phase`)."""
     grid = route_grid(pairs, num_experts)
     return ((1, 0),) if grid == 1 else ((grid, 1), (grid, 2))
 
@@ -186,10 +192,10 @@ def launch_route(
     *,
     pdl: bool = False,
 ) -> None:
-    """Enqueues a kernel of `find_route` on torch's current stream; checks and allocates nothing.
+    """Enqueues a kernel from `find_route` on torch's current stream; checks and allocates nothing.
 
-    Tensors are contiguous; scratch has `route_scratch` int32 or more. pdl: launches may start
-    before what they follow ends, and wait for it before they read or write anything.
+    Tensors are contiguous. capacity: the most rows of an expert. table: is written. scratch int32
+    [`route_scratch` or more]. pdl: as in `route`.
     """
     pairs, num_experts = topk_ids.numel(), len(table.offsets)
     addresses = {
@@ -214,6 +220,7 @@ def launch_route(
 def _check(
     topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, capacity_factor: float | None
 ) -> None:
+    """Checks the arguments of `route`."""
     if topk_ids.dtype not in IDS:
         raise TypeError(f"topk_ids must be int32 or int64, got {topk_ids.dtype}")
     if topk_ids.dim() not in (1, 2):
@@ -230,11 +237,11 @@ def _check(
     if expert_map.dim() != 1:
         raise ValueError(f"expert_map must be [global experts], got {list(expert_map.shape)}")
     if expert_map.device != topk_ids.device:
-        raise ValueError(f"expert_map must be on {topk_ids.device}, got {expert_map.device}")
+        raise ValueError(f"expert_map must be on {topk_ids.device}, got one on {expert_map.device}")
 
 
 def _shapes(topk_ids: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of index and inverse."""
+    """The shapes of a table's index and inverse."""
     return (topk_ids.numel(),), tuple(topk_ids.shape)
 
 

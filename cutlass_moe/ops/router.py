@@ -1,4 +1,4 @@
-"""topk_router and route_logits: from a router's logits to experts, weights and sorted rows."""
+"""topk_router and route_logits: choose each token's experts and weights from a router's logits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _LARGEST = torch.finfo(torch.float32).max
-# Measured on an H200: up to so many tokens, and logits, one launch for all is faster than two.
+# Measured on an H200: up to these numbers of tokens and of logits, one launch that also routes is
+# faster than two.
 _FUSED_TOKENS, _FUSED_LOGITS = 16, 4096
 
 
@@ -44,25 +45,28 @@ def topk_router(
     threshold: float | None = None,
     pdl: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Each token's k experts and their weights: Mixtral, Qwen3, DeepSeek-V3, gpt-oss.
+    """Chooses k experts per token, and their weights, as Mixtral, Qwen3, DeepSeek-V3, gpt-oss do.
 
-    logits [T, E]: bfloat16, float16 or float32. scoring: "softmax" over all experts or "sigmoid".
-    Experts are chosen by logit; with a correction_bias (floating point [E]) or with groups, by
-      score + correction_bias. Equal ones go to the lower id, NaN comes after all numbers and has
-      score 0.
-    num_groups > 1: experts are num_groups equal runs of ids, and only those of the topk_groups runs
-      whose two best experts have the largest sum may be chosen.
-    A weight is the expert's score, without correction_bias; choices after the first whose score is
-      below `threshold` get id -1 and weight 0; renormalize divides a token's weights by their sum;
-      then all are multiplied by `scale`.
-    Kernels compute in float32, with up to 32 choices and groups of 1024 experts; for others, and
-      float64 logits, the reference runs.
+    It works in this order, in float32:
 
-    pdl: the kernel may start before its predecessor ends (programmatic dependent launch), for which
-      it waits before it reads anything.
+      1. score = softmax(logits) over all experts, or sigmoid(logits)
+      2. choice = logit, or score + correction_bias if there is a bias or num_groups > 1
+      3. groups: of num_groups equal runs of ids, the topk_groups runs with the largest sum of their
+         two best choices stay; other experts are out
+      4. the k experts with the largest choice; ties go to the lower id, NaN comes last with score 0
+      5. weight = score; choices after the first with a score below threshold get id -1, weight 0
+      6. renormalize: divides a token's weights by their sum
+      7. multiplies all weights by scale
 
-    Returns (topk_weights float32 [T, k], topk_ids int32 [T, k]), best first. Raises TypeError or
-    ValueError, with what was expected and what came, for malformed arguments, RuntimeError where a
+    logits [T, E]: bfloat16, float16 or float32. scoring: "softmax" or "sigmoid".
+    correction_bias [E]: floating point. threshold: default none are dropped.
+    pdl: lets the kernel start before its predecessor ends (programmatic dependent launch); it waits
+      for the predecessor before it reads anything.
+
+    Returns (topk_weights float32 [T, k], topk_ids int32 [T, k]), best first. Kernels serve k <= 32
+    and groups of up to 1024 experts; the reference serves others, and float64 logits.
+
+    Raises TypeError or ValueError that says what must be and what came, and RuntimeError where a
     gradient would be lost: topk_router has none, topk_router_reference has.
     """
     router = Router(
@@ -82,11 +86,13 @@ def route_logits(
     pdl: bool = True,
     **arguments: Unpack[RouterArguments],
 ) -> tuple[RoutingTable, Tensor, Tensor]:
-    """`topk_router` and `route` of what it chose: (table, topk_weights, topk_ids).
+    """`topk_router`, then `route` of the experts it chose; few tokens take one launch for both.
 
-    num_experts: of the table, default E; with expert_map the number of experts here. A few tokens
-    take one launch, unless there is an expert_map. Weights of pairs that got no row stay as they
-    are. Raises what both raise.
+    logits, k and arguments: as in `topk_router`. num_experts, expert_map, capacity_factor: as in
+    `route`; num_experts defaults to E, and either of the first two makes it two launches.
+
+    Returns (RoutingTable, topk_weights float32 [T, k], topk_ids int32 [T, k]). Pairs that are
+    dropped keep their weights. Raises what both functions raise.
     """
     router = Router(k, **arguments)
     _refuse_gradient("route_logits", logits, router.correction_bias)
@@ -102,7 +108,10 @@ def route_logits(
 def _values(
     logits: Tensor, router: Router, bias: Tensor | None, weights: Tensor, ids: Tensor
 ) -> dict[str, int]:
-    """bias: the router's, in float32. Tensors are contiguous."""
+    """The values of a router kernel's parameters. bias: correction_bias as float32.
+
+    Tensors are contiguous; weights and ids are written.
+    """
     addresses = {
         "logits": logits.data_ptr(),
         "correction_bias": 0 if bias is None else bias.data_ptr(),
@@ -124,11 +133,12 @@ def _refuse_gradient(name: str, *tensors: Tensor | None) -> None:
     if wants_gradient(tensors):
         raise RuntimeError(
             f"{name} has no gradient and an argument requires one: use topk_router_reference, or "
-            "torch.no_grad()"
+            "call under torch.no_grad()"
         )
 
 
 def _check(logits: Tensor, router: Router) -> None:
+    """Checks the arguments of `topk_router`."""
     bias = router.correction_bias
     check_router(logits, router)
     for name, value in (("scale", router.scale), ("threshold", router.threshold or 0.0)):
@@ -139,15 +149,18 @@ def _check(logits: Tensor, router: Router) -> None:
     if not bias.is_floating_point():
         raise TypeError(f"correction_bias must have a floating-point dtype, got {bias.dtype}")
     if bias.device != logits.device:
-        raise ValueError(f"correction_bias must be on {logits.device}, got {bias.device}")
+        raise ValueError(f"correction_bias must be on {logits.device}, got one on {bias.device}")
 
 
 def _find(kind: type[TopkProblem], logits: Tensor, router: Router) -> Kernel | None:
-    """None, and a warning, where there is no such kernel."""
+    """The router kernel of this kind, or None after a warning if there is none."""
     dtype = DTYPES.get(logits.dtype)
     if router.k > MAX_TOP_K or dtype is None:
-        what = f"{router.k} of {logits.shape[1]} experts by {logits.dtype} logits"
-        announce_fallback(f"{what}: at most {MAX_TOP_K}, not by float64", capturable=True)
+        reason = (
+            f"k must be at most {MAX_TOP_K} and logits bfloat16, float16 or float32, "
+            f"got k {router.k} and {logits.dtype}"
+        )
+        announce_fallback(reason, capturable=True)
         return None
     problem = kind(logits.shape[1], dtype, router.scoring, router.num_groups)
     return step_kernel(problem, logits.get_device())
@@ -159,14 +172,14 @@ _Pair = tuple[Tensor, Tensor]
 
 
 def _empty(logits: Tensor, router: Router) -> _Pair:
-    """For weights and ids."""
+    """Uninitialised tensors for the weights and ids of these logits."""
     shape = (logits.shape[0], router.k)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return logits.new_empty(shape, dtype=wide), logits.new_empty(shape, dtype=torch.int32)
 
 
 def _operands(logits: Tensor, router: Router) -> tuple[Tensor, Tensor | None]:
-    """Logits and bias as kernels read them."""
+    """Logits and correction_bias as kernels read them: contiguous, the bias in float32."""
     bias = router.correction_bias
     return logits.contiguous(), None if bias is None else bias.float().contiguous()
 
@@ -246,10 +259,11 @@ _route_logits_op = define(
 def topk_router_reference(
     logits: Tensor, k: int, **arguments: Unpack[RouterArguments]
 ) -> tuple[Tensor, Tensor]:
-    """`cutlass_moe.topk_router`, differentiable in logits of any floating dtype.
+    """`cutlass_moe.topk_router` in plain PyTorch, differentiable, for logits of any floating dtype.
 
-    Scores and weights are float32, of float64 logits float64. gpt-oss's softmax over the chosen
-    logits is softmax with renormalize. Raises as `topk_router` does.
+    Scores and weights are float32, or float64 for float64 logits. gpt-oss's softmax over the chosen
+    logits is scoring "softmax" with renormalize. Raises TypeError or ValueError as `topk_router`
+    does.
     """
     router = Router(k, **arguments)
     check_router(logits, router)
@@ -281,7 +295,7 @@ def topk_router_reference(
 
 
 def _allowed(choice: Tensor, router: Router) -> Tensor:
-    """Which experts belong to the groups a token may choose from: bool [T, E]."""
+    """Whether each expert is in a group that the token may choose from: bool [T, E]."""
     grouped = choice.unflatten(1, (router.num_groups, -1))
     best = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(2)
     groups = best.sort(dim=1, descending=True, stable=True).indices[:, : router.topk_groups]
@@ -290,6 +304,7 @@ def _allowed(choice: Tensor, router: Router) -> Tensor:
 
 
 def check_router(logits: Tensor, router: Router) -> None:
+    """Checks logits and the choice of experts; raises TypeError or ValueError."""
     k, scoring, _, num_groups, topk_groups, correction_bias, _, _ = router
     if not logits.is_floating_point():
         raise TypeError(f"logits must have a floating-point dtype, got {logits.dtype}")
@@ -301,10 +316,10 @@ def check_router(logits: Tensor, router: Router) -> None:
     if num_groups < 1 or experts % num_groups:
         raise ValueError(f"num_groups must be a divisor of {experts} experts, got {num_groups}")
     if not 1 <= topk_groups <= num_groups:
-        raise ValueError(f"topk_groups must be 1 to {num_groups}, got {topk_groups}")
+        raise ValueError(f"topk_groups must be 1 to num_groups {num_groups}, got {topk_groups}")
     most = experts // num_groups * topk_groups
     if not 1 <= k <= most:
-        raise ValueError(f"k must be 1 to {most}, the experts to choose from, got {k}")
+        raise ValueError(f"k must be 1 to {most}, the number of experts to choose from, got {k}")
     if correction_bias is not None and correction_bias.shape != (experts,):
         got = list(correction_bias.shape)
         raise ValueError(f"correction_bias must be [{experts}], got {got}")

@@ -187,7 +187,7 @@ def test_router_gradients(scoring: str, missing: bool) -> None:
         ({"k": 5, "num_groups": 4, "topk_groups": 2}, ValueError, "must be 1 to 4, .* got 5"),
         ({"num_groups": 3}, ValueError, "must be a divisor of 8 experts, got 3"),
         ({"num_groups": 0}, ValueError, "must be a divisor of 8 experts, got 0"),
-        ({"num_groups": 4, "topk_groups": 5}, ValueError, "must be 1 to 4, got 5"),
+        ({"num_groups": 4, "topk_groups": 5}, ValueError, "must be 1 to num_groups 4, got 5"),
         ({"scoring": "relu"}, ValueError, "must be 'softmax' or 'sigmoid', got 'relu'"),
         ({"correction_bias": torch.zeros(7)}, ValueError, r"must be \[8\], got \[7\]"),
     ],

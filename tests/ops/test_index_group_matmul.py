@@ -218,19 +218,19 @@ def fp8(*shape: int) -> Tensor:
 
 
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "x_two": ({"x": [fp8(5, 32)] * 2}, ValueError, "x must be .* list of 1 or 3, got .* of 2"),
-    "x_none": ({"x": []}, ValueError, "x must be .* list of 1 or 3, got a list of 0"),
+    "x_two": ({"x": [fp8(5, 32)] * 2}, ValueError, "x must be .* list of 1 or 3 tensors, got .* of 2"),
+    "x_none": ({"x": []}, ValueError, "x must be .* list of 1 or 3 tensors, got a list of 0"),
     "x_no_tensor": ({"x": [fp8(5, 32), None, None]}, TypeError, r"x\[1\] must be .* got NoneType"),
     "x_scalars": ({"x": [fp8()] * 3}, ValueError, r"x\[0\] must have rows, got a scalar"),
     "x_dtypes": (
         {"x": [fp8(4, 32), fp8(0, 32).to(torch.int8), fp8(9, 32)]},
         TypeError,
-        r"x\[1\] must be torch.float8_e4m3fn as x\[0\], got torch.int8",
+        r"x\[1\] must be torch.float8_e4m3fn like x\[0\], got torch.int8",
     ),
     "x_k": (
         {"x": [fp8(4, 32), fp8(0, 32), fp8(9, 16)]},
         ValueError,
-        r"x\[2\] must have x\[0\]'s shape \(4, 32\) but for the first extent, got \(9, 16\)",
+        r"x\[2\] must have the shape of x\[0\], \(4, 32\), but for the first extent, got \(9, 16\)",
     ),
     "x_rows": (
         {"x": [fp8(4, 32), fp8(0, 32), fp8(7, 32)]},
@@ -241,12 +241,12 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "x_with_index": (
         {"x": list(fp8(13, 32).split((4, 0, 9))), "index": torch.zeros(13, dtype=I32)},
         ValueError,
-        "x must be one tensor, whose rows the index names, got a list of 3",
+        "x must be one tensor if index is given, got a list of 3 tensors",
     ),
     "token_scale_with_index": (
         {"per_token_scale": [torch.ones(4)] * 3, "index": torch.zeros(13, dtype=I32)},
         ValueError,
-        "per_token_scale must be one tensor, whose rows the index names, got a list of 3",
+        "per_token_scale must be one tensor if index is given, got a list of 3 tensors",
     ),
     "token_scale_rows": (
         {
@@ -254,12 +254,12 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
             "per_token_scale": list(torch.ones(13).split((4, 1, 8))),
         },
         ValueError,
-        r"per_token_scale must be tensors of \[4, 0, 9\] rows, got \[4, 1, 8\]",
+        r"per_token_scale must have as many rows per expert as .*, \[4, 0, 9\], got \[4, 1, 8\]",
     ),
     "token_scale_missing": (
         {"per_token_scale": None},
         ValueError,
-        "per_token_scale: .*need per_token_scale and scale, got None",
+        "per_token_scale must be given: .*need per_token_scale and scale, got None",
     ),
     "weight_none": ({"weight": []}, ValueError, "weight must be .* got a list of 0"),
     "weight_2d": (
@@ -270,7 +270,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight_shapes": (
         {"weight": [fp8(24, 32), fp8(24, 32), fp8(16, 32)]},
         ValueError,
-        r"weight\[2\] must be \[N, K\] as weight\[0\], \(24, 32\), got \(16, 32\)",
+        r"weight\[2\] must be \[N, K\] like weight\[0\], \(24, 32\), got \(16, 32\)",
     ),
     "weight_3d": (
         {"weight": [fp8(1, 24, 32)] * 3},
@@ -297,7 +297,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "weight must be torch.float8_e4m3fn.* got torch.int8",
     ),
-    "scale_missing": ({"scale": None}, ValueError, "scale: .*need .* and scale, got None"),
+    "scale_missing": ({"scale": None}, ValueError, "scale must be given: .*need .* and scale, got None"),
     "scale_shape": (
         {"scale": [torch.ones(25) for _ in range(3)]},
         ValueError,
@@ -311,7 +311,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "scale_mixed": (
         {"scale": [torch.ones(24), torch.ones(24, 1), torch.ones(24)]},
         ValueError,
-        r"scale\[1\] must have scale\[0\]'s shape \(24,\) .*, got \(24, 1\)",
+        r"scale\[1\] must have the shape of scale\[0\], \(24,\), .*, got \(24, 1\)",
     ),
     "out_rows": (
         {"out": torch.empty(12, 24, dtype=torch.bfloat16)},
@@ -332,12 +332,12 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "groups_shape": (
         {"group_list": torch.zeros(4, dtype=I32)},
         ValueError,
-        r"group_list must have shape \(3,\), contiguous, got shape \(4,\)",
+        r"group_list must be contiguous, of shape \(3,\), got shape \(4,\)",
     ),
     "groups_strided": (
         {"group_list": torch.zeros(6, dtype=I64)[::2]},
         ValueError,
-        r"group_list must have shape \(3,\), contiguous, got .*strides \(2,\)",
+        r"group_list must be contiguous, of shape \(3,\), got .*strides \(2,\)",
     ),
     "groups_kind": (
         {"group_list_type": "counts"},

@@ -149,11 +149,11 @@ IDS = torch.zeros(2, 2, dtype=torch.int32)
         (IDS[0, 0], 4, {}, ValueError, r"got \[\]"),
         (IDS[:, :1].expand(2, 2**28), 4, {}, ValueError, "must have at most 268435456 ids"),
         (IDS, 0, {}, ValueError, "must be at least 1, got 0"),
-        (IDS, 4, {"capacity_factor": -1.0}, ValueError, "must be 0 or more, finite, got -1.0"),
+        (IDS, 4, {"capacity_factor": -1.0}, ValueError, "must be 0 or more and finite, got -1.0"),
         (IDS, 4, {"capacity_factor": float("nan")}, ValueError, "got nan"),
         (IDS, 4, {"expert_map": IDS[0].long()}, TypeError, "must be int32, got torch.int64"),
         (IDS, 4, {"expert_map": IDS}, ValueError, r"must be \[global experts\], got \[2, 2\]"),
-        (IDS, 4, {"expert_map": IDS[0].to("meta")}, ValueError, "must be on cpu, got meta"),
+        (IDS, 4, {"expert_map": IDS[0].to("meta")}, ValueError, "must be on cpu, got one on meta"),
     ],
     ids=[
         "float", "int16", "3d", "scalar", "ids", "no_experts", "factor", "nan", "map_int64",

@@ -74,14 +74,14 @@ def test_compiles_as_one_graph() -> None:
     [
         (X.int(), 2, {}, TypeError, "must have a floating-point dtype, got torch.int32"),
         (X[0], 2, {}, ValueError, r"must be \[T, E > 0\], got \[16\]"),
-        (X, 0, {}, ValueError, "k must be 1 to 16, the experts to choose from, got 0"),
+        (X, 0, {}, ValueError, "k must be 1 to 16, the number of experts to choose from, got 0"),
         (X, 9, {"num_groups": 2}, ValueError, "k must be 1 to 8"),
         (X, 2, {"num_groups": 3}, ValueError, "must be a divisor of 16 experts, got 3"),
-        (X, 2, {"num_groups": 4, "topk_groups": 5}, ValueError, "must be 1 to 4, got 5"),
+        (X, 2, {"num_groups": 4, "topk_groups": 5}, ValueError, "must be 1 to num_groups 4, got 5"),
         (X, 2, {"scoring": "tanh"}, ValueError, "must be 'softmax' or 'sigmoid', got 'tanh'"),
         (X, 2, {"correction_bias": X[0, :3]}, ValueError, r"must be \[16\], got \[3\]"),
         (X, 2, {"correction_bias": X[0].int()}, TypeError, "floating-point dtype, got torch.int32"),
-        (X, 2, {"correction_bias": X[0].to("meta")}, ValueError, "must be on cpu, got meta"),
+        (X, 2, {"correction_bias": X[0].to("meta")}, ValueError, "must be on cpu, got one on meta"),
         (X, 2, {"scale": float("inf")}, ValueError, "scale must be a finite float32, got inf"),
         (X, 2, {"threshold": float("nan")}, ValueError, "threshold must be a finite float32"),
     ],
@@ -94,7 +94,7 @@ def test_errors(
 
 
 def test_capacity_factor_is_checked() -> None:
-    with pytest.raises(ValueError, match="capacity_factor must be 0 or more, finite, got nan"):
+    with pytest.raises(ValueError, match="capacity_factor must be 0 or more and finite, got nan"):
         cm.route_logits(X, 2, capacity_factor=float("nan"))
 
 
