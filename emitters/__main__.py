@@ -1,8 +1,9 @@
 """The compile worker: a JSON request a line on stdin, a JSON answer a line on stdout.
 
 Request: {"problem": ..., "config": ..., "arch": ..., "toolchain": "cu12", "cu13" or null, "output":
-DIRECTORY}. Answer: {"ok": true, "seconds": ...} once the directory holds kernel.cubin and
-launch.json, or {"ok": false, "error": ...}. Ends with its input.
+DIRECTORY, "ptx": true or absent}. Answer: {"ok": true, "seconds": ...} once the directory holds
+kernel.cubin and launch.json, or for PTX kernel.ptx; else {"ok": false, "error": ...}. Ends with its
+input.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from emitters.compile.emit import emit
-from emitters.spec.image import Image
+from emitters.compile.emit import emit, emit_ptx
 from emitters.spec.registry import config_from_json, problem_from_json
 
 
@@ -33,21 +33,21 @@ def _answer(line: str) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         request = json.loads(line)
-        image = _emit(request)
-        _write(Path(request["output"]), image)
+        _write(request)
     except Exception as error:  # whatever the compiler raised, the next request may be fine
         traceback.print_exc()
         return {"ok": False, "error": f"{type(error).__name__}: {error}"}
     return {"ok": True, "seconds": time.perf_counter() - start}
 
 
-def _emit(request: dict[str, Any]) -> Image:
+def _write(request: dict[str, Any]) -> None:
     problem = problem_from_json(request["problem"])
     config = config_from_json(request["config"])
-    return emit(problem, config, request["arch"], request["toolchain"])
-
-
-def _write(directory: Path, image: Image) -> None:
+    arch, toolchain, directory = request["arch"], request["toolchain"], Path(request["output"])
+    if request.get("ptx"):
+        (directory / "kernel.ptx").write_text(emit_ptx(problem, config, arch, True, toolchain)[1])
+        return
+    image = emit(problem, config, arch, toolchain)
     (directory / "kernel.cubin").write_bytes(image.cubin)
     (directory / "launch.json").write_text(image.record.to_json())
 

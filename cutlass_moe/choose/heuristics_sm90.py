@@ -166,6 +166,11 @@ def choose(
     return scheduled
 
 
+def origin(problem: GemmProblem, rows_per_expert: float, gpu: str) -> str:
+    """Where `choose` takes a config from: "tuning table" or "estimate"."""
+    return "tuning table" if tuned.lookup(problem, gpu, rows_per_expert) else "estimate"
+
+
 def estimate(problem: GemmProblem, num_tokens: int, rows_per_expert: float) -> GemmConfig:
     """What `choose` returns where there is no table."""
     family = _family(problem, rows_per_expert) or _estimates(problem)[-1:]

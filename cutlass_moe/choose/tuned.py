@@ -16,10 +16,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cutlass_moe.environment import TUNING
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.registry import GemmConfig, gemm_config_from_json, why_illegal
 
-VARIABLE = "CUTLASS_MOE_TUNING"
 FAR = 1.5  # a little more than half of a power of two, the steps of `tune`
 _SHIPPED = tuple(sorted(map(str, Path(__file__).with_name("tables").glob("*.json"))))
 
@@ -52,7 +52,7 @@ def lookup(problem: GemmProblem, gpu: str, rows_per_expert: float) -> GemmConfig
     def far(entry: TunedConfig) -> float:
         return abs(math.log(entry.rows_per_expert / rows_per_expert))
 
-    entries = _entries(problem, gpu, os.environ.get(VARIABLE, ""))
+    entries = _entries(problem, gpu, TUNING.read())
     if not entries or rows_per_expert <= 0:
         return None
     nearest = min(entries, key=far)
@@ -61,7 +61,7 @@ def lookup(problem: GemmProblem, gpu: str, rows_per_expert: float) -> GemmConfig
 
 def configs(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """Every config that `lookup` may return, on any GPU. Raises as it does."""
-    files = os.environ.get(VARIABLE, "")
+    files = TUNING.read()
     gpus = dict.fromkeys(gpu for table in _tables(files) for gpu in table)
     found = (entry.config for gpu in gpus for entry in _entries(problem, gpu, files))
     return tuple(dict.fromkeys(found))

@@ -31,6 +31,7 @@ from cutlass_moe.cli.common import (
     shard_options,
 )
 from cutlass_moe.cli.images import COMMANDS
+from cutlass_moe.cli.inspect import inspect
 from cutlass_moe.images.archive import SUFFIX, pack
 from cutlass_moe.images.cache import Cache, default_cache
 from cutlass_moe.images.compiler import (
@@ -161,7 +162,7 @@ def build(
     with_layers = for_tuning or any(layers.values())
     if of_layers == bool(problem) or (problem and with_layers) or (config and of_layers):
         raise click.UsageError(
-            "either --model or --shapes (and --dtype, --tp, --ep, --for-measure), or --problem "
+            "either --model or --shapes (and --dtype, --tp, --ep, --for-tuning), or --problem "
             "(and --config)"
         )
     if problem:
@@ -272,8 +273,17 @@ def show_config(model: str, dtype: str, tokens: tuple[int, ...]) -> None:
     console.print("smem in bytes; registers a thread: producer / consumer, or everyone's")
 
 
-for _command in COMMANDS:
+for _command in (*COMMANDS, inspect):
     main.add_command(_command)
+
+
+@main.command("env")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def env(as_json: bool) -> None:
+    """Show versions, GPUs, driver and roots, and what is missing with the command that mends it."""
+    from cutlass_moe.cli.env import show  # imports torch
+
+    show(as_json)
 
 
 @main.command("clear-cache")

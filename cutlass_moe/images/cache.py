@@ -21,6 +21,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from cutlass_moe.environment import CACHE_DIR
 from cutlass_moe.images.archive import SUFFIX, Archive
 from cutlass_moe.images.roots import (
     CUBIN,
@@ -292,7 +293,7 @@ def default_cache() -> Cache:
     Roots: those of CUTLASS_MOE_CACHE_DIR, a list like PATH, and before the last, which is written
     to, those that packages ship. Without that variable `cutlass_moe` in XDG_CACHE_HOME or ~/.cache.
     """
-    roots = list(filter(None, os.environ.get("CUTLASS_MOE_CACHE_DIR", "").split(os.pathsep)))
+    roots = CACHE_DIR.paths()
     if not roots:
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
         roots = [str(home / "cutlass_moe")]

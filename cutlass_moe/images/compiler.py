@@ -13,9 +13,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,15 @@ def compile_image(
     with _Worker(arch, _installed_toolchain()) as worker:
         image, _ = worker.compile(Request(problem, config, arch), timeout)
     return image
+
+
+def compile_ptx(problem: Problem, config: Config, arch: str = DEFAULT_ARCH) -> str:
+    """The PTX of a kernel, compiled anew, with `.loc` lines that name the emitters' source.
+
+    Raises what `compile_image` raises.
+    """
+    with _Worker(arch, _installed_toolchain()) as worker:
+        return worker.compile_ptx(Request(problem, config, arch), TIMEOUT)
 
 
 def compile_images(
@@ -263,11 +272,25 @@ class _Worker:
 
     def compile(self, request: Request, timeout: float) -> tuple[Image, float]:
         """The image and the seconds it took. Raises CompileError; a worker that hangs is killed."""
+        with self._compiled(request, timeout, ptx=False) as (output, seconds):
+            cubin = Path(output, "kernel.cubin").read_bytes()
+            record = LaunchRecord.from_json(Path(output, "launch.json").read_text())
+            return Image(cubin, record), seconds
+
+    def compile_ptx(self, request: Request, timeout: float) -> str:
+        """The PTX. Raises as `compile` does."""
+        with self._compiled(request, timeout, ptx=True) as (output, _):
+            return Path(output, "kernel.ptx").read_text()
+
+    @contextmanager
+    def _compiled(self, request: Request, timeout: float, ptx: bool) -> Iterator[tuple[str, float]]:
+        """The directory of what was compiled, and the seconds it took."""
         plain = {
             "problem": request.problem.to_json(),
             "config": request.config.to_json(),
             "arch": request.arch,
             "toolchain": self._toolchain,
+            "ptx": ptx,
         }
         try:
             self._heard = self._stderr.stat().st_size
@@ -275,11 +298,9 @@ class _Worker:
                 answer = self._ask({**plain, "output": output}, timeout)
                 if not answer["ok"]:
                     raise CompileError(f"{answer['error']}\n{self._last_words()}")
-                cubin = Path(output, "kernel.cubin").read_bytes()
-                record = LaunchRecord.from_json(Path(output, "launch.json").read_text())
+                yield output, answer["seconds"]
         except (OSError, ValueError) as error:  # no space, or emitters of another image ABI
             raise CompileError(f"{type(error).__name__}: {error}") from error
-        return Image(cubin, record), answer["seconds"]
 
     def close(self) -> None:
         # Killed, not asked: an image is complete before its answer, and the DSL exits slowly.

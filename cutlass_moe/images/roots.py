@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from cutlass_moe.environment import TRUST_ROOT
 from emitters.spec.image import Image, LaunchRecord
 
 CUBIN = "kernel.cubin"
 RECORD = "launch.json"
 PLACE = re.compile(r"(sm_\d+[a-z]?)/([0-9a-f]{64})")  # arch and key
-TRUST = "CUTLASS_MOE_TRUST_ROOT"
 
 
 class DamagedImage(ValueError):
@@ -127,7 +127,7 @@ def require_trust(path: Path, status: os.stat_result) -> None:
     CUTLASS_MOE_TRUST_ROOT=1 trusts them.
     """
     user = os.geteuid()
-    if os.environ.get(TRUST) == "1":
+    if TRUST_ROOT.on():
         return
     if status.st_uid not in (0, user):
         why = f"belongs to user {status.st_uid}, expected {user} (this process's) or 0"
@@ -136,7 +136,8 @@ def require_trust(path: Path, status: os.stat_result) -> None:
     else:
         return
     raise UntrustedRoot(
-        f"images are code, and {path} {why}. Set {TRUST}=1 to trust whoever can write there"
+        f"images are code, and {path} {why}. Set {TRUST_ROOT.name}=1 to trust all who can write "
+        "there"
     )
 
 

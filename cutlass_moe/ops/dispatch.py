@@ -1,4 +1,8 @@
-"""From arguments to a launch: checked and chosen once per signature, enqueued every time."""
+"""The way from arguments to a launch.
+
+Arguments are checked, and the kernel is chosen, once per signature (dtypes, shapes, strides,
+devices, options). Later calls of that signature only fill in addresses and enqueue.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from cutlass_moe.runtime.device import on_device
 from cutlass_moe.runtime.fallback import announce_fallback
 from cutlass_moe.runtime.kernel import Kernel, Views
 from cutlass_moe.runtime.launch import Launch
+from cutlass_moe.runtime.log import logger
 from cutlass_moe.runtime.parameters import (
     Addresses,
     gemm_values,
@@ -39,40 +44,43 @@ from emitters.spec.registry import GemmConfig, why_illegal
 
 
 class Choice(NamedTuple):
-    """A launch of a kernel, but for the addresses of its tensors: what a signature decides."""
+    """The part of a launch that a signature decides: all but the addresses of tensors."""
 
     kernel: Kernel
-    grid: int
-    values: Mapping[str, int]  # all others
+    grid: int  # CTAs
+    values: Mapping[str, int]  # of all parameters that are not addresses
     views: Views
-    overlap: bool = False
+    overlap: bool = False  # programmatic dependent launch
 
     def launch(self, addresses: Addresses | Iterable[tuple[str, int]], stream: int) -> None:
-        """Enqueues it. addresses: by parameter, of all tensors."""
+        """Enqueues the kernel on a stream. addresses: of all tensors, by parameter."""
         kernel, grid, others, views, overlap = self
         values = {**others}
         values.update(addresses)
         kernel.launch(values, grid, stream, overlap, views)
 
     def prepare(self, addresses: Addresses) -> Launch:
+        """Makes a launch that can be enqueued again and again. addresses: as in `launch`."""
         kernel, grid, values, views, overlap = self
         return kernel.prepare({**values, **addresses}, grid, overlap, views)
 
 
 class CheckedCall(NamedTuple):
-    """What is known of a call before its addresses are."""
+    """What the signature of a call decides: its result's shape and dtype, and its kernel."""
 
     shape: tuple[int, int]
     dtype: torch.dtype
-    choice: Choice | None  # None: the reference
+    choice: Choice | None  # None: the reference serves it
 
 
 _calls: Signatures[CheckedCall] = Signatures()
 
 
 def find_call(operands: Operands, out: Tensor | None, options: Options) -> CheckedCall:
-    """Checks arguments and chooses a kernel, once per signature: dtypes, shapes, strides,
-    devices."""
+    """Checks arguments and chooses a kernel, once per signature.
+
+    Raises what `check` and `library.load` raise.
+    """
     key = signature((*options, forced), (out, *operands))
     call = _calls.get(key)
     if call is None:
@@ -103,10 +111,10 @@ def _choose(operands: Operands, dtype: torch.dtype, options: Options) -> Choice 
 
 
 def enqueue(choice: Choice, out: Tensor, operands: Operands, maps: Tensor | None = None) -> None:
-    """Launches the kernel of checked arguments on torch's current stream; returns at once.
+    """Launches a kernel on checked operands, on torch's current stream; returns at once.
 
-    maps: on the device, the tensor maps of E experts, which a kernel of unstacked weights reads
-    instead of `operands.weight`.
+    maps uint8 [E, 128], on the device: one tensor map per expert, for weights that are separate
+    tensors. The kernel then reads these instead of `operands.weight`.
     """
     addresses = operand_addresses(operands, out)
     if maps is not None:
@@ -115,9 +123,9 @@ def enqueue(choice: Choice, out: Tensor, operands: Operands, maps: Tensor | None
 
 
 def step_kernel(problem: Step, device: int, few: bool = False) -> Kernel | None:
-    """None, and a warning, where there is no kernel and the op's torch path must do.
+    """The kernel of a layer's step, or None after a warning if the torch path must serve the call.
 
-    few: as in `step_config`. Raises what `library.load` raises but MissingImage.
+    few: as in `step_config`. Raises what `library.load` raises, except MissingImage.
     """
     reason = why_illegal(problem, arch=library.device_arch(device))
     if reason is None:
@@ -132,12 +140,12 @@ def step_kernel(problem: Step, device: int, few: bool = False) -> Kernel | None:
 def launch_step(
     kernel: Kernel, values: Mapping[str, int], grid: int, device: int, overlap: bool = False
 ) -> None:
-    """On torch's current stream of the device."""
+    """Launches a step's kernel on torch's current stream of the device. grid: CTAs."""
     on_device(device, lambda stream: kernel.launch(values, grid, stream, overlap))
 
 
 def pose(operands: Operands, out_dtype: torch.dtype, options: Options) -> GemmProblem:
-    """The problem of checked arguments."""
+    """The problem that checked arguments of `grouped_matmul` pose."""
     scale, bias = operands.scale, operands.bias
     dtype = DTYPES[operands.x.dtype]
     experts, n, k = operands.weight.shape
@@ -158,12 +166,12 @@ def pose(operands: Operands, out_dtype: torch.dtype, options: Options) -> GemmPr
     )
 
 
-forced: GemmConfig | None = None  # by `forced_config`
+forced: GemmConfig | None = None  # the config that `forced_config` sets
 
 
 @contextmanager
 def forced_config(config: GemmConfig) -> Iterator[None]:
-    """Within it, all threads' calls use this config: for tuning and tests."""
+    """Makes the calls of all threads use this config while the context lasts: for tuning, tests."""
     global forced
     before, forced = forced, config
     try:
@@ -180,18 +188,25 @@ def choose_launch(
     weight_strides: tuple[int, ...],
     options: Options,
 ) -> Choice:
-    """Chooses the config for so many rows of x and of the product and the CTAs to launch, and loads
-    the kernel. weight_strides: as in `gemm_views`. Raises what `library.load` raises.
+    """Chooses a config and the number of CTAs, and loads the kernel.
+
+    num_tokens: rows of x; num_rows: rows of the product; weight_strides: as in `gemm_views`. Raises
+    what `library.load` raises.
     """
     experts = problem.num_experts
     per_expert = options.expected_rows or num_rows / experts
-    config = forced or heuristics.choose(
-        problem, num_tokens, per_expert, options.schedule, library.device_name(device)
-    )
+    gpu = library.device_name(device)
+    config = forced or heuristics.choose(problem, num_tokens, per_expert, options.schedule, gpu)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     ctas = min(options.num_sms or sms, sms) * config.ctas_per_sm
     most_tiles = (num_rows // config.tile_m + min(experts, num_rows)) * config.n_tiles(problem)
     clusters = max(1, min(ctas // config.cluster, most_tiles // config.cluster_tiles))
+    logger.info(
+        "%s: %d tokens, %d rows, %g per expert -> %s from %s, %d CTAs",
+        *(problem.words, num_tokens, num_rows, per_expert, config.words),
+        "forced_config" if forced else heuristics.origin(problem, per_expert, gpu),
+        clusters * config.cluster,
+    )
     return Choice(
         library.load(problem, config, device),
         clusters * config.cluster,

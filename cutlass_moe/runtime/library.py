@@ -6,15 +6,18 @@ import itertools
 import json
 import os
 import threading
+import time
 from functools import cache
 
 import torch
 
+from cutlass_moe.environment import JIT
 from cutlass_moe.images.cache import Cache, MissingImage, default_cache
 from cutlass_moe.images.compiler import build_command, compile_image
 from cutlass_moe.images.roots import Entry
 from cutlass_moe.images.toolchains import default_build
 from cutlass_moe.runtime.kernel import Kernel
+from cutlass_moe.runtime.log import logger
 from emitters.spec.arch import arch_of
 from emitters.spec.image import Image, image_key
 from emitters.spec.registry import Config, Problem
@@ -43,12 +46,10 @@ def find_image(problem: Problem, config: Config, arch: str) -> Image:
     """
     key = image_key(problem, config, arch)
     cache = default_cache()
-    forbidden = os.environ.get("CUTLASS_MOE_JIT", "1") == "0"
+    forbidden = not JIT.on()
     identity = None if forbidden else default_build()
     if identity is not None:
-        return cache.load_or_build(
-            arch, key, lambda: compile_image(problem, config, arch), identity
-        )
+        return cache.load_or_build(arch, key, lambda: _compile(problem, config, arch), identity)
     image = cache.load(arch, key)
     if image is None:
         why = "CUTLASS_MOE_JIT=0" if forbidden else "nvidia-cutlass-dsl is not installed"
@@ -59,6 +60,14 @@ def find_image(problem: Problem, config: Config, arch: str) -> Image:
             f"compiled here: {why}.\n{_nearest(cache, problem, config, arch)}\n"
             f"Build it with:\n{build_command(problem, config, arch)}"
         )
+    return image
+
+
+def _compile(problem: Problem, config: Config, arch: str) -> Image:
+    start = time.perf_counter()
+    image = compile_image(problem, config, arch)
+    seconds = time.perf_counter() - start
+    logger.info("image %.12s compiled in %.2f s", image_key(problem, config, arch), seconds)
     return image
 
 
@@ -107,9 +116,16 @@ def load(problem: Problem, config: Config, device: int, image: Image | None = No
                 f"a CUDA graph is being captured and the kernel for {problem} with {config} is not "
                 "loaded: call cutlass_moe.warmup with this problem, or run the op once, before"
             )
-        image = image or find_image(problem, config, device_arch(device))
+        start = time.perf_counter()
+        arch = device_arch(device)
+        image = image or find_image(problem, config, arch)
         with _lock:
             kernel = _kernels.get((problem, config, device))
             if kernel is None:
                 kernel = _kernels[problem, config, device] = Kernel(image, device)
+                key, seconds = image_key(problem, config, arch), time.perf_counter() - start
+                logger.info(
+                    "%s, %s: image %.12s ready on device %d in %.3f s",
+                    *(problem.words, config.words, key, device, seconds),
+                )
     return kernel

@@ -37,13 +37,18 @@ def emit(
 
 
 def emit_ptx(
-    problem: Problem, config: Config, arch: str = DEFAULT_ARCH, line_info: bool = True
+    problem: Problem,
+    config: Config,
+    arch: str = DEFAULT_ARCH,
+    line_info: bool = True,
+    toolchain: str | None = None,
 ) -> tuple[LaunchRecord, str]:
     """The kernel that `emit` writes as PTX.
 
     line_info: with `.loc` lines that name the Python source, which take as long as all the rest.
     """
-    image, ptx = _emit(problem, config, arch, "--generate-line-info" if line_info else "")
+    more_options = "--generate-line-info" if line_info else ""
+    image, ptx = _emit(problem, config, arch, more_options, toolchain)
     return image.record, ptx
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from cutlass_moe.images.archive import Archive, pack, write
 from cutlass_moe.images.cache import Cache
-from cutlass_moe.images.roots import CUBIN, RECORD, TRUST, DamagedImage, UntrustedRoot, read_image
+from cutlass_moe.images.roots import CUBIN, RECORD, DamagedImage, UntrustedRoot, read_image
 from tests.support.fake_images import ARCH, KEY, OTHER, cut, files_below, make_image, never
 
 IMAGES = {KEY: make_image(), OTHER: make_image(cubin=b"\x7fELFother" * 50)}
@@ -275,9 +275,9 @@ def _to_another_owner(path: Path) -> None:
 @pytest.mark.parametrize("open_up", [_for_the_group, _to_another_owner])
 def test_archive_that_others_can_write_is_refused(packed, monkeypatch, open_up):
     open_up(packed)
-    with pytest.raises(UntrustedRoot, match=f"images are code, and {packed}.*{TRUST}=1"):
+    with pytest.raises(UntrustedRoot, match=f"and {packed}.*CUTLASS_MOE_TRUST_ROOT=1"):
         Cache([packed]).load(ARCH, KEY)
-    monkeypatch.setenv(TRUST, "1")
+    monkeypatch.setenv("CUTLASS_MOE_TRUST_ROOT", "1")
     assert Cache([packed]).load(ARCH, KEY) == IMAGES[KEY]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cutlass_moe.images.cache import SCRAP_SECONDS, WORK, Cache, default_cache, package_roots
-from cutlass_moe.images.roots import CUBIN, RECORD, TRUST, UntrustedRoot
+from cutlass_moe.images.roots import CUBIN, RECORD, UntrustedRoot
 from emitters.spec.image import IMAGE_ABI, Image
 from tests.support.fake_images import ARCH, KEY, OTHER, cut, files_below, make_image, never
 
@@ -302,9 +302,9 @@ def test_root_that_others_can_write_is_refused(filled, monkeypatch, name, open_u
         lambda: cache.load_or_build(ARCH, KEY, never, "today"),
         lambda: list(cache.entries()),
     ):
-        with pytest.raises(UntrustedRoot, match=f"images are code, and {filled}.*{TRUST}=1"):
+        with pytest.raises(UntrustedRoot, match=f"and {filled}.*CUTLASS_MOE_TRUST_ROOT=1"):
             use()
-    monkeypatch.setenv(TRUST, "1")
+    monkeypatch.setenv("CUTLASS_MOE_TRUST_ROOT", "1")
     assert cache.load(ARCH, KEY) == make_image()
 
 
