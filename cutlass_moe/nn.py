@@ -1,4 +1,4 @@
-"""Mixture-of-experts feed-forward layers as torch modules."""
+"""Mixture-of-experts feed-forward layers as torch modules, and their quantisation."""
 
 from __future__ import annotations
 
@@ -25,25 +25,32 @@ _QUANTIZED = ("w1_quantized", "w1_scale", "w2_quantized", "w2_scale")
 
 
 class MoeFeedForward(nn.Module):
-    """Sum over a token's experts e of weight * (act(x @ w1[e] + b1[e]) @ w2[e] + b2[e]).
+    """A mixture-of-experts feed-forward layer with its router.
 
-    embed_dim D, hidden_dim H, num_experts E. Parameters, with F = H, in the gated form 2 H:
-      w1 [E, D, F] and w2 [E, H, D]; with `bias` also b1 [E, F] and b2 [E, D];
-      router, a Linear from D to E, with a bias where `router_bias` says so;
-      of num_shared_experts S, which every token visits and whose outputs are added unweighted,
-      shared_w1 [S, D, F], shared_w2 [S, H, D] and with `bias` shared_b1 [S, F], shared_b2 [S, D].
-    activation: "gelu" (erf, the default), "silu", "relu" or "relu2" (squared).
-    top_k and router_options (scoring, renormalize, num_groups, topk_groups, scale, threshold): as
-      in `topk_router`. correction_bias: there is a float32 buffer of this name, [E], for the choice
-      of experts.
-    capacity_factor: as in `route`.
-    use_grouped_gemm=False: the padded path, always.
+      out[t] = sum over the top_k experts e of t: weight[t, e] * (act(x[t] @ w1[e] + b1[e]) @ w2[e]
+               + b2[e]), plus the unweighted sum over shared experts
 
-    Kernels run bfloat16, float16 and quantised layers (`quantize_`) on a GPU that has them, where
-    no gradient is wanted. All else takes the padded path, after one warning unless it was asked for
-    or the module is training: tokens are copied to [E, longest, D], experts are batched matrix
-    products, and the host waits for the device once. That path is differentiable in the input and
-    all parameters, of any floating dtype; quantised layers have no gradient.
+      parameter              shape                    exists if
+      w1, w2                 [E, D, F], [E, H, D]     always
+      b1, b2                 [E, F], [E, D]           bias
+      shared_w1, shared_w2   [S, D, F], [S, H, D]     num_shared_experts > 0
+      shared_b1, shared_b2   [S, F], [S, D]           num_shared_experts > 0 and bias
+      router                 Linear from D to E       always; it has a bias if router_bias
+      correction_bias        [E], a float32 buffer    correction_bias
+
+    D is embed_dim, H hidden_dim, E num_experts and S num_shared_experts. F is H here and 2 H in
+    `GatedMoeFeedForward`.
+
+    activation: "gelu" (erf, the default), "silu", "relu" or "relu2" (relu squared).
+    top_k, router_options (scoring, renormalize, num_groups, topk_groups, scale, threshold) and
+      correction_bias: as in `topk_router`. capacity_factor: as in `route`.
+    use_grouped_gemm: False always takes the padded path.
+
+    Kernels serve bfloat16, float16 and quantised layers (`quantize_`) on a GPU when no gradient is
+    wanted. Other calls take the padded path, after one warning unless use_grouped_gemm is False or
+    the module is training. It copies tokens to [E, longest, D] and runs the experts as batched
+    matrix products; the host waits for the device once. It takes any floating dtype and is
+    differentiable in the input and all parameters; quantised layers have no gradient.
     """
 
     activations = NOT_GATED  # the first is the default
@@ -89,9 +96,9 @@ class MoeFeedForward(nn.Module):
 
         for prefix, count in (("", num_experts), ("shared_", num_shared_experts)):
             for name, shape in self._shapes().items():
-                there = count > 0 and (bias or name.startswith("w"))
+                exists = count > 0 and (bias or name.startswith("w"))
                 empty = torch.empty((count, *shape), device=device, dtype=dtype)
-                self.register_parameter(prefix + name, nn.Parameter(empty) if there else None)
+                self.register_parameter(prefix + name, nn.Parameter(empty) if exists else None)
         self.router = nn.Linear(embed_dim, num_experts, router_bias, device, dtype)
         zeros = torch.zeros(num_experts, device=device, dtype=torch.float32)
         self.register_buffer("correction_bias", zeros if correction_bias else None)
@@ -100,24 +107,24 @@ class MoeFeedForward(nn.Module):
         self.reset_parameters()
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of one expert's parameters."""
+        """The shapes of one expert's parameters, by name."""
         d, h = self.embed_dim, self.hidden_dim
         width = 2 * h if self.activation in GATED else h
         return {"w1": (d, width), "w2": (h, d), "b1": (width,), "b2": (d,)}
 
     def reset_parameters(self) -> None:
-        """Weights are drawn as `nn.Linear` draws them, expert by expert; biases become zeros."""
+        """Draws weights as `nn.Linear` does, expert by expert, and sets biases to zero."""
         self.router.reset_parameters()
         for parameter in self.parameters(recurse=False):
             bound = parameter.shape[1] ** -0.5 if parameter.dim() == 3 else 0.0
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] -> the same shape and dtype: that of the parameters, or any floating one
-        under autocast and where the layer is quantised.
+        """Applies the layer to hidden [..., D]; returns the same shape and dtype.
 
-        Raises TypeError or ValueError for other inputs, RuntimeError where a gradient through a
-        quantised layer is wanted.
+        hidden has the parameters' dtype; under autocast, and in a quantised layer, any floating
+        dtype. Raises TypeError or ValueError for other inputs, and RuntimeError where a gradient
+        through a quantised layer would be lost.
         """
         self._check(hidden)
         x = hidden.reshape(-1, self.embed_dim)
@@ -148,7 +155,7 @@ class MoeFeedForward(nn.Module):
             if wants_gradient((hidden,)):
                 raise RuntimeError(
                     "a quantised layer has no gradient and its input requires one: "
-                    "detach it, or use torch.no_grad()"
+                    "detach it, or call under torch.no_grad()"
                 )
         elif hidden.dtype != self.w1.dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise TypeError(
@@ -156,10 +163,11 @@ class MoeFeedForward(nn.Module):
             )
 
     def _why_no_kernel(self, x: Tensor, differentiable: bool) -> str | None:
+        """Why no kernel serves this input, or None."""
         if differentiable:
-            return "a gradient may be asked for (torch.no_grad() says that it won't be)"
+            return "kernels have no gradient and one may be asked for: call under torch.no_grad()"
         if not x.is_cuda:
-            return f"tensors on {x.device}, not on a GPU"
+            return f"tensors must be on a GPU, got {x.device}"
         experts = self._experts()
         return _why_illegal(
             (self.num_experts, self.top_k, self.embed_dim, self.hidden_dim),
@@ -194,13 +202,13 @@ class MoeFeedForward(nn.Module):
         longest, rows = torch.stack([counts.max(), ends[-1]]).tolist()
         row = torch.arange(rows, device=x.device)
         expert = torch.searchsorted(ends, row, right=True)
-        place = expert * longest + row - (ends - counts)[expert]
+        slot = expert * longest + row - (ends - counts)[expert]  # in [E * longest]
         token = table.index[:rows].long()
 
         def padded(values: Tensor) -> Tensor:
-            """[T, ...] -> [E, longest, ...]"""
+            """Copies each token to its experts' rows: [T, ...] -> [E, longest, ...]."""
             spread = values.new_zeros(self.num_experts * longest, *values.shape[1:])
-            spread.index_copy_(0, place, values[token])
+            spread.index_copy_(0, slot, values[token])
             return spread.view(self.num_experts, longest, *values.shape[1:])
 
         experts = self._experts()
@@ -210,11 +218,11 @@ class MoeFeedForward(nn.Module):
         )
         inverse = table.inverse
         if rows:
-            inverse = place[inverse.clamp(min=0)].where(inverse >= 0, -1)
+            inverse = slot[inverse.clamp(min=0)].where(inverse >= 0, -1)
         return combine_reference(out.flatten(0, 1).to(x.dtype), weights, inverse, residual=residual)
 
     def _experts(self, prefix: str = "") -> Experts:
-        """What `fused_moe` takes: views of the parameters, or what `quantize_` made of them."""
+        """The experts' weights for `fused_moe`: views of the parameters, or quantised buffers."""
         b1, b2 = getattr(self, f"{prefix}b1"), getattr(self, f"{prefix}b2")
         if self.quant and not prefix:
             q1, scale1, q2, scale2 = (getattr(self, name) for name in _QUANTIZED)
@@ -227,7 +235,7 @@ class MoeFeedForward(nn.Module):
             weight = getattr(self, name).detach().transpose(1, 2)
             values = torch.empty(weight.shape, dtype=QUANTS[quant], device=weight.device)
             scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
-            for e, expert in enumerate(weight):  # one by one: a float32 copy of all may not fit
+            for e, expert in enumerate(weight):  # a float32 copy of all experts may not fit
                 values[e], scale[e] = quantize_per_token(expert.contiguous().float(), values.dtype)
             setattr(self, f"{name}_quantized", values)
             setattr(self, f"{name}_scale", scale)
@@ -236,7 +244,7 @@ class MoeFeedForward(nn.Module):
         self.requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoeFeedForward:
-        """Moves everything and casts parameters; buffers keep their dtypes, and so their values."""
+        """Moves the module and casts its parameters; buffers keep their dtypes and values."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -247,9 +255,9 @@ class MoeFeedForward(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for name in _QUANTIZED:  # torch would convert 8-bit values of one kind to another
-            mine, given = getattr(self, name), state_dict.get(prefix + name)
-            if mine is not None and given is not None and mine.dtype != given.dtype:
-                raise TypeError(f"{prefix}{name} must be {mine.dtype}, got {given.dtype}")
+            buffer, loaded = getattr(self, name), state_dict.get(prefix + name)
+            if buffer is not None and loaded is not None and buffer.dtype != loaded.dtype:
+                raise TypeError(f"{prefix}{name} must be {buffer.dtype}, got {loaded.dtype}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -262,7 +270,7 @@ class MoeFeedForward(nn.Module):
 
 
 class GatedMoeFeedForward(MoeFeedForward):
-    """`MoeFeedForward` with act(x @ gate) * (x @ up) between the projections.
+    """A `MoeFeedForward` with a gated activation: act(x @ gate) * (x @ up), then w2.
 
     w1 [E, D, 2 H] is [gate | up], and so are b1 [E, 2 H], shared_w1 and shared_b1. activation:
     "swiglu" (the default), "geglu", "reglu" or "swiglu_oai" (gpt-oss), as in `grouped_matmul`.
@@ -272,14 +280,18 @@ class GatedMoeFeedForward(MoeFeedForward):
 
 
 def quantize_(module: nn.Module, quant: str) -> nn.Module:
-    """Quantises, in place, the experts of every MoeFeedForward within a module; returns it.
+    """Quantises the experts of every MoeFeedForward in a module, in place; returns the module.
 
-    quant: "fp8" (e4m3) or "int8". w1 [E, D, F] and w2 [E, H, D] are replaced by buffers, K dense:
-    w1_quantized [E, F, D] with w1_scale float32 [E, F], w2_quantized [E, D, H] with w2_scale
-    [E, D]. Inputs and activations are then quantised per token. Biases, routers and shared experts
-    stay as they are, but nothing requires grad any more. A state dict of this form loads into a
-    module that was quantised alike. Raises ValueError for another `quant`, where there is no such
-    layer, and where one is quantised already.
+      parameter      buffers that replace it
+      w1 [E, D, F]   w1_quantized [E, F, D], w1_scale float32 [E, F]
+      w2 [E, H, D]   w2_quantized [E, D, H], w2_scale float32 [E, D]
+
+    quant: "fp8" (float8_e4m3fn) or "int8". From then on inputs and activations are quantised per
+    token, and nothing in the layers requires a gradient. Biases, routers and shared experts stay as
+    they are. The state dict loads into a module that was quantised in the same way.
+
+    Raises ValueError for another `quant`, for a module without a MoeFeedForward, and for one that
+    is quantised already.
     """
     if quant not in QUANTS:
         expected = " or ".join(map(repr, QUANTS))
@@ -302,19 +314,22 @@ def _why_illegal(
     bias: torch.dtype | None,
     arch: str,
 ) -> str | None:
-    """Why there are no kernels for a layer, or None. sizes: num_experts, top_k, embed_dim,
-    hidden_dim. dtypes: of the weights and of the layer's input."""
+    """Why there are no kernels for a layer, or None.
+
+    sizes: num_experts, top_k, embed_dim, hidden_dim. dtypes: of the weights, of the layer's input.
+    """
     weight, hidden = dtypes
     if hidden not in (torch.bfloat16, torch.float16):
         return f"hidden must be torch.bfloat16 or torch.float16, got {hidden}"
     quantized = weight in QUANTS.values()
     if not quantized and weight != hidden:  # under autocast
-        return f"weights must be {hidden}, as hidden is, or 8-bit, got {weight}"
+        return f"weights must be {hidden} like hidden, or 8-bit, got {weight}"
     if bias not in (None, *FLOATS):
-        return f"biases must be {', '.join(map(str, FLOATS))}, got {bias}"
-    kind = None if bias is None else DTYPES[bias]
-    each = Projection(2, kind) if quantized else Projection(0, kind, n_major=True)
+        return f"biases must be one of {', '.join(map(str, FLOATS))}, got {bias}"
+    bias_dtype = None if bias is None else DTYPES[bias]
+    scale_dims = 2 if quantized else 0
+    projection = Projection(scale_dims, bias_dtype, n_major=not quantized)
     problems = layer_problems(
-        LayerSizes(*sizes), DTYPES[weight], DTYPES[hidden], activation, each, each
+        LayerSizes(*sizes), DTYPES[weight], DTYPES[hidden], activation, projection, projection
     )
     return problems.why_illegal(arch)

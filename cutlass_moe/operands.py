@@ -1,4 +1,10 @@
-"""What calls hand over: tensors and options, by keyword and as what travels inside; dtypes."""
+"""The arguments of the public ops, as keyword types and as the tuples that travel inside; dtypes.
+
+op               keyword arguments    tensors          options
+grouped_matmul   ProductArguments     Operands         Options
+fused_moe        LayerArguments       LayerOperands    LayerOptions
+topk_router      RouterArguments      -                Router
+"""
 
 from __future__ import annotations
 
@@ -13,7 +19,7 @@ from emitters.spec.gemm import Activation, ActivationFunction
 if TYPE_CHECKING:
     from typing_extensions import Required
 
-_TABLE = (  # torch's dtype, the kernels', and what users call it as that of a layer
+_TABLE = (  # torch's dtype, the kernels' dtype, and the name that users give it
     (torch.float8_e4m3fn, DType.E4M3, "fp8"),
     (torch.float8_e5m2, DType.E5M2, None),
     (torch.int8, DType.INT8, "int8"),
@@ -26,11 +32,11 @@ TORCH_DTYPES = {kernels: dtype for dtype, kernels, _ in _TABLE}
 NAMED_DTYPES = {name: dtype for dtype, _, name in _TABLE if name}
 QUANTS = {name: dtype for name, dtype in NAMED_DTYPES.items() if dtype.itemsize == 1}
 FLOATS = tuple(dtype for dtype in DTYPES if dtype.is_floating_point and dtype.itemsize > 1)
-IDS = (torch.int32, torch.int64)  # of experts
+IDS = (torch.int32, torch.int64)  # dtypes of expert ids
 
 
 class ProductArguments(TypedDict, total=False):
-    """Arguments of `grouped_matmul` by keyword, for functions that take the same."""
+    """The keyword arguments of `grouped_matmul`, for functions that take the same ones."""
 
     index: Tensor | None
     offsets: Required[Tensor]
@@ -48,7 +54,7 @@ class ProductArguments(TypedDict, total=False):
 
 
 class Operands(NamedTuple):
-    """The tensors a grouped GEMM reads; shapes and dtypes as in `grouped_matmul`."""
+    """The tensors that a grouped GEMM reads; shapes and dtypes as in `grouped_matmul`."""
 
     x: Tensor
     weight: Tensor
@@ -61,12 +67,12 @@ class Operands(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows of the product."""
+        """The number of rows of the product."""
         return self.x.shape[0] if self.index is None else self.index.shape[0]
 
 
 class Options(NamedTuple):
-    """What a call may ask for besides its tensors, in the order of the op's schema."""
+    """The arguments of `grouped_matmul` that are not tensors, in the order of the op's schema."""
 
     out_dtype: torch.dtype | None = None
     accumulation: str | None = None
@@ -78,21 +84,28 @@ class Options(NamedTuple):
 
     @property
     def activation_node(self) -> Activation | None:
+        """The activation as a node of the kernel's epilogue."""
         return Activation(ActivationFunction(self.activation)) if self.activation else None
 
 
 def split_product(
     x: Tensor, weight: Tensor, arguments: ProductArguments
 ) -> tuple[Operands, Options]:
-    """Raises TypeError for a name that `grouped_matmul` does not take, and without offsets."""
+    """Splits the arguments of `grouped_matmul` into tensors and options.
+
+    Raises TypeError for a name that `grouped_matmul` does not take, and if offsets is missing.
+    """
     options, tensors = _split(arguments, Options._fields, Operands._fields[2:])
     if "offsets" not in tensors:
-        raise TypeError("'offsets' must be given, the cumulative ends of the experts' rows")
+        raise TypeError(
+            "'offsets' must be given (int32 [E], the cumulative ends of the experts' rows), got "
+            f"only {', '.join(['x', 'weight', *arguments])}"
+        )
     return Operands(x, weight, **{"index": None, **tensors}), Options(**options)
 
 
 class LayerArguments(TypedDict, total=False):
-    """Arguments of `fused_moe` by keyword, but for its memory, `out` and `workspace`."""
+    """The keyword arguments of `fused_moe`, except `out` and `workspace`."""
 
     quant: str | None
     w13_scale: Tensor | None
@@ -109,7 +122,7 @@ class LayerArguments(TypedDict, total=False):
 
 
 class Experts(NamedTuple):
-    """Weights of a layer's experts, as `fused_moe` takes them."""
+    """The weights of a layer's experts, with scales and biases, as `fused_moe` takes them."""
 
     w13: Tensor
     w2: Tensor
@@ -119,12 +132,12 @@ class Experts(NamedTuple):
     w2_bias: Tensor | None = None
 
     def only(self, e: int) -> Experts:
-        """Those of one expert."""
+        """The weights of expert e alone, as views [1, ...]."""
         return Experts(*(None if tensor is None else tensor[e : e + 1] for tensor in self))  # type: ignore
 
 
 class LayerOperands(NamedTuple):
-    """The tensors of a layer; shapes and dtypes as in `fused_moe`."""
+    """The tensors that a layer reads; shapes and dtypes as in `fused_moe`."""
 
     hidden: Tensor
     w13: Tensor
@@ -146,7 +159,7 @@ class LayerOperands(NamedTuple):
 
 
 class LayerOptions(NamedTuple):
-    """What a layer may be asked for besides its tensors, in the order of the op's schema."""
+    """The arguments of `fused_moe` that are not tensors, in the order of the op's schema."""
 
     quant: str | None = None
     activation: str = "swiglu"
@@ -164,14 +177,17 @@ def split_layer(
     topk_ids: Tensor,
     arguments: LayerArguments,
 ) -> tuple[LayerOperands, LayerOptions]:
-    """Raises TypeError for a name that `fused_moe` does not take."""
+    """Splits the arguments of `fused_moe` into tensors and options.
+
+    Raises TypeError for a name that `fused_moe` does not take.
+    """
     options, tensors = _split(arguments, LayerOptions._fields, LayerOperands._fields[5:])
     layer = LayerOperands(hidden, w13, w2, topk_weights, topk_ids, **tensors)
     return layer, LayerOptions(**options)
 
 
 class RouterArguments(TypedDict, total=False):
-    """Arguments of `topk_router` by keyword, but for `pdl`."""
+    """The keyword arguments of `topk_router`, except `pdl`."""
 
     scoring: str
     renormalize: bool
@@ -183,7 +199,7 @@ class RouterArguments(TypedDict, total=False):
 
 
 class Router(NamedTuple):
-    """What a router does with logits, in the order of the ops' schemas; see `topk_router`."""
+    """The arguments of `topk_router` except logits and `pdl`, in the order of the op's schema."""
 
     k: int
     scoring: str = "softmax"
@@ -198,11 +214,11 @@ class Router(NamedTuple):
 def _split(
     arguments: Any, options: tuple[str, ...], tensors: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options and tensors among keyword arguments. Raises TypeError for other names."""
-    chosen = {name: arguments[name] for name in options if name in arguments}
-    given = {name: arguments[name] for name in tensors if name in arguments}
-    if len(chosen) + len(given) < len(arguments):
+    """Splits keyword arguments into options and tensors. Raises TypeError for other names."""
+    options_given = {name: arguments[name] for name in options if name in arguments}
+    tensors_given = {name: arguments[name] for name in tensors if name in arguments}
+    if len(options_given) + len(tensors_given) < len(arguments):
         known = (*tensors, *options)
         wrong = next(name for name in arguments if name not in known)
-        raise TypeError(f"an argument by name must be one of {', '.join(known)}, got {wrong!r}")
-    return chosen, given
+        raise TypeError(f"a keyword argument must be one of {', '.join(known)}, got {wrong!r}")
+    return options_given, tensors_given

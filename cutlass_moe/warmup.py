@@ -1,4 +1,4 @@
-"""Kernels loaded before the first call needs them."""
+"""warmup: loads kernels before the first call needs them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ def warmup(
     device: int | torch.device | None = None,
     dtype: str = "fp8",
 ) -> None:
-    """Loads every kernel that calls of these problems may choose, so that none waits later.
+    """Loads every kernel that calls may choose for these problems, so that no call waits for one.
 
-    What the cache lacks is compiled first, several at a time. A model is a name that
-    `cutlass_moe.models.shapes.MODELS` has, a Hugging Face config.json or the directory of one, and
-    dtype ("fp8", "int8" or "bf16") that of its operands; its problems are those of
-    `cutlass_moe.models.problems.model_problems`: of `fused_moe` and the router too.
-    `cutlass_moe.grouped_matmul_problem` says which problem a call poses. device: default the
-    current one. Raises ValueError for another name, file or dtype, and what `load` raises.
+    Kernels that the cache lacks are compiled first, several at a time.
+
+    model_or_problems: one problem, several, or a model. `grouped_matmul_problem` gives the problem
+      that a call poses. A model is a name in `cutlass_moe.models.shapes.MODELS`, or the path of a
+      Hugging Face config.json or of its directory; it stands for all problems of its layers: those
+      of `fused_moe` and of the router.
+    device: default the current one.
+    dtype: of a model's weights: "fp8", "int8" or "bf16".
+
+    Raises ValueError for an unknown model, file or dtype, and what `runtime.library.load` raises.
     """
     asked = _problems(model_or_problems, dtype)
     index = torch.cuda._utils._get_device_index(device, optional=True)
@@ -40,8 +44,8 @@ def warmup(
         for config in every_config(problem)
         if not library.is_loaded(problem, config, index)
     ]
-    default_cache()  # once, not in every thread
-    with ThreadPoolExecutor() as pool:  # of several processes, one compiles an image
+    default_cache()  # opened here once, instead of in every thread
+    with ThreadPoolExecutor() as pool:  # if several processes warm up, each image is compiled once
         images = list(pool.map(lambda pair: library.find_image(pair[0], pair[1], arch), wanted))
     for (problem, config), image in zip(wanted, images, strict=True):
         library.load(problem, config, index, image)

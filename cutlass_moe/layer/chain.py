@@ -1,4 +1,4 @@
-"""A layer as a list of launches, made once for each signature of its arguments."""
+"""A layer as a list of launches, made once per signature of its arguments."""
 
 from __future__ import annotations
 
@@ -25,17 +25,16 @@ from cutlass_moe.runtime.workspace import WorkspaceLayout
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.layer_steps import CombineProblem, QuantizeProblem
 
-# Above so many rows per expert GEMMs are limited by arithmetic, and take up to a third longer when
-# they are launched before their predecessors end; below, a layer takes 2 to 30% less time with it
-# (perf/README.md).
+# Up to this many rows per expert, programmatic dependent launch saves 2 to 30% of a layer's time.
+# Above it arithmetic limits the GEMMs, and they take up to a third longer with it (perf/README.md).
 _PDL_ROWS = 32
 
 
 class Link:
-    """One launch of a chain.
+    """One launch of a chain, with the names of the tensors that it reads and writes.
 
-    reads, writes: for parameters that are addresses, the name of the tensor: one of LayerOperands,
-    "out", or a region of the layer's workspace.
+    reads, writes: map each parameter that is an address to the name of a tensor: a field of
+    LayerOperands, "out", or a region of the layer's workspace.
     """
 
     def __init__(self, choice: Choice, reads: dict[str, str], writes: dict[str, str]) -> None:
@@ -44,12 +43,12 @@ class Link:
         self._find = itemgetter(*reads.values(), *writes.values())
 
     def launch(self, addresses: dict[str, int], stream: int) -> None:
-        """addresses: by tensor."""
+        """Enqueues the launch on a stream. addresses: by the name of the tensor."""
         self.choice.launch(zip(self._params, self._find(addresses), strict=True), stream)
 
 
 class LayerWorkspace:
-    """What lies where in a layer's workspace."""
+    """The layout of a layer's workspace: the offset in bytes of each of its regions, by name."""
 
     def __init__(self, layer: LayerOperands, quant: str | None) -> None:
         tokens, hidden = layer.hidden.shape
@@ -76,25 +75,28 @@ class LayerWorkspace:
         self._offset[name] = self.layout.region(shape, dtype).offset
 
     def addresses(self, base: int) -> dict[str, int]:
-        """By name, in an aligned workspace at `base`."""
+        """The addresses of the regions, by name, in an aligned workspace at address `base`."""
         return {name: base + offset for name, offset in self._offset.items()}
 
 
 class Chain:
     """The launches of one layer on one device.
 
-    With programmatic dependent launch a kernel may start before its predecessor ends, and waits
-    for it before it reads what that wrote. Every kernel waits, so that all before a predecessor
-    have ended too, and lets its successor start once it has waited: no more than two are on their
-    way. But quantisations let it start at once, so that GEMMs are ready when they end.
+    With programmatic dependent launch a kernel may start before its predecessor ends. It then waits
+    for the end of its predecessor before it reads what that wrote:
 
-      kernel            may start when           before its wait                  waits
-      route             its predecessor lets it  nothing                          at its start
-      quantize hidden   route has waited         all its work: hidden is there    at its end
-      up                quantize starts          nothing                          before offsets
-      quantize active   up has waited            reads how many rows there are    before its rows
-      down              quantize starts          reads offsets, loads weights     before its rows
-      combine           down has waited          reads topk_weights and inverse   before its rows
+      kernel            starts at the earliest     before the wait it             waits before
+      route             as its predecessor allows  does nothing                   reading ids
+      quantize hidden   after route's wait         does all its work on hidden    it ends
+      up                with quantize hidden       does nothing                   reading offsets
+      quantize active   after up's wait            reads the number of rows       reading rows
+      down              with quantize active       reads offsets, loads weights   reading rows
+      combine           after down's wait          reads topk_weights, inverse    reading rows
+
+    Without quantisation, up starts after route's wait and down after up's. Every kernel waits, even
+    where it needs nothing of its predecessor: so its successor knows that all earlier kernels have
+    ended. A kernel lets its successor start only after its own wait, so at most two run at a time;
+    quantisations let it start at once, so that the GEMM is ready when they end.
     """
 
     def __init__(self, layer: LayerOperands, options: LayerOptions) -> None:
@@ -111,7 +113,7 @@ class Chain:
                 self.links = layer_links(layer, options, problems)
 
     def launch(self, layer: LayerOperands, out: Tensor, base: int) -> None:
-        """Enqueues the layer on torch's current stream. base: address of an aligned workspace."""
+        """Enqueues the layer on torch's current stream. base: the address of its workspace."""
         if not self.rows:
             out.zero_() if layer.residual is None else out.copy_(layer.residual)
         elif not self.links:
@@ -128,7 +130,10 @@ class Chain:
 
 
 def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProblems) -> list[Link]:
-    """The launches of a layer, in order, with their kernels loaded."""
+    """The launches of a layer, in order; loads their kernels.
+
+    Raises what `library.load` raises.
+    """
     tokens, rows = len(layer.hidden), layer.topk_ids.numel()
     ids = problems.up.num_experts if layer.expert_map is None else layer.expert_map.numel()
     make = _LinkMaker(layer, options, rows / max(ids, 1))
@@ -162,7 +167,7 @@ def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProb
 
 
 class _LinkMaker:
-    """Makes links, with what is the same for all of a layer's."""
+    """Makes the links of a layer; it holds what they have in common."""
 
     def __init__(self, layer: LayerOperands, options: LayerOptions, per_expert: float) -> None:
         self.layer, self.options, self.per_expert = layer, options, per_expert
@@ -196,7 +201,7 @@ class _LinkMaker:
         reads: dict[str, str],
         writes: dict[str, str],
     ) -> Link:
-        """A kernel whose CTAs share out rows."""
+        """A link for a kernel whose CTAs share out rows: quantize and combine."""
         kernel = library.load(problem, step_config(problem), self.device)
         grid = problem.ctas(rows, kernel.record.threads)
         return Link(Choice(kernel, grid, values, {}, self.overlap), reads, writes)
@@ -204,7 +209,7 @@ class _LinkMaker:
     def gemm(
         self, problem: GemmProblem, num_tokens: int, weight: str, reads: dict[str, str], out: str
     ) -> Link:
-        """weight: the name of its weights, whose scale and bias are named after it."""
+        """A link for a GEMM. weight: "w13" or "w2", also the prefix of its scale and bias."""
         interleaved = self.options.interleaved and problem.gated
         choice = choose_launch(
             problem,
@@ -214,7 +219,8 @@ class _LinkMaker:
             getattr(self.layer, weight).stride(),
             Options(expected_rows=self.per_expert, interleaved=interleaved),
         )
-        early = self.overlap and not problem.gather  # another GEMM has waited for offsets
+        # down may read offsets before its wait: up has waited for route, which wrote them
+        early = self.overlap and not problem.gather
         reads = {**reads, "weight": weight, "scale": f"{weight}_scale", "bias": f"{weight}_bias"}
         return Link(
             choice._replace(values={**choice.values, "early": int(early)}, overlap=self.overlap),
@@ -227,9 +233,10 @@ _chains: Signatures[Chain] = Signatures()
 
 
 def find_chain(layer: LayerOperands, options: LayerOptions, out: Tensor) -> Chain:
-    """Checks arguments and chooses kernels, once per signature: dtypes, shapes, strides, devices.
+    """Checks arguments and chooses kernels, once per signature.
 
-    Raises what `check_layer` and `library.load` raise.
+    A signature is the options and the dtypes, shapes, strides and devices of tensors. Raises what
+    `check_layer` and `library.load` raise.
     """
     key = signature((*options, dispatch.forced), (*layer, out))
     chain = _chains.get(key)

@@ -1,4 +1,4 @@
-"""What a call of fused_moe may look like, and the problems it poses."""
+"""Checks of the arguments of fused_moe, and the problems that they pose."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ _ALIGNMENTS = {  # bytes that addresses must be multiples of
 
 
 def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None = None) -> None:
-    """Raises ValueError or TypeError, with what was expected and what came. Extents may be
-    symbolic."""
+    """Checks the arguments of `fused_moe`.
+
+    Extents may be symbolic. Raises ValueError or TypeError that says what must be and what came.
+    """
     hidden, w13, w2 = layer.hidden, layer.w13, layer.w2
     device = hidden.get_device()
     if options.quant is not None and options.quant not in QUANTS:
@@ -55,7 +57,11 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
         check_weight(name, weight, hidden, shape, dtype)
         scale, bias = getattr(layer, f"{name}_scale"), getattr(layer, f"{name}_bias")
         if (scale is None) != (options.quant is None):
-            raise ValueError(f"{name}_scale must be given with quant, and only then")
+            got = "None" if scale is None else "a tensor"
+            raise ValueError(
+                f"{name}_scale must be given with quant and only then, got {got} with quant "
+                f"{options.quant!r}"
+            )
         if scale is not None:
             shapes = (shape[:2], (experts,))
             expect(f"{name}_scale", scale, device, (torch.float32,), shapes)
@@ -71,23 +77,23 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
 
 
 def layer_addresses(layer: LayerOperands, out: Tensor) -> dict[str, int]:
-    """Of a layer's tensors by name, 0 for one that is not there.
+    """The addresses of a layer's tensors, by name; 0 for an optional tensor that is None.
 
-    Raises ValueError for one that kernels could not read or write.
+    Raises ValueError for an address that is not aligned as kernels need.
     """
-    found = {
+    addresses = {
         name: 0 if tensor is None else tensor.data_ptr()
         for name, tensor in zip(layer._fields, layer, strict=True)
     }
-    found["out"] = out.data_ptr()
+    addresses["out"] = out.data_ptr()
     for name, multiple in _ALIGNMENTS.items():
-        if found[name] % multiple:
-            raise misaligned(name, multiple, found[name])
-    return found
+        if addresses[name] % multiple:
+            raise misaligned(name, multiple, addresses[name])
+    return addresses
 
 
 def problems_of(layer: LayerOperands, options: LayerOptions) -> LayerProblems:
-    """Of checked arguments of `fused_moe`."""
+    """The problems that checked arguments of `fused_moe` pose."""
 
     def projection(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Projection:
         return Projection(

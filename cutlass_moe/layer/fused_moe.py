@@ -1,4 +1,4 @@
-"""fused_moe: a whole mixture-of-experts layer as one chain of kernels, in one workspace."""
+"""fused_moe: a whole mixture-of-experts layer as one chain of kernels in one workspace."""
 
 from __future__ import annotations
 
@@ -39,32 +39,36 @@ def fused_moe(
     workspace: Tensor | None = None,
     pdl: bool = True,
 ) -> Tensor:
-    """residual[t] + sum over j of topk_weights[t, j] * expert topk_ids[t, j] of hidden[t].
+    """Computes a whole mixture-of-experts layer from each token's experts and weights.
 
-    An expert is w2[e] @ activation(w13[e] @ hidden[t] + w13_bias[e]) + w2_bias[e].
+      out[t] = residual[t] + sum over j of topk_weights[t, j] * expert(topk_ids[t, j], hidden[t])
+      expert(e, h) = w2[e] @ activation(w13[e] @ h + w13_bias[e]) + w2_bias[e]
 
-    hidden [T, H], contiguous: bfloat16 or float16. topk_weights float32 [T, k], topk_ids int32 or
-      int64 [T, k], contiguous; an id outside [0, E) adds nothing. Nothing is read by the host.
-    w13 [E, 2I, H], or [E, I, H] where the activation has no gate; w2 [E, H, I]. Without quant of
-      hidden's dtype, either dimension of a matrix dense (N-major: `w[E, K, N].transpose(1, 2)`).
-    quant: "fp8" or "int8": float8_e4m3fn or int8 weights with w13_scale float32 [E, 2I] or [E],
-      w2_scale [E, H] or [E]. Tokens are quantised, and so are activations, from their float16
-      values, each by `quantize_per_token`.
-    activation: "swiglu", "geglu", "reglu", "swiglu_oai", or without a gate "gelu", "silu", "relu",
-      "relu2", as in `grouped_matmul`. w13 is [gate; up], or gate, up, gate, up, ... if interleaved.
-    w13_bias [E, 2I], w2_bias [E, H]: bfloat16, float16 or float32.
+    hidden [T, H]: bfloat16 or float16, contiguous.
+    topk_weights float32 [T, k], topk_ids int32 or int64 [T, k]: contiguous. An id outside [0, E)
+      adds nothing. The host reads neither.
+    w13 [E, 2I, H] for a gated activation, else [E, I, H]; w2 [E, H, I]. Without quant they have
+      hidden's dtype, and either dimension of a matrix may be dense: `w.transpose(1, 2)` of a
+      contiguous w [E, K, N] will do.
+    quant: "fp8" (float8_e4m3fn weights) or "int8". Needs w13_scale float32 [E, 2I or I] or [E], and
+      w2_scale float32 [E, H] or [E]. Tokens, and the activation's float16 results, are quantised
+      as `quantize_per_token` does.
+    activation: "swiglu", "geglu", "reglu" or "swiglu_oai", which are gated, or "gelu", "silu",
+      "relu" or "relu2"; formulas in `grouped_matmul`.
+    interleaved: the rows of w13 are gate, up, gate, up, ... instead of all gates, then all ups.
+    w13_bias [E, 2I or I], w2_bias [E, H]: bfloat16, float16 or float32.
     expert_map int32 [experts of all ranks]: the local id in [0, E) of each id, or -1.
-    capacity_factor: at most ceil(T * k / experts * capacity_factor) rows an expert; later tokens
-      are dropped. residual [T, H] of hidden's dtype.
-    accumulation: as in `grouped_matmul`, of both products.
-    out [T, H]: what is returned; else it is new. workspace uint8, at least
-      `fused_moe_workspace_size` of the same arguments: with both, nothing is allocated, and calls
-      that may run at once need one each. pdl: kernels start before their predecessors end
-      (programmatic dependent launch).
+    capacity_factor: limits the rows of an expert, as in `route`; later tokens are dropped.
+    residual [T, H]: hidden's dtype; default zeros.
+    accumulation: of both products, as in `grouped_matmul`.
+    out [T, H]: hidden's dtype; default a new tensor.
+    workspace uint8 [`fused_moe_workspace_size` or more]: default a new one. Calls that may run at
+      the same time need one each. With out and workspace, a call allocates nothing.
+    pdl: lets kernels start before their predecessors end (programmatic dependent launch).
 
-    Returns [T, H] of hidden's dtype. Not differentiable: raises RuntimeError where a gradient would
-    be lost. Raises TypeError or ValueError, with what was expected and what came. CPU tensors, and
-    problems that no kernel exists for, take `fused_moe_reference`.
+    Returns out. CPU tensors, and problems without a kernel, take `fused_moe_reference`. Raises
+    TypeError or ValueError that says what must be and what came, and RuntimeError where a gradient
+    would be lost: this function is not differentiable, the modules of `cutlass_moe.nn` are.
     """
     layer = LayerOperands(
         hidden, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, w13_bias, w2_bias,
@@ -73,8 +77,8 @@ def fused_moe(
     options = LayerOptions(quant, activation, interleaved, capacity_factor, accumulation, pdl)
     if wants_gradient(layer):
         raise RuntimeError(
-            "fused_moe has no gradient and an argument requires one: use cutlass_moe.nn's modules, "
-            "or torch.no_grad()"
+            "fused_moe has no gradient and an argument requires one: use a module of "
+            "cutlass_moe.nn, or call under torch.no_grad()"
         )
     if out is None:
         out = torch.empty_like(hidden)
@@ -93,8 +97,11 @@ def fused_moe_workspace_size(
     topk_ids: Tensor,
     **arguments: Unpack[LayerArguments],
 ) -> int:
-    """Bytes of workspace that `fused_moe` needs for these arguments, and for fewer tokens of the
-    same layer. Tensors on the meta device will do. Raises as `fused_moe` does."""
+    """The bytes of workspace that `fused_moe` needs for these arguments.
+
+    That is also enough for fewer tokens of the same layer. Takes the arguments of `fused_moe`;
+    tensors may be on the meta device. Raises what `fused_moe` raises.
+    """
     layer, options = split_layer(hidden, w13, w2, topk_weights, topk_ids, arguments)
     check_layer(layer, options)
     return LayerWorkspace(layer, options.quant).layout.size

@@ -1,4 +1,4 @@
-"""Experts on padded rows, in plain PyTorch: what modules train with and references use."""
+"""Experts on padded rows, in plain PyTorch, for training modules and for references."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ def feed_forward(
     activation: str,
     interleaved: bool = False,
 ) -> Tensor:
-    """x [E, M, H] -> [E, M, H]: each expert on rows of its own, in x's dtype.
+    """Applies each expert to its own M rows, in x's dtype: x [E, M, H] -> [E, M, H].
 
-    x_scale [E, M] says that x holds 8-bit values: the activation is then quantised as well.
+    x_scale [E, M]: given if x holds the values of 8-bit numbers; the activation's results are then
+    quantised too.
     """
     w13, w2, w13_scale, w2_scale, w13_bias, w2_bias = experts
     up = _product(x, x_scale, w13, w13_scale, w13_bias)
@@ -31,9 +32,9 @@ def feed_forward(
 
 
 def quantized(x: Tensor, dtype: torch.dtype, to: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [..., K] -> the values of its 8-bit form and their scale [...], both in dtype `to`.
+    """Quantises x [..., K] per row; returns the 8-bit values and their scale [...] in dtype `to`.
 
-    Without a gradient.
+    The result has no gradient.
     """
     values, scale = quantize_per_token_reference(x.detach(), dtype)
     return values.to(to), scale.to(to)
@@ -42,8 +43,10 @@ def quantized(x: Tensor, dtype: torch.dtype, to: torch.dtype) -> tuple[Tensor, T
 def _product(
     x: Tensor, x_scale: Tensor | None, weight: Tensor, scale: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """[E, M, N] of x [E, M, K], x_scale [E, M], weight [E, N, K], scale [E, N] or [E], bias
-    [E, N]."""
+    """Multiplies each expert's rows with its weights: [E, M, N], in x's dtype.
+
+    x [E, M, K], x_scale [E, M], weight [E, N, K], scale [E, N] or [E], bias [E, N].
+    """
     product = torch.bmm(x, weight.to(x.dtype).transpose(1, 2))
     if x_scale is not None:
         product = product * x_scale[..., None]

@@ -1,7 +1,4 @@
-"""Router, combine and the whole MoE layer in plain PyTorch: what the kernels are held to.
-
-They are differentiable, but not through a quantisation.
-"""
+"""The whole mixture-of-experts layer in plain PyTorch, which tests compare the kernels with."""
 
 from __future__ import annotations
 
@@ -31,12 +28,12 @@ def fused_moe_reference(
     compute_dtype: torch.dtype = torch.float32,
     **arguments: Unpack[LayerArguments],
 ) -> Tensor:
-    """`cutlass_moe.fused_moe`, expert by expert, every step but quantisation in compute_dtype.
+    """`cutlass_moe.fused_moe` in plain PyTorch, expert by expert, computed in compute_dtype.
 
-    Takes the arguments of `fused_moe`, which checks them, and float32 and float64 tensors besides.
-    With `quant`, tokens are quantised as `quantize_per_token` does, and so is the activation, from
-    its float32 values. `accumulation`, `workspace` and `pdl` concern kernels only. Experts and
-    their tokens are read back to the host.
+    Takes the arguments of `fused_moe`, unchecked, and float32 and float64 tensors too. With `quant`
+    tokens, and the activation's results in compute_dtype, are quantised as `quantize_per_token`
+    does. `accumulation`, `workspace` and `pdl` are for kernels and change nothing here. The host
+    reads the routing back. Differentiable, except through a quantisation.
 
     Returns [T, H] of compute_dtype, or `out`, of any floating dtype.
     """

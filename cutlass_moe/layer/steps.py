@@ -1,4 +1,4 @@
-"""The problems of a layer's kernels."""
+"""The problems that a layer's kernels solve, one per launch."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from emitters.spec.layer_steps import (
 )
 from emitters.spec.registry import why_illegal
 
-# Activations are kept as float16 until they are quantised: bfloat16 there costs 8e-3 relative error
-# of the layer's output, float16 3.6e-3. Times this they overflow at 2 million, not at 65504.
+# The results of the activation are stored as float16 until they are quantised. They cost the
+# layer's output a relative error of 3.6e-3; stored as bfloat16, 8e-3. They are multiplied by this
+# scale first, so that they overflow at 2 million instead of 65504.
 ACTIVATION_SCALE = 1 / 32
 
 
 class LayerProblems(NamedTuple):
-    """In the order of the launches."""
+    """The problems of a layer, in the order of the launches; None for a launch that is not made."""
 
     route: RouteProblem
     quantize_hidden: QuantizeProblem | None
@@ -38,24 +39,26 @@ class LayerProblems(NamedTuple):
     combine: CombineProblem
 
     def why_illegal(self, arch: str) -> str | None:
-        """None where every kernel can be built, else the first reason."""
+        """The first reason why a kernel can't be built for `arch`, or None if all can be."""
         reasons = (why_illegal(problem, arch=arch) for problem in self if problem)
         return next(filter(None, reasons), None)
 
 
 class LayerSizes(NamedTuple):
-    num_experts: int  # of the weights
+    """The sizes of a layer: E, k, H and I."""
+
+    num_experts: int  # the experts that have weights here
     top_k: int
     hidden: int
     inter: int
 
 
 class Projection(NamedTuple):
-    """What a layer's tensors say of one of its two products."""
+    """The properties of one of a layer's two products that follow from its tensors."""
 
-    scale_dims: int = 0  # of its scale; 0 without one
+    scale_dims: int = 0  # dimensions of the scale; 0 without one
     bias: DType | None = None
-    n_major: bool = False
+    n_major: bool = False  # weights have N dense instead of K
 
 
 def layer_problems(
@@ -68,8 +71,12 @@ def layer_problems(
     accumulation: str | None = None,
     id_bits: int = 32,
 ) -> LayerProblems:
-    """operand: what the products' weights and rows hold; outside: the layer's input and output, the
-    same without quantisation."""
+    """The problems of a layer.
+
+    operand: the dtype of the weights, and of the rows that they are multiplied with. outside: the
+    dtype of the layer's input and output; it equals operand unless the layer is quantised. up,
+    down: the two products. id_bits: 32 or 64, of topk_ids.
+    """
     num_experts, top_k, hidden, inter = sizes
     quantized = operand.quantized
     function = ActivationFunction(activation)
@@ -77,11 +84,11 @@ def layer_problems(
     scale = ACTIVATION_SCALE if quantized else 1.0
 
     def gemm(
-        of: Projection, n: int, k: int, out: DType, node: Activation | None = None
+        projection: Projection, n: int, k: int, out: DType, node: Activation | None = None
     ) -> GemmProblem:
         return GemmProblem(
             x=operand,
-            weight=WeightFormat(operand, Major.N if of.n_major else Major.K),
+            weight=WeightFormat(operand, Major.N if projection.n_major else Major.K),
             accumulation=Accumulation(accumulation or ACCUMULATIONS[operand][0]),
             out=out,
             n=n,
@@ -89,8 +96,8 @@ def layer_problems(
             num_experts=num_experts,
             gather=node is not None,
             x_scale=Granularity.TOKEN if quantized else None,
-            weight_scale=weight_granularity(of.scale_dims),
-            epilogue=make_epilogue(of.bias, node),
+            weight_scale=weight_granularity(projection.scale_dims),
+            epilogue=make_epilogue(projection.bias, node),
         )
 
     gates = 2 if function.gated else 1

@@ -62,7 +62,7 @@ BAD = (
     ("w2_scale", lambda s: s[:, 1:], ValueError, "w2_scale must have shape"),
     ("activation", "tanh", ValueError, "activation must be one of swiglu"),
     ("activation", "relu", ValueError, "w13 must"),
-    ("capacity_factor", -0.5, ValueError, "capacity_factor must be 0 or more, finite, got -0.5"),
+    ("capacity_factor", -0.5, ValueError, "capacity_factor must be 0 or more and finite, got -0.5"),
     ("accumulation", "slow", ValueError, "accumulation must be"),
     ("residual", torch.zeros(4, 256).bfloat16(), ValueError, "residual must have shape"),
     ("expert_map", torch.zeros(9), TypeError, "expert_map must be torch.int32"),
