@@ -24,7 +24,7 @@ from perf.store import ResultFile, default_path
 from perf.suites import GEMM_MODELS, GEMM_TOKENS, POWERS_OF_TWO, SUITES
 
 TOKENS = {"all": POWERS_OF_TWO, "prefill": PREFILL_TOKENS}
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).with_name("README.md")
 
 
 def case_options(command: Any) -> Any:
@@ -164,8 +164,9 @@ def build(jobs: int | None, **choice: str) -> None:
 @click.option("--results", type=click.Path(path_type=Path, exists=True), help="results file")
 @click.option("--readme", type=click.Path(path_type=Path, exists=True), default=README)
 def report(results: Path | None, readme: Path) -> None:
-    """Write plots, the full table and the README's table from a results file."""
-    from perf.plots import write_plots  # needs matplotlib
+    """Write plots, the figure of the project's README, the full table and perf/README.md's tables
+    from a results file."""
+    from perf.plots import write_door, write_plots  # needs matplotlib
 
     found = [results] if results else sorted(store.RESULTS.glob("*.json"))
     if len(found) != 1:
@@ -182,7 +183,8 @@ def report(results: Path | None, readme: Path) -> None:
     readme.write_text(text)
     table = path.with_suffix(".md")
     table.write_text(full_report(contents, products, layers))
-    for written in (readme, table, *write_plots(products, layers, path)):
+    plots = (*write_plots(products, layers, path), *write_door(layers, path))
+    for written in (readme, table, *plots):
         click.echo(f"wrote {written}")
 
 

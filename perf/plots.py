@@ -1,4 +1,4 @@
-"""Plots of results: time and rates against tokens, with the floors drawn."""
+"""Plots of results: time and rates against tokens, with the floors drawn; the README's figure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from perf.layer.rows import LayerRow
 from perf.product.cases import DECODE_TOKENS, flops
@@ -26,6 +27,15 @@ COLORS = {
     NO_PDL: "tab:pink",
 }
 RATE_TOKENS = 128  # where plots of rates begin: before, all are near zero
+DOOR_LABELS = {OURS: "cutlass_moe", TRITON: "our own Triton pipeline"}  # of the README's figure
+DOOR_STYLE = {
+    "font.sans-serif": ["DejaVu Sans", "Verdana"],
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "perf",  # else every run writes other ids
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 def write_plots(
@@ -50,6 +60,71 @@ def write_plots(
         write(plot_layers, [row for row in whole if row.case.dtype == dtype], "layer", dtype)
     write(plot_layers, [row for row in layers if row.case.suite == "chain"], "chain")
     return written
+
+
+def write_door(layers: Sequence[LayerRow], results: Path) -> list[Path]:
+    """The README's figure, an SVG: the layers of the first dtype that has two token counts."""
+    whole = [row for row in layers if row.case.suite == "layer" and OURS in row.us]
+    for dtype in dict.fromkeys(row.case.dtype for row in whole):
+        rows = [row for row in whole if row.case.dtype == dtype]
+        if len({row.case.tokens for row in rows}) > 1:
+            path = results.with_name(f"{results.stem}-layer.svg")
+            with matplotlib.rc_context(DOOR_STYLE):
+                plot_door(rows).savefig(path, facecolor="white", metadata={"Date": None})
+            return [path]
+    return []
+
+
+def plot_door(rows: Sequence[LayerRow]) -> Figure:
+    """A panel for each model: time over tokens, the floor below it, and how many times as long as
+    ours the other takes."""
+    models = list(dict.fromkeys(row.case.model for row in rows))
+    figure = Figure(figsize=(3.2 * len(models), 3.5))
+    figure.subplots_adjust(left=0.2 / len(models), right=0.99, top=0.80, bottom=0.14, wspace=0.22)
+    grid = figure.subplots(1, len(models), squeeze=False)[0]
+    for axes, model in zip(grid, models, strict=True):
+        mine = sorted((r for r in rows if r.case.model == model), key=lambda r: r.case.tokens)
+        draw_door(axes, mine)
+        axes.set_title(f"{model}, {mine[0].case.dtype}", fontsize=10)
+    grid[0].set_ylabel("microseconds of one layer")
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=3, frameon=False)
+    return figure
+
+
+def draw_door(axes: Any, rows: Sequence[LayerRow]) -> None:
+    tokens, floors = [row.case.tokens for row in rows], [row.floor for row in rows]
+    lowest = min(*floors, *(row.us[OURS] for row in rows)) / 1.6
+    for system, label in reversed(DOOR_LABELS.items()):
+        some = [row for row in rows if system in row.us]
+        times = [row.us[system] for row in some]
+        width = 2.0 if system == OURS else 1.2
+        axes.plot(
+            [row.case.tokens for row in some], times, color=COLORS[system], marker="o",
+            markersize=4, linewidth=width, label=label,
+        )  # fmt: skip
+    axes.fill_between(
+        tokens,
+        floors,
+        lowest,
+        color="0.88",
+        label="below the floor: bytes and flops alone take longer",
+    )
+    for row in rows:
+        ratio = row.ratio(TRITON, OURS)
+        if ratio is not None:
+            axes.annotate(
+                f"{ratio:.2f}x", (row.case.tokens, row.us[TRITON]), (-4, 4), fontsize=8,
+                textcoords="offset points", ha="right", color=COLORS[TRITON],
+            )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="tokens", xticks=tokens)
+    axes.set(xlim=(tokens[0] / 8, tokens[-1] * 2.2), ylim=(lowest, None))
+    axes.margins(y=0.12)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
 
 
 def plot(rows: Sequence[ProductRow], named: Sequence[str]) -> Figure:

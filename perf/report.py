@@ -214,17 +214,17 @@ def describe_host(host: dict[str, Any]) -> list[str]:
 def readme_table(
     contents: dict[str, Any], rows: Sequence[ProductRow], layers: Sequence[LayerRow]
 ) -> str:
-    """What the README shows: ours against the best other system, tokens across."""
+    """What perf/README.md shows: ours against the best other system, tokens across."""
     shown = ("balanced", "ragged")
     measured = [row for row in rows if row.speedup is not None and row.case.routing in shown]
     if not measured and not layers:
         raise ValueError("no case has both our time and another system's")
     used = sorted({record["run"] for record in contents["cases"].values()})
     parts = [
-        *(describe(contents["runs"][name]) for name in used),
+        "\n".join(f"- {describe(contents['runs'][name])}" for name in used),
         "Microseconds of one grouped product, gather and scales included, and in brackets how many "
-        f"times as long the best of Triton, torch, DeepGEMM and QuACK takes ({DAGGER}: a published "
-        "figure, not of the run).",
+        "times as long the best of our own Triton kernel, torch, DeepGEMM and QuACK takes "
+        f"({DAGGER}: a published figure, not of the run).",
     ]
     gemms = [r for r in measured if r.case.suite == "gemm" and r.case.tokens in GEMM_TOKENS]
     for dtype in dict.fromkeys(row.case.dtype for row in gemms):
@@ -240,7 +240,7 @@ def readme_table(
         found = [row for row in layers if row.case.suite == suite and row.ratio(TRITON, OURS)]
         if found:
             parts.append(
-                f"{title}, and in brackets how many times as long a Triton pipeline takes."
+                f"{title}, and in brackets how many times as long our own Triton pipeline takes."
             )
             parts.append(across("tokens", map(layer_cell, found)))
     return "\n\n".join(parts)

@@ -117,5 +117,8 @@ def test_report_has_layers_chains_and_their_plots(tmp_path) -> None:
     assert "fp8: layer, ours / triton, T = 1 " in full and "| qwen3-30b fp8 32 |" in full
     plots = sorted(path.name for path in tmp_path.glob("*.png"))
     assert plots == ["gpu-chain.png", "gpu-layer-fp8.png"]
+    figure = (tmp_path / "gpu-layer.svg").read_text()
+    assert "our own Triton pipeline" in figure and figure.count("1.50x") == 15
+    assert len(figure) < 60_000
     summary = report.summary(store.contents, list(store.contents["cases"]), 20)
     assert "layer, tokens" in summary and "chain, tokens" in summary

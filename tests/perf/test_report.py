@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from emitters.spec.config_sm90 import GemmSm90Config
 from perf import report
-from perf.__main__ import main
+from perf.__main__ import README, main
 from perf.images import images_of
 from perf.product.cases import SCHEDULES, ProductCase
 from perf.product.figures import product_figures
 from perf.product.routing import draw_topk_ids, workload
 from perf.product.rows import RIVALS, ProductRow, product_row_of
 from perf.rows import PUBLISHED, load_published
-from perf.store import ResultFile, default_path, load
+from perf.store import RESULTS, ResultFile, default_path, load
 from perf.suites import SUITES, select
 from tests.perf.samples import ABOUT, H200, PRODUCTS, SMALL
+
+ROOT = Path(__file__).parents[2]
 
 
 def record_of(
@@ -267,6 +270,7 @@ def test_report_writes_readme_table_and_plots(results, tmp_path) -> None:
     assert "| qwen3-30b up fp8 1024 half |" in full
     assert "not importable: quack (cases: 44" in full
     assert "call 9.5" in full
+    assert not list(tmp_path.glob("*.svg"))  # no layers
     plots = sorted(path.name for path in tmp_path.glob("*.png"))
     assert plots == ["some-gpu-qwen3-30b-bf16.png", "some-gpu-qwen3-30b-fp8.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in plots)
@@ -300,6 +304,17 @@ def test_build_compiles_what_each_schedule_launches(monkeypatch) -> None:
     assert images_of([replace(case, suite="gemm")]) == [(case.problem, config)]
     groups = [config.group_m for _, config in images_of([case])]
     assert groups == [config.group_m, *range(len(SCHEDULES))]
+
+
+def test_committed_tables_are_of_the_committed_results() -> None:
+    """`python -m perf report` wrote them."""
+    (path,) = RESULTS.glob("*.json")
+    contents = load(path)
+    rows = report.rows_of(contents)
+    text = README.read_text()
+    assert report.insert(text, report.readme_table(contents, *rows)) == text
+    assert path.with_suffix(".md").read_text() == report.full_report(contents, *rows)
+    assert path.with_name(f"{path.stem}-layer.svg").name in (ROOT / "README.md").read_text()
 
 
 def test_published_json_states_its_source() -> None:
