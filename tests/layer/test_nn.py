@@ -271,7 +271,9 @@ def test_which_layers_have_kernels(
 def test_warns_once() -> None:
     x = tokens(3, D).float()
     with torch.no_grad():
-        with pytest.warns(UserWarning, match="slow torch path taken: tensors must be on a GPU, got cpu"):
+        with pytest.warns(
+            UserWarning, match="slow torch path taken: tensors must be on a GPU, got cpu"
+        ):
             make("default", torch.float32, use_grouped_gemm=True)(x)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -281,7 +283,9 @@ def test_warns_once() -> None:
 
 def test_warns_where_evaluation_may_want_a_gradient() -> None:
     layer = make("default", torch.float32, use_grouped_gemm=True).eval()
-    with pytest.warns(UserWarning, match=r"no gradient and one may be asked for: call under torch.no_grad\(\)"):
+    with pytest.warns(
+        UserWarning, match=r"no gradient and one may be asked for: call under torch.no_grad\(\)"
+    ):
         layer(tokens(3, D).float())
 
 
