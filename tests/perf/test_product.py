@@ -251,7 +251,12 @@ def test_aligned_rows(counts: list[int]) -> None:
 def test_padded_products_are_the_product(case: ProductCase, monkeypatch) -> None:
     monkeypatch.setattr(peers, "quick_us", lambda *_: 1.0)  # of fp8's ways, the one a CPU has
     tensors = tensors_of(case)
-    prepared = padded_bmm(case, tensors, torch.empty(0))
+    try:
+        prepared = padded_bmm(case, tensors, torch.empty(0))
+    except RuntimeError as error:  # torch 2.11's, of scales per row
+        if "only supports per-tensor scaling" not in str(error):
+            raise
+        pytest.skip(f"torch {torch.__version__} scales no rows on the CPU")
     prepared.launch(tensors.weight)
     assert relative_error(prepared.rows(tensors.sample), tensors.expected()) < 1e-2
     most = workload(case, tensors.topk_ids).max_rows
