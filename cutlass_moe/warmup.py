@@ -9,7 +9,7 @@ import torch
 
 from cutlass_moe.choose.heuristics_sm90 import every_config
 from cutlass_moe.images.cache import default_cache
-from cutlass_moe.models.files import find_shape
+from cutlass_moe.models.files import find_model, warn_of
 from cutlass_moe.models.problems import model_problems
 from cutlass_moe.runtime import library
 from emitters.spec.gemm import GemmProblem
@@ -20,7 +20,7 @@ from emitters.spec.registry import Problem
 def warmup(
     model_or_problems: str | Problem | Iterable[Problem],
     device: int | torch.device | None = None,
-    dtype: str = "fp8",
+    dtype: str | None = None,
 ) -> None:
     """Loads every kernel that calls may choose for these problems, so that no call waits for one.
 
@@ -31,7 +31,9 @@ def warmup(
       Hugging Face config.json or of its directory; it stands for all problems of its layers: those
       of `fused_moe` and of the router.
     device: default the current one.
-    dtype: of a model's weights: "fp8", "int8" or "bf16".
+    dtype: of a model's weights: "fp8", "int8" or "bf16"; default what the file's
+      quantization_config asks for, else "fp8". What a model does and the kernels do not is a
+      RuntimeWarning.
 
     Raises ValueError for an unknown model, file or dtype, and what `runtime.library.load` raises.
     """
@@ -51,9 +53,13 @@ def warmup(
         library.load(problem, config, index, image)
 
 
-def _problems(model_or_problems: str | Problem | Iterable[Problem], dtype: str) -> list[Problem]:
+def _problems(
+    model_or_problems: str | Problem | Iterable[Problem], dtype: str | None
+) -> list[Problem]:
     if isinstance(model_or_problems, GemmProblem | Step):
         return [model_or_problems]
     if not isinstance(model_or_problems, str):
         return list(model_or_problems)
-    return list(model_problems(find_shape(model_or_problems), dtype).values())
+    model = find_model(model_or_problems)
+    warn_of(model)
+    return list(model_problems(model.shape, dtype or model.dtype).values())

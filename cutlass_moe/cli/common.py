@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any, NamedTuple
 import click
 from rich.console import Console
 
-from cutlass_moe.models.files import find_shape, read_shapes
+from cutlass_moe.models.files import Model, find_model, read_shapes
 from cutlass_moe.models.problems import model_problems
-from cutlass_moe.models.shapes import DTYPES, MODELS, MoeShape
+from cutlass_moe.models.shapes import DEFAULT_DTYPE, DTYPES, MODELS, MoeShape
 from emitters.spec.image import LaunchRecord
 from emitters.spec.registry import Problem, config_from_json, problem_from_json
 
@@ -27,18 +26,22 @@ models_option = click.option(
     help=f"Repeatable: {', '.join(MODELS)}, a Hugging Face config.json or a directory with one.",
 )
 dtype_choice = click.Choice(list(DTYPES))
+DTYPE_DEFAULT = f"[default: what a file's quantization_config asks for, else {DEFAULT_DTYPE}]"
 dtypes_option = click.option(
-    "--dtype", "dtypes", type=dtype_choice, multiple=True, help="Repeatable [default: fp8]."
+    "--dtype", "dtypes", type=dtype_choice, multiple=True, help=f"Repeatable {DTYPE_DEFAULT}."
 )
 
 IMAGE_COLUMNS = ("problem", "config", "registers", "spills", "smem")
 
 
 class Layer(NamedTuple):
-    """A model's layer, or what one rank holds of it; model: what the user calls the whole."""
+    """A model's layer, or what one rank holds of it; model: what the user calls the whole; dtype:
+    that of its weights where no other is given; words: which layers of the model it is."""
 
     model: str
     shape: MoeShape
+    dtype: str = DEFAULT_DTYPE
+    words: str = ""
 
 
 class Posed(NamedTuple):
@@ -68,20 +71,29 @@ def find_layers(
 ) -> list[Layer]:
     """The layers of models and of files of shapes, as one of tp x ep ranks holds them.
 
-    Raises click.UsageError.
+    What a model does and the kernels do not is told on stderr. Raises click.UsageError.
     """
     try:
-        layers = [Layer(model, find_shape(model)) for model in models]
-        layers += [Layer(shape.name, shape) for file in files for shape in read_shapes(file)]
-        return [Layer(model, shape.shard(tp or 1, ep or 1)) for model, shape in layers]
+        found = [(model, find_model(model)) for model in models]
+        found += [(one.name, Model(one)) for file in files for one in read_shapes(file)]
+        layers = [
+            Layer(name, model.shape.shard(tp or 1, ep or 1), model.dtype, model.words)
+            for name, model in found
+        ]
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    for name, model in found:
+        for note in model.notes:
+            click.echo(f"warning: {name}: {note}", err=True)
+    return layers
 
 
-def posed(layers: Sequence[Layer], dtypes: Iterable[str]) -> list[Posed]:
+def posed(layers: Sequence[Layer], dtypes: Sequence[str] = ()) -> list[Posed]:
+    """dtypes: of all layers, or empty: of each its own."""
     return [
         Posed(layer, dtype, name, problem)
-        for layer, dtype in itertools.product(layers, dtypes)
+        for layer in layers
+        for dtype in dtypes or (layer.dtype,)
         for name, problem in model_problems(layer.shape, dtype).items()
     ]
 

@@ -88,6 +88,9 @@ def run(
     Prints a table, returns whether the results are right. Raises ValueError where the file of
     topk_ids holds no routing.
     """
+    activation = shape.activation
+    if activation is None:
+        raise ValueError(f"{shape.name}: no kernel has its experts' activation")
     gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     if not gpu:
         console.print("No SM90 GPU here: all runs through the reference, on the CPU.")
@@ -105,7 +108,7 @@ def run(
     table = Table("", "tokens", "rows", "time", "TFLOP/s", "GB/s", "relative error")
     up = _up_product(shape, NAMED_DTYPES[dtype], hidden, routing)
     gates, up_error = _measure_product("up", up, table)
-    active = activate(gates.float(), shape.activation).bfloat16()
+    active = activate(gates.float(), activation).bfloat16()
     down = _down_product(shape, NAMED_DTYPES[dtype], active, routing.offsets)
     rows, down_error = _measure_product("down", down, table)
 
@@ -114,7 +117,7 @@ def run(
             hidden, up.weight.values, down.weight.values, topk_weights, ids,
             quant=None if dtype == "bf16" else dtype,
             w13_scale=up.weight.scale, w2_scale=down.weight.scale,
-            activation=shape.activation, w13_bias=up.bias, w2_bias=down.bias,
+            activation=activation, w13_bias=up.bias, w2_bias=down.bias,
         )  # fmt: skip
 
     out, seconds = _run_timed(layer, gpu)

@@ -111,7 +111,7 @@ def verify(
     """
     if (dtypes or tp or ep) and not models:
         raise click.UsageError("--dtype, --tp and --ep are those of a --model")
-    asked = posed(find_layers(models, tp, ep), dtypes or ("fp8",))
+    asked = posed(find_layers(models, tp, ep), dtypes)
     version = driver_cuda() if cuda is None else _cuda_version(cuda)
     sound: set[str] = set()
     faults: list[Fault] = []
@@ -221,7 +221,7 @@ def prune(
     if not cache.writable:
         raise click.ClickException(f"{cache.root} can't be written to (archives never can)")
     identities = [_installed() if text == INSTALLED else text for text in builds]
-    kept = posed(find_layers(models, tp, ep), DTYPES)
+    kept = posed(find_layers(models, tp, ep), tuple(DTYPES))
     used = {need.key for need in _needed(kept)}
     now = time.time()
 

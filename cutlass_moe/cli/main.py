@@ -19,6 +19,7 @@ except ModuleNotFoundError as missing:
 from cutlass_moe.choose import tuned
 from cutlass_moe.choose.heuristics_sm90 import choose, estimate, every_config
 from cutlass_moe.cli.common import (
+    DTYPE_DEFAULT,
     IMAGE_COLUMNS,
     Posed,
     console,
@@ -81,7 +82,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--model", default="qwen3-30b", show_default=True)
-@click.option("--dtype", type=dtype_choice, default="fp8", show_default=True)
+@click.option("--dtype", type=dtype_choice, help=DTYPE_DEFAULT)
 @click.option("--tokens", type=click.IntRange(1), help="[default: 4096 on a GPU, 4 without]")
 @click.option(
     "--topk-ids",
@@ -92,7 +93,7 @@ def main() -> None:
 @_jobs
 def demo(
     model: str,
-    dtype: str,
+    dtype: str | None,
     tokens: int | None,
     topk_ids: Path | None,
     seed: int,
@@ -104,6 +105,7 @@ def demo(
     if tokens and topk_ids:
         raise click.UsageError("either --tokens or --topk-ids: a saved routing has its own tokens")
     layers = find_layers([model])
+    dtype = dtype or layers[0].dtype
     try:
         built = _build(default_cache(), _requests(posed(layers, [dtype])), jobs)
     except CompilerNotInstalled as error:
@@ -171,7 +173,7 @@ def build(
         configs = [chosen] if chosen else every_config(parsed)
         requests = _requests_of("--problem", parsed, configs, arch)
     else:
-        dtypes = layers.pop("dtypes") or ("fp8",)
+        dtypes = layers.pop("dtypes")
         requests = _requests(posed(find_layers(**layers), dtypes), arch, for_tuning)
     cache = _destination(output)
     try:
@@ -206,7 +208,7 @@ def tune(output: Path, dtypes: Sequence[str], **layers: Any) -> None:
         raise click.UsageError("expected --model")
     ratios: list[float] = []
     try:
-        for one in posed(find_layers(**layers), dtypes or ("fp8",)):
+        for one in posed(find_layers(**layers), dtypes):
             gemm = as_gemm(one.problem)
             if gemm and gemm.activation is None:  # tables take up with and without it for one
                 ratios += _tune(str(one), gemm, one.layer.shape.top_k, output)
@@ -247,14 +249,14 @@ def _tune(name: str, problem: GemmProblem, top_k: int, output: Path) -> list[flo
 
 @main.command("show-config")
 @click.argument("model")
-@click.option("--dtype", type=dtype_choice, default="fp8", show_default=True)
+@click.option("--dtype", type=dtype_choice, help=DTYPE_DEFAULT)
 @click.option("--tokens", type=click.IntRange(1), multiple=True, help="Repeatable.")
-def show_config(model: str, dtype: str, tokens: tuple[int, ...]) -> None:
+def show_config(model: str, dtype: str | None, tokens: tuple[int, ...]) -> None:
     """Show which config serves a model's grouped GEMMs, and what follows from it."""
     columns = ("tokens", "config", "stages", "smem", "threads", "registers", "image")
     (layer,) = find_layers([model])
     shape = layer.shape
-    for name, problem in gemm_problems(shape, dtype).items():
+    for name, problem in gemm_problems(shape, dtype or layer.dtype).items():
         table = Table(*columns, title=f"{shape.name} {name}: {problem.words}")
         for count in tokens or TOKENS:
             rows = count * shape.top_k
@@ -270,6 +272,8 @@ def show_config(model: str, dtype: str, tokens: tuple[int, ...]) -> None:
             )
             table.add_row(*map(str, cells))
         console.print(table)
+    if layer.words:
+        console.print(f"{shape.name}: {layer.words}", markup=False)
     console.print("smem in bytes; registers a thread: producer / consumer, or everyone's")
 
 

@@ -4,67 +4,93 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from cutlass_moe.models.shapes import MODELS, MoeShape
+from cutlass_moe.models import moe_layers
+from cutlass_moe.models.families import ACTIVATIONS, OTHER, Family, find_family
+from cutlass_moe.models.fields import Fields
+from cutlass_moe.models.quantization import read_quantization
+from cutlass_moe.models.shapes import DEFAULT_DTYPE, FUNCTIONS, MODELS, MoeShape, Routed
+from emitters.spec.layer_steps import SCORINGS
 
-_OPTIONAL = {"bias", "activation", "scoring", "num_groups"}
-_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
-# Model types whose experts, or whose routers' scoring, no field of config.json need describe.
-_GPT_OSS = ("gpt_oss",)
-_SIGMOID = ("deepseek_v3", "glm4_moe", "llama4_text")
+_OPTIONAL = {"bias", "activation", "gated", "scoring", "num_groups"}
+_INSIDE = ("text_config", "llm_config", "language_config")
 
 
-def find_shape(name: str) -> MoeShape:
-    """The shape of a model that MODELS names, or of a path that `read_config` takes.
+class Model(NamedTuple):
+    """What is known of a model's layer.
+
+    dtype: "fp8", "int8" or "bf16", as its quantization_config asks, else "fp8". notes: sentences
+    about what the model does and the kernels do not. words: which layers it is, and what is beside.
+    """
+
+    shape: MoeShape
+    dtype: str = DEFAULT_DTYPE
+    notes: tuple[str, ...] = ()
+    words: str = ""
+
+
+def find_model(name: str) -> Model:
+    """The model that MODELS names, or of a path that `read_model` takes.
 
     Raises ValueError where there is neither.
     """
     if name in MODELS:
-        return MODELS[name]
+        return Model(MODELS[name])
     if not Path(name).exists():
         raise ValueError(
             f"{name!r} is no config.json, no directory that holds one, "
             f"and none of {', '.join(MODELS)}"
         )
-    return read_config(Path(name))
+    return read_model(Path(name))
+
+
+def find_shape(name: str) -> MoeShape:
+    """As `find_model`, of the shape alone; its notes are warnings."""
+    model = find_model(name)
+    warn_of(model)
+    return model.shape
 
 
 def read_config(path: Path) -> MoeShape:
+    """As `read_model`, of the shape alone; its notes are warnings."""
+    model = read_model(path)
+    warn_of(model)
+    return model.shape
+
+
+def warn_of(model: Model) -> None:
+    """Its notes, as RuntimeWarnings of the caller's caller."""
+    for note in model.notes:
+        warnings.warn(f"{model.shape.name}: {note}", RuntimeWarning, stacklevel=3)
+
+
+def read_model(path: Path) -> Model:
     """The layer that a Hugging Face config.json, or the one in a directory, describes.
 
-    Reads the fields of Mixtral, Qwen-MoE, DeepSeek, GLM-4.5, gpt-oss, Llama-4 and Kimi-K2, and of
-    models that name them alike, in `text_config` where there is one. The name is the directory's,
-    or that of a file not called config.json. Raises ValueError where a field is missing.
+    Which fields are read is said by the entry of `cutlass_moe.models.families` for the file's
+    architectures or model_type, or those of its text_config; a model that has no entry is read by
+    names that models have in common, with a note. The name is the directory's, or that of a file
+    not called config.json. Raises ValueError where a field is missing, or has a value that is not
+    understood; what is known not to be supported, and fields that speak of experts and are unknown,
+    are notes.
     """
     file = path / "config.json" if path.is_dir() else path
     plain = _parse(file)
-    model = plain.get("text_config", plain) if isinstance(plain, dict) else plain
-    if not isinstance(model, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {model!r}")
-    # Where experts are "local", intermediate_size is theirs; elsewhere it is the dense layers'.
-    local = ("intermediate_size",) if "num_local_experts" in model else ()
-    names = {
-        "num_experts": _EXPERTS,
-        "top_k": ("num_experts_per_tok",),
-        "hidden": ("hidden_size",),
-        "inter": ("moe_intermediate_size", *local),
-    }
-    missing = [" or ".join(n) for n in names.values() if _first(model, n) is None]
-    if missing:
-        raise ValueError(f"{file}: not a mixture of experts, it lacks {', '.join(missing)}")
+    inside = plain
+    if isinstance(plain, dict):
+        inside = next((plain[name] for name in _INSIDE if name in plain), plain)
+    if not isinstance(inside, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {inside!r}")
     absolute = file.absolute()
-    default_scoring = "sigmoid" if model.get("model_type") in _SIGMOID else "softmax"
-    return MoeShape(
-        name=absolute.parent.name if file.name == "config.json" else file.stem,
-        bias=model.get("model_type") in _GPT_OSS,
-        activation="swiglu_oai" if model.get("model_type") in _GPT_OSS else "swiglu",
-        scoring=model.get("scoring_func") or default_scoring,
-        num_groups=model.get("n_group") or 1,
-        **{field: _first(model, n) for field, n in names.items()},
-    )
+    name = absolute.parent.name if file.name == "config.json" else file.stem
+    try:
+        return _Reader(name, inside, plain).model()
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def read_shapes(path: Path) -> list[MoeShape]:
@@ -88,9 +114,178 @@ def read_shapes(path: Path) -> list[MoeShape]:
     return shapes
 
 
+class _Reader:
+    """One config.json, or the part of it that describes the language model, by its family."""
+
+    def __init__(self, name: str, inside: dict[str, Any], whole: dict[str, Any]) -> None:
+        self.name, self.inside, self.whole = name, inside, whole
+        types = [*_types(inside), *_types(whole)]
+        found = find_family(types)
+        self.family: Family = found or OTHER
+        self.fields = Fields(inside)
+        self.notes: list[str] = []
+        if found is None:
+            self.notes.append(
+                f"model type {types[-1] if types else None!r} is in no table: its layer is read by "
+                "names that models have in common, with SwiGLU experts and a softmax router where "
+                "no field says otherwise"
+            )
+
+    def model(self) -> Model:
+        family, read = self.family, self.fields
+        sizes = {"experts": family.experts, "top_k": family.top_k}
+        sizes |= {"hidden": family.hidden, "inter": family.inter}
+        missing = [" or ".join(names) for names in sizes.values() if read.first(names) is None]
+        if missing:
+            raise ValueError(f"not a mixture of experts, it lacks {', '.join(missing)}")
+        self._check_needs()
+        experts, top_k = read.first(family.experts), read.first(family.top_k)
+        layers = family.layers(read)
+        all_ranks = None
+        identity = read.number(family.identity)
+        if identity:
+            all_ranks = Routed(experts + identity, top_k)
+            top_k = max(1, top_k * experts // (experts + identity))
+        gated, activation = self._activation(layers)
+        shape = MoeShape(
+            name=self.name,
+            num_experts=experts,
+            top_k=top_k,
+            hidden=read.first(family.hidden),
+            inter=read.first(family.inter),
+            bias=family.bias,
+            activation=activation,
+            scoring=self._scoring(),
+            num_groups=read.number(family.groups, 1) or 1,
+            all_ranks=all_ranks,
+            gated=gated,
+        )
+        words = self._words(layers)
+        dtype = self._dtype()
+        self._note_fields()
+        return Model(shape, dtype, tuple(self.notes), words)
+
+    def _check_needs(self) -> None:
+        for name, allowed in self.family.needs.items():
+            value = self.fields.get(name)
+            if value not in allowed and not (value is None and False in allowed):
+                shown = " or ".join("absent" if one is None else repr(one) for one in allowed)
+                raise ValueError(f"{name} must be {shown}, got {value!r}")
+
+    def _activation(self, layers: list[int] | None) -> tuple[bool, str | None]:
+        """Whether the experts' is gated, and its name, or None where no kernel has it."""
+        family, read = self.family, self.fields
+        act = read.first(family.act) or family.default_act
+        if family.activation is None and act not in ACTIVATIONS:
+            raise ValueError(
+                f"{' or '.join(family.act)} must be one of {', '.join(ACTIVATIONS)}, got {act!r}"
+            )
+        name = family.activation or ACTIVATIONS[act][0 if family.gated else 1]
+        limited = self._limit(layers)
+        if name in FUNCTIONS and not limited:
+            return family.gated, name
+        if not limited:
+            self.notes.append(
+                f"its experts' activation is {name} ({act}{', gated' if family.gated else ''}), "
+                "which no kernel has: the products are built without it, fused_moe is not"
+            )
+        return family.gated, None
+
+    def _limit(self, layers: list[int] | None) -> bool:
+        """Whether a limit of SwiGLU keeps all layers from the kernels; notes those of some."""
+        for name in self.family.limit:
+            value = self.fields.get(name)
+            if isinstance(value, list):
+                chosen = range(len(value)) if layers is None else layers
+                some = [i for i in chosen if i < len(value) and value[i]]
+                if some and len(some) < len(chosen):
+                    self.notes.append(
+                        f"in {moe_layers.words(some, None)} gate and up are limited ({name} "
+                        f"{value[some[0]]}), which no kernel has: take grouped_matmul there, not "
+                        "fused_moe"
+                    )
+                    return False
+                value = value[some[0]] if some else None
+            if value:
+                self.notes.append(
+                    f"its experts' gate and up are limited ({name} {value}), which no kernel has: "
+                    "the products are built without an activation, fused_moe is not"
+                )
+                return True
+        return False
+
+    def _scoring(self) -> str | None:
+        """The router's, or None where `topk_router` has it not."""
+        family = self.family
+        given = {name: self.fields.get(name) for name in family.scoring}
+        named = {family.scores.get(one, one) for one in given.values() if one is not None}
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(given)} must agree, got {given}")
+        scoring = named.pop() if named else family.default_scoring
+        if scoring in SCORINGS:
+            return str(scoring)
+        self.notes.append(
+            f"its router is {scoring}, topk_router has {' and '.join(SCORINGS)}: weights and ids "
+            "are the caller's"
+        )
+        return None
+
+    def _dtype(self) -> str:
+        asked = next(
+            (
+                one
+                for name in ("quantization_config", "compression_config")
+                for one in (self.inside.get(name), self.whole.get(name))
+                if one is not None
+            ),
+            None,
+        )
+        expert_dtype = self.inside.get("expert_dtype")
+        if expert_dtype is not None:
+            inner = asked if isinstance(asked, dict) else {}
+            asked = {**inner, "expert_dtype": expert_dtype}
+        found = read_quantization(asked)
+        if found is None:
+            return DEFAULT_DTYPE
+        if found.dtype is None:
+            self.notes.append(
+                f"its quantization_config asks for {found.why_not}, which no kernel takes: the "
+                f"weights must be quantised again with a scale a channel, to {DEFAULT_DTYPE} where "
+                "no dtype is given"
+            )
+        return found.dtype or DEFAULT_DTYPE
+
+    def _words(self, layers: list[int] | None) -> str:
+        read, family = self.fields, self.family
+        parts = []
+        if layers is not None:
+            parts.append(f"experts in {moe_layers.words(layers, read.layers())}")
+        count = read.number(family.shared) if family.shared else 1
+        width = count * read.number(family.shared_inter)
+        if width:
+            parts.append(f"beside them one MLP of inter {width} for every token")
+        return ", ".join(parts)
+
+    def _note_fields(self) -> None:
+        for key, words in self.family.notes.items():
+            name, _, wanted = key.partition("=")
+            value = self.fields.get(name)
+            if value and wanted in ("", str(value)):
+                self.notes.append(words.format(value))
+        self.notes += self.family.always
+        for name, value in self.fields.unread(self.family.names):
+            self.notes.append(f"{name} {value!r} is not understood: it changes nothing here")
+
+
+def _types(plain: dict[str, Any]) -> list[str]:
+    architectures = plain.get("architectures")
+    names = [*(architectures if isinstance(architectures, list) else ()), plain.get("model_type")]
+    return [name for name in names if isinstance(name, str)]
+
+
 def _parse(path: Path) -> Any:
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8-sig")  # some editors put a mark before the first byte
         if path.suffix != ".toml":
             return json.loads(text)
         if sys.version_info >= (3, 11):
@@ -100,8 +295,3 @@ def _parse(path: Path) -> Any:
         return tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _first(plain: dict[str, Any], names: tuple[str, ...]) -> Any:
-    """The value of the first of these names that has one."""
-    return next((plain[name] for name in names if plain.get(name) is not None), None)

@@ -20,8 +20,11 @@ def problems_of_shape(shape: MoeShape, dtype: str) -> LayerProblems:
     """Of a model's layer as `fused_moe` is called for it: bfloat16 outside, a scale a channel, a
     bfloat16 bias, int32 ids, of which a token has those of all ranks.
 
-    dtype: "fp8" (e4m3), "int8" or "bf16". Raises ValueError for another.
+    dtype: "fp8" (e4m3), "int8" or "bf16". Raises ValueError for another, and for a shape whose
+    activation no kernel has.
     """
+    if shape.activation is None:
+        raise ValueError(f"{shape.name}: no kernel has its experts' activation")
     if dtype not in DTYPES:
         raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}")
     operand = DTYPES[dtype]
@@ -38,27 +41,40 @@ def problems_of_shape(shape: MoeShape, dtype: str) -> LayerProblems:
 
 def gemm_problems(shape: MoeShape, dtype: str) -> dict[str, GemmProblem]:
     """A model's grouped GEMMs: "up" (rows gathered) and "down" (rows in order), with bf16 output,
-    and "activated", the up projection of `fused_moe`. Arguments as in `problems_of_shape`."""
-    layer = problems_of_shape(shape, dtype)
+    and, where a kernel has the activation, "activated", the up projection of `fused_moe`. dtype as
+    in `problems_of_shape`."""
+    layer = problems_of_shape(_with_activation(shape), dtype)
     up = replace(layer.up, out=DType.BF16, epilogue=layer.up.epilogue[:-1])
-    return {"up": up, "down": layer.down, "activated": layer.up}
+    products = {"up": up, "down": layer.down}
+    return products if shape.activation is None else {**products, "activated": layer.up}
 
 
 def model_problems(shape: MoeShape, dtype: str) -> dict[str, Problem]:
     """All that a model's layer launches by `grouped_matmul`, `fused_moe`, `quantize_per_token` of
     bf16, and by `route`, `topk_router` and `route_logits` of bf16 or float32 logits, with the
-    model's scoring and groups. Arguments as in `problems_of_shape`."""
-    layer = problems_of_shape(shape, dtype)
+    model's scoring and groups. What only an activation or a scoring that no kernel has would launch
+    is left out. dtype as in `problems_of_shape`."""
+    layer = problems_of_shape(_with_activation(shape), dtype)
     found: dict[str, Problem] = {**gemm_problems(shape, dtype), "combine": layer.combine}
     for bits in (32, 64):
         found[f"route int{bits}"] = replace(layer.route, id_bits=bits)
     for logits in (DType.BF16, DType.FP32):
+        if shape.scoring is None:
+            break
         router = (shape.routed.num_experts, logits, shape.scoring, shape.num_groups)
         found[f"topk_router {logits}"] = TopkProblem(*router)
         if shape.routed.num_experts <= MAX_FUSED_EXPERTS and shape.all_ranks is None:
             found[f"route_logits {logits}"] = RouteLogitsProblem(*router)
     if layer.quantize_hidden and layer.quantize_active:
         found["quantize hidden"] = layer.quantize_hidden
-        found["quantize activated"] = layer.quantize_active
+        if shape.activation is not None:
+            found["quantize activated"] = layer.quantize_active
         found["quantize inter"] = replace(layer.quantize_hidden, k=shape.inter)
     return found
+
+
+def _with_activation(shape: MoeShape) -> MoeShape:
+    """With an activation that has as many columns, where it has none."""
+    if shape.activation is not None:
+        return shape
+    return replace(shape, activation="swiglu" if shape.gated else "silu")

@@ -10,7 +10,8 @@ from emitters.spec.gemm import ActivationFunction
 from emitters.spec.layer_steps import SCORINGS
 
 DTYPES = {name: operands.DTYPES[dtype] for name, dtype in operands.NAMED_DTYPES.items()}
-_ACTIVATIONS = tuple(map(str, ActivationFunction))
+DEFAULT_DTYPE = "fp8"  # of a model that asks for none
+FUNCTIONS = tuple(map(str, ActivationFunction))
 
 
 class Gemm(NamedTuple):
@@ -30,8 +31,11 @@ class Routed(NamedTuple):
 @dataclass(frozen=True)
 class MoeShape:
     """hidden: width of the layer's input and output; inter: width between the projections, of one
-    expert; bias: whether both projections have one; activation: as in `grouped_matmul`; scoring and
-    num_groups: the router's, as in `topk_router`; all_ranks: where other ranks have experts too.
+    expert; bias: whether both projections have one; activation: as in `grouped_matmul`, or None
+    where no kernel has it, and then gated says whether the up projection makes two columns for one;
+    scoring and num_groups: the router's, as in `topk_router`, scoring None where that has it not;
+    all_ranks: where the router sees more experts, other ranks' above all.
+
     Raises ValueError for values of other types, sizes below 1, unknown names and groups that do
     not divide."""
 
@@ -41,10 +45,11 @@ class MoeShape:
     hidden: int
     inter: int
     bias: bool = False
-    activation: str = "swiglu"
-    scoring: str = "softmax"
+    activation: str | None = "swiglu"
+    scoring: str | None = "softmax"
     num_groups: int = 1
     all_ranks: Routed | None = None
+    gated: bool = True  # read where activation is None alone
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "top_k", "hidden", "inter", "num_groups"):
@@ -53,9 +58,9 @@ class MoeShape:
                 raise ValueError(f"{self.name}: {field} must be a positive integer, got {value!r}")
         if type(self.name) is not str or type(self.bias) is not bool:
             raise ValueError(f"expected a string as name and a bool as bias, got {self}")
-        for field, names in (("activation", _ACTIVATIONS), ("scoring", SCORINGS)):
+        for field, names in (("activation", FUNCTIONS), ("scoring", SCORINGS)):
             value = getattr(self, field)
-            if value not in names:
+            if value is not None and value not in names:
                 expected = ", ".join(names)
                 raise ValueError(f"{self.name}: {field} must be one of {expected}, got {value!r}")
         if self.routed.num_experts % self.num_groups:
@@ -91,7 +96,10 @@ class MoeShape:
     @property
     def gemms(self) -> dict[str, Gemm]:
         """up makes the activation's columns from a token, down makes a token from its result."""
-        columns = 2 * self.inter if ActivationFunction(self.activation).gated else self.inter
+        gated = self.gated
+        if self.activation is not None:
+            gated = ActivationFunction(self.activation).gated
+        columns = 2 * self.inter if gated else self.inter
         return {"up": Gemm(columns, self.hidden), "down": Gemm(self.hidden, self.inter)}
 
 
