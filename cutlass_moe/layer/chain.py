@@ -93,10 +93,11 @@ class Chain:
       down              with quantize active       reads offsets, loads weights   reading rows
       combine           after down's wait          reads topk_weights, inverse    reading rows
 
-    Without quantisation, up starts after route's wait and down after up's. Every kernel waits, even
-    where it needs nothing of its predecessor: so its successor knows that all earlier kernels have
-    ended. A kernel lets its successor start only after its own wait, so at most two run at a time;
-    quantisations let it start at once, so that the GEMM is ready when they end.
+    Without quantisation, up starts after route's wait and down after up's. Only the swap template
+    loads weights before its wait. Every kernel waits, even where it needs nothing of its
+    predecessor: so its successor knows that all earlier kernels have ended. A kernel lets its
+    successor start only after its own wait, so at most two run at a time; quantisations let it
+    start at once, so that the GEMM is ready when they end.
     """
 
     def __init__(self, layer: LayerOperands, options: LayerOptions) -> None:

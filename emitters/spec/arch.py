@@ -1,4 +1,4 @@
-"""What a GPU architecture offers to a kernel."""
+"""The resources that a GPU architecture offers to a kernel."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Arch:
-    """name: the compilation target. capability: the compute capability of the GPUs that run it.
-    sms: of the GPU that configs are estimated for. Sizes in bytes, registers of 32 bits."""
+    """A GPU architecture and its resources; sizes in bytes, registers of 32 bits."""
 
-    name: str
-    capability: tuple[int, int]
-    sms: int
+    name: str  # the compilation target
+    capability: tuple[int, int]  # the compute capability of the GPUs that run it
+    sms: int  # of the GPU that configs are estimated for
     smem_per_sm: int
-    smem_reserved: int  # of that, taken by the system for every CTA
-    smem_unit: int  # what a CTA asks for is rounded up to a multiple of this
+    smem_reserved: int  # of smem_per_sm, per CTA, for the system
+    smem_unit: int  # the shared memory of a CTA is rounded up to a multiple of this
     registers_per_sm: int
 
 
@@ -25,17 +24,22 @@ DEFAULT_ARCH = SM90.name
 
 
 def arch_of(capability: tuple[int, int]) -> str:
-    """The compilation target of a GPU: "sm_90a" for capability 9.0; for GPUs that no template
-    supports "sm_" and the digits."""
+    """The compilation target of a GPU, "sm_90a" for capability (9, 0).
+
+    For GPUs that no template supports, "sm_" and the digits of the capability.
+    """
     known = {arch.capability: arch.name for arch in ARCHS.values()}
     return known.get(capability, "sm_{}{}".format(*capability))
 
 
-def why_no_registers(accumulators: int, others: int, limit: int, whose: str) -> str | None:
-    """None where a thread has registers for its accumulators and others, else the reason."""
+def why_no_registers(accumulators: int, others: int, limit: int, role: str) -> str | None:
+    """Why a thread has too few registers for its accumulators and other values, or None.
+
+    role: the thread's name in the reason.
+    """
     if accumulators + others <= limit:
         return None
     return (
-        f"a {whose} must do with {limit} registers, it needs about {accumulators + others} "
+        f"a {role} must need at most {limit} registers, got about {accumulators + others} "
         f"({accumulators} of them accumulators)"
     )

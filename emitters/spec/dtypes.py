@@ -1,4 +1,4 @@
-"""Element types, and how products of them are summed."""
+"""The element types of operands and outputs, and the ways in which products are summed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DType(Name):
 
     @property
     def quantized(self) -> bool:
-        """Values mean something only together with a scale."""
+        """Whether values need a scale: 8-bit types."""
         return self.bytes == 1
 
 
@@ -43,10 +43,10 @@ _BYTES = {
 
 
 class Accumulation(Name):
-    """How products are summed along K."""
+    """The way in which products are summed along K."""
 
-    FAST = "fast"  # fp8 inside the tensor core, about 14 bits
-    TWO_LEVEL = "two_level"  # fp8, promoted to fp32 registers after every 128 bytes of K
+    FAST = "fast"  # fp8: in the tensor core, with about 14 bits
+    TWO_LEVEL = "two_level"  # fp8: as FAST, but added to fp32 registers every 128 bytes of K
     FP32 = "fp32"  # bf16 and fp16
     INT32 = "int32"  # int8, exact
 
@@ -63,4 +63,5 @@ ACCUMULATIONS: dict[DType, tuple[Accumulation, ...]] = {  # the first is the def
 OUTPUTS = (DType.BF16, DType.FP16, DType.FP32)
 
 
-LARGEST = {DType.E4M3: 448.0, DType.E5M2: 57344.0, DType.INT8: 127.0}  # a row's after quantisation
+# The largest magnitude in a row after quantisation.
+LARGEST = {DType.E4M3: 448.0, DType.E5M2: 57344.0, DType.INT8: 127.0}

@@ -1,4 +1,4 @@
-"""What is asked of a grouped GEMM: everything that changes the numbers its kernel computes."""
+"""The problem of a grouped GEMM: everything that changes the numbers its kernel computes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any, ClassVar, Protocol
 from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType, Name
 from emitters.spec.plain import from_plain, to_plain
 
-MAX_EXPERTS = 1024  # 32 lanes x 32 experts: the expert search is two ballots
-GATE_BLOCK = 8  # gate columns, then as many up columns: how a tile of a gated problem orders them
-N_MAJOR_BLOCK = 64  # columns of a box of N-major weights, 128 bytes; of gate and up by turns
+MAX_EXPERTS = 1024  # 32 lanes x 32 experts: two ballots of a warp find an expert
+GATE_BLOCK = 8  # a tile of a gated problem alternates 8 gate columns and 8 up columns
+N_MAJOR_BLOCK = 64  # columns (128 bytes) per box of N-major weights; gate and up boxes alternate
 
 
 class WeightStorage(Name):
-    """How the kernel finds an expert's weights."""
+    """The way in which the kernel finds an expert's weights."""
 
-    STACKED = "stacked"  # one [E, N, K] tensor, any strides but K's
-    TABLE = "table"  # one [N, K] tensor per expert: a table of E tensor maps in global memory
+    STACKED = "stacked"  # one [E, N, K] tensor, through one tensor map
+    TABLE = "table"  # one [N, K] tensor per expert, through a table of E tensor maps
 
 
 class Major(Name):
-    """Which dimension of the weights is dense."""
+    """The dimension of the weights that is dense (stride 1)."""
 
     K = "k"
     N = "n"  # bf16 and fp16
@@ -29,7 +29,7 @@ class Major(Name):
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """What the memory of the weights [E, N, K] holds."""
+    """The element type and memory layout of the weights [E, N, K]."""
 
     dtype: DType
     major: Major = Major.K
@@ -37,34 +37,34 @@ class WeightFormat:
 
 
 class Granularity(Name):
-    """What shares one float32 scale."""
+    """The group of values that shares one float32 scale."""
 
-    TOKEN = "token"  # a row of x: per_token_scale[token], [T], read through the same index as x
-    CHANNEL = "channel"  # a row of an expert's weights: scale[e, n], [E, N]
-    EXPERT = "expert"  # an expert's weights: scale[e], [E]
+    TOKEN = "token"  # one per row of x: per_token_scale [T], read through the same index as x
+    CHANNEL = "channel"  # one per row of an expert's weights: scale [E, N]
+    EXPERT = "expert"  # one per expert: scale [E]
 
 
 class EpilogueNode(Protocol):
-    """One of the things done to a product's float32 values, after the scales.
+    """An operation on the float32 values of a product, applied after the scales.
 
     A node is a frozen dataclass; emitters/device/epilogue/nodes.py says how to add one.
     """
 
     @property
     def kind(self) -> str:
-        """Its name in JSON."""
+        """The node's name in JSON."""
 
     @property
     def operand(self) -> str | None:
-        """The tensor that it reads, by the name of the kernel's parameter; None: it reads none.
+        """The kernel parameter of the tensor that the node reads, or None if it reads none.
 
-        A node that reads one has a property `element` besides, the tensor's DType.
+        A node that reads a tensor also has a property `element`, the tensor's DType.
         """
 
 
 @dataclass(frozen=True)
 class Bias:
-    """Adds bias[e, n]: [E, N] of `dtype`."""
+    """Adds bias[e, n]; the tensor is [E, N], of `dtype`."""
 
     dtype: DType
     kind: ClassVar[str] = "bias"
@@ -76,7 +76,7 @@ class Bias:
 
 
 class ActivationFunction(Name):
-    """Of a column x; where gated, of a gate column g and an up column u."""
+    """A function of one column x or, if it is gated, of a gate column g and an up column u."""
 
     SWIGLU = "swiglu"  # silu(g) * u
     GEGLU = "geglu"  # gelu(g) * u
@@ -98,13 +98,16 @@ _GATED = (
     ActivationFunction.REGLU,
     ActivationFunction.SWIGLU_OAI,
 )
-OAI_LIMIT, OAI_SLOPE = 7.0, 1.702  # of SWIGLU_OAI
+OAI_LIMIT, OAI_SLOPE = 7.0, 1.702  # the constants of SWIGLU_OAI
 
 
 @dataclass(frozen=True)
 class Activation:
-    """`scale` times the function of the columns; the last node. A gated one makes N / 2 columns of
-    N: the host says where an output's gate and up columns lie in weight, scale and bias."""
+    """Applies a function to the columns and multiplies by `scale`; it must be the last node.
+
+    A gated function turns N columns into N / 2. The host tells the kernel where the gate and up
+    columns of an output are in weight, scale and bias.
+    """
 
     function: ActivationFunction
     scale: float = 1.0
@@ -117,14 +120,14 @@ NODES: dict[str, type] = {node.kind: node for node in (Bias, Activation)}
 
 @dataclass(frozen=True)
 class GemmProblem:
-    """out[r, n] = epilogue(scale * sum_k x[index[r], k] * weight[e(r), n, k]), rows r sorted by
-    expert e.
+    """A grouped GEMM: each row of the product is a row of x times the weights of its expert.
 
-    x [T, K] holds `x`, weight [E, N, K] is laid out as `weight` says, out [rows, out_columns] holds
-    `out`. Without `gather`, row r of the product reads row r of x. Sums are multiplied by the
-    scales of x, then of weight, where there are such; then the epilogue's nodes are applied in
-    order, all in float32, before the conversion to `out`. T, the number of rows and the routing are
-    not part of a problem.
+      out[r, n] = epilogue(scales * sum over k of x[index[r], k] * weight[e, n, k])
+
+    for the rows r of expert e; rows are sorted by expert. x is [T, K], weight [E, N, K] and out
+    [rows, out_columns]. In float32, a sum is multiplied by the scale of x, then by that of weight,
+    if there are any; then the epilogue's nodes follow in order, then the conversion to `out`. T,
+    the number of rows and the routing are not part of a problem.
     """
 
     x: DType
@@ -134,14 +137,14 @@ class GemmProblem:
     n: int
     k: int
     num_experts: int
-    gather: bool
+    gather: bool  # whether rows are read through index; without it row r reads row r of x
     x_scale: Granularity | None = None
     weight_scale: Granularity | None = None
     epilogue: tuple[EpilogueNode, ...] = ()
     op: ClassVar[str] = "grouped_gemm"
 
     def __post_init__(self) -> None:
-        # hashed at every call of the op: computed once
+        # computed once, because every call of the op hashes its problem
         object.__setattr__(self, "_hash", hash(tuple(getattr(self, f.name) for f in fields(self))))
 
     def __hash__(self) -> int:
@@ -149,6 +152,7 @@ class GemmProblem:
 
     @property
     def activation(self) -> Activation | None:
+        """The epilogue's activation, or None."""
         last = self.epilogue[-1] if self.epilogue else None
         return last if isinstance(last, Activation) else None
 
@@ -158,11 +162,12 @@ class GemmProblem:
 
     @property
     def out_columns(self) -> int:
+        """Columns of the output: N, or N / 2 with a gated activation."""
         return self.n // 2 if self.gated else self.n
 
     @property
     def words(self) -> str:
-        """For lists that people read."""
+        """A short description, for lists that people read."""
         size = f"E {self.num_experts} N {self.n} K {self.k}"
         scales = [f"{scale} scale" for scale in (self.x_scale, self.weight_scale) if scale]
         nodes = [node.kind for node in self.epilogue]
@@ -170,7 +175,7 @@ class GemmProblem:
         return " ".join([f"{self.x} > {self.out}", size, *gather, *scales, *nodes])
 
     def why_illegal(self) -> str | None:
-        """None where some config could be legal, else the reason in words."""
+        """Why no config can be legal for this problem, or None."""
         return self._why_numbers() or self._why_weight() or self._why_epilogue()
 
     def _why_numbers(self) -> str | None:
@@ -178,7 +183,7 @@ class GemmProblem:
             return f"x must be {_any(ACCUMULATIONS)}, got {self.x}"
         if self.accumulation not in ACCUMULATIONS[self.x]:
             allowed = _any(ACCUMULATIONS[self.x])
-            return f"accumulation of {self.x} must be {allowed}, got {self.accumulation}"
+            return f"accumulation must be {allowed} for {self.x}, got {self.accumulation}"
         if self.out not in OUTPUTS:
             return f"the output must be {_any(OUTPUTS)}, got {self.out}"
         if min(self.n, self.k, self.num_experts) < 1:
@@ -187,30 +192,31 @@ class GemmProblem:
                 f"got {self.n}, {self.k} and {self.num_experts}"
             )
         if self.num_experts > MAX_EXPERTS:
-            return f"there must be at most {MAX_EXPERTS} experts, got {self.num_experts}"
+            return f"the number of experts must be at most {MAX_EXPERTS}, got {self.num_experts}"
         if self.k * self.x.bytes % 16:
-            return f"rows of x and weight must be multiples of 16 bytes, got K {self.k} of {self.x}"
+            return f"K must be {_16_bytes(self.x)} for rows of x and weight, got {self.k}"
         if self.gated and self.n % (2 * GATE_BLOCK):
-            return f"N of a gated activation must be a multiple of {2 * GATE_BLOCK}, got {self.n}"
+            multiple = 2 * GATE_BLOCK
+            return f"N must be a multiple of {multiple} for a gated activation, got {self.n}"
         if self.n * self.out.bytes % 16:
-            return f"rows of the output must be multiples of 16 bytes, got N {self.n} of {self.out}"
+            return f"N must be {_16_bytes(self.out)} for rows of the output, got {self.n}"
         return None
 
     def _why_weight(self) -> str | None:
         weight = self.weight
         if weight.dtype is not self.x:
-            return f"weights must hold x's {self.x}, got {weight.dtype}"
+            return f"weights must be {self.x} like x, got {weight.dtype}"
         if weight.major is Major.K:
             return None
         if weight.dtype.bytes != 2:
-            return f"N-major weights must be bf16 or fp16, which WGMMA reads, got {weight.dtype}"
-        if weight.storage is WeightStorage.TABLE:
-            return "N-major weights must be stacked, to be read in place, got a table of them"
-        if self.n * weight.dtype.bytes % 16:
             return (
-                "rows of N-major weights must be multiples of 16 bytes, "
-                f"got N {self.n} of {weight.dtype}"
+                "N-major weights must be bf16 or fp16 (WGMMA reads 8-bit operands K-major only), "
+                f"got {weight.dtype}"
             )
+        if weight.storage is WeightStorage.TABLE:
+            return "N-major weights must be one stacked tensor, got a table of one per expert"
+        if self.n * weight.dtype.bytes % 16:
+            return f"N must be {_16_bytes(weight.dtype)} for N-major weights, got {self.n}"
         return None
 
     def _why_epilogue(self) -> str | None:
@@ -234,25 +240,29 @@ class GemmProblem:
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> GemmProblem:
-        """Inverse of `to_json`. Raises ValueError on an unknown op, field, node or value."""
+        """The inverse of `to_json`; raises ValueError for an unknown op, field, node or value."""
         rest = dict(plain)
         if rest.pop("op", None) != cls.op:
             raise ValueError(f"a problem's op must be {cls.op!r}, got {plain.get('op')!r}")
+        epilogue = rest.pop("epilogue", None)
         try:
-            nodes = tuple(_node_from_json(node) for node in rest.pop("epilogue"))
+            nodes = tuple(_node_from_json(node) for node in epilogue)
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not a {cls.op} problem: {error}") from error
+            raise ValueError(
+                f"the epilogue of a {cls.op} problem must be a list of nodes, each with a kind, "
+                f"got {epilogue!r}"
+            ) from error
         return from_plain(cls, {**rest, "epilogue": nodes}, f"{cls.op} problem")
 
 
 def make_epilogue(bias: DType | None, activation: Activation | None) -> tuple[EpilogueNode, ...]:
-    """The nodes of a product that has these, in their order."""
+    """The epilogue's nodes, in order, of a product with this bias and activation, if any."""
     nodes: list[EpilogueNode] = [] if bias is None else [Bias(bias)]
     return (*nodes, activation) if activation is not None else tuple(nodes)
 
 
 def weight_granularity(scale_dims: int) -> Granularity | None:
-    """Of a weight scale with so many dimensions: [E, N] or [E]; 0 without one."""
+    """The granularity of a weight scale with this many dimensions, [E, N] or [E]; 0: no scale."""
     return {0: None, 1: Granularity.EXPERT}.get(scale_dims, Granularity.CHANNEL)
 
 
@@ -266,4 +276,10 @@ def _node_from_json(plain: dict[str, Any]) -> EpilogueNode:
 
 
 def _any(names: Any) -> str:
-    return ", ".join(map(str, names))
+    """ "a", "a or b", "a, b or c"."""
+    *others, last = map(str, names)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _16_bytes(dtype: DType) -> str:
+    return f"a multiple of {16 // dtype.bytes} (16 bytes of {dtype})"

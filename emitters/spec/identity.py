@@ -1,4 +1,4 @@
-"""Which build made an image: DSL version, toolchain flavour, hash of the emitters' source."""
+"""The build identity of images: DSL version, toolchain flavour, hash of the emitters' source."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import hashlib
 from importlib import metadata
 from pathlib import Path
 
-TOOLCHAINS = {"cu13": 13, "cu12": 12}  # newest first; the CUDA a driver must support to run them
+# Newest first, with the major CUDA version that a driver must support to run their cubins.
+TOOLCHAINS = {"cu13": 13, "cu12": 12}
 
 _DSL = "nvidia-cutlass-dsl"
 _EMITTERS = Path(__file__).parents[1]
 
 
 def build_identity(toolchain: str | None) -> str | None:
-    """DSL version, toolchain flavour, hash of the emitters' source; None where not installed.
+    """The identity of a build with this toolchain, or None if that is not installed.
 
     Two builds of equal identity write equal images.
     """
@@ -24,7 +25,7 @@ def build_identity(toolchain: str | None) -> str | None:
 
 
 def source_hash(package: Path) -> str:
-    """64 hex digits: of the names and contents of a package's Python files, in all its folders."""
+    """A hash of the names and contents of all Python files of a package: 64 hex digits."""
     source = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package).as_posix()
@@ -33,16 +34,18 @@ def source_hash(package: Path) -> str:
 
 
 def newest_toolchain(cuda: int | None) -> str | None:
-    """The newest flavour installed whose cubins a driver of this CUDA version runs (12040 for
-    12.4); without a driver (None), or with one that runs none of them, the newest. None without
-    the DSL."""
+    """The newest installed flavour that makes cubins which a driver of this CUDA version runs.
+
+    cuda: 12040 for 12.4. Without a driver (None), or with one that runs no installed flavour's
+    cubins, the newest flavour. Returns None if the DSL is not installed.
+    """
     installed = installed_toolchains()
     runs = [name for name in installed if cuda is None or TOOLCHAINS[name] <= cuda // 1000]
     return next(iter((*runs, *installed)), None)
 
 
 def installed_toolchains() -> tuple[str, ...]:
-    """The flavours of the DSL that are installed, newest first."""
+    """The installed flavours of the DSL, newest first."""
     if not _installed(_DSL):
         return ()
     return tuple(name for name in TOOLCHAINS if _installed(f"{_DSL}-libs-{name}"))

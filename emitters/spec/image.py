@@ -1,4 +1,4 @@
-"""A kernel image: cubin bytes and the launch record that a host needs to launch them."""
+"""A kernel image: cubin bytes, and the launch record that a host needs to launch them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 from emitters.spec.dtypes import Name
 from emitters.spec.registry import Config, Problem
 
-TENSOR_MAP_BYTES = 128  # of a CUtensorMap
-IMAGE_ABI = 6  # raised when a launch record or a parameter changes its meaning
+TENSOR_MAP_BYTES = 128  # the size of a CUtensorMap
+IMAGE_ABI = 6  # goes up when a launch record or a parameter changes its meaning
 
 
 class ParamKind(Name):
+    """The type of a kernel parameter."""
+
     TENSOR_MAP = "tensor_map"  # a CUtensorMap by value, 128 bytes
     POINTER = "pointer"
     INT32 = "int32"
@@ -22,7 +24,7 @@ class ParamKind(Name):
 
 @dataclass(frozen=True)
 class Param:
-    """One kernel parameter. offset and size in bytes, as the cubin itself states them."""
+    """A kernel parameter, with its offset and size in bytes as the cubin states them."""
 
     name: str
     kind: ParamKind
@@ -32,9 +34,10 @@ class Param:
 
 @dataclass(frozen=True)
 class TensorMapBox:
-    """What a tensor map must say besides pointer, extents and strides.
+    """The part of a tensor map that is known when a kernel is compiled.
 
-    box: elements along each dimension, the dense one first; swizzle and l2_promotion in bytes.
+    The host adds address, extents and strides. box: elements along each dimension, the dense one
+    first; swizzle and l2_promotion: bytes.
     """
 
     param: str
@@ -45,6 +48,8 @@ class TensorMapBox:
 
 @dataclass(frozen=True)
 class LaunchRecord:
+    """Everything about a kernel, except its code, that a host needs to launch it: launch.json."""
+
     symbol: str
     params: tuple[Param, ...]
     tensor_maps: tuple[TensorMapBox, ...]
@@ -53,8 +58,8 @@ class LaunchRecord:
     cluster: tuple[int, int, int]
     arch: str
     abi: int
-    registers: int  # a thread, as the compiler reports
-    spill_bytes: int
+    registers: int  # per thread, as the compiler reports
+    spill_bytes: int  # per thread
     build: str  # build identity: DSL version, toolchain flavour, hash of the emitters' source
     problem: dict[str, Any]
     config: dict[str, Any]
@@ -65,11 +70,13 @@ class LaunchRecord:
 
     @classmethod
     def from_json(cls, text: str) -> LaunchRecord:
-        """Inverse of `to_json`. Raises ValueError for any other text, or another ABI."""
+        """The inverse of `to_json`; raises ValueError for any other text, or another ABI."""
         try:
             plain = json.loads(text)
             if plain["abi"] != IMAGE_ABI:
-                raise ValueError(f"image ABI {plain['abi']}, expected {IMAGE_ABI}")
+                raise ValueError(
+                    f"the image's ABI must be {IMAGE_ABI}, got {plain['abi']}: build the image anew"
+                )
             plain["params"] = tuple(
                 Param(**{**p, "kind": ParamKind(p["kind"])}) for p in plain["params"]
             )
@@ -79,22 +86,29 @@ class LaunchRecord:
             plain["cluster"] = tuple(plain["cluster"])
             return cls(**plain)
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not a launch record: {error!r}") from error
+            raise ValueError(
+                f"launch.json must hold a launch record with all its fields, got {error!r}"
+            ) from error
 
 
 @dataclass(frozen=True)
 class Image:
+    """A compiled kernel."""
+
     cubin: bytes
     record: LaunchRecord
 
 
 def image_key(problem: Problem, config: Config, arch: str) -> str:
-    """Lookup key of an image, 64 hex digits: no DSL, no GPU and no torch are needed to know it."""
-    asked = {
+    """The key under which caches keep an image: 64 hex digits of a hash.
+
+    No DSL, GPU or torch is needed to compute it.
+    """
+    hashed = {
         "problem": problem.to_json(),
         "config": config.to_json(),
         "arch": arch,
         "abi": IMAGE_ABI,
     }
-    text = json.dumps(asked, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

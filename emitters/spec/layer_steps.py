@@ -1,4 +1,4 @@
-"""The steps of a layer around its GEMMs: what is asked of their kernels, and what is chosen."""
+"""The problems and the config of a layer's kernels around its GEMMs: its steps."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from emitters.spec.dtypes import LARGEST, OUTPUTS, DType
 from emitters.spec.gemm import MAX_EXPERTS
 from emitters.spec.plain import from_plain, to_plain
 
-ROW_VECTOR = 8  # elements of a row that a thread takes at a time: 16 bytes of 16-bit ones
-MAX_ROW = 32_768
+ROW_VECTOR = 8  # elements of a row that a thread reads at a time: 16 bytes if they have 16 bits
+MAX_ROW = 32_768  # elements
 MAX_TOP_K = 32
-SCORINGS = ("softmax", "sigmoid")  # of a router
-MAX_FUSED_EXPERTS = 512  # of route_logits: a thread sums up one, and 512 have 128 registers each
+SCORINGS = ("softmax", "sigmoid")
+MAX_FUSED_EXPERTS = 512  # for route_logits: it needs a thread per expert and 128 registers each
 
 _S = TypeVar("_S", bound="Step")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A problem of one of these kernels. T and the routing are not part of it."""
+    """The problem of one of these kernels; T and the routing are not part of it."""
 
     op: ClassVar[str]
 
@@ -30,7 +30,7 @@ class Step:
 
     @classmethod
     def from_json(cls: type[_S], plain: dict[str, Any]) -> _S:
-        """Inverse of `to_json`. Raises ValueError on an unknown op, field or value."""
+        """The inverse of `to_json`; raises ValueError for an unknown op, field or value."""
         rest = dict(plain)
         if rest.pop("op", None) != cls.op:
             raise ValueError(f"a problem's op must be {cls.op!r}, got {plain.get('op')!r}")
@@ -38,22 +38,22 @@ class Step:
 
     @property
     def words(self) -> str:
-        """For lists that people read."""
+        """A short description, for lists that people read."""
         fields = to_plain(self)
         shown = [name for name in _WORDS if fields.get(name, _PLAIN.get(name)) != _PLAIN.get(name)]
         return " ".join([self.op, *(_WORDS[name].format(fields[name]) for name in shown)])
 
     @property
     def least_threads(self) -> int:
-        """Of a CTA."""
+        """The least number of threads that a CTA must have."""
         return 32
 
     def why_illegal(self) -> str | None:
-        """None where a kernel can be built, else the reason in words."""
+        """Why no kernel can be built for this problem, or None."""
         raise NotImplementedError
 
 
-_WORDS = {  # of fields, in this order
+_WORDS = {  # how `words` shows each field, in this order
     "num_experts": "E {}",
     "id_bits": "int{}",
     "logits": "{}",
@@ -67,12 +67,12 @@ _WORDS = {  # of fields, in this order
     "top_k": "k {}",
     "source_scale": "scale {:g}",
 }
-_PLAIN = {"num_groups": 1, "source_scale": 1.0}  # values that go without saying
+_PLAIN = {"num_groups": 1, "source_scale": 1.0}  # values that `words` leaves out
 
 
 @dataclass(frozen=True)
 class RouteProblem(Step):
-    """Pairs (token, choice) sorted by expert, stably. id_bits: of an expert's id, 32 or 64."""
+    """Sorts (token, choice) pairs by expert, stably. id_bits: 32 or 64, of an expert's id."""
 
     num_experts: int
     id_bits: int
@@ -80,7 +80,7 @@ class RouteProblem(Step):
 
     @property
     def least_threads(self) -> int:
-        return self.num_experts  # one each
+        return self.num_experts  # one per expert
 
     def why_illegal(self) -> str | None:
         if not 1 <= self.num_experts <= MAX_EXPERTS:
@@ -92,10 +92,10 @@ class RouteProblem(Step):
 
 @dataclass(frozen=True)
 class TopkProblem(Step):
-    """Each token's best experts and their weights, from logits [T, num_experts].
+    """Chooses each token's experts and their weights from logits [T, num_experts].
 
-    scoring: "softmax" or "sigmoid". num_groups: equal runs of experts, of which a token may choose
-    from some.
+    logits: their dtype. scoring: "softmax" or "sigmoid". num_groups: equal runs of experts; a token
+    chooses from its best groups only.
     """
 
     num_experts: int
@@ -108,12 +108,12 @@ class TopkProblem(Step):
         if not 1 <= self.num_experts <= MAX_EXPERTS:
             return f"the number of experts must be 1 to {MAX_EXPERTS}, got {self.num_experts}"
         if self.logits not in OUTPUTS:
-            return f"logits must be {', '.join(OUTPUTS)}, got {self.logits}"
+            return f"logits must be one of {', '.join(OUTPUTS)}, got {self.logits}"
         if self.scoring not in SCORINGS:
             return f"scoring must be {' or '.join(SCORINGS)}, got {self.scoring!r}"
         if not 1 <= self.num_groups <= MAX_TOP_K or self.num_experts % self.num_groups:
             return (
-                f"num_groups must be 1 to {MAX_TOP_K} and divide {self.num_experts} experts, "
+                f"num_groups must be 1 to {MAX_TOP_K} and a divisor of {self.num_experts} experts, "
                 f"got {self.num_groups}"
             )
         return None
@@ -121,25 +121,28 @@ class TopkProblem(Step):
 
 @dataclass(frozen=True)
 class RouteLogitsProblem(TopkProblem):
-    """Both at once, of a few tokens: their best experts, and pairs sorted by expert."""
+    """Chooses the experts of a few tokens and sorts their pairs by expert, in one launch."""
 
     op: ClassVar[str] = "route_logits"
 
     @property
     def least_threads(self) -> int:
-        return self.num_experts  # one each
+        return self.num_experts  # one per expert
 
     def why_illegal(self) -> str | None:
         if self.num_experts > MAX_FUSED_EXPERTS:
-            return f"there must be at most {MAX_FUSED_EXPERTS} experts, got {self.num_experts}"
+            most = MAX_FUSED_EXPERTS
+            return f"the number of experts must be at most {most}, got {self.num_experts}"
         return super().why_illegal()
 
 
 @dataclass(frozen=True)
 class QuantizeProblem(Step):
-    """Rows of `source` -> q of `target` [R, K], scale float32 [R]: rows * source_scale ~ q * scale.
+    """Quantises rows [R, K] of `source` to q [R, K] of `target` and scale float32 [R].
 
-    The scale is that of `cutlass_moe.quantize_per_token`, times source_scale, a power of two, but 1
+      rows * source_scale ~ q * scale
+
+    scale is that of `cutlass_moe.quantize_per_token` times source_scale, a power of two; it is 1
     for a row of zeros.
     """
 
@@ -150,21 +153,24 @@ class QuantizeProblem(Step):
     op: ClassVar[str] = "quantize"
 
     def row_threads(self, threads: int) -> int:
-        """Of a CTA's threads those that take a row, a power of two: 32 elements each, if so many
-        threads are there."""
-        found = 1
-        while found * 4 * ROW_VECTOR < self.k and found * 2 <= threads:
-            found *= 2
-        return found
+        """The number of threads that share a row: a power of two, with about 32 elements each.
+
+        threads: those of a CTA, the most that there can be.
+        """
+        sharing = 1
+        while sharing * 4 * ROW_VECTOR < self.k and sharing * 2 <= threads:
+            sharing *= 2
+        return sharing
 
     def ctas(self, rows: int, threads: int) -> int:
+        """The number of CTAs for this many rows, with this many threads per CTA."""
         return -(-rows * self.row_threads(threads) // threads)
 
     def why_illegal(self) -> str | None:
         if self.source not in OUTPUTS:
-            return f"rows must be {', '.join(OUTPUTS)}, got {self.source}"
+            return f"rows must be one of {', '.join(OUTPUTS)}, got {self.source}"
         if self.target not in LARGEST:
-            return f"rows must be quantised to {', '.join(LARGEST)}, got {self.target}"
+            return f"rows must be quantised to one of {', '.join(LARGEST)}, got {self.target}"
         if self.k % ROW_VECTOR or not 0 < self.k <= MAX_ROW:
             return f"K must be a multiple of {ROW_VECTOR} up to {MAX_ROW}, got {self.k}"
         mantissa, exponent = frexp(self.source_scale)
@@ -177,8 +183,12 @@ class QuantizeProblem(Step):
 
 @dataclass(frozen=True)
 class CombineProblem(Step):
-    """out[t] = residual[t] + sum over j < top_k of weights[t, j] * rows[inverse[t, j]], all of
-    `dtype` [., N], in float32 and in this order."""
+    """Sums each token's rows, weighted; rows, residual and out [., N] are of `dtype`.
+
+      out[t] = residual[t] + sum over j < top_k of weights[t, j] * rows[inverse[t, j]]
+
+    in float32, in the order of j.
+    """
 
     dtype: DType
     n: int
@@ -186,22 +196,23 @@ class CombineProblem(Step):
     op: ClassVar[str] = "combine"
 
     def ctas(self, tokens: int, threads: int) -> int:
+        """The number of CTAs for this many tokens, with this many threads per CTA."""
         return -(-tokens * self.n // (ROW_VECTOR * threads))
 
     def why_illegal(self) -> str | None:
         if self.dtype not in OUTPUTS:
-            return f"rows must be {', '.join(OUTPUTS)}, got {self.dtype}"
+            return f"rows must be one of {', '.join(OUTPUTS)}, got {self.dtype}"
         if self.n % ROW_VECTOR or not 0 < self.n <= MAX_ROW:
             return f"N must be a multiple of {ROW_VECTOR} up to {MAX_ROW}, got {self.n}"
-        most = MAX_TOP_K * 2 // self.dtype.bytes  # in a thread's registers all at once
+        most = MAX_TOP_K * 2 // self.dtype.bytes  # a thread holds all rows in registers at once
         if not 1 <= self.top_k <= most:
-            return f"a token must have 1 to {most} rows of {self.dtype}, got {self.top_k}"
+            return f"top_k must be 1 to {most} for {self.dtype}, got {self.top_k}"
         return None
 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """threads: of a CTA."""
+    """The config of all these kernels: the number of threads per CTA."""
 
     threads: int = 256
     template: ClassVar[str] = "step"
@@ -211,11 +222,11 @@ class StepConfig:
 
     @property
     def words(self) -> str:
-        """For lists that people read."""
+        """A short description, for lists that people read."""
         return f"{self.threads} threads"
 
     def why_illegal(self, problem: Step) -> str | None:
-        """None where the kernel of a legal problem can be built so, else the reason in words."""
+        """Why no kernel can be built with this config for a legal problem, or None."""
         if self.threads % 32 or not 32 <= self.threads <= 1024:
             return f"threads must be a multiple of 32 up to 1024, got {self.threads}"
         if self.threads < problem.least_threads:

@@ -1,4 +1,4 @@
-"""Frozen dataclasses as plain JSON values, and back."""
+"""Conversion of frozen dataclasses to plain JSON values, and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 
 
 def to_plain(value: Any) -> dict[str, Any]:
-    """A dataclass's fields; enums, which are strings, and numbers stay as they are."""
+    """The fields of a dataclass as a dict; enums (which are strings) and numbers stay as is."""
     return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
 
 
@@ -23,16 +23,19 @@ def _plain(value: Any) -> Any:
 
 
 def from_plain(cls: type[_T], plain: dict[str, Any], what: str) -> _T:
-    """Inverse of `to_plain`: names become the enums, and dicts the dataclasses, that fields hold.
+    """The inverse of `to_plain`; strings become enums, and dicts dataclasses, as fields say.
 
-    what: how errors call the class. Raises ValueError on an unknown or missing field and on an
-    unknown name.
+    what: the name of the class in errors. Raises ValueError for an unknown or missing field and
+    for an unknown enum value.
     """
     types = _types(typing.cast(typing.Hashable, cls))
     try:
         return cls(**{name: _value(types[name], v, what) for name, v in plain.items()})
     except (KeyError, TypeError) as error:
-        raise ValueError(f"not a {what}: {error}") from error
+        names = ", ".join(f.name for f in fields(typing.cast(Any, cls)))
+        raise ValueError(
+            f"a {what} must have the fields {names}, got {', '.join(plain)} ({error})"
+        ) from error
 
 
 def _value(kind: Any, value: Any, what: str) -> Any:
@@ -45,7 +48,7 @@ def _value(kind: Any, value: Any, what: str) -> Any:
 
 @functools.cache
 def _types(cls: typing.Hashable) -> dict[str, Any]:
-    """A field's type, without the None that it may also be."""
+    """The types of a dataclass's fields, by name, without the None that a field may also be."""
     return {name: _without_none(hint) for name, hint in typing.get_type_hints(cls).items()}
 
 

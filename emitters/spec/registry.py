@@ -1,6 +1,6 @@
-"""Which kernels there are: problem, config, architectures and template of each.
+"""The table of all kernels: their problems, configs, architectures and templates.
 
-Whoever needs to tell one kind of problem or config from another asks here.
+Code that must tell one kind of problem or config from another asks here.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ Config = GemmConfig | StepConfig
 
 @dataclass(frozen=True)
 class Template:
-    """A kernel's source. name: what its kernels are called. source: "module:class" in
-    emitters/templates."""
+    """One kind of kernel: the class that writes it, and what that class takes."""
 
-    name: str
+    name: str  # part of the kernels' symbols
     problem: type[Problem]
     config: type[Config]
     archs: tuple[str, ...]
-    source: str
+    source: str  # "module:class" in emitters/templates
 
 
 _SM90 = (SM90.name,)
@@ -56,7 +55,7 @@ _CONFIGS = {template.config.template: template.config for template in TEMPLATES}
 
 
 def find_template(problem: Problem, config: Config) -> Template | None:
-    """The template that writes this kernel; None where there is none of this kind."""
+    """The template for these kinds of problem and config, or None."""
     for template in TEMPLATES:
         if template.problem is type(problem) and template.config is type(config):
             return template
@@ -66,10 +65,10 @@ def find_template(problem: Problem, config: Config) -> Template | None:
 def why_illegal(
     problem: Problem, config: Config | None = None, arch: str = DEFAULT_ARCH
 ) -> str | None:
-    """None where a kernel can be built, else the reason in words.
+    """Why a kernel can't be built, in words, or None if it can.
 
-    Without a config: whether any config could be legal. Heuristics, emitter, ops and tests all ask
-    here; the reasons stand beside each problem and config.
+    Without a config: why no config could be legal. Heuristics, emitter, ops and tests all ask here;
+    the reasons are in the problem's and the config's own `why_illegal`.
     """
     archs = {a for t in TEMPLATES if t.problem is type(problem) for a in t.archs}
     if arch not in archs:
@@ -78,18 +77,19 @@ def why_illegal(
     if reason or config is None:
         return reason
     if find_template(problem, config) is None:
-        return f"{problem.op} has no template {config.template}"
-    why: str | None = config.why_illegal(problem)  # type: ignore[arg-type]  # of its template
+        names = [t.config.template for t in TEMPLATES if t.problem is type(problem)]
+        return f"config must be of {' or '.join(names)} for {problem.op}, got {config.template}"
+    why: str | None = config.why_illegal(problem)  # type: ignore[arg-type]  # they fit together
     return why
 
 
 def as_gemm(problem: Problem) -> GemmProblem | None:
-    """The problem where it is a grouped GEMM's, else None."""
+    """The problem, typed, if it is a grouped GEMM's; else None."""
     return problem if isinstance(problem, GemmProblem) else None
 
 
 def problem_from_json(plain: dict[str, Any]) -> Problem:
-    """Raises ValueError on an unknown op, field or value."""
+    """The inverse of a problem's `to_json`; raises ValueError for an unknown op, field or value."""
     op = dict(plain).get("op")
     if op not in _PROBLEMS:
         raise ValueError(f"a problem's op must be one of {sorted(_PROBLEMS)}, got {op!r}")
@@ -97,7 +97,10 @@ def problem_from_json(plain: dict[str, Any]) -> Problem:
 
 
 def config_from_json(plain: dict[str, Any]) -> Config:
-    """Inverse of a config's `to_json`. Raises ValueError on an unknown template, field or value."""
+    """The inverse of a config's `to_json`.
+
+    Raises ValueError for an unknown template, field or value.
+    """
     rest = dict(plain)
     template = rest.pop("template", None)
     if template not in _CONFIGS:
@@ -106,8 +109,9 @@ def config_from_json(plain: dict[str, Any]) -> Config:
 
 
 def gemm_config_from_json(plain: dict[str, Any]) -> GemmConfig:
-    """As `config_from_json`, of a grouped GEMM's config. Raises ValueError for others too."""
+    """`config_from_json` for a grouped GEMM's config; raises ValueError for other configs too."""
     config = config_from_json(plain)
     if isinstance(config, StepConfig):
-        raise ValueError(f"a grouped GEMM's config must not be of {config.template!r}")
+        names = " or ".join(t.config.template for t in TEMPLATES if t.problem is GemmProblem)
+        raise ValueError(f"a grouped GEMM's config must be of {names}, got {config.template}")
     return config

@@ -1,13 +1,14 @@
 """The tensor map through which a kernel reads weights.
 
-The host says where the weights lie (`weight_view`), the image what one copy takes (`weight_box`),
-the kernel where its copies start (`weight_corners`): all three list the dimensions in one order.
+The host encodes extents and strides (`weight_view`), the image records the box of one copy
+(`weight_box`), and the kernel computes where its copies start (`weight_corners`). All three list
+the dimensions in the same order, innermost first:
 
-  weights           dimensions, innermost first       a box
-  K-major           K, N, E                           128 bytes of K, columns of a tile
-  K-major, gated    K, 8 columns, gate or up, N / 16, E   128 bytes of K, 8 and 8 by turns
-  N-major           N, K, E                           64 columns, the k-tile
-  N-major, gated    N / 2, K, gate or up, E           64 columns, the k-tile
+  weights          dimensions                            a box
+  K-major          K, N, E                               128 bytes of K, the columns of a tile
+  K-major, gated   K, 8 columns, gate or up, N / 16, E   128 bytes of K, 8 gates, 8 ups, 8 gates, ..
+  N-major          N, K, E                               64 columns, the K of a k-tile
+  N-major, gated   N / 2, K, gate or up, E               64 columns, the K of a k-tile
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from emitters.spec.gemm import GATE_BLOCK, N_MAJOR_BLOCK, GemmProblem, Major, We
 
 
 def gate_strides(n: int, interleaved: bool) -> tuple[int, int]:
-    """From an output's gate column to the next output's, and to its up column, among n."""
+    """Two distances among n columns: from a gate to the next output's gate, and to its own up."""
     return (2, 1) if interleaved else (1, n // 2)
 
 
 def weight_view(
     problem: GemmProblem, strides: tuple[int, ...], interleaved: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Extents, and strides of all but the innermost, of the tensor map that reads weights.
+    """The extents of the weights' tensor map, and the strides of all but its innermost dimension.
 
-    In elements, innermost first. strides: of E, N and K. interleaved: whether rows of a gated
-    problem's weights are gate, up, gate, up, ..., which N-major ones can't be; else the first half
-    of them is gate.
+    Both in elements, innermost first. strides: of E, N and K. interleaved: whether the rows of a
+    gated problem's weights are gate, up, gate, up, ... instead of all gates, then all ups; N-major
+    weights can't be interleaved.
     """
     experts = problem.num_experts if problem.weight.storage is WeightStorage.STACKED else 1
     expert_stride, row_stride, k_stride = strides
@@ -48,7 +49,7 @@ def weight_view(
 
 
 def weight_box(problem: GemmProblem, columns: int, k: int) -> tuple[int, ...]:
-    """Extents of one copy, of up to `columns` columns of N and of k elements of K."""
+    """The extents of one copy, of up to `columns` columns and k elements of K."""
     if problem.weight.major is Major.N:
         return (N_MAJOR_BLOCK, k, 1, 1) if problem.gated else (N_MAJOR_BLOCK, k, 1)
     if problem.gated:
@@ -59,11 +60,10 @@ def weight_box(problem: GemmProblem, columns: int, k: int) -> tuple[int, ...]:
 def weight_corners(
     problem: GemmProblem, k: Any, column: Any, columns: int, expert: Any
 ) -> list[list[Any]]:
-    """Coordinates of the boxes at element k of K that hold a tile's `columns` from `column` on, one
-    after the other in shared memory.
+    """The coordinates of the boxes that hold `columns` columns from `column` on, at element k of K.
 
-    k, column, expert: integers, on the host or on the device. columns: known when a kernel is
-    compiled.
+    The boxes follow each other in shared memory. k, column, expert: integers on the host or on the
+    device. columns: known when a kernel is compiled.
     """
     if problem.weight.storage is WeightStorage.TABLE:
         expert = 0

@@ -172,10 +172,10 @@ PROBLEM_REASONS = [
     ("fp32 operands", {"x": DType.FP32}, "got fp32"),
     ("int8 accumulated fast", {"x": DType.INT8}, "must be int32"),
     ("bf16 in two levels", {"x": DType.BF16, "accumulation": Accumulation.TWO_LEVEL}, "fp32"),
-    ("x and weight apart", {"weight": WeightFormat(DType.E5M2)}, "must hold x's e4m3, got e5m2"),
+    ("x and weight apart", {"weight": WeightFormat(DType.E5M2)}, "must be e4m3 like x, got e5m2"),
     ("int8 output", {"out": DType.INT8}, "got int8"),
-    ("ragged K", {"k": 2056}, "multiples of 16 bytes"),
-    ("ragged N", {"n": 1532}, "multiples of 16 bytes"),
+    ("ragged K", {"k": 2056}, "K must be a multiple of 16"),
+    ("ragged N", {"n": 1532}, "N must be a multiple of 8"),
     ("N of nothing", {"n": 0}, "must be positive"),
     ("no expert", {"num_experts": 0}, "must be positive"),
     ("too many experts", {"num_experts": 1025}, "at most 1024"),
@@ -212,13 +212,13 @@ CONFIG_REASONS = [
     ("N beyond WGMMA", {"tile_n": 320}, "up to 256"),
     ("cluster of four", {"cluster_m": 4}, "1 or 2"),
     ("half a pair in a group", {"cluster_m": 2, "group_m": 3}, "multiple of cluster_m"),
-    ("dynamic pairs", {"cluster_m": 2, "schedule": Schedule.DYNAMIC}, "single CTAs"),
+    ("dynamic pairs", {"cluster_m": 2, "schedule": Schedule.DYNAMIC}, "cluster_m must be 1"),
     ("ping-pong of 192 rows", {"tile_m": 192, "tile_n": 64, "pingpong": True}, "at most 128"),
     ("three CTAs", {"ctas_per_sm": 3}, "1 or 2"),
     ("one stage", {"stages": 1}, "must be 2 to"),
-    ("more stages than fit", {"stages": 5}, "shared memory of a CTA must be"),
+    ("more stages than fit", {"stages": 5}, "shared memory per CTA must be"),
     ("registers at launch", {"tile_m": 192}, "the launch provides 128"),
-    ("registers", {"tile_n": 192, "pingpong": True}, "a consumer thread must do with"),
+    ("registers", {"tile_n": 192, "pingpong": True}, "a consumer thread must need at most"),
 ]
 
 
@@ -239,8 +239,8 @@ def test_n_major_weights_have_reasons() -> None:
     table = kept(n_major, storage=WeightStorage.TABLE)
     ragged = dataclasses.replace(n_major, n=1532, out=DType.FP32)
     assert "must be bf16 or fp16" in (why_illegal(kept(PROBLEM, major=Major.N)) or "")
-    assert "must be stacked" in (why_illegal(table) or "")
-    assert "multiples of 16 bytes" in (why_illegal(ragged) or "")
+    assert "must be one stacked tensor" in (why_illegal(table) or "")
+    assert "N must be a multiple of 8" in (why_illegal(ragged) or "")
     pairs = GemmSm90Config(tile_n=64, cluster_m=2)
     assert "boxes of 64 columns" in (why_illegal(n_major, pairs) or "")
     assert why_illegal(n_major, GemmSm90Config(tile_n=64)) is None
@@ -265,10 +265,10 @@ SWAP_REASONS = [
     ("columns between blocks", {"tile_n": 96}, "64 or 128"),
     ("three boxes", {"k_boxes": 3}, "1, 2 or 4"),
     ("a cluster of three", {"split_k": 3}, "1, 2, 4 or 8"),
-    ("more CTAs than steps of K", {"split_k": 8, "k_boxes": 4}, "at most the 4 stages"),
+    ("more CTAs than steps of K", {"split_k": 8, "k_boxes": 4}, "at most 4, the number of stages"),
     ("three CTAs", {"ctas_per_sm": 3}, "1 or 2"),
     ("one stage", {"stages": 1}, "must be 2 to"),
-    ("more stages than fit", {"stages": 30}, "shared memory of a CTA must be"),
+    ("more stages than fit", {"stages": 30}, "shared memory per CTA must be"),
     ("registers", {"tile_m": 96, "tile_n": 128, "ctas_per_sm": 2}, "registers"),
 ]
 

@@ -247,11 +247,11 @@ def test_training_never_asks_for_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
             (8, 2, 64, 16),
             "biases must be one of torch.bfloat16",
         ),
-        (torch.bfloat16, torch.bfloat16, None, (8, 2, 68, 16), "multiples of 16 bytes"),
+        (torch.bfloat16, torch.bfloat16, None, (8, 2, 68, 16), "K must be a multiple of 8"),
         (torch.bfloat16, torch.bfloat16, None, (8, 2, 64, 12), "a multiple of 16"),
-        (torch.bfloat16, torch.int8, None, (8, 2, 64, 24), "multiples of 16 bytes"),
+        (torch.bfloat16, torch.int8, None, (8, 2, 64, 24), "K must be a multiple of 16"),
         (torch.bfloat16, torch.bfloat16, None, (5000, 2, 64, 16), "got 5000"),
-        (torch.bfloat16, torch.bfloat16, None, (64, 33, 64, 16), "rows of bf16, got 33"),
+        (torch.bfloat16, torch.bfloat16, None, (64, 33, 64, 16), "for bf16, got 33"),
     ],
 )
 def test_which_layers_have_kernels(

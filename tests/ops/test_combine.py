@@ -154,9 +154,9 @@ def test_a_gradient_is_not_lost_in_silence(name: str) -> None:
         (CombineProblem(DType.INT8, 64, 2), "fp32, got int8"),
         (CombineProblem(DType.BF16, 60, 2), "N must be a multiple of 8 up to 32768, got 60"),
         (CombineProblem(DType.BF16, 65536, 2), "up to 32768"),
-        (CombineProblem(DType.BF16, 64, 0), "1 to 32 rows of bf16, got 0"),
-        (CombineProblem(DType.BF16, 64, 33), "1 to 32 rows of bf16, got 33"),
-        (CombineProblem(DType.FP32, 64, 17), "1 to 16 rows of fp32, got 17"),
+        (CombineProblem(DType.BF16, 64, 0), "1 to 32 for bf16, got 0"),
+        (CombineProblem(DType.BF16, 64, 33), "1 to 32 for bf16, got 33"),
+        (CombineProblem(DType.FP32, 64, 17), "1 to 16 for fp32, got 17"),
     ],
     ids=["int8", "ragged", "wide", "no_choice", "many_choices", "many_fp32"],
 )

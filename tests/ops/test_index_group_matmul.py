@@ -218,7 +218,11 @@ def fp8(*shape: int) -> Tensor:
 
 
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "x_two": ({"x": [fp8(5, 32)] * 2}, ValueError, "x must be .* list of 1 or 3 tensors, got .* of 2"),
+    "x_two": (
+        {"x": [fp8(5, 32)] * 2},
+        ValueError,
+        "x must be .* list of 1 or 3 tensors, got .* of 2",
+    ),
     "x_none": ({"x": []}, ValueError, "x must be .* list of 1 or 3 tensors, got a list of 0"),
     "x_no_tensor": ({"x": [fp8(5, 32), None, None]}, TypeError, r"x\[1\] must be .* got NoneType"),
     "x_scalars": ({"x": [fp8()] * 3}, ValueError, r"x\[0\] must have rows, got a scalar"),
@@ -297,7 +301,11 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "weight must be torch.float8_e4m3fn.* got torch.int8",
     ),
-    "scale_missing": ({"scale": None}, ValueError, "scale must be given: .*need .* and scale, got None"),
+    "scale_missing": (
+        {"scale": None},
+        ValueError,
+        "scale must be given: .*need .* and scale, got None",
+    ),
     "scale_shape": (
         {"scale": [torch.ones(25) for _ in range(3)]},
         ValueError,

@@ -174,7 +174,7 @@ GOOD = QuantizeProblem(DType.BF16, DType.E4M3, 2048)
     ("problem", "reason"),
     [
         (QuantizeProblem(DType.INT8, DType.E4M3, 64), "fp32, got int8"),
-        (QuantizeProblem(DType.BF16, DType.FP16, 64), "quantised to e4m3, e5m2, int8, got fp16"),
+        (QuantizeProblem(DType.BF16, DType.FP16, 64), "to one of e4m3, e5m2, int8, got fp16"),
         (
             QuantizeProblem(DType.BF16, DType.E4M3, 60),
             "K must be a multiple of 8 up to",
