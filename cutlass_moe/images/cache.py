@@ -29,10 +29,14 @@ from cutlass_moe.images.roots import (
     DamagedImage,
     Directory,
     Entry,
+    Nowhere,
     Root,
+    UntrustedRoot,
     files_of,
+    make_directory,
     read_image,
     sync_directory,
+    write_file,
 )
 from emitters.spec.image import Image
 
@@ -41,6 +45,9 @@ LOCK_SECONDS = 300.0  # longer than any build: beyond it, the holder of a lock h
 GAP_SECONDS = 0.05  # longer than an image is out of sight while another build takes its place
 SCRAP_SECONDS = 86_400.0  # what is older in .work was left by a process that was killed
 ENTRY_POINTS = "cutlass_moe.kernels"
+
+
+_NAME_A_ROOT = f"or name a directory of this user alone in {CACHE_DIR.name}"
 
 
 class MissingImage(LookupError):
@@ -56,15 +63,19 @@ class Cache:
     the build asked for: it may keep several, of which the last asked for is the one that readers
     see who take any. Threads and processes may share roots freely.
 
-    All methods that read raise UntrustedRoot where others could have written what they read.
+    All methods that read raise UntrustedRoot where others could have written what they read; but
+    with or_memory, where that is the last root, or this user has no access to it, it is not used, a
+    warning says so once, and what is built stays in memory.
     """
 
-    def __init__(self, roots: Sequence[str | os.PathLike[str]]) -> None:
+    def __init__(self, roots: Sequence[str | os.PathLike[str]], *, or_memory: bool = False) -> None:
         if isinstance(roots, (str, os.PathLike)) or not roots:
             raise ValueError(f"expected a list of one or more directories, got {roots!r}")
-        self._roots = tuple(open_root(root) for root in roots)
-        self.roots = tuple(root.path for root in self._roots)
+        self._or_memory = or_memory
         self._memory: dict[tuple[str, str, str | None], Image] = {}
+        self._warned = False  # of images that stay in memory
+        self._roots = (*map(open_root, roots[:-1]), self._open_last(roots[-1]))
+        self.roots = tuple(root.path for root in self._roots)
 
     @property
     def root(self) -> Path:
@@ -162,7 +173,7 @@ class Cache:
             return image
         exact = self._roots[-1] if build is not None and self.writable else None
         for root in self._roots:
-            image = _read_or_warn(root, arch, key)
+            image = self._read(root, arch, key)
             if image is not None and (root is not exact or image.record.build == build):
                 self._memory[arch, key, build] = image
                 return image
@@ -171,30 +182,58 @@ class Cache:
     def _bring_back(self, arch: str, key: str, build: str | None) -> Image | None:
         """An image of `build` (None: of any) whose place another build has taken, in its place."""
         for home in self._other_builds(build) if self.writable else ():
-            image = _read_or_warn(home, arch, key)
+            image = self._read(home, arch, key)
             if image is not None:
                 self._try_to_write(arch, key, image)
                 self._memory[arch, key, build] = image
                 return image
         return None
 
+    def _open_last(self, path: str | os.PathLike[str]) -> Root:
+        try:
+            root = open_root(path)
+            if self._or_memory:
+                with suppress(FileNotFoundError):
+                    os.stat(root.path)
+            return root
+        except (OSError, ValueError) as error:
+            if not self._or_memory:
+                raise
+            self._warn_of_memory(f"images stay in memory: {error}. Set HOME, {_NAME_A_ROOT}")
+            return Nowhere(Path(path))
+
+    def _read(self, root: Root, arch: str, key: str) -> Image | None:
+        try:
+            return _read_or_warn(root, arch, key)
+        except UntrustedRoot as error:
+            if not (self._or_memory and root.path.is_relative_to(self.root)):
+                raise
+            self._roots = (*self._roots[:-1], Nowhere(self.root))
+            self._warn_of_memory(f"images stay in memory: {error}, {_NAME_A_ROOT}")
+            return None
+
     def _try_to_write(self, arch: str, key: str, image: Image) -> None:
         try:
             self._write(arch, key, image)
         except OSError as error:
-            warnings.warn(f"image {key} stays in memory: {error}", RuntimeWarning, stacklevel=3)
+            self._warn_of_memory(f"image {key} stays in memory: {error}. Make room, {_NAME_A_ROOT}")
+
+    def _warn_of_memory(self, words: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{words} (said once)", RuntimeWarning, stacklevel=4)
 
     def _write(self, arch: str, key: str, image: Image) -> None:
         self._require_directory()
         fresh = self._work_path("new", arch, key)
         files = files_of(arch, key, image)
         try:
-            _make_directory(fresh)
-            _write_file(fresh / CUBIN, files.cubin)
-            _write_file(fresh / RECORD, files.record)
+            make_directory(fresh)
+            write_file(fresh / CUBIN, files.cubin)
+            write_file(fresh / RECORD, files.record)
             sync_directory(fresh)
             place = self.root / arch / key
-            _make_directory(place.parent)
+            make_directory(place.parent)
             self._make_room(arch, key, image.record.build)
             try:
                 fresh.rename(place)
@@ -208,7 +247,9 @@ class Cache:
 
     def _require_directory(self) -> None:
         if not isinstance(self._roots[-1], Directory):
-            raise OSError(errno.EROFS, "an archive is only read", str(self.root))
+            archive = isinstance(self._roots[-1], Archive)
+            why = "an archive is only read" if archive else "images stay in memory"
+            raise OSError(errno.EROFS, why, str(self.root))
 
     def _make_room(self, arch: str, key: str, build: str) -> None:
         """Moves what is at an image's place: other builds are kept, and so is damage, as proof."""
@@ -223,7 +264,7 @@ class Cache:
         if aside.exists() or (there is not None and there.record.build == build):
             self._remove(place)
         else:
-            _make_directory(aside.parent)
+            make_directory(aside.parent)
             with suppress(FileNotFoundError):  # one without a lock was faster
                 place.rename(aside)
 
@@ -232,7 +273,7 @@ class Cache:
         if not place.exists():
             return
         aside = self._work_path("old", *place.parts[-2:])
-        _make_directory(aside.parent)
+        make_directory(aside.parent)
         with suppress(FileNotFoundError):  # one without a lock was faster
             place.rename(aside)
             shutil.rmtree(aside)
@@ -268,7 +309,7 @@ class Cache:
         lock = FileLock(path, timeout=LOCK_SECONDS)
         if self.writable:
             try:
-                _make_directory(path.parent)
+                make_directory(path.parent)
                 lock.acquire()
             except (OSError, NotImplementedError) as error:
                 warnings.warn(f"no lock for image {key}: {error}", RuntimeWarning, stacklevel=4)
@@ -281,9 +322,13 @@ class Cache:
 def open_root(path: str | os.PathLike[str]) -> Root:
     """The images at a path: an archive where a file is, or the name ends in .zip; else a directory.
 
-    Neither needs to exist.
+    Neither needs to exist. Raises ValueError where a ~ in the path stands for nothing.
     """
-    path = Path(path).expanduser().absolute()
+    try:
+        path = Path(path).expanduser().absolute()
+    except RuntimeError as error:  # HOME is not set, and the user is in no passwd
+        message = f"{path} must start with a directory, user {os.geteuid()} has no home"
+        raise ValueError(message) from error
     return Archive(path) if path.suffix == SUFFIX or path.is_file() else Directory(path)
 
 
@@ -291,14 +336,14 @@ def default_cache() -> Cache:
     """The cache of this process.
 
     Roots: those of CUTLASS_MOE_CACHE_DIR, a list like PATH, and before the last, which is written
-    to, those that packages ship. Without that variable `cutlass_moe` in XDG_CACHE_HOME or ~/.cache.
+    to, those that packages ship. Without that variable `cutlass_moe` in XDG_CACHE_HOME or ~/.cache,
+    or memory alone, where that can't be had or others can write to it.
     """
-    roots = CACHE_DIR.paths()
-    if not roots:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        roots = [str(home / "cutlass_moe")]
+    given = CACHE_DIR.paths()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    roots = given or [str(home / "cutlass_moe")]
     roots = [*roots[:-1], *package_roots(), roots[-1]]
-    return _cache_of(tuple(map(os.path.expanduser, roots)))
+    return _cache_of(tuple(map(os.path.expanduser, roots)), or_memory=not given)
 
 
 @functools.cache
@@ -314,8 +359,8 @@ def package_roots() -> tuple[str, ...]:
 
 
 @functools.cache
-def _cache_of(roots: tuple[str, ...]) -> Cache:
-    return Cache(roots)
+def _cache_of(roots: tuple[str, ...], or_memory: bool) -> Cache:
+    return Cache(roots, or_memory=or_memory)
 
 
 def _entries(root: Root) -> Iterator[Entry]:
@@ -340,18 +385,3 @@ def _read_or_warn(root: Root, arch: str, key: str) -> Image | None:
 
 def _warn_of(error: DamagedImage) -> None:
     warnings.warn(f"damaged image skipped: {error}", RuntimeWarning, stacklevel=5)
-
-
-def _make_directory(path: Path) -> None:
-    """Makes a directory and its parents, which others may not write to, whatever the umask."""
-    for directory in (*reversed(path.parents), path):
-        if not directory.exists():
-            directory.mkdir(mode=0o755, exist_ok=True)
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(descriptor)

@@ -91,6 +91,19 @@ class Directory:
                 os.close(directory)
 
 
+class Nowhere:
+    """No images: in the place of a directory that can't be used."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def names(self) -> list[tuple[str, str]]:
+        return []
+
+    def files(self, arch: str, key: str) -> Files | None:
+        return None
+
+
 def read_image(root: Root, arch: str, key: str) -> Image | None:
     """An image that is what was written, or None. Raises DamagedImage, UntrustedRoot."""
     files = root.files(arch, key)
@@ -132,13 +145,29 @@ def require_trust(path: Path, status: os.stat_result) -> None:
     if status.st_uid not in (0, user):
         why = f"belongs to user {status.st_uid}, expected {user} (this process's) or 0"
     elif status.st_mode & 0o022:
-        why = f"can be written by others (mode {status.st_mode & 0o7777:o}): chmod -R go-w"
+        why = f"can be written by others (mode {status.st_mode & 0o7777:o}): chmod -R go-w {path}"
     else:
         return
     raise UntrustedRoot(
         f"images are code, and {path} {why}. Set {TRUST_ROOT.name}=1 to trust all who can write "
         "there"
     )
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory and its parents, which others may not write to, whatever the umask."""
+    for directory in (*reversed(path.parents), path):
+        if not directory.exists():
+            directory.mkdir(mode=0o755, exist_ok=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a new file, which others may not write to, and returns once it is on disk."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(descriptor)
 
 
 def sync_directory(path: Path) -> None:

@@ -349,7 +349,7 @@ READ_ONLY, REMOUNT = 1, 32
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def _call(name: str, *arguments: Any) -> None:
+def call_libc(name: str, *arguments: Any) -> None:
     if getattr(LIBC, name)(*arguments):
         error = ctypes.get_errno()
         raise PermissionError(error, f"{name}: {os.strerror(error)}")
@@ -362,12 +362,12 @@ def on_tmpfs(function: Callable[[Path], None], directory: Path) -> None:
         user, group = os.geteuid(), os.getegid()
         place = str(directory).encode()
         try:
-            _call("unshare", NEW_NAMESPACES)
+            call_libc("unshare", NEW_NAMESPACES)
             with contextlib.suppress(FileNotFoundError):
                 Path("/proc/self/setgroups").write_text("deny")
             Path("/proc/self/uid_map").write_text(f"0 {user} 1")
             Path("/proc/self/gid_map").write_text(f"0 {group} 1")
-            _call("mount", b"tmpfs", place, b"tmpfs", 0, b"size=64k,mode=755")
+            call_libc("mount", b"tmpfs", place, b"tmpfs", 0, b"size=64k,mode=755")
         except OSError as error:
             return str(error)
         function(directory)
@@ -433,7 +433,7 @@ def test_root_without_write_permission():
 
 def _check_read_only_file_system(root: Path) -> None:
     Cache([root]).store(ARCH, KEY, TODAY)
-    _call("mount", None, str(root).encode(), None, REMOUNT | READ_ONLY, None)
+    call_libc("mount", None, str(root).encode(), None, REMOUNT | READ_ONLY, None)
     _check_read_only(root)
 
 
