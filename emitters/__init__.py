@@ -1,8 +1,10 @@
-"""Kernel emitters: a (problem, config) pair becomes a kernel image, on any machine, with or
-without a GPU.
+"""Kernel emitters: turn a (problem, config) pair into a kernel image, with or without a GPU.
 
-`spec` needs the standard library alone and is what a serving process imports: problems, configs and
-why one is illegal, what an image is. `device` holds the parts that kernels are made of, `templates`
-a kernel in each file, `compile` turns one into a cubin: they need the CUTLASS DSL and run in a
-worker process (`python -m emitters`).
+  spec        problems, configs, their legality, images; a serving process imports this room only
+  device      the parts that kernels are made of
+  templates   the kernels, one per file
+  compile     turns a template into a cubin
+
+spec needs the standard library only. The other rooms need the CUTLASS DSL and run in a worker
+process (`python -m emitters`).
 """

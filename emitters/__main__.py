@@ -1,9 +1,11 @@
-"""The compile worker: a JSON request a line on stdin, a JSON answer a line on stdout.
+"""The compile worker: reads JSON requests from stdin, one per line; answers on stdout.
 
-Request: {"problem": ..., "config": ..., "arch": ..., "toolchain": "cu12", "cu13" or null, "output":
-DIRECTORY, "ptx": true or absent}. Answer: {"ok": true, "seconds": ...} once the directory holds
-kernel.cubin and launch.json, or for PTX kernel.ptx; else {"ok": false, "error": ...}. Ends with its
-input.
+  request   {"problem": ..., "config": ..., "arch": ..., "toolchain": "cu12", "cu13" or null,
+             "output": DIRECTORY, "ptx": true or absent}
+  answer    {"ok": true, "seconds": ...} once DIRECTORY has kernel.cubin and launch.json, or
+             kernel.ptx if that was asked for; else {"ok": false, "error": ...}
+
+It ends at the end of its input.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from emitters.spec.registry import config_from_json, problem_from_json
 
 
 def main() -> None:
-    # The compiler prints to stdout: answers keep a descriptor of their own, prints go to stderr.
+    # The compiler prints to stdout: answers get a descriptor of their own, prints go to stderr.
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         for line in sys.stdin:

@@ -1,7 +1,7 @@
-"""The only place that compiles: (problem, config, arch) -> kernel image.
+"""Compiles kernels, in this file only: (problem, config, arch) -> kernel image.
 
-Needs the CUTLASS DSL, but neither a GPU nor a CUDA toolkit. One compile at a time in a process:
-two threads in the DSL's compiler abort the interpreter.
+It needs the CUTLASS DSL, but neither a GPU nor a CUDA toolkit. A process must compile one kernel at
+a time: two threads in the DSL's compiler abort the interpreter.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _SIZES = {ParamKind.TENSOR_MAP: TENSOR_MAP_BYTES, ParamKind.POINTER: 8, ParamKin
 def emit(
     problem: Problem, config: Config, arch: str = DEFAULT_ARCH, toolchain: str | None = None
 ) -> Image:
-    """Compiles one kernel. Raises ValueError, with the reason, where that is illegal.
+    """Compiles one kernel; raises ValueError, with the reason, if problem and config are illegal.
 
-    toolchain: "cu12" or "cu13", one a process. Default: the one loaded, or what the DSL takes.
+    toolchain: "cu12" or "cu13", one per process; default: the loaded one, or the DSL's choice.
     """
     return _emit(problem, config, arch, toolchain=toolchain)[0]
 
@@ -88,7 +88,7 @@ def _emit(
 def param_kinds(
     problem: Problem, config: Config, arch: str = DEFAULT_ARCH
 ) -> list[tuple[str, ParamKind]]:
-    """A kernel's parameters in its order. Loads the DSL."""
+    """The names and kinds of a kernel's parameters, in order. Loads the DSL."""
     return _named(_template(problem, config, arch).arguments())
 
 
@@ -100,7 +100,9 @@ def _params(arguments: Sequence[Argument], facts: CubinFacts) -> tuple[Param, ..
     named = _named(arguments)
     sizes = [_SIZES[kind] for _, kind in named]
     if sizes != [size for _, size in facts.params]:
-        raise AssertionError(f"parameters of sizes {sizes} expected, the cubin has {facts.params}")
+        raise AssertionError(
+            f"the cubin's parameters must have the sizes {sizes}, got (offset, size) {facts.params}"
+        )
     return tuple(
         Param(name, kind, offset, size)
         for (name, kind), (offset, size) in zip(named, facts.params, strict=True)
@@ -108,29 +110,29 @@ def _params(arguments: Sequence[Argument], facts: CubinFacts) -> tuple[Param, ..
 
 
 def _template(problem: Problem, config: Config, arch: str, toolchain: str | None = None) -> Any:
-    """The template's instance that writes this kernel.
+    """The instance of the template that writes this kernel; imports the DSL.
 
-    It has `__call__` and `kernel`, `arguments()` for the former (grid and stream come after them),
+    It has `__call__` and `kernel`, `arguments()` for `__call__` (grid and stream follow them),
     `tensor_maps()`, `smem_bytes` and `cluster`.
     """
-    os.environ["CUTE_DSL_ARCH"] = arch  # read when cutlass is imported
+    os.environ["CUTE_DSL_ARCH"] = arch  # which the DSL reads when it is imported
     if toolchain:
         load_toolchain(toolchain)
-    found = find_template(problem, config)
-    assert found is not None
-    module, _, name = found.source.partition(":")
-    kind: Any = getattr(importlib.import_module(f"emitters.templates.{module}"), name)
-    kind.kernel.set_name_prefix(f"cutlass_moe_{found.name}", keep_mangled_name=False)
-    return kind(problem, config)
+    template = find_template(problem, config)
+    assert template is not None
+    module, _, name = template.source.partition(":")
+    cls: Any = getattr(importlib.import_module(f"emitters.templates.{module}"), name)
+    cls.kernel.set_name_prefix(f"cutlass_moe_{template.name}", keep_mangled_name=False)
+    return cls(problem, config)
 
 
 def _compile(template: Any, arguments: Sequence[Argument], more_options: str) -> tuple[bytes, str]:
-    """-> cubin, PTX"""
+    """Compiles a template's instance; returns (cubin, PTX)."""
     import cutlass.cute as cute
     from cutlass import Int32
     from cutlass.cute.runtime import make_fake_stream
 
-    # dump file names do not tell one compile from another
+    # a folder per compile, because dump files of all compiles have the same names
     with tempfile.TemporaryDirectory() as dump:
         compiled = cute.compile(
             template,

@@ -1,7 +1,7 @@
-"""The flavour of the DSL's compiler that a process loads, cu12 or cu13.
+"""The choice between the flavours of the DSL's compiler, cu12 and cu13.
 
-Left alone, the DSL loads the newest one installed that the driver runs. It keeps a compiler that is
-loaded already: loading one before `import cutlass` is the way to choose.
+By default the DSL loads the newest installed one that the driver runs. But it keeps a compiler that
+is already loaded, so loading one before `import cutlass` chooses it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _COMPILER = "cutlass._mlir._mlir_libs._cutlass_ir"
 
 
 def loaded_toolchain() -> str | None:
-    """The flavour that this process has loaded."""
+    """The flavour that this process has loaded, or None."""
     compiler = sys.modules.get(_COMPILER)
     if compiler is None:
         return None
@@ -22,9 +22,9 @@ def loaded_toolchain() -> str | None:
 
 
 def load_toolchain(name: str) -> None:
-    """Loads a flavour and the DSL around it. Needs CUTE_DSL_ARCH set, as `import cutlass` does.
+    """Loads a flavour, and the DSL; CUTE_DSL_ARCH must be set, as for `import cutlass`.
 
-    Raises ValueError where it is not installed, or where the process has loaded another one.
+    Raises ValueError if the flavour is not installed, or if the process has loaded another one.
     """
     if loaded_toolchain() is None:
         _load(name)
@@ -34,14 +34,15 @@ def load_toolchain(name: str) -> None:
 
 def _load(name: str) -> None:
     dsl = importlib.util.find_spec("cutlass")
-    places = dsl.submodule_search_locations if dsl else None
+    folders = dsl.submodule_search_locations if dsl else None
     files = [
         file
-        for place in places or ()
-        for file in Path(place, "_mlir", "_mlir_libs").glob(f"_cutlass_ir.{name}.*.so")
+        for folder in folders or ()
+        for file in Path(folder, "_mlir", "_mlir_libs").glob(f"_cutlass_ir.{name}.*.so")
     ]
     if not files:
-        raise ValueError(f"nvidia-cutlass-dsl-libs-{name} is not installed")
+        package = f"nvidia-cutlass-dsl-libs-{name}"
+        raise ValueError(f"toolchain {name} needs {package}, which is not installed")
     spec = importlib.util.spec_from_file_location(_COMPILER, files[0])
     assert spec and spec.loader
     compiler = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Programmatic dependent launch: a kernel may start before the one ahead of it has ended."""
+"""Programmatic dependent launch: a kernel may start before the previous one has ended."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import cutlass.cute as cute
 
 
 def wait_for_previous():
-    """Until the kernel ahead has ended, with all that it wrote; at once where there is none."""
+    """Waits until the previous kernel has ended and all that it wrote is visible.
+
+    Returns at once if the launch depends on no kernel.
+    """
     cute.arch.griddepcontrol_wait()
 
 
 def launch_next():
-    """Lets the kernel behind start, where it was launched to depend on this one."""
+    """Lets the next kernel start, if it was launched to depend on this one."""
     cute.arch.griddepcontrol_launch_dependents()

@@ -1,4 +1,4 @@
-"""The gather-A iterator: rows of x, named by the index table, into a stage of shared memory."""
+"""The gather iterator: copies rows of x, named by the index table, to a stage of shared memory."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _ROWS_PER_PASS = WARPGROUP // _CHUNKS
 
 
 class GatherIterator:
-    """Copies 128 bytes of K of tile_m gathered rows a stage: 16-byte cp.async, eight lanes a row.
+    """Copies 128 bytes of K of tile_m gathered rows per stage, by cp.async of 16 bytes.
 
-    A thread serves the same rows (every 16th) and the same 16 bytes of K throughout a tile, so it
-    reads the index once a tile. Rows past the expert's end, indices outside [0, T) and bytes past
-    K are filled with zeros; nothing is read for them. Destinations follow the 128-byte swizzle
-    that WGMMA reads.
+    Eight threads copy a row. Throughout a tile a thread copies the same 16 bytes of K of the same
+    rows (every 16th), so it reads the index once per tile. Rows past the expert's end, rows with
+    an index outside [0, T), and bytes past K become zeros; nothing is read for them. Stages have
+    the 128-byte swizzle that WGMMA reads.
     """
 
     def __init__(self, problem: GemmProblem, tile_m: int):
@@ -36,7 +36,7 @@ class GatherIterator:
         self.x, self.index, self.num_tokens = gathered
         self.row = thread // _CHUNKS
         self.column = thread % _CHUNKS * _CHUNK
-        # rows of a pass are 16 apart, so a thread's chunk is swizzled alike in all of them
+        # a thread's rows are 16 apart, so its chunk has the same swizzle in all of them
         self.target = self.row * K_TILE_BYTES + (self.column ^ (self.row % 8 * _CHUNK))
         self.tokens = cute.make_rmem_tensor((self.passes,), Int32)
         self.next_tokens = cute.make_rmem_tensor((self.passes,), Int32)
@@ -55,7 +55,7 @@ class GatherIterator:
 
     @cute.jit
     def advance(self):
-        """The fetched tile becomes the current one."""
+        """Makes the fetched tile the current one."""
         for i in range_constexpr(self.passes):
             token = self.next_tokens[i]
             if token >= self.num_tokens:

@@ -1,4 +1,4 @@
-"""The main loop's products on SM90: WGMMA from shared memory into registers."""
+"""The products of the main loop on SM90: WGMMA reads shared memory and adds into registers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from emitters.spec.gemm import GemmProblem
 
 
 def sum_type(problem: GemmProblem) -> type:
-    """What the tensor core sums products in."""
+    """The type in which the tensor core sums products."""
     return Int32 if problem.x is DType.INT8 else Float32
 
 
 def make_sums(mma, tile: tuple[int, int], thread: Int32, problem: GemmProblem):
-    """-> a thread's accumulators of a tile, and the sums that they are promoted to: the same
-    registers but for two-level accumulation."""
+    """A thread's accumulators of a tile, and its sums.
+
+    Two-level accumulation adds accumulators to sums; otherwise both are the same registers.
+    """
     shape = mma.get_slice(thread).partition_C(cute.make_identity_tensor(tile)).shape
     acc = cute.make_rmem_tensor(shape, sum_type(problem))
     if problem.accumulation is Accumulation.TWO_LEVEL:
@@ -26,15 +28,16 @@ def make_sums(mma, tile: tuple[int, int], thread: Int32, problem: GemmProblem):
 
 
 def begin_products():
-    """Before the first WGMMA of a stage."""
-    cute.arch.fence_view_async_shared()  # x was written through the generic proxy
+    """Fences that must come before the first WGMMA of a stage."""
+    cute.arch.fence_view_async_shared()  # because cp.async wrote x through the generic proxy
     warpgroup.fence()
 
 
 def issue(mma, acc: cute.Tensor, tCrA: cute.Tensor, tCrB: cute.Tensor, box: Int32):
-    """Starts the WGMMAs of 128 bytes of K; all but the first add to what acc holds.
+    """Starts the WGMMAs of 128 bytes of K; the caller commits them.
 
-    The caller commits them. box: which 128 bytes, of all stages.
+    The first adds to acc only if mma's ACCUMULATE is set; the others always do. box: the number of
+    these 128 bytes, counted over all stages.
     """
     for k_block in range(cute.size(tCrA, mode=[2])):
         cute.gemm(mma, acc, tCrA[None, None, k_block, box], tCrB[None, None, k_block, box], acc)
@@ -42,7 +45,6 @@ def issue(mma, acc: cute.Tensor, tCrA: cute.Tensor, tCrB: cute.Tensor, box: Int3
 
 
 def promote(acc: cute.Tensor, sums: cute.Tensor):
-    """Adds finished accumulators of 128 bytes of K to the sums: where scales that vary along K
-    belong."""
+    """Adds the finished accumulators of 128 bytes of K to the sums."""
     for i in range(cute.size(acc)):
         sums[i] = sums[i] + acc[i]

@@ -1,4 +1,4 @@
-"""Memory as kernels address it: elements, typed views, tensor maps."""
+"""Helpers to address memory in kernels: element types, typed views, tensor maps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GMEM, SMEM = cute.AddressSpace.gmem, cute.AddressSpace.smem
 def vector(
     pointer: cute.Pointer, element: type, count: int, space: cute.AddressSpace
 ) -> cute.Tensor:
-    """count elements at an address that is aligned to all of them."""
+    """A tensor of `count` elements at an address that is a multiple of their size together."""
     aligned = cute.make_ptr(
         element, pointer.toint(), space, assumed_align=count * element.width // 8
     )
@@ -35,7 +35,7 @@ def vector(
 
 @dsl_user_op
 def tensor_map_address(atom, *, loc=None, ip=None):
-    """Address of the tensor map that a TMA atom carries as a kernel parameter."""
+    """The address of the tensor map that a TMA atom carries as a kernel parameter."""
     executable = cute_nvgpu.atom_make_exec_tma(atom._trait.value, loc=loc, ip=ip)
     kind = ir.Type.parse("!cute.ptr<!cute_nvgpu.tma_descriptor_tiled, generic, align<128>>")
     return cute_nvgpu.get_tma_desc_addr(kind, executable, loc=loc, ip=ip)

@@ -1,4 +1,4 @@
-"""The parameters of a grouped GEMM as they travel on the device."""
+"""The parameters of a grouped GEMM, grouped as device code passes them on."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from cutlass import Int32
 
 
 class Rows(NamedTuple):
-    """Which rows of the product belong to which expert.
+    """The rows of the product that each expert has.
 
-    starts: may be null where every expert starts at the previous one's end. offsets: the experts'
-    ends. num_rows: rows of the output. early: nonzero if starts and offsets are already final, so
-    that they may be read before `wait_for_previous`.
+    starts, offsets: the experts' first rows and ends; starts is null if each expert starts at the
+    end of the one before. num_rows: rows of the output. early: nonzero if starts and offsets are
+    already final, so that they may be read before `wait_for_previous`.
     """
 
     starts: cute.Pointer
@@ -23,8 +23,10 @@ class Rows(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """x, bytes of [T, K], and the row of it that each row of the product reads: index, None where
-    rows are taken in order."""
+    """x [T, K] as bytes, and the index of the row of x that each row of the product reads.
+
+    index: None if row r reads row r.
+    """
 
     x: cute.Pointer
     index: cute.Pointer | None
@@ -32,8 +34,11 @@ class Gathered(NamedTuple):
 
 
 class Output(NamedTuple):
-    """out, and its tensor map: in a template's `__call__` a [16, N] tensor that stands for it, in
-    the kernel the TMA atom that carries it."""
+    """The output and its tensor map.
+
+    out_map: in a template's `__call__` a [16, N] tensor that stands in for it; in the kernel the
+    TMA atom that carries it.
+    """
 
     out: cute.Pointer
     out_map: cute.CopyAtom

@@ -1,4 +1,4 @@
-"""The ring of stages between those who load operands and those who multiply them."""
+"""The ring of stages between the warps that load operands and the warps that multiply them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from cutlass.pipeline import PipelineUserType
 
 
 class Ring:
-    """Two barriers a stage: `full`, at which loads arrive, and `empty`, at which consumers do.
+    """A ring of stages with two barriers each: loads arrive at `full`, consumers at `empty`.
 
-    A role walks the stages with a state of its own, from `producer()` or `consumer()`: its `index`
-    is the stage, its `phase` what the stage's barrier is waited for with.
+    Each role walks the stages with its own state, from `producer()` or `consumer()`: `index` is the
+    stage, `phase` the parity with which it waits at the stage's barrier.
 
-    full_arrivals, empty_arrivals: of a stage's turn. sharers: CTAs of a cluster that a stage's
-    contents are written to together; consumers of each release it to all of them.
+    full_arrivals, empty_arrivals: per fill of a stage. sharers: the number of CTAs that load each
+      other's stages; the consumers of each of them release a stage to all.
     """
 
     def __init__(self, stages: int, full_arrivals: int, empty_arrivals: int, sharers: int = 1):
@@ -23,12 +23,15 @@ class Ring:
         self.full_arrivals, self.empty_arrivals = full_arrivals, empty_arrivals
 
     def attach(self, full: cute.Pointer, empty: cute.Pointer):
-        """`stages` barriers of 8 bytes each, in shared memory."""
+        """full, empty: in shared memory, one barrier of 8 bytes per stage."""
         self.full, self.empty = full, empty
 
     @cute.jit
     def init(self):
-        """By one thread; a fence and a barrier of the CTA, or cluster, follow."""
+        """Initialises the barriers; by one thread.
+
+        The caller must follow with a fence and a barrier of the CTA or cluster.
+        """
         for stage in range_constexpr(self.stages):
             cute.arch.mbarrier_init(self.full + stage, self.full_arrivals)
             cute.arch.mbarrier_init(self.empty + stage, self.empty_arrivals * self.sharers)
@@ -46,18 +49,18 @@ class Ring:
         cute.arch.mbarrier_wait(self.full + state.index, state.phase)
 
     def expect(self, state, count: int) -> cute.Pointer:
-        """Arrives for TMA loads of so many bytes; returns the barrier that they complete on."""
+        """Arrives at `full` and expects `count` bytes of TMA loads; returns that barrier."""
         barrier = self.full + state.index
         cute.arch.mbarrier_arrive_and_expect_tx(barrier, count)
         return barrier
 
     def arrive_when_copied(self, state):
-        """Once the calling thread's cp.async copies so far have landed."""
+        """Arrives at `full` when the cp.async copies that this thread has started have landed."""
         cute.arch.cp_async_mbarrier_arrive_noinc(self.full + state.index)
 
     @cute.jit
     def release(self, stage: Int32):
-        """By a warp that has read a stage."""
+        """Arrives at `empty`; by a whole warp, when it has read a stage."""
         barrier = self.empty + stage
         if const_expr(self.sharers == 1):
             with cute.arch.elect_one():

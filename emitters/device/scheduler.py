@@ -1,4 +1,4 @@
-"""From a unit of work to its tile, on the device: the host never learns an expert's rows."""
+"""The scheduler: numbers tiles on the device, since the host never learns the experts' rows."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from emitters.spec.registry import GemmConfig
 
 
 class ExpertTable:
-    """Numbers the work of all experts and finds unit u again without a search loop.
+    """A table of the experts' units of work, in which two ballots of a warp find a unit.
 
-    A unit is what a cluster does at once: an output tile, or where cluster_m is 2 a pair of them.
-    Pairs are two M tiles of one expert and one N tile, whose weights they share. An odd last M tile
-    is not padded: its pairs are two N tiles and share nothing.
+    A unit is the work that a cluster does at a time: one output tile or, with cluster_m 2, a pair:
 
-    For every expert a table in shared memory holds its first unit, first row and end; two ballots
-    find a unit's expert in it. Experts without rows own no unit.
+      pair of M tiles   two M tiles of an expert, same N tile: they share its weights
+      pair of N tiles   only for an odd last M tile, two N tiles: they share nothing
+
+    Units of all experts are numbered 0, 1, 2, ... For each expert the table, in shared memory,
+    holds its first unit, first row and end. Experts without rows have no unit.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmConfig, cluster_m: int, group_m: int):
@@ -35,17 +36,17 @@ class ExpertTable:
         self.group = group_m // cluster_m  # units
 
     def attach(self, table: cute.Pointer):
-        """table: shared memory, three int32 an entry."""
+        """table: shared memory, three int32 per entry."""
         layout = cute.make_layout(self.entries)
-        self.first = cute.make_tensor(table, layout)  # units of all experts before this one
+        self.first = cute.make_tensor(table, layout)  # the number of units of all experts before
         self.row = cute.make_tensor(table + self.entries, layout)
         self.end = cute.make_tensor(table + 2 * self.entries, layout)
 
     @cute.jit
     def build(self, rows: Rows):
-        """By a whole warp. Returns the number of units.
+        """Fills the table and returns the number of units; by a whole warp.
 
-        Values that contradict num_rows are clamped: nothing outside is ever touched.
+        Starts and ends outside [0, num_rows] are clamped, so that no row outside is ever touched.
         """
         starts, offsets, num_rows, _ = rows
         lane = cute.arch.lane_idx()
@@ -54,7 +55,7 @@ class ExpertTable:
         before = cute.make_rmem_tensor((self.per_lane,), Int32)
         first_row = cute.make_rmem_tensor((self.per_lane,), Int32)
         end_row = cute.make_rmem_tensor((self.per_lane,), Int32)
-        # all loads before the first use of one
+        # all loads are issued before the first result is used
         for i in range_constexpr(self.per_lane):
             end_row[i] = given_ends[cutlass.min(lane * self.per_lane + i, self.experts - 1)]
         if starts.toint() != 0:
@@ -97,11 +98,11 @@ class ExpertTable:
 
     @cute.jit
     def locate(self, unit: Int32, stop: Int32, rank: Int32):
-        """-> expert, first row, rows from there to the expert's end, first column, shared: of the
-        tile that CTA `rank` of a cluster computes of a unit. By a whole warp.
+        """Finds the tile of a unit that CTA `rank` of a cluster computes; by a whole warp.
 
-        expert is -1 from unit `stop` on. rows is not positive where a pair lacks a tile. shared:
-        the pair has the same weights.
+        Returns (expert, first row, rows from there to the expert's end, first column, shared).
+        expert is -1 from unit `stop` on. rows is 0 or less if the pair has no tile for this CTA.
+        shared is 1 if both tiles of the pair have the same weights.
         """
         lane = cute.arch.lane_idx()
         first = self.first
@@ -116,7 +117,7 @@ class ExpertTable:
         past = unit >= stop
         unit = unit - first[expert]
         full = self.m_tiles(rows) // self.cluster_m  # whole units along M
-        # groups of units along M; inside one M runs first, so that they share an N tile's weights
+        # units come in groups along M; inside a group M runs first, to share an N tile's weights
         group = unit // (self.group * self.n_tiles)
         first_m = group * self.group
         unit_in_group = unit - first_m * self.n_tiles
@@ -138,11 +139,11 @@ class ExpertTable:
 
 
 class PostedUnits:
-    """Which units a CTA computes: one warp keeps the books, all others read.
+    """The units that a CTA computes: one warp posts them, all others read them.
 
-    `post` writes the location of the CTA's j-th unit into slot j % SLOTS, where all warps `read`
-    it. It is posted before the last stage of unit j - 2 is filled, and at most MAX_STAGES + 3 units
-    ahead of a reader: slots outnumber them.
+    `post` writes the tile of the CTA's j-th unit to slot j % SLOTS, where all warps `read` it. It
+    is posted before the last stage of unit j - 2 is filled, and at most MAX_STAGES + 3 units ahead
+    of any reader; there are more slots than that.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSm90Config):
@@ -150,8 +151,11 @@ class PostedUnits:
         self.cluster_m, self.schedule = config.cluster_m, config.schedule
 
     def attach(self, table: cute.Pointer, counters: cute.Pointer | None):
-        """table: shared memory, `table_words` int32. counters: of a dynamic schedule, two int32 in
-        global memory, zero before and after each launch: units taken, CTAs done."""
+        """table: shared memory, `table_words` int32.
+
+        counters: for a dynamic schedule, two int32 in global memory: units taken and CTAs done.
+        Both are 0 before and after each launch.
+        """
         self.experts.attach(table)
         slots = cute.make_layout((SLOTS, SLOT_WORDS), stride=(SLOT_WORDS, 1))
         self.slots = cute.make_tensor(table + 3 * self.experts.entries, slots)
@@ -184,7 +188,7 @@ class PostedUnits:
 
     @cute.jit
     def post(self, j: Int32):
-        """Takes the CTA's j-th unit, j = 2, 3, 4, ..."""
+        """Posts the CTA's j-th unit, for j = 2, 3, 4, ..."""
         unit = self.next[0]
         if const_expr(self.schedule is Schedule.DYNAMIC):
             unit = cute.arch.shuffle_sync(unit, 0) + 2 * self.clusters
@@ -197,14 +201,14 @@ class PostedUnits:
 
     @cute.jit
     def claim(self):
-        """Asks for another unit; the answer is awaited when it is posted."""
+        """Asks the counter for another unit; the answer is needed only when it is posted."""
         next_ = self.next
         if cute.arch.lane_idx() == 0:
             next_[0] = cute.arch.atomic_add(self.counters, Int32(1), sem="relaxed", scope="gpu")
 
     @cute.jit
     def finish(self, warp: Int32):
-        """After the last unit of a dynamic schedule: the grid's last CTA leaves zeros."""
+        """Called after the last unit of a dynamic schedule: the last CTA resets the counters."""
         if warp == 1 and cute.arch.lane_idx() == 0:
             counters = cute.make_tensor(self.counters, cute.make_layout(2))
             done = cute.arch.atomic_add(self.counters + 1, Int32(1), sem="acq_rel", scope="gpu")
@@ -221,5 +225,5 @@ class PostedUnits:
                 slots[j % SLOTS, word] = location[word]
 
     def read(self, j: Int32):
-        """What `ExpertTable.locate` returns of the CTA's j-th unit; expert is -1 after the last."""
+        """The tile of the CTA's j-th unit, as `ExpertTable.locate` returns it."""
         return tuple(self.slots[j % SLOTS, word] for word in range(5))

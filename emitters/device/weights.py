@@ -1,4 +1,4 @@
-"""Weights on their way to shared memory, by TMA."""
+"""The weight loader: copies weights to shared memory by TMA."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ OPERAND_MAJOR = {
     Major.K: cute.nvgpu.OperandMajorMode.K,
     Major.N: cute.nvgpu.OperandMajorMode.MN,
 }
-_EVICT_FIRST = 0x12F0000000000000  # the L2 policy that createpolicy makes of evict_first
+_EVICT_FIRST = 0x12F0000000000000  # the L2 policy that createpolicy returns for evict_first
 
 
 class WeightLoader:
-    """Copies columns of weights, 128 bytes of K of each at a time.
+    """Copies columns of weights, one k-tile of them at a time.
 
-    evict_first: weights leave L2 before what was there.
+    evict_first: weights leave L2 before its older contents.
     """
 
     def __init__(self, problem: GemmProblem, evict_first: bool = False):
@@ -34,8 +34,11 @@ class WeightLoader:
         self.l2_hint = Int64(_EVICT_FIRST) if evict_first else None
 
     def carrier(self, weight, stage_layout, box: tuple[int, int]):
-        """What the kernel is handed for a [N, K, E] tensor: an atom, for which a parameter of 128
-        bytes is reserved. The host encodes the tensor map in it. For a table it is the pointer."""
+        """The kernel's argument for a [N, K, E] tensor of weights: a TMA atom.
+
+        It reserves a parameter of 128 bytes, in which the host encodes the tensor map. For a table
+        of tensor maps the argument is the pointer to the table.
+        """
         if not self.stacked:
             return weight
         copy = cpasync.CopyBulkTensorTileG2SOp()
@@ -47,7 +50,7 @@ class WeightLoader:
             cpasync.prefetch_descriptor(weight)
 
     def find_map(self, weight, expert: Int32) -> cute.Pointer:
-        """Address of the tensor map of an expert's weights. weight: what the kernel was handed."""
+        """The address of the tensor map of an expert's weights. weight: the kernel's argument."""
         if self.stacked:
             return tensor_map_address(weight)
         entry = cute.make_ptr(
@@ -56,13 +59,16 @@ class WeightLoader:
             cute.AddressSpace.generic,
             assumed_align=64,
         )
-        # the table was written through the generic proxy
+        # the host wrote the table through the generic proxy
         prims.fence_proxy_acquire(prims.MemScope.SYS, entry.to_llvm_ptr(), TENSOR_MAP_BYTES)
         return entry
 
     def copy(self, stage, weight_map, corner, columns: int, barrier, ctas: Int16 | None = None):
-        """By the calling thread. corner: element of K, first column, expert. ctas: of a cluster,
-        to which it is written; None: this one."""
+        """Starts the copies of a tile's columns; by one thread.
+
+        corner: (element of K, first column, expert). ctas: a mask of the cluster's CTAs to write
+        to; None: only this one.
+        """
         corners = weight_corners(self.problem, *corner[:2], columns, corner[2])
         for i, corner in enumerate(corners):
             prims.cp_async_bulk_tensor_shared_cluster_global(

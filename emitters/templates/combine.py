@@ -1,4 +1,4 @@
-"""The end of a layer: sums each token's rows of the product, times their router weights."""
+"""The combine kernel, a layer's last: sums each token's rows of the product, weighted."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from emitters.templates.parameters import integer, pointer
 
 
 class Combine:
-    """A thread takes 8 neighbouring columns of a token: reads them of its rows, 16 bytes at a time,
-    and adds them up in float32, one multiply-add each, in the order of k."""
+    """Writes the kernel that sums each token's rows, weighted; a thread takes 8 columns of a token.
+
+    It reads these columns of all the token's rows, 16 bytes at a time, and adds them in float32 in
+    the order of the choices, by one fused multiply-add each.
+    """
 
     smem_bytes, cluster = 0, 1
 
@@ -22,10 +25,10 @@ class Combine:
         self.problem, self.config = problem, config
         self.element = ELEMENT[problem.dtype]
         self.row_vectors = problem.n // ROW_VECTOR
-        self.words = ROW_VECTOR * problem.dtype.bytes // 4  # that 8 columns take
+        self.words = ROW_VECTOR * problem.dtype.bytes // 4  # int32 per 8 columns
 
     def arguments(self):
-        """Of `__call__`, before grid and stream."""
+        """The arguments of `__call__`, except grid and stream."""
         return (
             pointer("rows", self.element, 16),
             pointer("weights", Float32, 4),
@@ -43,15 +46,14 @@ class Combine:
     def __call__(
         self, rows, weights, inverse, residual, out, num_rows, num_tokens, grid, stream
     ):  # fmt: skip
-        """residual may be null. weights and inverse are read before the grid before this one is
-        waited for.
+        """residual may be null. weights and inverse are read before `wait_for_previous`.
 
         grid: `CombineProblem.ctas`.
         """
         self.kernel(rows, weights, inverse, residual, out, num_rows, num_tokens).launch(
             grid=[grid, 1, 1],
             block=[self.config.threads, 1, 1],
-            min_blocks_per_mp=1,  # else the compiler saves registers and reads rows in turns
+            min_blocks_per_mp=1,  # else the compiler saves registers and reads rows one by one
             stream=stream,
         )
 
@@ -96,14 +98,14 @@ class Combine:
         row: cute.Tensor,
         weight: cute.Tensor,
     ):
-        """Of one token: row[j] is read where it is one, and weighs weight[j]."""
+        """Sums 8 columns of a token. row[j]: the row of choice j, skipped if outside [0, R)."""
         values = cute.make_rmem_tensor((self.words, self.problem.top_k), Int32)
         values.fill(0)
         for j in range_constexpr(self.problem.top_k):
             if row[j] >= 0 and row[j] < num_rows:
                 self.read(rows, row[j], part, values[None, j])
             else:
-                weight[j] = Float32(-0.0)  # adds nothing, to a sum of -0 neither
+                weight[j] = Float32(-0.0)  # -0 * 0 = -0 changes no sum, not even -0
         first = cute.make_rmem_tensor((self.words,), Int32)
         first.fill(0)
         if residual.toint() != 0:
@@ -119,11 +121,11 @@ class Combine:
         cute.autovec_copy(result, target)
 
     def chunk(self, tensor: cute.Pointer, row: Int32, part: Int32):
-        """Where columns 8 * part to 8 * part + 7 of a row lie."""
+        """The address of columns 8 * part to 8 * part + 7 of a row."""
         return tensor + (Int64(row) * self.problem.n + part * ROW_VECTOR)
 
     def elements(self, words: cute.Tensor):
-        """In float32."""
+        """Converts the words of 8 columns to float32."""
         elements = cute.make_rmem_tensor((ROW_VECTOR,), Float32)
         elements.store(cute.recast_tensor(words, self.element).load().to(Float32))
         return elements

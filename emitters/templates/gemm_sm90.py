@@ -1,4 +1,4 @@
-"""The SM90 grouped GEMM template: persistent, warp-specialised, gathering."""
+"""The SM90 grouped GEMM template: persistent CTAs, warps with roles, rows gathered by index."""
 
 import cutlass
 import cutlass.cute as cute
@@ -23,29 +23,45 @@ from emitters.spec.dtypes import Accumulation
 from emitters.spec.gemm import GemmProblem
 from emitters.templates.parameters import gemm_arguments, gemm_tensor_maps
 
-LOAD_AHEAD = 2  # k-tiles before the last, under which the epilogue's operands are loaded
+LOAD_AHEAD = 2  # the epilogue's operands are loaded this many k-tiles before the last
 
 
 class GemmSm90:
-    """out[r, :] = epilogue(x[index[r], :] @ weight[e(r)].T) for the rows r of all experts e.
+    """Writes the kernel of a grouped GEMM; consumers hold rows of x as WGMMA's M operand.
 
-    A CTA takes output tiles of tile_m x tile_n, one after the other. Roles and the pipeline
-    between them:
+      out[r, :] = epilogue(x[index[r], :] @ weight[e].T), for the rows r of all experts e
 
-      warps                       role             waits for   arrives at
-      producer, warp 0, one lane  weights by TMA   empty[s]    full[s]: 1, with the box's bytes
-      producer, 128 threads       x by cp.async    empty[s]    full[s]: 128, as the copies land
-      consumers                   WGMMA, epilogue  full[s]     empty[s]: 1 a warp
+    A CTA computes output tiles of tile_m x tile_n, one after the other. Warpgroup 0 is the
+    producer, the other C warpgroups are consumers. A stage s of the ring holds 128 bytes of K:
 
-    Consumers share a tile, 64 rows each; in ping-pong they take tiles in turn, and named barriers
-    1 and 2 order their main loops as the stages are filled. In a cluster of two CTAs each loads
-    half of the weights that both need and sends it to both: a stage is empty once the consumers
-    of both CTAs have read it. The producer's warp 1 is the scheduler's; named barrier 3 makes its
-    posts known to the producer, full[s] to the consumers.
+      role                       work              waits for   arrives at
+      producer, warp 0, 1 lane   weights, TMA      empty[s]    full[s]: 1, and their bytes
+      producer, 128 threads      x, cp.async       empty[s]    full[s]: 128, as copies land
+      producer, warp 1           posts units       -           named barrier 3 (128 threads)
+      consumers                  WGMMA, epilogue   full[s]     empty[s]: 1 per warp
 
-    A stage holds 128 bytes of K: tile_m rows of x, then tile_n rows of weight, or of N-major ones
-    its K rows of every 64 columns, both in the 128-byte swizzle. K's and N's tails are zeros: TMA
-    fills what lies outside the tensor map, the gather fills its own.
+      full[s] completes after 1 + 128 arrivals and the bytes of the weights;
+      empty[s] after 4 C, in ping-pong after 4, times the CTAs of the cluster.
+
+    The time of the roles, for tiles a, b, c (m: main loop, e: epilogue):
+
+      producer               | load a | load b | load c | ...
+      consumers, together        | m a   | e a | m b   | e b | ...      each 64 rows of a tile
+      consumer 0, ping-pong      | m a   | e a     | m c   | e c | ...  each a whole tile
+      consumer 1, ping-pong              | m b   | e b     | m d | ...
+
+    - In ping-pong (C = 2) consumers must take the stages in the order in which they are filled. A
+      consumer waits at named barrier 1 + its number before its main loop; the other one arrives
+      there when it has issued the last WGMMA of its own (256 threads: 128 wait, 128 arrive). At
+      the start, consumer 1 lets consumer 0 begin.
+    - In a cluster of two, each CTA loads half of the weights of a shared N tile and sends it to
+      both. A stage is empty once the consumers of both CTAs have read it.
+    - Warp 1 posts each unit of work before the last stage of the unit before the previous one is
+      filled. Named barrier 3 makes the post visible to the producer, full[s] to the consumers.
+
+    A stage has tile_m rows of x and tile_n rows of weight (N-major weights: for every 64 columns,
+    the rows of K), in the 128-byte swizzle. Past the end of K or N it has zeros: TMA writes them
+    where it reads outside of the tensor map, and so does the gather.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSm90Config):
@@ -65,7 +81,7 @@ class GemmSm90:
         self.epilogue = Epilogue(problem, config, RowsFragment, SliceStore(problem))
 
     def arguments(self):
-        """Of `__call__`, before grid and stream."""
+        """The arguments of `__call__`, except grid and stream."""
         return gemm_arguments(self.problem, dynamic=self.config.schedule is Schedule.DYNAMIC)
 
     def tensor_maps(self):
@@ -76,9 +92,11 @@ class GemmSm90:
     def __call__(
         self, weight, rows, gathered, output, gate_strides, node_tensors, counters, grid, stream
     ):
-        """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps. gate_strides is
-        None but for a gated activation, node_tensors without scales and nodes that read one,
-        counters but for a dynamic schedule."""
+        """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps.
+
+        None unless needed: gate_strides (for a gated activation), node_tensors (for scales, and
+        nodes that read a tensor), counters (for a dynamic schedule).
+        """
         _, layout = self.stage_layouts()
         one_stage = cute.slice_(layout, (None, None, 0))
         self.kernel(
@@ -94,12 +112,12 @@ class GemmSm90:
             block=[self.config.threads, 1, 1],
             cluster=[self.cluster, 1, 1],
             min_blocks_per_mp=self.config.ctas_per_sm,
-            preferred_smem_carveout=100,  # given, so that the compiler need not ask a driver
+            preferred_smem_carveout=100,  # else the compiler asks a driver
             stream=stream,
         )
 
     def stage_layouts(self):
-        """Of the stages of x and of weight: swizzled."""
+        """The swizzled layouts of all stages of x and of weight."""
         k_major, weight_major = utils.LayoutEnum.ROW_MAJOR, WEIGHT_LAYOUT[self.problem.weight.major]
         return (
             sm90.make_smem_layout_a(k_major, self.tile, self.element, self.stages),
@@ -170,7 +188,7 @@ class GemmSm90:
             )
             self.mma(storage, group - 1, thread - WARPGROUP)
         if const_expr(self.cluster > 1):
-            self.sync_cluster()  # the other CTA's copies and arrivals end here
+            self.sync_cluster()  # the other CTA still copies to, and arrives at, this one's memory
 
     def sync_cluster(self):
         if self.cluster > 1:
@@ -181,7 +199,7 @@ class GemmSm90:
 
     @cute.jit
     def load(self, weight, storage, warp):
-        """The producer warpgroup."""
+        """The producer warpgroup's loop over tiles: fills the stages."""
         x_stages = cute.recast_ptr(storage.x.data_ptr(), dtype=Uint8)
         weight_stages = cute.recast_ptr(storage.weight.data_ptr(), dtype=Uint8)
         state = self.ring.producer()
@@ -214,7 +232,10 @@ class GemmSm90:
 
     @cute.jit
     def load_weight(self, stage, weight_map, corner, barrier, shared):
-        """tile_n rows of 128 bytes, by the calling thread: where shared, half of them to both."""
+        """Starts the copies of a stage's weights; by one thread.
+
+        shared: the cluster's CTAs need the same weights, so this one copies half of them to both.
+        """
         columns = self.tile[1] // self.cluster
         if const_expr(self.cluster == 1):
             self.weights.copy(stage, weight_map, corner, columns, barrier)
@@ -233,7 +254,7 @@ class GemmSm90:
                     self.weights.copy(stage + i * half_bytes, weight_map, half, columns, barrier)
 
     def operands(self, storage, consumer):
-        """-> the MMA of a consumer warpgroup, and all stages of x and weight as it reads them."""
+        """A consumer's MMA, and its views of all stages of x and of weight."""
         k_major = cute.nvgpu.OperandMajorMode.K
         weight_major = OPERAND_MAJOR[self.problem.weight.major]
         split = self.config.warpgroups_per_tile
@@ -251,28 +272,31 @@ class GemmSm90:
 
     @cute.jit
     def mma(self, storage, consumer, thread):
-        """A consumer warpgroup. consumer: which one; thread: within all of them."""
+        """A consumer warpgroup's loop over tiles: main loop and epilogue.
+
+        consumer: its number; thread: counted over all consumers.
+        """
         mma, tCrA, tCrB = self.operands(storage, consumer)
         thread = thread % (self.config.warpgroups_per_tile * WARPGROUP)
         acc, sums = make_sums(mma, self.tile[:2], thread, self.problem)
         two_level = self.problem.accumulation is Accumulation.TWO_LEVEL
 
         last = self.k_tiles - 1
-        runs = (0, max(last - LOAD_AHEAD, 0), last)  # the last one is apart
+        runs = (0, max(last - LOAD_AHEAD, 0), last)  # the last k-tile follows after the loops
         state = self.ring.consumer()
-        j, turn = Int32(0), 1  # the CTA's unit, and how far it is to this consumer's next
+        j, turn = Int32(0), 1  # the CTA's unit, and the distance to this consumer's next one
         if const_expr(self.config.pingpong):
             turn = 2
             if consumer == 1:
                 self.pass_turn(consumer, j)
                 j += 1
-                state.advance(self.k_tiles)  # the other consumer's
+                state.advance(self.k_tiles)  # these stages are the other consumer's
         expert, row, rows, column, _ = self.units.read(j)
         while expert >= 0:
             self.epilogue.begin(row, rows)
             if const_expr(self.config.pingpong):
                 cute.arch.barrier(barrier_id=1 + consumer, number_of_threads=2 * WARPGROUP)
-            behind = state.clone()  # the stage of the k-tile before: WGMMA still reads it
+            behind = state.clone()  # the stage of the previous k-tile, which WGMMA still reads
             if const_expr(two_level):
                 sums.fill(0)
             mma.set(warpgroup.Field.ACCUMULATE, False)

@@ -1,4 +1,4 @@
-"""The SM90 grouped GEMM template for few rows an expert: weights are WGMMA's M operand."""
+"""The SM90 grouped GEMM template for few rows per expert: weights are WGMMA's M operand."""
 
 import cutlass
 import cutlass.cute as cute
@@ -25,27 +25,41 @@ from emitters.spec.dtypes import Accumulation
 from emitters.spec.gemm import GemmProblem
 from emitters.templates.parameters import gemm_arguments, gemm_tensor_maps
 
-GROUP_M = 8  # M tiles that share each N tile's weights in L2
+GROUP_M = 8  # M tiles that use an N tile's weights, in L2, before the next N tile starts
 
 
 class GemmSwapSm90:
-    """out[r, :] = epilogue(x[index[r], :] @ weight[e(r)].T) for the rows r of all experts e.
+    """Writes the kernel of a grouped GEMM for few rows per expert; weights are WGMMA's M operand.
 
-    A CTA takes output tiles of tile_m rows x tile_n columns, one after the other; with split_k > 1
-    a cluster does, each CTA with its share of K. Roles and the barriers between them:
+      out[r, :] = epilogue(x[index[r], :] @ weight[e].T), for the rows r of all experts e
 
-      warps                  role             waits for    arrives at
-      1, one lane            weights by TMA   empty[s]     full[s]: 1, with the boxes' bytes
-      gather_threads / 32    x by cp.async    empty[s]     full[s]: 1 a thread, as copies land
-      consumer warpgroup     WGMMA, epilogue  full[s]      empty[s]: 1 a warp
-        of a cluster's rest  sends its sums   sums_empty   sums_full of CTA 0: their bytes
-        of its CTA 0         adds them        sums_full    sums_empty of the others: 1 a warp
+    A CTA computes output tiles of tile_m rows x tile_n columns, one after the other. With split_k
+    > 1 a cluster computes a tile, and each of its CTAs takes a share of K. A stage s of the ring
+    holds k_boxes times 128 bytes of K:
 
-    A stage holds k_boxes times 128 bytes of K: for each box tile_n rows of weight, or of N-major
-    ones its K rows of every 64 columns, and tile_m rows of x, in the 128-byte swizzle. K's and N's
-    tails are zeros: TMA fills what lies outside the tensor map, the gather fills its own. Weights
-    do not wait for the index: a warp of their own fills the stages, and if `early` does not wait
-    for the grid before this one either.
+      role                        work              waits for     arrives at
+      weights' warp, 1 lane       weights, TMA      empty[s]      full[s]: 1, and their bytes
+      gather, G threads           x, cp.async       empty[s]      full[s]: G, as copies land
+      consumers, warps 0 - 3      WGMMA, epilogue   full[s]       empty[s]: 1 per warp
+        with split_k, CTA 1, ..   send sums         sums_empty    CTA 0's sums_full: their bytes
+        with split_k, CTA 0       add sums, store   sums_full     others' sums_empty: 1 per warp
+
+      full[s] completes after 1 + G arrivals and the bytes of the weights, empty[s] after 4;
+      sums_full after 1 (CTA 0's own) and the bytes of the sums, sums_empty after 4.
+
+    The time of the roles, for tiles a, b, c, in a dependent launch with `early` (wait: until the
+    previous kernel has ended; m: main loop, e: epilogue):
+
+      weights' warp   | table | load a | load b | ...       stops only when the ring is full
+      gather          | wait         | index | load a | load b | ...
+      consumers       | wait                   | m a | e a | m b | e b | ...
+
+    The weights' warp needs no index, so it runs ahead of the gather. It also builds the expert
+    table, for which it waits for the previous kernel unless `early`.
+
+    A stage has, for each box, tile_n rows of weight (N-major weights: for every 64 columns, the
+    rows of K) and tile_m rows of x, in the 128-byte swizzle. Past the end of K or N it has zeros:
+    TMA writes them where it reads outside of the tensor map, and so does the gather.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSwapSm90Config):
@@ -53,7 +67,7 @@ class GemmSwapSm90:
         self.element = ELEMENT[problem.x]
         self.tile = (config.tile_n, config.tile_m, config.k_tile(problem))
         self.stages = config.pipeline_stages(problem)
-        # of one box
+        # bytes per box
         self.x_bytes, self.weight_bytes = config.x_bytes(problem), config.weight_bytes(problem)
         self.smem_bytes, self.cluster = config.smem_bytes(problem), config.cluster
         self.experts = ExpertTable(problem, config, cluster_m=1, group_m=GROUP_M)
@@ -64,7 +78,7 @@ class GemmSwapSm90:
         self.epilogue = Epilogue(problem, config, ColumnsFragment, store)
 
     def arguments(self):
-        """Of `__call__`, before grid and stream."""
+        """The arguments of `__call__`, except grid and stream."""
         return gemm_arguments(self.problem)
 
     def tensor_maps(self):
@@ -75,9 +89,11 @@ class GemmSwapSm90:
     def __call__(
         self, weight, rows, gathered, output, gate_strides, node_tensors, counters, grid, stream
     ):
-        """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps. gate_strides is
-        None but for a gated activation, node_tensors without scales and nodes that read one,
-        counters but for a dynamic schedule."""
+        """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps.
+
+        None unless needed: gate_strides (for a gated activation), node_tensors (for scales, and
+        nodes that read a tensor). counters is always None: no schedule here is dynamic.
+        """
         layout, _ = self.stage_layouts()
         one_box = cute.slice_(layout, (None, None, 0))
         self.kernel(
@@ -92,12 +108,12 @@ class GemmSwapSm90:
             block=[self.config.threads, 1, 1],
             cluster=[self.config.split_k, 1, 1],
             min_blocks_per_mp=self.config.ctas_per_sm,
-            preferred_smem_carveout=100,  # given, so that the compiler need not ask a driver
+            preferred_smem_carveout=100,  # else the compiler asks a driver
             stream=stream,
         )
 
     def stage_layouts(self):
-        """Of the boxes of weight and of x: swizzled."""
+        """The swizzled layouts of all boxes of weight and of x."""
         k_major, weight_major = utils.LayoutEnum.ROW_MAJOR, WEIGHT_LAYOUT[self.problem.weight.major]
         boxes = self.stages * self.config.k_boxes
         return (
@@ -161,7 +177,7 @@ class GemmSwapSm90:
             self.weights.prefetch_map(weight)
         self.sync_cluster(alone=True)
 
-        if warp != weight_warp:  # x, index, scales and out may still be the grid before's
+        if warp != weight_warp:  # the previous kernel may still use x, index, scales and out
             wait_for_previous()
             if thread == 0:
                 launch_next()
@@ -176,10 +192,10 @@ class GemmSwapSm90:
             self.load_x(storage)
         else:
             self.load_weights(weight, storage)
-        self.sync_cluster()  # others may still write to this CTA's shared memory
+        self.sync_cluster()  # other CTAs may still write to this one's shared memory
 
     def sync_cluster(self, alone: bool = False):
-        """alone: a CTA without a cluster, too."""
+        """Waits for all threads of the cluster; of a CTA without a cluster only if `alone`."""
         if self.config.split_k > 1:
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
@@ -187,14 +203,14 @@ class GemmSwapSm90:
             cute.arch.sync_threads()
 
     def share(self, storage):
-        """-> first tile, end and stride of this CTA's or cluster's."""
+        """The tiles of this CTA or cluster: (first, end, stride)."""
         block, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
         end = storage.tiles.get_tensor(cute.make_layout(1))[0]
         return block // self.config.split_k, end, grid // self.config.split_k
 
     def k_range(self):
-        """First and last + 1 of the stages of K that this CTA takes."""
+        """The stages of K that this CTA takes: (first, end)."""
         stages, split = self.config.k_stages(self.problem), self.config.split_k
         if split == 1:
             return Int32(0), Int32(stages)
@@ -203,7 +219,7 @@ class GemmSwapSm90:
 
     @cute.jit
     def load_weights(self, weight, storage):
-        """The weights' warp."""
+        """The loop over tiles of the weights' warp: fills the stages with weights."""
         stages = cute.recast_ptr(storage.weight.data_ptr(), dtype=Uint8)
         boxes = self.config.k_boxes
         tile, end, stride = self.share(storage)
@@ -225,7 +241,7 @@ class GemmSwapSm90:
 
     @cute.jit
     def load_x(self, storage):
-        """The gather's warps."""
+        """The loop over tiles of the gather's warps: fills the stages with rows of x."""
         stages = cute.recast_ptr(storage.x.data_ptr(), dtype=Uint8)
         boxes = self.config.k_boxes
         tile, end, stride = self.share(storage)
@@ -247,7 +263,7 @@ class GemmSwapSm90:
                 state.advance()
 
     def operands(self, storage):
-        """-> the consumers' MMA, and all boxes of weight and x as it reads them."""
+        """The consumers' MMA, and its views of all boxes of weight and of x."""
         k_major = cute.nvgpu.OperandMajorMode.K
         weight_major = OPERAND_MAJOR[self.problem.weight.major]
         mma = sm90.make_trivial_tiled_mma(
@@ -264,7 +280,7 @@ class GemmSwapSm90:
 
     @cute.jit
     def mma(self, storage, sums_full, thread):
-        """The consumer warpgroup."""
+        """The loop over tiles of the consumer warpgroup: main loop and epilogue."""
         mma, tCrA, tCrB = self.operands(storage)
         acc, sums = make_sums(mma, self.tile[:2], thread, self.problem)
         two_level = self.problem.accumulation is Accumulation.TWO_LEVEL
@@ -285,7 +301,7 @@ class GemmSwapSm90:
                 mma.set(warpgroup.Field.ACCUMULATE, not two_level)
                 self.ring.release(state.index)
                 state.advance()
-                if k == first_k:  # what the index and the first weights took hides this
+                if k == first_k:  # the wait for the index and the first weights hides this
                     self.epilogue.load(expert, column)
             if const_expr(self.config.split_k > 1):
                 rank = cute.arch.block_idx_in_cluster()
@@ -302,7 +318,10 @@ class GemmSwapSm90:
         self.epilogue.finish()
 
     def multiply(self, mma, acc, tCrA, tCrB, stage, sums):
-        """One stage, to its end; with two-level accumulation each 128 bytes of K to its own."""
+        """Multiplies one stage and waits for the result.
+
+        With two-level accumulation it waits for each 128 bytes of K and adds them to sums.
+        """
         two_level = self.problem.accumulation is Accumulation.TWO_LEVEL
         begin_products()
         for i in range(self.config.k_boxes):
@@ -319,7 +338,7 @@ class GemmSwapSm90:
 
     @cute.jit
     def send_sums(self, sums, partial, sums_full, phase, rank, thread):
-        """To the cluster's CTA 0, when it has added those of the tile before."""
+        """Sends sums to the cluster's CTA 0, once it has added those of the previous tile."""
         cute.arch.mbarrier_wait(sums_full + 1, phase ^ 1)
         words = cute.recast_tensor(sums, Int32)
         for i in range_constexpr(cute.size(sums) // 4):
@@ -329,7 +348,7 @@ class GemmSwapSm90:
 
     @cute.jit
     def add_sums(self, sums, partial, sums_full, phase, thread):
-        """Those of the cluster's other CTAs, in their order."""
+        """Adds the sums of the cluster's other CTAs, in order of their ranks."""
         if thread == 0:
             cute.arch.mbarrier_arrive_and_expect_tx(sums_full, self.config.partial_bytes)
         cute.arch.mbarrier_wait(sums_full, phase)
@@ -344,7 +363,7 @@ class GemmSwapSm90:
                 cute.arch.mbarrier_arrive(sums_full + 1, peer)
 
     def partial_vector(self, partial, peer, i, thread, element):
-        """Four sums of a thread, as the CTA after `peer` sends them."""
+        """The place of a thread's i-th four sums from the CTA of rank peer + 1."""
         share = self.config.tile_m * self.config.tile_n * 4
         at = partial + (peer * share + i * (WARPGROUP * 16) + thread * 16)
         return vector(at, element, 4, SMEM)

@@ -1,4 +1,4 @@
-"""What a template is compiled with: stand-ins for its arguments, and the parameters they become."""
+"""Stand-ins for a template's arguments when it is compiled, and the parameters they become."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from emitters.spec.weight_map import weight_box
 
 @dataclass(frozen=True)
 class Argument:
-    """One of a template's `__call__`. params: (name, kind) of the kernel parameters that it
-    becomes, in order; none where it is absent."""
+    """An argument of a template's `__call__`.
+
+    stand_in: what the template is compiled with. params: (name, kind) of the kernel parameters that
+    it becomes, in order; empty for an absent argument.
+    """
 
     stand_in: Any
     params: tuple[tuple[str, ParamKind], ...]
@@ -32,7 +35,7 @@ ABSENT = Argument(None, ())
 
 
 def pointer(name: str, element: type, align: int) -> Argument:
-    """Into global memory; align: bytes."""
+    """A pointer to global memory. align: bytes."""
     stand_in = make_ptr(element, align, cute.AddressSpace.gmem, assumed_align=align)
     return Argument(stand_in, ((name, ParamKind.POINTER),))
 
@@ -42,7 +45,7 @@ def integer(name: str) -> Argument:
 
 
 def several(*arguments: Argument, kind: Any = None) -> Argument:
-    """A tuple of them, or what stands for none. kind: the NamedTuple that it is."""
+    """A tuple of arguments, ABSENT if there are none. kind: the NamedTuple to make of them."""
     if not arguments:
         return ABSENT
     params = tuple(param for argument in arguments for param in argument.params)
@@ -53,13 +56,13 @@ def several(*arguments: Argument, kind: Any = None) -> Argument:
 def tensor_map(
     name: str, element: type, shape: tuple[int, ...], order: tuple[int, ...]
 ) -> Argument:
-    """Stands for a tensor map, which the host encodes."""
+    """A tensor map, which the host encodes; the stand-in is a tensor of this shape and order."""
     stand_in = make_fake_compact_tensor(element, shape, stride_order=order, assumed_align=16)
     return Argument(stand_in, ((name, ParamKind.TENSOR_MAP),))
 
 
 def gemm_arguments(problem: GemmProblem, dynamic: bool = False) -> tuple[Argument, ...]:
-    """What both templates of the grouped GEMM are called with, before grid and stream.
+    """The arguments of both templates of the grouped GEMM, except grid and stream.
 
     dynamic: whether the schedule takes units from a counter.
     """
@@ -102,7 +105,7 @@ def _weight(problem: GemmProblem) -> Argument:
 
 
 def _applied(node: Granularity | EpilogueNode) -> Argument:
-    """The tensor of a scale or of an epilogue node."""
+    """The tensor that a scale or an epilogue node reads."""
     if isinstance(node, Granularity):
         name, element = "per_token_scale" if node is Granularity.TOKEN else "scale", DType.FP32
     else:
@@ -113,8 +116,11 @@ def _applied(node: Granularity | EpilogueNode) -> Argument:
 def gemm_tensor_maps(
     problem: GemmProblem, columns: int, k: int, l2_promotion: int
 ) -> tuple[TensorMapBox, ...]:
-    """columns, k: of the weights that one copy takes. l2_promotion: bytes that a read of weights
-    brings into L2."""
+    """The tensor maps of the weights and of the output.
+
+    columns, k: of the weights that one copy takes. l2_promotion: bytes that a read of weights
+    brings into L2.
+    """
     box = weight_box(problem, columns, k)
     out = (SLICE_BYTES // problem.out.bytes, SLICE_ROWS)
     return (

@@ -1,4 +1,4 @@
-"""Per-token quantisation: rows of floating point -> 8-bit values and a float32 scale a row."""
+"""The quantisation kernel: rows of floating point -> 8-bit values, a float32 scale per row."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from emitters.spec.dtypes import LARGEST, DType
 from emitters.spec.layer_steps import ROW_VECTOR, QuantizeProblem, StepConfig
 from emitters.templates.parameters import integer, pointer
 
-_MAGIC = 12582912.0  # 1.5 * 2^23: a sum with it has the rounded integer in its low bits
+_MAGIC = 12582912.0  # 1.5 * 2^23: adding it puts the rounded integer in a float32's low bits
 
 
 class Quantize:
-    """A row is read once, by a power of two of neighbouring threads, and kept in registers.
+    """Writes the kernel that quantises rows, each with a scale of its own.
 
-    Threads of more than one warp exchange their maxima in shared memory.
+    A power of two of neighbouring threads reads a row once and keeps it in registers. If they are
+    more than one warp, they exchange their maxima through shared memory.
 
-    x / scale is correctly rounded, as a division is, but without one for each element: with
-    s = scale * p and y = x * p, p the power of two that brings the scale near 1, and r = 1 / s
-    rounded, q = y * r is within two units in the last place, and each q - (q * s - y) * r brings
-    it nearer: the first to one unit at most, the second to the rounded quotient (Markstein, 1990).
-    The signs keep a zero's.
+    q = x / scale is rounded correctly, without a division per element (Markstein, 1990):
+
+      s = scale * p, y = x * p     p: the power of two that brings the scale near 1
+      r = 1 / s, rounded           one division per row
+      q = y * r                    at most two units in the last place off
+      q = q - (q * s - y) * r      at most one unit off
+      q = q - (q * s - y) * r      the correctly rounded quotient
+
+    This also keeps the sign of zeros.
     """
 
     cluster = 1
@@ -36,13 +41,13 @@ class Quantize:
         self.source, self.target = ELEMENT[problem.source], ELEMENT[problem.target]
         self.row_threads = threads = problem.row_threads(config.threads)
         self.row_vectors = problem.k // ROW_VECTOR
-        self.vectors = -(-self.row_vectors // threads)  # of a thread
-        self.words = ROW_VECTOR * problem.source.bytes // 4  # of a vector
-        self.rows = config.threads // threads  # of a CTA
+        self.vectors = -(-self.row_vectors // threads)  # per thread
+        self.words = ROW_VECTOR * problem.source.bytes // 4  # int32 per vector
+        self.rows = config.threads // threads  # per CTA
         self.smem_bytes = 4 * config.threads // 32 if threads > 32 else 0
 
     def arguments(self):
-        """Of `__call__`, before grid and stream."""
+        """The arguments of `__call__`, except grid and stream."""
         return (
             pointer("source", Uint8, 16),
             pointer("end", Int32, 4),
@@ -57,9 +62,9 @@ class Quantize:
 
     @cute.jit
     def __call__(self, source, end, q, scale, num_rows, early, grid, stream):
-        """end: null, or where the number of rows that count stands, if that is below num_rows; it
-        is read before the grid before this one is waited for. early: not 0 where the source is
-        complete and nobody reads q and scale by then: they are written before that wait too.
+        """end: null, or the address of an int32; rows from there on are left alone. It is read
+        before `wait_for_previous`. early: nonzero if source is already final and no earlier kernel
+        still uses q and scale, so that all work may be done before `wait_for_previous`.
 
         grid: `QuantizeProblem.ctas`.
         """
@@ -92,7 +97,7 @@ class Quantize:
 
     @cute.jit
     def quantize(self, source, q, scale, row: Int32, counts: cutlass.Boolean, thread: Int32):
-        """A row; counts: whether there is one for this thread."""
+        """Quantises a row. counts: whether this thread's row exists."""
         first = thread % self.row_threads
         values = cute.make_rmem_tensor((self.vectors * self.words,), Int32)
         values.fill(0)
@@ -108,7 +113,7 @@ class Quantize:
         largest = self.row_maximum(values, thread)
         divisor = largest / LARGEST[self.problem.target]
         written = divisor * self.problem.source_scale
-        if divisor == 0:  # also of magnitudes that vanish in the division
+        if divisor == 0:  # rows of zeros, or so small that the division gives 0
             divisor = Float32(1.0)
             written = Float32(1.0)
         if counts and first == 0:
@@ -130,11 +135,11 @@ class Quantize:
                 cute.autovec_copy(self.narrow(elements), vector(target, Int32, 2, GMEM))
 
     def inside(self, i: int, at: Int32):
-        """Whether the i-th vector of a thread, the row's `at`-th, is one."""
+        """Whether the thread's i-th vector, which is number `at` of the row, is in the row."""
         return True if (i + 1) * self.row_threads <= self.row_vectors else at < self.row_vectors
 
     def elements(self, values: cute.Tensor, i: int):
-        """The i-th vector of a thread in float32."""
+        """The thread's i-th vector, converted to float32."""
         words = cute.make_rmem_tensor((self.words,), Int32)
         for j in range(self.words):
             words[j] = values[i * self.words + j]
@@ -144,7 +149,7 @@ class Quantize:
 
     @cute.jit
     def row_maximum(self, values: cute.Tensor, thread: Int32):
-        """The largest magnitude of a row, NaN where it has one."""
+        """The largest magnitude of a row, or NaN if the row has one."""
         largest = Float32(0.0)
         for i in range_constexpr(self.vectors):
             elements = self.elements(values, i)
@@ -167,7 +172,7 @@ class Quantize:
         return largest
 
     def narrow(self, elements: cute.Tensor):
-        """Eight quotients -> two words of the target's elements: the nearest, ties to even."""
+        """Rounds eight quotients to the target's dtype, ties to even: two words."""
         words = cute.make_rmem_tensor((2,), Int32)
         if self.problem.target is DType.INT8:
             for j in range(ROW_VECTOR):

@@ -1,4 +1,4 @@
-"""Routing: from each token's experts to rows sorted by expert."""
+"""The routing kernels: sort (token, choice) pairs by expert."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from emitters.spec.layer_steps import RouteLogitsProblem, RouteProblem, StepConf
 from emitters.templates.parameters import integer, pointer, several
 from emitters.templates.router import Routing, TopkRouter, routing_argument
 
-_BATCH = 8  # loads of a thread in flight
-_EXPERT_BITS = 10  # of a pair's packed rank and expert
-_ALL, _COUNT, _ASSIGN = range(3)  # phases
+_BATCH = 8  # loads in flight per thread
+_EXPERT_BITS = 10  # a pair packs its rank (high bits) and its expert (low bits)
+_ALL, _COUNT, _ASSIGN = range(3)  # values of `phase`
 
 
 class Pairs(NamedTuple):
-    """ids [pairs], `choices` of each token. expert_map [num_ids]: may be null, then ids are experts
-    and num_ids is num_experts."""
+    """The pairs to sort.
+
+    ids [pairs]: `choices` per token. expert_map [num_ids]: may be null, then ids are the experts
+    and num_ids is num_experts.
+    """
 
     ids: cute.Pointer
     expert_map: cute.Pointer
@@ -40,14 +43,16 @@ class Table(NamedTuple):
 
 
 class Route:
-    """topk_ids -> index, offsets, inverse: a counting sort of pairs by expert, stable and the same
-    in every run.
+    """Writes the kernel of `route`: a counting sort of pairs by expert, stable and deterministic.
 
-    Every CTA has a run of neighbouring pairs, and every warp a run of those. `count` gives each
-    pair its rank among its warp's pairs of the same expert, which `inverse` keeps until the end,
-    and each warp a histogram. `assign` adds what warps, CTAs and experts before have. One CTA does
-    both in one launch; several do `count` in a first and `assign` in a second, between which their
-    ranks and histograms lie in global memory.
+    A CTA has a run of neighbouring pairs, and each of its warps a run of these.
+
+      count    ranks each pair among its warp's pairs of the same expert (`inverse` keeps the rank
+               until the end), and makes a histogram per warp
+      assign   adds the pairs of all experts, CTAs and warps before: the pair's row
+
+    One CTA does both in one launch (phase 0). Several CTAs take two: `count` (phase 1), then
+    `assign` (phase 2); in between, ranks and histograms are in global memory.
     """
 
     cluster = 1
@@ -60,7 +65,7 @@ class Route:
         self.smem_bytes = 4 * self.words
 
     def arguments(self):
-        """Of `__call__`, before grid and stream."""
+        """The arguments of `__call__`, except grid and stream."""
         return (
             several(
                 pointer("ids", self.id_type, self.id_type.width // 8),
@@ -86,9 +91,10 @@ class Route:
 
     @cute.jit
     def __call__(self, pairs, capacity, table, histograms, phase, grid, stream):
-        """capacity: the most rows of an expert. histograms [grid, num_experts]: what the second
-        launch of two takes from the first. phase: 0, all of it, by one CTA; 1, `count`; 2,
-        `assign`, by as many CTAs as that."""
+        """capacity: the most rows of an expert. histograms [grid, num_experts]: passed from the
+        first launch of two to the second. phase: 0 for everything, with one CTA; 1 for `count`,
+        then 2 for `assign`, with the same number of CTAs.
+        """
         self.kernel(pairs, capacity, table, histograms, phase).launch(
             grid=[grid, 1, 1], block=[self.threads, 1, 1], stream=stream
         )
@@ -106,7 +112,7 @@ class Route:
     def sort(
         self, pairs: Pairs, capacity: Int32, table: Table, histograms: cute.Pointer, phase: Int32
     ):
-        """After `attach`."""
+        """Sorts the pairs; `attach` must have been called."""
         ids, expert_map, num_ids, _, choices = pairs
         index, offsets, inverse = table
         cute.arch.sync_threads()
@@ -127,16 +133,16 @@ class Route:
             self.assign(choices, cute.make_tensor(index, vector), inverse, used)
 
     def attach(self, pairs: Int32):
-        """Lays tables out in shared memory and clears them; a barrier must follow."""
+        """Allocates the tables in shared memory and clears them; a barrier must follow."""
         table = SmemAllocator().allocate_array(Int32, self.words)
         experts = cute.make_layout(self.experts)
         words = cute.make_layout(self.words)
         self.table = cute.make_tensor(table, words)
         by_warp = cute.make_layout((self.warps, self.experts), stride=(self.experts, 1))
-        self.before = cute.make_tensor(table, by_warp)  # histograms, then sums of warps before
+        self.before = cute.make_tensor(table, by_warp)  # histograms, then sums over earlier warps
         table += self.warps * self.experts
         self.totals = cute.make_tensor(table, experts)
-        self.first = cute.make_tensor(table + self.experts, experts)  # this CTA's row
+        self.first = cute.make_tensor(table + self.experts, experts)  # this CTA's first row
         self.end = cute.make_tensor(table + 2 * self.experts, experts)
         self.sums = cute.make_tensor(table + 3 * self.experts, cute.make_layout(self.warps))
         self.thread, _, _ = cute.arch.thread_idx()
@@ -196,8 +202,10 @@ class Route:
 
     @cute.jit
     def same(self, expert: Int32) -> Uint32:
-        """Lanes with this lane's expert, where that is not negative. On an H200 match.any takes 2.5
-        times as long for 128 experts."""
+        """A mask of the lanes with this lane's expert, for an expert that is not negative.
+
+        On an H200, match.any takes 2.5 times as long for 128 experts.
+        """
         found = Uint32(cute.arch.vote_ballot_sync(expert >= 0))
         for bit in range_constexpr((self.experts - 1).bit_length()):
             mine = (expert >> bit & 1) == 1
@@ -209,7 +217,7 @@ class Route:
 
     @cute.jit
     def sum_warps(self):
-        """A thread sums up an expert."""
+        """Turns the warps' histograms into sums over earlier warps; a thread per expert."""
         before, totals, expert = self.before, self.totals, self.thread
         if expert < self.experts:
             total = Int32(0)
@@ -222,7 +230,7 @@ class Route:
 
     @cute.jit
     def leave(self, histograms: cute.Pointer, inverse: cute.Tensor):
-        """For the second launch: ranks among the CTA's pairs, and its histogram."""
+        """Leaves ranks among the CTA's pairs, and its histogram, for the second launch."""
         histograms = cute.make_tensor(histograms, cute.make_layout(VECTOR))
         if self.thread < self.experts:
             histograms[self.block * self.experts + self.thread] = self.totals[self.thread]
@@ -237,7 +245,7 @@ class Route:
 
     @cute.jit
     def gather(self, histograms: cute.Pointer):
-        """Sums of all CTAs' histograms, and of those before this one."""
+        """Sums the histograms of all CTAs, and those of the CTAs before this one."""
         histograms = cute.make_tensor(histograms, cute.make_layout(VECTOR))
         for block in cutlass.range(self.warp, self.blocks, self.warps, unroll=1):
             for expert in cutlass.range(self.lane, self.experts, 32, unroll=4):
@@ -252,7 +260,7 @@ class Route:
 
     @cute.jit
     def sum_experts(self, capacity: Int32, offsets: cute.Tensor) -> Int32:
-        """-> rows that experts have."""
+        """Computes the first row and end of each expert; returns the number of rows in all."""
         first, ends, sums = self.first, self.end, self.sums
         expert, kept = self.thread, Int32(0)
         if expert < self.experts:
@@ -307,8 +315,10 @@ class Route:
 
 
 class RouteLogits:
-    """logits -> weights, ids, index, offsets, inverse of a few tokens, in one launch of one CTA:
-    its warps choose as `TopkRouter`'s, then all route as `Route`."""
+    """Writes the kernel of `route_logits` for a few tokens: one CTA in one launch.
+
+    Its warps first choose experts as `TopkRouter` does, then all sort pairs as `Route` does.
+    """
 
     cluster = 1
 
@@ -319,7 +329,7 @@ class RouteLogits:
         self.smem_bytes = self.route.smem_bytes
 
     def arguments(self):
-        """Of `__call__`, before grid and stream."""
+        """The arguments of `__call__`, except grid and stream."""
         return (
             routing_argument(self.problem),
             integer("capacity"),
@@ -336,7 +346,7 @@ class RouteLogits:
 
     @cute.jit
     def __call__(self, routing, capacity, table, grid, stream):
-        """capacity, table: as `Route`'s; grid: 1."""
+        """capacity, table: as in `Route`. grid: 1."""
         self.kernel(routing, capacity, table).launch(
             grid=[grid, 1, 1], block=[self.threads, 1, 1], stream=stream
         )

@@ -1,4 +1,4 @@
-"""The router: from logits to each token's experts and their weights."""
+"""The router kernel: chooses each token's experts and their weights from logits."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from emitters.spec.layer_steps import StepConfig, TopkProblem
 from emitters.templates.parameters import integer, pointer, several
 
 _LARGEST = 3.4028234663852886e38
-_SMALLEST = 1.1754943508222875e-38  # above which float32 has all its bits
+_SMALLEST = 1.1754943508222875e-38  # the smallest normal float32
 _LOG2_E = 1.4426950408889634
 _SIGN = 0x80000000
-_MISSING = 0x007FFFFF  # the key of -infinity: of a NaN among logits, which are finite else
-_LAST, _NEXT_TO_LAST = -_LARGEST / 4, -_LARGEST / 8  # choices of NaN and -infinity: sums are finite
+_MISSING = 0x007FFFFF  # the key of -infinity, given to NaN logits; all others are finite
+_LAST, _NEXT_TO_LAST = -_LARGEST / 4, -_LARGEST / 8  # for NaN and -infinity, with finite sums
 
 
 class Routing(NamedTuple):
-    """As `cutlass_moe.topk_router`: logits [T, E]; weights and ids [T, k], k at most 32.
-    correction_bias may be null. scale and threshold: the bits of float32."""
+    """The arguments of a router, as in `cutlass_moe.topk_router`.
+
+    logits [T, E]; weights and ids [T, k], k at most 32. correction_bias may be null. scale and
+    threshold: the bits of float32.
+    """
 
     logits: cute.Pointer
     correction_bias: cute.Pointer
@@ -56,7 +59,7 @@ def routing_argument(problem: TopkProblem):
 
 @cute.jit
 def _key(number: Float32) -> Uint32:
-    """Positive and in the order of numbers."""
+    """An unsigned key above 0, in the same order as the numbers."""
     bits = Uint32((number + 0.0).bitcast(Int32))  # -0 becomes 0
     key = bits ^ Uint32(_SIGN)
     if bits >= Uint32(_SIGN):
@@ -66,7 +69,7 @@ def _key(number: Float32) -> Uint32:
 
 @cute.jit
 def _number(key: Uint32) -> Float32:
-    """Inverse of `_key`."""
+    """The inverse of `_key`."""
     bits = key ^ Uint32(0xFFFFFFFF)
     if key >= Uint32(_SIGN):
         bits = key ^ Uint32(_SIGN)
@@ -74,10 +77,10 @@ def _number(key: Uint32) -> Float32:
 
 
 class TopkRouter:
-    """logits -> weights, ids: a warp chooses the experts of a token.
+    """Writes the kernel of `topk_router`: a warp chooses the experts of a token.
 
-    Lane l has the experts l, 32 + l, 64 + l, ... Experts are chosen by integer keys: the largest,
-    of equal ones the lowest id; 0 is the key of what may not be chosen, or not again.
+    Lane l has the experts l, 32 + l, 64 + l, ... Each has an integer key: the largest key is chosen
+    next, of equal keys the lowest id. Key 0 means that the expert can't be chosen (any more).
     """
 
     smem_bytes, cluster = 0, 1
@@ -89,7 +92,7 @@ class TopkRouter:
         self.group_size = self.experts // problem.num_groups
 
     def arguments(self):
-        """Of `__call__`, before grid and stream."""
+        """The arguments of `__call__`, except grid and stream."""
         return (routing_argument(self.problem),)
 
     def tensor_maps(self):
@@ -97,7 +100,7 @@ class TopkRouter:
 
     @cute.jit
     def __call__(self, routing, grid, stream):
-        """grid: a warp for each token."""
+        """grid: so many CTAs that there is a warp per token."""
         self.kernel(routing).launch(grid=[grid, 1, 1], block=[self.threads, 1, 1], stream=stream)
 
     @cute.kernel
@@ -113,7 +116,7 @@ class TopkRouter:
 
     @cute.jit
     def route_token(self, token: Int32, routing: Routing):
-        """By a whole warp."""
+        """Chooses the experts of a token and writes them; by a whole warp."""
         logits, correction_bias, weights, ids, _, k, topk_groups, renormalize, scale, threshold = (
             routing
         )
@@ -138,7 +141,7 @@ class TopkRouter:
 
     @cute.jit
     def load(self, logits: cute.Pointer):
-        """-> a token's logits, finite; keys in their order."""
+        """A token's logits, made finite, and their keys."""
         row, lane = cute.make_tensor(logits, cute.make_layout(self.experts)), cute.arch.lane_idx()
         values = cute.make_rmem_tensor((self.per_lane,), Float32)
         keys = cute.make_rmem_tensor((self.per_lane,), Uint32)
@@ -157,7 +160,7 @@ class TopkRouter:
 
     @cute.jit
     def score(self, scores: cute.Tensor, keys: cute.Tensor):
-        """Logits become scores, those of NaNs 0."""
+        """Replaces logits by scores; a NaN gets score 0."""
         top = Uint32(0)
         for i in range_constexpr(self.per_lane):
             if keys[i] > top:  # cutlass.max compares as signed numbers
@@ -180,7 +183,7 @@ class TopkRouter:
 
     @cute.jit
     def choose_by_score(self, scores: cute.Tensor, keys: cute.Tensor, bias: cute.Pointer):
-        """Keys become those of the scores, plus the bias if there is one."""
+        """Replaces keys by those of score + bias, or of the score if bias is null."""
         given = cute.make_tensor(bias, cute.make_layout(VECTOR))
         for i in range_constexpr(self.per_lane):
             expert = i * 32 + cute.arch.lane_idx()
@@ -198,7 +201,7 @@ class TopkRouter:
 
     @cute.jit
     def best(self, keys: cute.Tensor, first: cutlass.Constexpr, end: cutlass.Constexpr):
-        """-> the best of the experts [first, end), its key."""
+        """The best of the experts [first, end), and its key."""
         own_key, own = Uint32(0), Uint32(end)
         for i in range_constexpr(first // 32, (end + 31) // 32):
             expert = i * 32 + cute.arch.lane_idx()
@@ -216,10 +219,12 @@ class TopkRouter:
 
     @cute.jit
     def keep_groups(self, keys: cute.Tensor, topk_groups: Int32):
-        """Keys of experts outside the best groups become 0: those whose two best experts have the
-        largest sum, of equal ones the lowest."""
+        """Sets the keys of experts outside the best groups to 0.
+
+        The best groups have the largest sum of their two best experts; ties go to the lower group.
+        """
         lane, size = cute.arch.lane_idx(), self.group_size
-        group_key = Uint32(0)  # of the lane's group
+        group_key = Uint32(0)  # the key of group number `lane`
         for group in range_constexpr(self.problem.num_groups):
             first = group * size
             expert, key = self.best(keys, first, first + size)
@@ -250,7 +255,7 @@ class TopkRouter:
 
     @cute.jit
     def choose(self, scores: cute.Tensor, keys: cute.Tensor, k: Int32):
-        """-> the lane's choice, lane j's is the j-th, and its score; -1 and 0 from lane k on."""
+        """The j-th choice and its score, in lane j; -1 and 0 from lane k on."""
         lane = cute.arch.lane_idx()
         chosen, weight = Int32(-1), Float32(0.0)
         for j in cutlass.range(k, unroll=1):

@@ -282,7 +282,7 @@ MALFORMED = [
     ("list", "[]", "TypeError"),
     ("other_op", json.dumps({"problem": {"op": "sort"}}), "grouped_gemm"),
     ("no_config", json.dumps({"problem": GOOD.to_json()}), "config"),
-    ("toolchain", json.dumps(ASKED), "nvidia-cutlass-dsl-libs-cu11 is not installed"),
+    ("toolchain", json.dumps(ASKED), "nvidia-cutlass-dsl-libs-cu11, which is not installed"),
 ]
 
 

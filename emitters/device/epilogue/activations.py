@@ -1,4 +1,4 @@
-"""Activations on float32 registers, by the fast exponential and reciprocal: about 1e-6 relative."""
+"""Activations on float32 registers, by fast exponential and reciprocal: relative error 1e-6."""
 
 from __future__ import annotations
 

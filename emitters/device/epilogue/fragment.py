@@ -1,4 +1,4 @@
-"""Which part of a tile a consumer thread's accumulators hold."""
+"""The mapping between a consumer thread's accumulators and the rows and columns of a tile."""
 
 from __future__ import annotations
 
@@ -14,59 +14,73 @@ from emitters.spec.gemm import N_MAJOR_BLOCK, GemmProblem, Major
 
 
 class Fragment(Protocol):
-    """What the epilogue's nodes and stores ask of it.
+    """The interface through which the epilogue's nodes and stores see a thread's accumulators.
 
-    A thread's accumulators come as `m_blocks` of 64 rows (or columns, where WGMMA's M is columns),
-    each in `parts` equal parts of `part_registers`; nodes and stores see one part at a time.
+    accumulators   m_blocks blocks, of 64 rows (of 64 columns if WGMMA's M is columns)
+    block          parts equal parts
+    part           part_registers registers; nodes and stores see one part at a time
     """
 
     m_blocks: int
     parts: int
     part_registers: int
-    token_count: int  # rows whose tokens a thread reads
-    channel_count: int  # columns of the tile that a thread holds
-    part_channels: int  # and of a part
-    out_columns: int  # of the output
+    token_count: int  # rows per thread, for which it reads tokens
+    channel_count: int  # columns per thread and tile
+    part_channels: int  # columns per thread and part
+    out_columns: int  # columns of the output
     has_n_tail: bool  # whether the last tile has columns past N
 
     def register(self, i: int) -> int:
-        """The accumulator that is the i-th where gate and up come in blocks by turns."""
+        """The accumulator at position i in the order in which gate and up blocks alternate."""
 
     def token_row(self, i: int):
-        """Row of the tile whose token a thread reads as its i-th."""
+        """The row of the tile for which the thread reads its i-th token."""
 
     def by_row(self, values: cute.Tensor, m: int, part: int) -> list:
-        """values[token_count] -> for each register of a part, its row's."""
+        """Spreads values[token_count] over a part: for each register, the value of its row."""
 
     def by_channel(self, values: cute.Tensor, m: int, part: int) -> list:
-        """values[channel_count] -> for each register of a part, its column's."""
+        """Spreads values[channel_count] over a part: for each register, the value of its column."""
 
     def gate_pairs(self, count: int) -> list[tuple[int, int]]:
-        """Of `count` registers of a part, those of gate and up for each output."""
+        """The (gate, up) registers of each output, among `count` registers of a part."""
 
     def read_channels(
         self, pointer: cute.Pointer, values: cute.Tensor, first: int, expert: Int32, column: Int32
     ):
-        """[E, N] values of the thread's columns from its `first` on, in a tile whose first output
-        column is `column`; past N none are read."""
+        """Reads the values [E, N] of the thread's columns, from its `first` on, into `values`.
+
+        column: the tile's first output column. Nothing is read past N.
+        """
 
 
 class RowsFragment:
-    """Rows of the product are WGMMA's M.
+    """The fragment of `GemmSm90`: rows of the product are WGMMA's M.
 
-    WGMMA gives a thread two rows of 64, 8 apart, and of every 8 columns two neighbours: register
-    m * tile_n / 2 + 4 * block + 2 * half + c is row 64 * m + 8 * half + `row`, column
-    8 * block + `column` + c. Where gated, the blocks 2 * b and 2 * b + 1 are gate and up of the
-    b-th 8 outputs; of N-major weights eight blocks and the next eight are, whose registers
-    `register` has in that order.
+    WGMMA gives a thread two rows of 64, 8 apart, and two neighbours of every 8 columns:
+
+      register   m * tile_n / 2 + 4 * block + 2 * half + c
+      row        64 * m + 8 * half + `row`
+      column     8 * block + `column` + c
+
+    In a gated problem the blocks of 8 columns hold gates (g) and ups (u) of the outputs 0 - 7, ...
+
+      block             0     1     2     3     ...   8     9     ...
+      K-major weights   g0    u0    g1    u1    ...   g4    u4    ...
+      N-major weights   g0    g1    g2    g3    ...   u0    u1    ...
+
+    where g0 is for the outputs 0 - 7, g1 for 8 - 15. `register` puts the second order into the
+    first.
     """
 
     def __init__(
         self, problem: GemmProblem, config: GemmSm90Config, strides, warp: Int32, lane: Int32
     ):
-        """strides: of a gated problem's channels, see `gate_strides`; else None. warp: among all
-        consumers'."""
-        # first of the warp's 16 rows of the tile, or of every 64
+        """strides: what `gate_strides` gives for a gated problem, else None.
+
+        warp: its number among the warps of all consumers.
+        """
+        # the first of the warp's 16 rows, in the tile or in every 64 rows of it
         self.warp_row = warp % (4 * config.warpgroups_per_tile) * 16
         self.row = self.warp_row + lane // 4
         self.m_blocks = config.warpgroup_rows // 64
@@ -88,7 +102,7 @@ class RowsFragment:
         if not self.by_blocks:
             return i
         block, c = divmod(i, 4)
-        box = N_MAJOR_BLOCK // 8  # blocks of one
+        box = N_MAJOR_BLOCK // 8  # blocks per box
         two, in_pairs = divmod(block, 2 * box)
         return 4 * (2 * box * two + box * (in_pairs % 2) + in_pairs // 2) + c
 
@@ -129,7 +143,10 @@ class RowsFragment:
         expert: Int32,
         first_column: Int32,
     ):
-        """Of two neighbouring outputs, gates and ups or, interleaved, one's and the other's."""
+        """Reads the gate and up values of two neighbouring outputs at a time.
+
+        They come as g, g, u, u or, interleaved, as g, u, g, u; `gate_or_up` tells them apart.
+        """
         column_stride, gate_stride = self.strides
         second = gate_stride
         if gate_stride == 1:
@@ -153,7 +170,10 @@ class RowsFragment:
             source = source + 8 * column_stride
 
     def gate_or_up(self, values: cute.Tensor, first: int, register: int):
-        """What `read_gate_and_up` found for a part's register. Not sooner than it is needed."""
+        """The value that `read_gate_and_up` read for a register of a part.
+
+        It is selected here, no sooner than it is needed.
+        """
         half, c = register // 4 % 2, register % 2
         four = first + register // 8 * 4
         halves, interleaved = values[four + 2 * half + c], values[four + 2 * c + half]
@@ -171,7 +191,7 @@ class RowsFragment:
         expert: Int32,
         first_column: Int32,
     ):
-        """Two neighbours at a time."""
+        """Reads the values of two neighbouring columns at a time."""
         for block in range_constexpr(cute.size(values) // 2):
             column = first_column + (first // 2 + block) * 8 + self.column
             pair = cute.make_rmem_tensor((2,), pointer.dtype)
@@ -187,21 +207,24 @@ class RowsFragment:
 
 
 class ColumnsFragment:
-    """Columns of the product, rows of weight, are WGMMA's M.
+    """The fragment of `GemmSwapSm90`: columns of the product (rows of weight) are WGMMA's M.
 
-    Of every 64 columns a thread has two, 8 apart, and of every 8 rows two neighbours: register
-    4 * block + 2 * half + c of a part is row 8 * block + lane % 4 * 2 + c, column 8 * half +
-    lane / 4 of the warp's 16. Part `part` of the m-th 64 columns has `part_rows` rows. Where gated,
-    the halves are gate and up of the warp's 8 outputs; of N-major weights the 64 columns are, whose
-    registers `register` has in that order.
+    WGMMA gives a thread two columns of 64, 8 apart, and two neighbours of every 8 rows:
 
-    What belongs to rows is read by one lane a row, and passed on by shuffles.
+      register   4 * block + 2 * half + c, within a part of `part_rows` rows
+      row        8 * block + lane % 4 * 2 + c, within the part
+      column     8 * half + lane / 4, within the warp's 16
+
+    In a gated problem the halves are gate and up of the warp's 8 outputs. With N-major weights the
+    first 64 columns are gates and the next 64 ups; `register` puts them in the order of halves.
+
+    Each row's values are read by one lane and passed on by shuffles.
     """
 
     def __init__(
         self, problem: GemmProblem, config: GemmSwapSm90Config, strides, warp: Int32, lane: Int32
     ):
-        """strides: of a gated problem's channels, see `gate_strides`; else None."""
+        """strides: what `gate_strides` gives for a gated problem, else None."""
         self.lane = lane
         self.gated = problem.gated
         self.by_blocks = problem.gated and problem.weight.major is Major.N  # gate and up
@@ -209,7 +232,7 @@ class ColumnsFragment:
         self.block_columns = (1 if self.by_blocks else 4) * config.warp_columns(problem)
         self.m_registers = config.tile_m // 2
         self.strides = strides
-        self.m_blocks = config.tile_n // 64  # of WGMMA's M
+        self.m_blocks = config.tile_n // 64  # WGMMA's M is 64 columns
         self.part_rows = config.part_rows
         self.part_blocks = config.part_rows // 8
         self.parts = config.tile_m // config.part_rows

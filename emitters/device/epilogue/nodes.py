@@ -1,17 +1,16 @@
-"""The epilogue visitor: what happens to an accumulator tile between the last WGMMA and global
-memory.
+"""The epilogue visitor: applies scales and nodes to accumulators on their way to global memory.
 
-A scale or a node knows its tensor, its load and its formula, and is called at two points of a tile,
-the scales first, then the nodes in the order of `problem.epilogue`:
+A scale or node knows its tensor, how to load it and its formula. It is called at two points of a
+tile, the scales first, then the nodes in the order of `problem.epilogue`:
 
-  load     some k-tiles before the last, whose WGMMAs hide the latency
-  apply    on the float32 values of part `part` of the thread's m-th 64 rows; returns new ones
+  load     some k-tiles before the last; the WGMMAs that follow hide the latency
+  apply    on the float32 values of part `part` of the thread's m-th 64 rows; returns new values
 
-An activation, which reads no tensor, comes last (activations.py). Where it is gated, columns of the
-accumulators alternate between gate and up: a thread holds both of an output. What a thread holds of
-a tile, `fragment.py` says; where results go, `store.py`.
+An activation, which reads no tensor, comes last (activations.py). If it is gated, a thread holds
+both gate and up of an output. `fragment.py` maps registers to rows and columns, `store.py` writes
+the results.
 
-A new node takes three places; the templates know none of them:
+A new node takes changes in three places, none of them in a template:
 
   1. a frozen dataclass with `kind`, `operand` and `element` (emitters/spec/gemm.py) in NODES there
   2. a class like those below: made of (node, fragment, tensor), with `load` and `apply`
@@ -32,11 +31,11 @@ from emitters.device.parameters import Gathered, Output
 from emitters.spec.gemm import Bias, EpilogueNode, GemmProblem, Granularity
 from emitters.spec.registry import GemmConfig
 
-_FEW_CHANNELS = 8  # that a thread keeps of a bias from `load` on
+_FEW_CHANNELS = 8  # up to this many values of a bias a thread keeps in registers from `load` on
 
 
 class Multiply:
-    """Multiplies by scales: of each row's token, of each column or of the expert."""
+    """Multiplies by scales: one per row's token, one per column or one for the expert."""
 
     def __init__(self, granularity: Granularity, fragment: Fragment, scale: cute.Pointer):
         self.granularity, self.fragment, self.scale = granularity, fragment, scale
@@ -67,7 +66,7 @@ class Multiply:
         return values
 
     def factors(self, m: int, part: int) -> list:
-        """Of each register of a part."""
+        """The scale of each register of a part."""
         if self.granularity is Granularity.TOKEN:
             return self.fragment.by_row(self.values, m, part)
         if self.granularity is Granularity.CHANNEL:
@@ -76,7 +75,10 @@ class Multiply:
 
 
 class AddBias:
-    """Read part by part where registers do not hold a tile's bias beside its scales."""
+    """Adds a bias to each column.
+
+    It is read part by part if registers can't hold the bias of a whole tile beside its scales.
+    """
 
     def __init__(self, node: Bias, fragment: Fragment, bias: cute.Pointer):
         self.fragment, self.bias = fragment, bias
@@ -108,19 +110,19 @@ def applied(problem: GemmProblem) -> list[Granularity | EpilogueNode]:
 
 
 def make_node(node: Granularity | EpilogueNode, fragment: Fragment, tensor: cute.Pointer):
-    """What applies a scale or node. tensor: what it reads."""
+    """The object that applies a scale or node. tensor: the one that it reads."""
     kind = Multiply if isinstance(node, Granularity) else NODES[type(node)]
     return kind(node, fragment, tensor)
 
 
 class Epilogue:
-    """Runs scales and nodes over a consumer warp's share of a tile and stores it.
+    """Applies scales and nodes to a consumer warp's share of a tile and stores the result.
 
-    A row whose index lies outside [0, T) is stored as zeros.
+    A row with an index outside [0, T) is stored as zeros.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmConfig, fragment: type, store: Store):
-        """fragment: which implementation of `Fragment` the template's accumulators are."""
+        """fragment: the implementation of `Fragment` for the template's accumulators."""
         self.problem, self.config = problem, config
         self.make_fragment, self.target = fragment, store
 
@@ -140,7 +142,10 @@ class Epilogue:
 
     @cute.jit
     def begin(self, first_row: Int32, rows: Int32):
-        """As a tile's main loop starts: asks for the tokens of the thread's rows."""
+        """Starts reading the tokens of the thread's rows; called when a tile's main loop starts.
+
+        rows: from first_row to the expert's end.
+        """
         for i in range_constexpr(cute.size(self.tokens)):
             row = self.fragment.token_row(i)
             token = Int32(-1)
@@ -152,12 +157,12 @@ class Epilogue:
             self.tokens[i] = token
 
     def out_column(self, column: Int32) -> Int32:
-        """Of the output, where a tile starts at `column` of N."""
+        """The output column where a tile starts that starts at `column` of N."""
         return column // 2 if self.problem.gated else column
 
     @cute.jit
     def load(self, expert: Int32, column: Int32):
-        """column: of N, the tile's first."""
+        """Loads what scales and nodes read. column: the tile's first column of N."""
         first_column = self.out_column(column)
         tokens = self.tokens
         for i in range_constexpr(cute.size(tokens)):
@@ -168,6 +173,7 @@ class Epilogue:
 
     @cute.jit
     def store(self, acc: cute.Tensor, expert: Int32, first_row: Int32, rows: Int32, column: Int32):
+        """Applies everything to the accumulators, part by part, and stores the parts."""
         first_column = self.out_column(column)
         count = self.fragment.part_registers
         missing = self.some_missing()
@@ -185,7 +191,7 @@ class Epilogue:
             self.target.put(m, part, values, first_row, rows, first_column)
 
     def activate(self, values: cute.Tensor):
-        """-> of each output; zero of zeros, so that rows without a token stay zero"""
+        """The activation's results, one per output; 0 for zeros, so rows without a token stay 0."""
         count = cute.size(values)
         columns = [(i,) for i in range(count)]
         if self.problem.gated:
@@ -196,7 +202,7 @@ class Epilogue:
         return result
 
     def some_missing(self):
-        """Not zero where a row of the warp has no token."""
+        """Nonzero if any row of the warp has no token."""
         missing = self.tokens[0] < 0
         for i in range(1, cute.size(self.tokens)):
             missing = missing | (self.tokens[i] < 0)
@@ -210,7 +216,7 @@ class Epilogue:
         missing: Int32,
         values: cute.Tensor,
     ):
-        """Rows of an index outside [0, T): not even the weights' NaNs are left."""
+        """Sets rows with an index outside [0, T) to zero, even where weights are NaN."""
         if missing != 0:
             tokens = self.fragment.by_row(self.tokens, m, part)
             for i in range_constexpr(cute.size(values)):
@@ -218,5 +224,5 @@ class Epilogue:
                     values[i] = Float32(0.0)
 
     def finish(self):
-        """After the last tile."""
+        """Called after the last tile."""
         self.target.finish()

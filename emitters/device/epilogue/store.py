@@ -1,4 +1,4 @@
-"""From a part of a tile in registers to the output in global memory, by way of shared memory."""
+"""Stores of the epilogue's results: from registers through shared memory to the output."""
 
 from __future__ import annotations
 
@@ -21,27 +21,31 @@ CHUNK = 16  # bytes of one global store
 
 
 class Store(Protocol):
-    """Where the epilogue's values go. Each consumer warp has `staging_bytes` of shared memory for
-    itself: no other warp is waited for."""
+    """The interface through which the epilogue writes its results.
 
-    staging_bytes: int  # of a warp
+    Each consumer warp has `staging_bytes` of shared memory to itself, so it waits for no other.
+    """
+
+    staging_bytes: int  # per warp
 
     def attach(self, output: Output, fragment: Fragment, staging: cute.Pointer, lane: Int32):
-        """staging: the warp's own."""
+        """staging: the shared memory of this warp."""
 
     def put(
         self, m: int, part: int, values: cute.Tensor, first_row: Int32, rows: Int32, column: Int32
     ):
-        """Stores part `part` of the thread's m-th 64 rows or columns. first_row, column: of the
-        tile in the output; rows: from there to the expert's end. Other rows, and columns past the
-        output's, are not stored."""
+        """Stores part `part` of the thread's m-th 64 rows or columns.
+
+        first_row, column: where the tile starts in the output. rows: from first_row to the
+        expert's end. Rows past these, and columns past the output's, are not stored.
+        """
 
     def finish(self):
-        """After the last tile: shared memory outlives the stores that read it."""
+        """Waits, after the last tile, until stores have read the shared memory."""
 
 
 def make_out_map(problem: GemmProblem, out: cute.Tensor):
-    """The TMA atom through which slices are stored. out: any [16, N]; the host says where."""
+    """The TMA atom that stores slices. out: any [16, N] tensor; the host encodes the real one."""
     box = (SLICE_ROWS, SLICE_BYTES // problem.out.bytes)
     layout = cute.make_layout(box, stride=(box[1], 1))
     atom, _ = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), out, layout, box)
@@ -49,12 +53,11 @@ def make_out_map(problem: GemmProblem, out: cute.Tensor):
 
 
 class SliceStore:
-    """Rows in slices of 128 bytes, 16 rows at a time, by TMA.
+    """Stores slices of 16 rows x 128 bytes by TMA.
 
-    A part is as many columns of the accumulators as make a slice; where gated, half of one. Slices
-    go through 16 staging rows of the warp's own, in the 128-byte swizzle. A TMA store takes them
-    from there. Where the expert ends within the 16 rows, lanes store them instead, 16 bytes each
-    and eight lanes a row.
+    A part fills a slice, or half of one in a gated problem. The warp writes a slice to its 16
+    staging rows, in the 128-byte swizzle, and one TMA store sends it from there. If the expert ends
+    within the 16 rows, lanes store them instead: 16 bytes per lane, eight lanes per row.
     """
 
     def __init__(self, problem: GemmProblem):
@@ -83,7 +86,7 @@ class SliceStore:
         if const_expr(in_slice == 0):
             if self.lane == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-            cute.arch.sync_warp()  # the slice before has left shared memory
+            cute.arch.sync_warp()  # the previous slice has left shared memory
         self.stage(values, in_slice * (SLICE_BYTES // CHUNK // self.slice_parts))
         if const_expr(in_slice == self.slice_parts - 1):
             cute.arch.fence_view_async_shared()
@@ -101,7 +104,7 @@ class SliceStore:
 
     @cute.jit
     def send(self, first_row: Int32, rows: Int32, first_column: Int32):
-        """rows: from first_row to the expert's end."""
+        """Sends a slice to the output. rows: from first_row to the expert's end."""
         if rows >= SLICE_ROWS:
             if self.lane == 0:
                 prims.cp_async_bulk_tensor_global_shared_cta(
@@ -114,13 +117,15 @@ class SliceStore:
             self.copy_out(first_row, rows, first_column)
 
     def chunk(self, row: Int32, chunk: Int32):
-        """Where 16 bytes of a slice lie: the 128-byte swizzle of a 1024-byte aligned buffer."""
+        """The address of 16 bytes of a slice, in the 128-byte swizzle (1024-byte aligned)."""
         return self.staging + (row * SLICE_BYTES + (chunk ^ (row % 8)) * CHUNK)
 
     @cute.jit
     def stage_matrices(self, values: cute.Tensor, first: cutlass.Constexpr):
-        """Into the staging rows, from chunk `first` on. 16-bit outputs: two blocks of 8 columns and
-        both row halves in one stmatrix."""
+        """Writes 16-bit outputs to the staging rows, from chunk `first` on.
+
+        One stmatrix takes two blocks of 8 columns and both row halves.
+        """
         for pair in range_constexpr(cute.size(values) // 8):
             part = cute.make_rmem_tensor((8,), Float32)
             packed = cute.make_rmem_tensor((8,), self.element)
@@ -137,7 +142,7 @@ class SliceStore:
 
     @cute.jit
     def stage_words(self, values: cute.Tensor, first: cutlass.Constexpr):
-        """As `stage_matrices`, float32 outputs: a thread's two neighbours at once."""
+        """Writes float32 outputs as `stage_matrices` does, two neighbours of a thread at a time."""
         f = self.fragment
         for block in range_constexpr(cute.size(values) // 4):
             for half in range_constexpr(2):
@@ -166,9 +171,10 @@ class SliceStore:
 
 
 class TransposedStore:
-    """Rows in shares of 16 columns, or 8 where gated: whole sectors of 32 bytes.
+    """Stores 16 columns per warp and row, or 8 in a gated problem, after transposing them.
 
-    A part goes through staging rows of the warp's own, transposed: a row is the warp's columns.
+    16 columns of 16 bits are a whole sector of 32 bytes. A part goes through the warp's staging
+    rows, each of which holds the warp's columns of one row.
     """
 
     def __init__(self, problem: GemmProblem, config: GemmSwapSm90Config):
@@ -192,7 +198,7 @@ class TransposedStore:
         rows: Int32,
         first_column: Int32,
     ):
-        cute.arch.sync_warp()  # the part before has left the staging rows
+        cute.arch.sync_warp()  # the previous part has left the staging rows
         self.stage(values)
         cute.arch.sync_warp()
         skipped = part * self.config.part_rows
@@ -200,11 +206,11 @@ class TransposedStore:
         self.copy_out(first_row + skipped, rows - skipped, column)
 
     def finish(self):
-        pass  # lanes stored it
+        pass  # lanes have stored everything, no TMA store reads shared memory
 
     @cute.jit
     def stage_matrices(self, values: cute.Tensor):
-        """16-bit outputs: a part's blocks of 8 rows and 8 columns in one stmatrix."""
+        """Writes 16-bit outputs to the staging rows: one stmatrix per part, in 8 x 8 blocks."""
         count = cute.size(values)
         halves = self.config.warp_columns(self.problem) // 8
         packed = cute.make_rmem_tensor((count,), self.element)
@@ -220,7 +226,7 @@ class TransposedStore:
 
     @cute.jit
     def stage_words(self, values: cute.Tensor):
-        """float32 outputs."""
+        """Writes float32 outputs to the staging rows."""
         for i in range_constexpr(cute.size(values)):
             halves = self.config.warp_columns(self.problem) // 8
             row = i // (2 * halves) * 8 + self.lane % 4 * 2 + i % 2
