@@ -12,11 +12,10 @@ from torch import Tensor
 
 from cutlass_moe.compat import grouped_gemm
 from cutlass_moe.compat.deep_gemm import m_grouped_gemm_nt_contiguous, m_grouped_gemm_nt_masked
-from cutlass_moe.compat.grouped_gemm import ops
-from cutlass_moe.compat.grouped_gemm.ops import gmm
+from cutlass_moe.compat.grouped_gemm import backend
 from cutlass_moe.operands import NAMED_DTYPES
 from cutlass_moe.ops.quantize import quantize_per_channel, quantize_per_token
-from tests.support.compat_operands import FORMS, dense, pair
+from tests.support.compat_operands import FORMS, dense, gmm, pair
 from tests.support.numerics import poisoned, same_bits
 
 K, N = 16, 24
@@ -81,7 +80,7 @@ def test_gmm_and_its_gradients(sizes: list[int], form: str) -> None:
 def test_gmm_of_any_sizes(sizes: list[int], form: str) -> None:
     a, b, batch_sizes = operands(sizes, form)
     want = definition(a.double(), b.double(), sizes, form)
-    got = grouped_gemm.ops.gmm(a, b, batch_sizes, *FORMS[form])
+    got = grouped_gemm.backend.gmm(a, b, batch_sizes, *FORMS[form])
     torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-2)
 
 
@@ -117,13 +116,13 @@ def test_gmm_reads_dense_b_in_place(
     elif layout == "expanded":
         b = b[:1].expand(2, -1, -1)
     seen = []
-    product = ops.grouped_matmul
+    product = backend.grouped_matmul_out
 
-    def spy(x: Tensor, weight: Tensor, **rest: Any) -> Tensor:
+    def spy(out: Tensor, x: Tensor, weight: Tensor, **rest: Any) -> None:
         seen.append(weight)
-        return product(x, weight, **rest)
+        product(out, x, weight, **rest)
 
-    monkeypatch.setattr(ops, "grouped_matmul", spy)
+    monkeypatch.setattr(backend, "grouped_matmul_out", spy)
     got = gmm(a, b, batch_sizes, *FORMS[form])
     want = definition(a.double(), b.double(), sizes, form)
     torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-2)

@@ -196,7 +196,7 @@ def test_gmm(sizes: list[int], form: str, place: str) -> None:
     shape = (rows, H) if trans_a else (4, H, D) if trans_b else (4, D, H)
     b = randn(*shape, seed=1).requires_grad_()
     with no_warning():
-        out = gmm(a, b, batch_sizes, trans_a, trans_b)
+        out = gmm(a, b, batch_sizes, trans_b, trans_a=trans_a)
         grad = randn(*out.shape, seed=2)
         found = torch.autograd.grad(out, (a, b), grad)
     wide_a, wide_b = (x.detach().double().requires_grad_() for x in (a, b))

@@ -1,4 +1,4 @@
-"""`gmm` with the signature and semantics of the package grouped_gemm."""
+"""`gmm`, `permute`, `unpermute` and `sinkhorn` as the package grouped_gemm has them."""
 
 from __future__ import annotations
 
@@ -7,28 +7,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutlass_moe.ops.grouped_matmul import grouped_matmul
+from cutlass_moe.compat.grouped_gemm import backend
 
 
 def gmm(
-    a: Tensor, b: Tensor, batch_sizes: Tensor, trans_a: bool = False, trans_b: bool = False
+    a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False, *, trans_a: bool = False
 ) -> Tensor:
-    """One matrix product for each group of rows, group i being the next batch_sizes[i] rows.
+    """`backend.gmm`, differentiable in a and b, any number of times.
 
-    a [M, K], bfloat16. batch_sizes int64 [E], on the CPU or on a's device, with the sum M.
-      gmm(a, b [E, K, N])                -> [M, N]: rows a_i @ b[i]
-      gmm(a, b [E, N, K], trans_b=True)  -> [M, N]: rows a_i @ b[i].T
-      gmm(a, b [M, N], trans_a=True)     -> [E, K, N]: a_i.T @ b_i, zeros for an empty group
-
-    Differentiable in a and b, any number of times. The first two forms run on
-    `cutlass_moe.grouped_matmul` and never wait for the device; the sum of batch_sizes is checked on
-    the CPU only, and further rows of the result are undefined. b is read in place where it or
-    its transpose is contiguous. The third form, which is also the gradient of b, reads batch_sizes
-    back and makes E products in torch. Raises TypeError or ValueError, with what was expected and
-    what came, for malformed arguments.
+    Shapes, dtypes and errors are those of `backend.gmm`. The gradient of b is the form with
+    trans_a, which the package's own function does not offer.
     """
-    _check(a, b, batch_sizes, trans_a, trans_b)
+    backend.check_gmm(a, b, batch_sizes, trans_a, trans_b)
     return _Gmm.apply(a, b, batch_sizes, trans_a, trans_b)
+
+
+def permute(
+    input_act: Tensor, indices: Tensor, num_out_tokens: int | None = None, max_token_num: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """Rows of tokens in the order of their experts, and the map that `unpermute` needs.
+
+    input_act [T, H]; indices int32 or int64 [T, k], or [T] for k = 1; num_out_tokens: how many rows
+    to keep, default all; max_token_num: not needed here. Returns (rows [R, H], row_id_map int32
+    [k * T]) as `backend.permute` does; an empty input_act as it is, and None. Differentiable in
+    input_act.
+    """
+    if not input_act.numel():
+        return input_act, None
+    if indices.dim() == 1:
+        indices = indices[:, None]
+    return _Permute.apply(input_act, indices, num_out_tokens or 0)
+
+
+def unpermute(input_act: Tensor, row_id_map: Tensor, probs: Tensor | None = None) -> Tensor:
+    """Each token's rows, weighted with probs and added up: the inverse of `permute`.
+
+    input_act [R, H]; row_id_map int32 [k * T]; probs [T, k], default ones, and then k must be 1.
+    Returns [T, H] as `backend.unpermute` does; an empty input_act as it is. Differentiable in
+    input_act and probs.
+    """
+    if not input_act.numel():
+        return input_act
+    if probs is None and len(row_id_map) != len(input_act):
+        raise ValueError(
+            f"probs must be given where row_id_map has not one element a row of input_act, got "
+            f"{len(row_id_map)} for {len(input_act)} rows"
+        )
+    return _Unpermute.apply(input_act, row_id_map, probs)
+
+
+def sinkhorn(cost: Tensor, tol: float = 0.0001) -> Tensor:
+    """`backend.sinkhorn`: writes to cost, and returns it."""
+    return backend.sinkhorn(cost, tol)
+
+
+sinkhorn_kernel = sinkhorn  # the package's name
 
 
 class _Gmm(torch.autograd.Function):
@@ -38,13 +71,7 @@ class _Gmm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(a, b, batch_sizes)
         ctx.trans_a, ctx.trans_b = trans_a, trans_b
-        if trans_a:
-            return _outer(a, b, batch_sizes)
-        weight = b if trans_b else b.transpose(1, 2)
-        if not (weight.is_contiguous() or weight.transpose(1, 2).is_contiguous()):
-            weight = weight.contiguous()
-        offsets = batch_sizes.cumsum(0, dtype=torch.int32).to(a.device, non_blocking=True)
-        return grouped_matmul(a.contiguous(), weight, offsets=offsets)
+        return backend.gmm(a, b, batch_sizes, trans_a, trans_b)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,46 +88,37 @@ class _Gmm(torch.autograd.Function):
         return grad_a, grad_b, None, None, None
 
 
-def _outer(a: Tensor, b: Tensor, batch_sizes: Tensor) -> Tensor:
-    out = a.new_empty(len(batch_sizes), a.shape[1], b.shape[1])
-    first = 0
-    for product, size in zip(out, batch_sizes.tolist(), strict=True):
-        torch.mm(a[first : first + size].T, b[first : first + size], out=product)
-        first += size
-    return out
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input_act: Tensor, indices: Tensor, num_out_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        rows, row_id_map, _ = backend.permute(input_act, indices, num_out_tokens, [], 0)
+        ctx.save_for_backward(row_id_map)
+        ctx.shape = indices.shape
+        ctx.mark_non_differentiable(row_id_map)
+        return rows, row_id_map
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        (row_id_map,) = ctx.saved_tensors
+        return backend.unpermute(grad, row_id_map, grad.new_empty(0), *ctx.shape), None, None
 
 
-def _check(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_a: bool, trans_b: bool) -> None:
-    if trans_a and trans_b:
-        raise ValueError("at most one of trans_a and trans_b must be true, got both")
-    for name, tensor in (("a", a), ("b", b)):
-        if tensor.dtype != torch.bfloat16:
-            raise TypeError(f"{name} must be torch.bfloat16, got {tensor.dtype}")
-    if batch_sizes.dtype != torch.int64:
-        raise TypeError(f"batch_sizes must be torch.int64, got {batch_sizes.dtype}")
-    if batch_sizes.dim() != 1:
-        raise ValueError(f"batch_sizes must be [E], got {list(batch_sizes.shape)}")
-    if a.dim() != 2:
-        raise ValueError(f"a must be [M, K], got {list(a.shape)}")
-    experts, (rows, k) = len(batch_sizes), a.shape
-    if trans_a:
-        expected, fits = f"[{rows}, N]", b.dim() == 2 and len(b) == rows
-    else:
-        expected = f"[{experts}, N, {k}]" if trans_b else f"[{experts}, {k}, N]"
-        inner = -1 if trans_b else -2
-        fits = b.dim() == 3 and len(b) == experts and b.shape[inner] == k
-    if not fits:
-        raise ValueError(f"b must be {expected}, got {list(b.shape)}")
-    if b.device != a.device:
-        raise ValueError(f"b must be on {a.device}, got one on {b.device}")
-    if batch_sizes.device.type == "cpu":
-        total = int(batch_sizes.sum())
-        if total != rows or (batch_sizes < 0).any():
-            raise ValueError(
-                f"batch_sizes must be at least 0 with the sum {rows}, a's rows, "
-                f"got {batch_sizes.tolist()}"
-            )
-    elif batch_sizes.device != a.device:
-        raise ValueError(
-            f"batch_sizes must be on the CPU or {a.device}, got one on {batch_sizes.device}"
-        )
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input_act: Tensor, row_id_map: Tensor, probs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input_act, row_id_map, probs)
+        if probs is None:
+            tokens, top_k, weights = len(input_act), 1, input_act.new_empty(0)
+        else:
+            (tokens, top_k), weights = probs.shape, probs
+        return backend.unpermute(input_act, row_id_map, weights, tokens, top_k)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input_act, row_id_map, probs = ctx.saved_tensors
+        act, weights = backend.unpermute_bwd(grad, input_act, row_id_map, probs)
+        return act, None, None if probs is None else weights.to(probs.dtype)
