@@ -1,4 +1,4 @@
-"""Which config serves a call: from a table of what was measured, else an estimate. No GPU asked."""
+"""The choice of a config for a call: from a tuning table, else an estimate. It asks no GPU."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from emitters.spec.layer_steps import (
 )
 from emitters.spec.registry import Config, GemmConfig, Problem, as_gemm, why_illegal
 
-GPU = "NVIDIA H200"  # what calls are planned for where no GPU is asked
+GPU = "NVIDIA H200"  # the GPU to choose for where none is named
 
-# Measured on an H200 (perf/README.md), at powers of two: the limits lie between them.
-_SWAP_ROWS = ((2.5, 8), (10, 16), (20, 32), (40, 48))  # at most so many an expert: tiles of so many
-_LONG_ROW_BYTES = 4096  # of K: tiles of 16 rows that take so long are better narrow than wide
-_ONE_TILE_ROWS = 90  # an expert: one 128-row tile holds them, where many need two of 64 rows
-_MANY_ROWS = {192: 180, 256: 768}  # an expert, by tile_n: above, pairs of CTAs share weights
-FEW_PAIRS = 1024  # that 256 threads route faster than 1024 do
-# threads of a CTA that quantises rows of at most so many elements
+# Measured on an H200 (perf/README.md) at powers of two; the limits lie between them.
+_SWAP_ROWS = ((2.5, 8), (10, 16), (20, 32), (40, 48))  # (rows per expert up to, tile_m)
+_LONG_ROW_BYTES = 4096  # from this many bytes of K on, tiles of 16 rows are faster if narrow
+_ONE_TILE_ROWS = 90  # up to this many rows per expert, one tile of 128 rows beats two of 64
+_MANY_ROWS = {192: 180, 256: 768}  # by tile_n: with more rows per expert, CTA pairs share weights
+FEW_PAIRS = 1024  # up to this many pairs, 256 threads route faster than 1024
+# (elements per row up to, threads per CTA) for quantisation
 _ROW_THREADS = ((8192, 128), (16_384, 256), (MAX_ROW, 512))
-_EVICT_FIRST_BYTES = 300e6  # of active weights: more of them would only evict one another
+_EVICT_FIRST_BYTES = 300e6  # with more active weights than this, they would evict one another
 
 
 def _first_legal(problem: GemmProblem, *configs: GemmConfig) -> tuple[GemmConfig, ...]:
-    """The first of them that can be built, or nothing."""
+    """The first of the configs that can be built, or nothing."""
     return tuple(c for c in configs if why_illegal(problem, c) is None)[:1]
 
 
@@ -45,20 +45,22 @@ def _first_legal(problem: GemmProblem, *configs: GemmConfig) -> tuple[GemmConfig
 def _swap(
     problem: GemmProblem, tile_m: int, tile_n: int, evict_first: bool
 ) -> tuple[GemmConfig, ...]:
-    """Two CTAs an SM, with about 128 kB of weights on their way, but no more than a tile's: more
-    delay the rows of x."""
+    """A swap-AB config with two CTAs per SM and about 128 kB of weights in flight.
+
+    In flight are at most the weights of one tile, because more would delay the rows of x.
+    """
     wide = GemmSwapSm90Config(
         tile_m, 128, k_boxes=2, stages=2, ctas_per_sm=2, evict_first=evict_first
     )
     stages = 4 if tile_m <= 16 and wide.k_stages(problem) > 3 else 3
     narrow = replace(wide, tile_n=64, stages=stages)
-    # of gate and up of N-major weights only the wide one is legal
+    # for gated N-major weights only the wide one is legal
     return _first_legal(problem, *((wide, narrow) if tile_n == 128 else (narrow, wide)))
 
 
 @lru_cache(maxsize=1024)
 def _one_wave(problem: GemmProblem) -> tuple[tuple[GemmConfig, ...], tuple[GemmConfig, ...]]:
-    """For tiles that fill at most a quarter, and at most all, of the SMs."""
+    """The configs if all tiles fill at most a quarter of the SMs, and if they fill at most all."""
     shared = GemmSwapSm90Config(
         8, 64, k_boxes=2, split_k=4, stages=4, ctas_per_sm=2, evict_first=True
     )
@@ -69,33 +71,37 @@ def _one_wave(problem: GemmProblem) -> tuple[tuple[GemmConfig, ...], tuple[GemmC
 
 @lru_cache(maxsize=1024)
 def _one_tile(problem: GemmProblem) -> tuple[GemmConfig, ...]:
-    """With 128 rows, which hold an expert's."""
+    """A config with tiles of 128 rows, for experts whose rows fit in one."""
     return _widest(problem, 128, 128, pingpong=True, group_m=16) or _some_rows(problem)
 
 
 @lru_cache(maxsize=1024)
 def _some_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
+    """A config with tiles of 64 rows."""
     wide = _widest(problem, 64, _wide(problem), pingpong=True, group_m=16)
     return wide or _widest(problem, 64, 128)
 
 
 @lru_cache(maxsize=1024)
 def _many_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
-    """With weights that pairs of CTAs share."""
+    """A config in which pairs of CTAs share weights."""
     pairs = _widest(problem, 64, _wide(problem), pingpong=True, group_m=16, cluster_m=2)
     return pairs or _some_rows(problem)
 
 
 def _wide(problem: GemmProblem) -> int:
-    """Columns of wide tiles: a last tile that is partly empty costs more than its share."""
-    # gate and up take 128 together
+    """The columns of wide tiles: 192 if N is a multiple of it and not of 256, else 256.
+
+    A partly empty last tile costs more than its share.
+    """
+    # gated tiles must have a multiple of 128 columns
     return 192 if problem.n % 256 and problem.n % 192 == 0 and not problem.gated else 256
 
 
 def _widest(
     problem: GemmProblem, tile_m: int, tile_n: int, **options: Any
 ) -> tuple[GemmConfig, ...]:
-    """The widest legal config up to tile_n, none wider than N asks for."""
+    """The widest legal config up to tile_n columns that N can fill."""
     multiple = 128 if problem.gated else 64
     widths = [n for n in (256, 192, 128, 64) if n <= tile_n and n < problem.n + multiple]
     return _first_legal(
@@ -104,7 +110,7 @@ def _widest(
 
 
 def every_config(problem: Problem) -> tuple[Config, ...]:
-    """That calls of this problem may take: what a build compiles."""
+    """Every config that a call may choose for this problem: a build compiles them all."""
     gemm = as_gemm(problem)
     if gemm is not None:
         return candidates(gemm)
@@ -118,20 +124,20 @@ def candidates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 
 def _estimates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """Every config that `estimate` may return."""
-    found = [*_one_wave(problem), _swap(problem, 8, 64, True), _swap(problem, 8, 64, False)]
-    every = _evict_first(problem, problem.num_experts)
+    families = [*_one_wave(problem), _swap(problem, 8, 64, True), _swap(problem, 8, 64, False)]
+    evict_first = _evict_first(problem, problem.num_experts)
     for rows in (*(rows for rows, _ in _SWAP_ROWS[1:]), _swap_rows(problem)):
-        found.append(_swap(problem, *_swap_tile(problem, rows), every))
-    found += [_one_tile(problem), _some_rows(problem), _many_rows(problem)]
-    return tuple(dict.fromkeys(config for family in found for config in family))
+        families.append(_swap(problem, *_swap_tile(problem, rows), evict_first))
+    families += [_one_tile(problem), _some_rows(problem), _many_rows(problem)]
+    return tuple(dict.fromkeys(config for family in families for config in family))
 
 
 def step_config(problem: Problem, few: bool = False) -> StepConfig:
-    """Of a layer's other kernels. few: for at most FEW_PAIRS of a RouteProblem."""
+    """The config of a layer's step. few: for a RouteProblem, that there are at most FEW_PAIRS."""
     return StepConfig(_THREADS[problem.op](problem, few))
 
 
-# of a CTA, by op
+# Threads per CTA, by op.
 _THREADS: dict[str, Callable[[Any, bool], int]] = {
     RouteProblem.op: lambda p, few: max(256, -(-p.num_experts // 32) * 32) if few else 1024,
     RouteLogitsProblem.op: lambda p, few: 512,
@@ -148,11 +154,12 @@ def choose(
     schedule: str | None = None,
     gpu: str = GPU,
 ) -> GemmConfig:
-    """The config for a call: a tuning table's where one knows GPU and problem, else an estimate.
+    """The config for a call: from a tuning table that knows GPU and problem, else an estimate.
 
-    num_tokens: rows of x. rows_per_expert: mean, or the caller's hint. schedule: the caller's;
-    where swap-AB was chosen, which has one only, the template for many rows serves the call, and a
-    dynamic schedule has no clusters. Raises ValueError, with the reason, where no config is legal.
+    num_tokens: rows of x. rows_per_expert: the mean, or the caller's hint. schedule: the caller's
+    wish. The swap-AB template has one schedule only, so another one brings a config of the template
+    for many rows; a dynamic schedule has no clusters. Raises ValueError, with the reason, if no
+    config is legal.
     """
     config = tuned.lookup(problem, gpu, rows_per_expert)
     config = config or estimate(problem, num_tokens, rows_per_expert)
@@ -167,15 +174,17 @@ def choose(
 
 
 def origin(problem: GemmProblem, rows_per_expert: float, gpu: str) -> str:
-    """Where `choose` takes a config from: "tuning table" or "estimate"."""
+    """The source of the config that `choose` returns: "tuning table" or "estimate"."""
     return "tuning table" if tuned.lookup(problem, gpu, rows_per_expert) else "estimate"
 
 
 def estimate(problem: GemmProblem, num_tokens: int, rows_per_expert: float) -> GemmConfig:
-    """What `choose` returns where there is no table."""
+    """The config that `choose` returns without a tuning table."""
     family = _family(problem, rows_per_expert) or _estimates(problem)[-1:]
     if not family:
-        raise ValueError(why_illegal(problem) or f"no config of any template fits {problem}")
+        raise ValueError(
+            why_illegal(problem) or f"a problem must fit a config of some template, got {problem}"
+        )
     return family[0]
 
 
@@ -194,20 +203,26 @@ def _family(problem: GemmProblem, rows_per_expert: float) -> tuple[GemmConfig, .
     quarter, whole = _one_wave(problem)
     if tiles <= SM90.sms:
         return quarter if tiles <= SM90.sms / 4 else whole
-    active = experts * (1 - (1 - 1 / experts) ** rows)  # of a balanced routing
+    active = experts * (1 - (1 - 1 / experts) ** rows)  # experts with rows, if routing is uniform
     return _swap(problem, 8, 64, _evict_first(problem, active))
 
 
 def _swap_rows(problem: GemmProblem) -> float:
-    """Rows an expert that swap-AB is for: more where 256 columns a tile would leave SMs idle."""
+    """The rows per expert up to which swap-AB is used.
+
+    They are more if tiles of 256 columns would leave SMs idle.
+    """
     idle = problem.num_experts * -(-problem.n // 256) <= SM90.sms
     return _SWAP_ROWS[-1][0] * (2 if idle else 1)
 
 
 def _swap_tile(problem: GemmProblem, rows_per_expert: float) -> tuple[int, int]:
-    """Rows and columns of a tile: 128 columns, but 64 where the wide ones would all run at once,
-    the last alone. The rest of a crowded expert's rows is then a wave of its own, which costs less
-    where tiles have 32 rows than where they have 48."""
+    """The (tile_m, tile_n) of a swap-AB config.
+
+    Tiles have 128 columns, but 64 if all the wide ones would run in a single wave. Then the
+    remaining rows of a crowded expert take a wave of their own, and that costs less with tiles of
+    32 rows than of 48.
+    """
     tile_m = next((m for rows, m in _SWAP_ROWS if rows_per_expert <= rows), _SWAP_ROWS[-1][1])
     tiles = problem.num_experts * ceil(rows_per_expert / tile_m) * -(-problem.n // 128)
     if tiles <= 2 * SM90.sms:
@@ -217,5 +232,6 @@ def _swap_tile(problem: GemmProblem, rows_per_expert: float) -> tuple[int, int]:
 
 
 def _evict_first(problem: GemmProblem, experts: float) -> bool:
+    """Whether weights should leave L2 first. experts: those that have rows."""
     weight_bytes = experts * problem.n * problem.k * problem.x.bytes
     return weight_bytes <= _EVICT_FIRST_BYTES

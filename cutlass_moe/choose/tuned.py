@@ -1,7 +1,7 @@
-"""Tables of what was measured to be fastest: GPU, problem, rows an expert -> config.
+"""Tuning tables: the fastest config measured for a GPU, a problem and a number of rows per expert.
 
-They come from `cutlass-moe tune`. Those of CUTLASS_MOE_TUNING, a list of files like PATH, go
-before the ones in this package; the first that knows a GPU and problem answers. A table is JSON:
+`cutlass-moe tune` writes them. The files that CUTLASS_MOE_TUNING lists, as PATH does, come before
+the ones in this package; the first table that knows a GPU and a problem answers. A table is JSON:
 
     {"NVIDIA H200": {"e4m3 fast, E 8, N 4096, K 14336": [
         {"config": {...}, "us": {ROWS_PER_EXPERT: MICROSECONDS, ...}}, ...]}}
@@ -20,12 +20,12 @@ from cutlass_moe.environment import TUNING
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.registry import GemmConfig, gemm_config_from_json, why_illegal
 
-FAR = 1.5  # a little more than half of a power of two, the steps of `tune`
+FAR = 1.5  # `tune` measures at powers of two, so the nearest is at most a factor sqrt(2) away
 _SHIPPED = tuple(sorted(map(str, Path(__file__).with_name("tables").glob("*.json"))))
 
 
 class TunedConfig(NamedTuple):
-    """What was fastest at a number of rows an expert, and the microseconds it took."""
+    """The fastest config at a number of rows per expert, and its microseconds."""
 
     rows_per_expert: float
     config: GemmConfig
@@ -36,17 +36,19 @@ Table = dict[str, dict[str, tuple[TunedConfig, ...]]]  # by GPU, then by `name_o
 
 
 def name_of(problem: GemmProblem) -> str:
-    """What a table calls a problem: gather and epilogue, activations included, hardly change which
-    config is fastest."""
+    """The name of a problem in tables.
+
+    It leaves out gather, output and epilogue, which hardly change which config is fastest.
+    """
     size = f"E {problem.num_experts}, N {problem.n}, K {problem.k}"
     return f"{problem.x} {problem.accumulation}, {size}"
 
 
 def lookup(problem: GemmProblem, gpu: str, rows_per_expert: float) -> GemmConfig | None:
-    """The config measured at the nearest number of rows an expert, by ratio.
+    """The config measured at the nearest number of rows per expert, by ratio.
 
-    None without a table, and beyond FAR times what was measured. Raises ValueError for a file of
-    CUTLASS_MOE_TUNING that is no table.
+    None without a table, or if the nearest is more than a factor FAR away. Raises ValueError for a
+    file in CUTLASS_MOE_TUNING that is no table.
     """
 
     def far(entry: TunedConfig) -> float:
@@ -60,16 +62,16 @@ def lookup(problem: GemmProblem, gpu: str, rows_per_expert: float) -> GemmConfig
 
 
 def configs(problem: GemmProblem) -> tuple[GemmConfig, ...]:
-    """Every config that `lookup` may return, on any GPU. Raises as it does."""
+    """Every config that `lookup` may return for this problem on any GPU; raises what it raises."""
     files = TUNING.read()
     gpus = dict.fromkeys(gpu for table in _tables(files) for gpu in table)
-    found = (entry.config for gpu in gpus for entry in _entries(problem, gpu, files))
-    return tuple(dict.fromkeys(found))
+    listed = (entry.config for gpu in gpus for entry in _entries(problem, gpu, files))
+    return tuple(dict.fromkeys(listed))
 
 
 @lru_cache(maxsize=4096)
 def _entries(problem: GemmProblem, gpu: str, files: str) -> tuple[TunedConfig, ...]:
-    """Of the first table that has any, those that this output and epilogue allow."""
+    """The entries of the first table that knows the problem, without configs illegal for it."""
     name = name_of(problem)
     known = (table.get(gpu, {}).get(name, ()) for table in _tables(files))
     entries = next(filter(None, known), ())
@@ -82,7 +84,7 @@ def _tables(files: str) -> tuple[Table, ...]:
 
 
 def read(path: Path) -> Table:
-    """The table in a file. Raises ValueError."""
+    """Reads the table in a file; raises ValueError if it is none."""
     try:
         plain = json.loads(path.read_text())
         return {
@@ -91,25 +93,28 @@ def read(path: Path) -> Table:
         }
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
-            f"{path}: expected a table that `cutlass-moe tune` wrote: {error!r}"
+            f"{path} must be a table that `cutlass-moe tune` wrote, got {error!r}"
         ) from error
 
 
 def _parse(listed: list[dict[str, Any]]) -> tuple[TunedConfig, ...]:
     entries = [
-        TunedConfig(float(rows), gemm_config_from_json(one["config"]), float(us))
-        for one in listed
-        for rows, us in one["us"].items()
+        TunedConfig(float(rows), gemm_config_from_json(plain["config"]), float(us))
+        for plain in listed
+        for rows, us in plain["us"].items()
     ]
     if not entries or min(entry.rows_per_expert for entry in entries) <= 0:
-        raise ValueError("expected one or more numbers of rows an expert, all positive")
+        got = [entry.rows_per_expert for entry in entries]
+        raise ValueError(
+            f"a problem must have one or more numbers of rows per expert, all positive, got {got}"
+        )
     return tuple(sorted(entries, key=lambda entry: entry.rows_per_expert))
 
 
 def merge(path: Path, table: Table) -> None:
-    """Writes a table into a file, in place of what it says of the same GPUs and problems.
+    """Merges a table into a file, where it replaces entries of the same GPUs and problems.
 
-    The file appears whole. Raises OSError, and ValueError where it is no table.
+    The file is replaced at once. Raises OSError, and ValueError if the file holds no table.
     """
     merged = read(path) if path.exists() else {}
     for gpu, problems in table.items():
@@ -124,14 +129,14 @@ def merge(path: Path, table: Table) -> None:
 
 
 def _to_json(entries: tuple[TunedConfig, ...]) -> list[dict[str, Any]]:
-    found: dict[GemmConfig, dict[str, float]] = {}
+    by_config: dict[GemmConfig, dict[str, float]] = {}
     for entry in sorted(entries, key=lambda entry: entry.rows_per_expert):
-        found.setdefault(entry.config, {})[f"{entry.rows_per_expert:g}"] = round(entry.us, 1)
-    return [{"config": config.to_json(), "us": us} for config, us in found.items()]
+        by_config.setdefault(entry.config, {})[f"{entry.rows_per_expert:g}"] = round(entry.us, 1)
+    return [{"config": config.to_json(), "us": us} for config, us in by_config.items()]
 
 
 def _dump(plain: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
-    """JSON, a line a config."""
+    """The table as JSON, with one line per config."""
     gpus = []
     for gpu, problems in plain.items():
         lines = [

@@ -1,4 +1,4 @@
-"""Answers of the CUDA driver."""
+"""Errors of the CUDA driver."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ class DriverError(RuntimeError):
 
 
 def checked(call: str, result: tuple[Any, ...]) -> Any:
-    """What the driver answered besides its status. Raises DriverError for any but success."""
+    """The driver's answer without its status; raises DriverError unless that is success.
+
+    call: the name of the driver's function.
+    """
     if result[0] != driver.CUresult.CUDA_SUCCESS:
         raise DriverError(f"{call} failed: {driver.CUresult(result[0]).name}")
     return result[1] if len(result) == 2 else result[1:]

@@ -1,4 +1,4 @@
-"""What is said where no kernel serves a call."""
+"""The warning, or error, for a call that no kernel serves."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from cutlass_moe.runtime.log import logger
 
 
 def announce_fallback(reason: str, capturable: bool = False) -> None:
-    """Once a reason: a warning. With CUTLASS_MOE_STRICT=1, or under capture unless the torch path
-    is capturable: an error."""
+    """Warns, once per reason, that a call takes the slow torch path.
+
+    Raises RuntimeError instead if CUTLASS_MOE_STRICT=1, and while a CUDA graph is captured unless
+    the torch path is capturable. reason: says what must be and what came.
+    """
     if STRICT.on():
         raise RuntimeError(f"no kernel for this problem (CUTLASS_MOE_STRICT=1): {reason}")
     capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     if capturing and not capturable:
         raise RuntimeError(
-            f"no kernel for this problem, and the torch path cannot be captured: {reason}"
+            "no kernel for this problem, and the torch path cannot be captured in a CUDA graph: "
+            f"{reason}"
         )
     _warn_once(reason)
 

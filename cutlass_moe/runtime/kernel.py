@@ -1,4 +1,4 @@
-"""Kernels on a device: an image loaded, its parameters bound by name, launched."""
+"""Kernels on a device: loads an image, binds its parameters by name, launches it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ _NO_VIEWS: Views = {}
 
 
 class Kernel:
-    """An image on one device, ready to launch. Thread-safe.
+    """An image loaded on one device, ready to launch. Thread-safe.
 
-    Parameters are bound by the names that the launch record gives them. A pointer's value is an
-    address, and so is a tensor map's: that of the tensor it describes, which a view says the shape
-    of. A tensor's map bears the tensor's name or, beside a pointer, that and "_map". The value of
-    `counters` is the kernel's own.
+    Parameters get their values by the names in the launch record:
+
+      pointer      the tensor's address
+      tensor map   the address of the tensor, whose shape and strides a view says; its name is the
+                   tensor's, or that and "_map" if the tensor also has a pointer
+      int32        the number
+      counters     set by the kernel itself
     """
 
     def __init__(self, image: Image, device: int) -> None:
         self.record = image.record
         params = self.record.params
         with torch.cuda.device(device):
-            torch.cuda.current_stream()  # the device's context exists and is current
+            torch.cuda.current_stream()  # makes the device's context exist and current
             reason = why_unloadable(self.record.build, driver_cuda())
             if reason:
                 raise DriverError(f"the image of {self.record.problem} can't be loaded: {reason}")
@@ -66,7 +69,7 @@ class Kernel:
             got = checked("cuFuncGetParamInfo", driver.cuFuncGetParamInfo(self.function, i))
             if int(got[1]) != param.size:
                 raise DriverError(
-                    f"parameter {param.name} must have {param.size} bytes, the kernel has {got[1]}"
+                    f"kernel parameter {param.name} must have {param.size} bytes, got {got[1]}"
                 )
 
     def launch(
@@ -79,10 +82,11 @@ class Kernel:
     ) -> None:
         """Enqueues the kernel on a stream of the current device, which must be this kernel's.
 
-        values: by parameter; others are ignored. grid: CTAs. overlap: programmatic dependent
-        launch: the kernel may start before its predecessor on the stream ends, and waits for it
-        where it reads what that writes. A dynamic schedule never overlaps: its counters are those
-        of the launch before. views: of the tensors behind tensor maps, by parameter.
+        values: by parameter; names that are no parameter are ignored. grid: CTAs. overlap:
+        programmatic dependent launch: the kernel may start before its predecessor on the stream
+        ends, and waits for it before it reads what that writes. A dynamic schedule never overlaps,
+        because launches on a stream share its counters. views: by parameter, of the tensors behind
+        tensor maps.
         """
         with self._lock:
             self._fill(self._launch, values, grid, overlap, views)
@@ -95,7 +99,7 @@ class Kernel:
         overlap: bool = False,
         views: Views = _NO_VIEWS,
     ) -> Launch:
-        """A launch of the caller's own, to repeat; arguments as in `launch`."""
+        """Makes a launch that the caller can repeat; takes the same arguments as `launch`."""
         launch = Launch(self.function, self.record, self._counters)
         self._fill(launch, values, grid, overlap, views)
         return launch
@@ -114,7 +118,7 @@ class Kernel:
             launch.set_map(at, self.maps.find(name, values[name], views[name]))
 
     def move(self, launch: Launch, tensor: str, address: int, views: Views) -> None:
-        """Has a prepared launch find a tensor at another address."""
+        """Changes the address of a tensor in a prepared launch."""
         values = launch.values
         for at, map_name in self._of_tensor[tensor]:
             if values[at] != address:

@@ -1,4 +1,4 @@
-"""A launch that can be repeated."""
+"""Launches of a kernel that can be repeated."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from cutlass_moe.runtime.counters import Counters
 from cutlass_moe.runtime.driver import DriverError
 from emitters.spec.image import LaunchRecord
 
-_SLOT = 8  # bytes kept for a parameter on the host; the driver copies as many as the kernel's own
+_SLOT = 8  # bytes per parameter on the host; the driver copies only as many as the kernel takes
 
 
 class Launch:
-    """A launch that can be repeated: a kernel's parameters, in memory of its own, and its grid.
+    """A launch that can be repeated: a kernel's parameters, in its own memory, and its grid.
 
-    What differs from the launch before is set in between: `values` are the parameters, addresses
-    and integers in the order of record.params; what stands for a tensor map or for counters is
-    ignored. Not thread-safe. The driver has copied all of it when a call returns, into the graph
-    where one is captured.
+    Between calls, whatever differs from the last one is set. `values` holds the parameters,
+    addresses and integers, in the order of record.params; the values of tensor maps and counters
+    are ignored there. When a call returns, the driver has copied everything (into the graph if one
+    is captured). Not thread-safe.
     """
 
     def __init__(
         self, function: driver.CUfunction, record: LaunchRecord, counters: Counters | None = None
     ) -> None:
-        """counters: where the kernel has a parameter of that name."""
+        """counters: given if the kernel has a parameter of that name."""
         self._function, self._counters = function, counters
         if counters is not None:
             self._counters_at = [param.name for param in record.params].index("counters")
@@ -37,7 +37,7 @@ class Launch:
         first = ctypes.addressof(self.values)
         self._pointers = (ctypes.c_void_p * count)(*(first + i * _SLOT for i in range(count)))
         self._arguments = ctypes.addressof(self._pointers)
-        self._maps: dict[int, driver.CUtensorMap] = {}  # kept alive
+        self._maps: dict[int, driver.CUtensorMap] = {}  # keeps them alive
         self._cluster = record.cluster
         self._config = driver.CUlaunchConfig()
         self._config.gridDimY = self._config.gridDimZ = 1
@@ -49,7 +49,7 @@ class Launch:
         self.shape(0, overlap=False)
 
     def shape(self, grid: int, overlap: bool) -> None:
-        """How the launches to come are made. grid: CTAs. overlap: as in `Kernel.launch`."""
+        """Sets the grid, in CTAs, and the overlap (see `Kernel.launch`) of the next calls."""
         if grid != self._grid:
             self._config.gridDimX = self._grid = grid
         if overlap is self._overlap:
@@ -71,7 +71,7 @@ class Launch:
         self._overlap = overlap
 
     def fill(self, values: Sequence[int]) -> None:
-        """Sets all of `values`."""
+        """Sets all `values`, in the order of record.params."""
         self._slots.pack_into(self.values, 0, *values)
 
     def set_map(self, at: int, tensor_map: driver.CUtensorMap) -> None:

@@ -1,4 +1,4 @@
-"""From a problem to a kernel on a device: memory, then the cache, then a compile."""
+"""The way from a problem to a kernel on a device: memory, then the cache, then a compile."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _lock = threading.Lock()
 
 @cache
 def device_arch(device: int) -> str:
-    """A device's compilation target: "sm_90a" for capability 9.0, else "sm_" and its digits."""
+    """A device's compilation target, as `arch_of` gives it: "sm_90a" for capability 9.0."""
     return arch_of(torch.cuda.get_device_capability(device))
 
 
 @cache
 def device_name(device: int) -> str:
-    """A device's name as tuning tables know it, "NVIDIA H200"."""
+    """A device's name, as in tuning tables: "NVIDIA H200"."""
     return torch.cuda.get_device_name(device)
 
 
 def find_image(problem: Problem, config: Config, arch: str) -> Image:
-    """The image from the cache, compiled on a miss.
+    """Finds an image in the cache, or compiles it.
 
-    Raises MissingImage, naming the command that builds it, where CUTLASS_MOE_JIT=0 forbids
-    compiling; CompileError where compiling fails.
+    Raises MissingImage, which names the command that builds the image, if CUTLASS_MOE_JIT=0 forbids
+    to compile or no compiler is installed; CompileError if compiling fails.
     """
     key = image_key(problem, config, arch)
     cache = default_cache()
@@ -72,18 +72,18 @@ def _compile(problem: Problem, config: Config, arch: str) -> Image:
 
 
 def _nearest(cache: Cache, problem: Problem, config: Config, arch: str) -> str:
-    """Which image comes closest: the fewest other fields of the problem, then of the config."""
+    """Names the cached image with the fewest differences in its problem, then in its config."""
     asked = {"arch": arch, **problem.to_json()}, config.to_json()
 
     def differences(entry: Entry) -> list[list[str]]:
-        there = {"arch": entry.arch, **entry.record.problem}, entry.record.config
+        cached = {"arch": entry.arch, **entry.record.problem}, entry.record.config
         return [
             [
                 f"{name} {json.dumps(has.get(name))}, not {json.dumps(value)}"
                 for name, value in want.items()
                 if has.get(name) != value
             ]
-            for want, has in zip(asked, there, strict=True)
+            for want, has in zip(asked, cached, strict=True)
         ]
 
     def distance(entry: Entry) -> tuple[int, ...]:
@@ -98,16 +98,16 @@ def _nearest(cache: Cache, problem: Problem, config: Config, arch: str) -> str:
 
 
 def is_loaded(problem: Problem, config: Config, device: int) -> bool:
-    """Whether `load` has this kernel already."""
+    """Whether `load` has loaded this kernel."""
     return (problem, config, device) in _kernels
 
 
 def load(problem: Problem, config: Config, device: int, image: Image | None = None) -> Kernel:
-    """The kernel on CUDA device `device`, loaded at the first call.
+    """The kernel on a CUDA device; the first call loads it.
 
-    image: what `find_image` gives, where that is known. Raises RuntimeError while a CUDA graph is
-    captured, where loading is not possible, DriverError where the driver is too old for the image,
-    and what `find_image` raises.
+    image: the result of `find_image`, if it is known. Raises RuntimeError if the kernel is not
+    loaded while a CUDA graph is captured, DriverError if the driver is too old for the image, and
+    what `find_image` raises.
     """
     kernel = _kernels.get((problem, config, device))
     if kernel is None:

@@ -1,4 +1,4 @@
-"""What was chosen for a call, in words, where CUTLASS_MOE_LOG=1 asks for it.
+"""The log of choices: with CUTLASS_MOE_LOG=1, each new choice for a call is printed.
 
 Messages go to the logger "cutlass_moe" at level INFO. The variable adds a handler that prints them
 to stderr; a program that configures `logging` itself sees them without the variable.
@@ -15,7 +15,7 @@ logger = logging.getLogger("cutlass_moe")
 
 
 class _Stderr(logging.StreamHandler):
-    """Prints to what sys.stderr is at that moment."""
+    """Prints to the object that sys.stderr is at that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr

@@ -1,8 +1,8 @@
-"""The values of kernels' parameters, by the names that launch records give them.
+"""The values of kernels' parameters, by their names in launch records.
 
-Each function knows one kind of kernel. addresses: of its tensors, by parameter; those that are not
-known yet may be missing. A kernel takes what it has a parameter for, so optional tensors that it
-does not read do no harm.
+There is a function per kind of kernel. addresses: of its tensors, by parameter; those that are not
+known yet may be missing. A kernel takes only the values that it has a parameter for, so tensors
+that it does not read do no harm.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from emitters.spec.weight_map import gate_strides, weight_view
 
 Addresses = Mapping[str, int]
 _OPERANDS = Operands._fields
-# Bytes that the addresses of a GEMM's tensors must be multiples of; others 4.
+# The alignment of the addresses of a GEMM's tensors, in bytes; 4 for all others.
 ALIGNMENTS = {"x": 16, "weight": 16, "out": 16, "scale": 8, "bias": 8}
 
 
@@ -52,8 +52,10 @@ def gemm_values(
 def gemm_views(
     problem: GemmProblem, weight_strides: tuple[int, ...], num_rows: int, interleaved: bool = False
 ) -> dict[str, View]:
-    """What the tensor maps of weight and out describe. weight_strides: of E, N and K, in elements;
-    of weights in a table those of one expert's."""
+    """The views for the tensor maps of weight and out.
+
+    weight_strides: of E, N and K, in elements; for weights in a table, those of one expert's.
+    """
     columns = problem.out_columns
     return {
         "weight": View(
@@ -64,20 +66,21 @@ def gemm_views(
 
 
 def operand_addresses(operands: Operands, out: Tensor) -> dict[str, int]:
-    """Of a GEMM's tensors. Raises ValueError for one that its kernel could not read or write."""
-    found = {
+    """The addresses of a GEMM's tensors; raises ValueError for one that is not aligned."""
+    addresses = {
         name: tensor.data_ptr()
         for name, tensor in zip(_OPERANDS, operands, strict=True)
         if tensor is not None
     }
-    found["out"] = found["out_map"] = out.data_ptr()
+    addresses["out"] = addresses["out_map"] = out.data_ptr()
     for name, multiple in ALIGNMENTS.items():
-        if found.get(name, 0) % multiple:
-            raise misaligned(name, multiple, found[name])
-    return found
+        if addresses.get(name, 0) % multiple:
+            raise misaligned(name, multiple, addresses[name])
+    return addresses
 
 
 def misaligned(name: str, multiple: int, address: int) -> ValueError:
+    """The error for a tensor at an address that is not aligned as a kernel needs."""
     return ValueError(
         f"the address of {name} must be a multiple of {multiple} bytes, got {address:#x}"
     )
@@ -134,5 +137,5 @@ def combine_values(addresses: Addresses, num_rows: int, num_tokens: int) -> dict
 
 
 def _float_bits(value: float) -> int:
-    """Of a float32, as an int32."""
+    """The bits of a float32, as an int32."""
     return struct.unpack("<i", struct.pack("<f", value))[0]

@@ -1,4 +1,4 @@
-"""What of a call's arguments decides its kernels, and what was decided."""
+"""The signatures of calls, which decide their kernels, and a cache of these decisions."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ T = TypeVar("T")
 
 
 def signature(others: tuple[Any, ...], tensors: Iterable[Tensor | None]) -> Signature:
-    """All that decides: `others`, and dtypes, shapes, strides and devices of the tensors."""
-    found: list[Any] = [*others]
+    """The signature of a call: `others`, and dtype, shape, strides and device of each tensor."""
+    parts: list[Any] = [*others]
     for tensor in tensors:
         if tensor is None:
-            found.append(None)
+            parts.append(None)
         else:
-            found += (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
-    return tuple(found)
+            parts += (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
+    return tuple(parts)
 
 
 class Signatures(Generic[T]):
-    """What was decided for each signature that an op has seen.
+    """The decisions of an op, by signature.
 
-    Where there are more than `limit`, all are forgotten: an op whose shapes never repeat keeps no
-    memory, and looking one up stays a single lookup.
+    When there are more than `limit`, all are forgotten: so an op with shapes that never repeat uses
+    little memory, and `get` is a single lookup in a dict.
     """
 
     def __init__(self, limit: int = 8192) -> None:
@@ -35,6 +35,7 @@ class Signatures(Generic[T]):
         self.get = self._kept.get
 
     def keep(self, key: Signature, decided: T) -> T:
+        """Keeps a decision and returns it."""
         if len(self._kept) >= self._limit:
             self._kept.clear()
         self._kept[key] = decided

@@ -1,4 +1,4 @@
-"""Tensor maps: the driver encodes them, a kernel keeps those of the tensors it has met."""
+"""Tensor maps: the driver encodes them, and a kernel keeps those of the tensors it has seen."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from cuda.bindings import driver
 from cutlass_moe.runtime.driver import checked
 from emitters.spec.image import TensorMapBox
 
-_LIMIT = 1024  # maps that a kernel keeps; a model has one weight per layer
+_LIMIT = 1024  # maps that a kernel keeps; a model needs one per layer
 _DTYPES = {
     1: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
-    2: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,  # only zeros are ever filled in
+    2: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,  # the fill is 0 in every dtype
     4: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT32,
 }
 _SWIZZLES = {128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B}
@@ -25,19 +25,15 @@ _PROMOTIONS = {
 
 
 class View(NamedTuple):
-    """How a tensor map sees a tensor, wherever that is.
+    """The shape and strides of a tensor as a tensor map lists them: innermost dimension first."""
 
-    extents: elements along each dimension, innermost first; strides: of all but the innermost, in
-    elements of `element_bytes`.
-    """
-
-    extents: tuple[int, ...]
-    strides: tuple[int, ...]
+    extents: tuple[int, ...]  # elements along each dimension
+    strides: tuple[int, ...]  # in elements, of all dimensions but the innermost
     element_bytes: int
 
 
 class TensorMaps:
-    """The tensor maps of a kernel, encoded once for each tensor. Thread-safe."""
+    """The tensor maps of a kernel, encoded once per tensor. Thread-safe."""
 
     def __init__(self, boxes: Iterable[TensorMapBox]) -> None:
         self._boxes = {box.param: box for box in boxes}
@@ -45,22 +41,22 @@ class TensorMaps:
         self._lock = threading.Lock()
 
     def find(self, param: str, address: int, view: View) -> driver.CUtensorMap:
-        """The value of parameter `param` for the tensor at `address`.
+        """The tensor map, for parameter `param`, of the tensor at `address`.
 
-        Raises DriverError where address or strides are not multiples of 16 bytes.
+        Raises DriverError unless address and strides are multiples of 16 bytes.
         """
         key = param, address, view
-        found = self._kept.get(key)
-        if found is None:
-            found = self.encode(param, address, view)
+        tensor_map = self._kept.get(key)
+        if tensor_map is None:
+            tensor_map = self.encode(param, address, view)
             with self._lock:
                 if len(self._kept) >= _LIMIT:
                     self._kept.pop(next(iter(self._kept)))
-                self._kept[key] = found
-        return found
+                self._kept[key] = tensor_map
+        return tensor_map
 
     def encode(self, param: str, address: int, view: View) -> driver.CUtensorMap:
-        """As `find`, without keeping it."""
+        """Encodes a tensor map without keeping it; arguments as in `find`."""
         box = self._boxes[param]
         extents, strides, element_bytes = view
         rank = len(extents)

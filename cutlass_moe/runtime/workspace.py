@@ -1,4 +1,4 @@
-"""A caller's workspace, laid out before it exists: room for tensors, copies of others."""
+"""The layout of a caller's workspace, known before the memory is: new tensors, copies of others."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ALIGNMENT = 128  # bytes, of every region: what tensor maps in memory need
+ALIGNMENT = 128  # bytes, of every region, because tensor maps in memory need it
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class WorkspaceRegion:
-    """A tensor in a workspace, `offset` bytes from its aligned beginning."""
+    """A tensor in a workspace, `offset` bytes after the workspace's aligned beginning."""
 
     offset: int
     shape: tuple[int, ...]
@@ -26,18 +26,18 @@ class WorkspaceRegion:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def of(self, workspace: Tensor) -> Tensor:
-        """The tensor, in an aligned workspace."""
-        bytes_of_it = workspace[self.offset : self.offset + self.bytes]
-        return bytes_of_it.view(self.dtype).view(self.shape)
+        """The tensor, as a view of an aligned workspace."""
+        contents = workspace[self.offset : self.offset + self.bytes]
+        return contents.view(self.dtype).view(self.shape)
 
 
 def resolve(source: Tensor | WorkspaceRegion | None, workspace: Tensor) -> Any:
-    """The tensor itself, or the one in its region."""
+    """The tensor itself, or the tensor of a region in the workspace."""
     return source.of(workspace) if isinstance(source, WorkspaceRegion) else source
 
 
 def stand_in(source: Tensor | WorkspaceRegion | None) -> Any:
-    """The same tensor without memory, on the meta device: to check before there is a workspace."""
+    """The tensor without memory, on the meta device, for checks before there is a workspace."""
     if source is None:
         return None
     if isinstance(source, WorkspaceRegion):
@@ -46,7 +46,7 @@ def stand_in(source: Tensor | WorkspaceRegion | None) -> Any:
 
 
 class WorkspaceLayout:
-    """Which tensors a run finds in its workspace, and what is copied there before it."""
+    """The regions of a workspace, and the copies to make there before each run."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -56,18 +56,20 @@ class WorkspaceLayout:
 
     @property
     def size(self) -> int:
-        """Bytes of workspace, wherever it begins."""
+        """Bytes of workspace, enough for one that begins at any address."""
         return self._bytes and self._bytes + ALIGNMENT - 1
 
     def region(self, shape: tuple[int, ...], dtype: torch.dtype) -> WorkspaceRegion:
-        """Room for a tensor."""
+        """Reserves a region for a tensor."""
         region = WorkspaceRegion(self._bytes, shape, dtype)
         self._bytes += -(-region.bytes // ALIGNMENT) * ALIGNMENT
         return region
 
     def join(self, entries: list[Tensor]) -> Tensor | WorkspaceRegion:
-        """All rows of tensors that differ in their first extent at most: a view where that is
-        possible, else a region they are copied to before every run."""
+        """Joins the rows of tensors: a view if possible, else a region that every run fills.
+
+        The tensors may differ in their first extent only.
+        """
         joined = entries[0] if len(entries) == 1 else view_of_rows(entries)
         if joined is not None:
             return joined
@@ -77,16 +79,17 @@ class WorkspaceLayout:
         return region
 
     def from_host(self, values: Tensor) -> WorkspaceRegion:
-        """A region for values that the host knows, copied there before every run.
+        """Reserves a region for values that are on the host; every run copies them there.
 
-        Raises RuntimeError while a CUDA graph is captured: it would read memory of the host that
-        nobody keeps.
+        Raises RuntimeError while a CUDA graph is captured, because the graph would read host memory
+        that is freed after the call.
         """
         if self.device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "a CUDA graph is being captured and this call needs tables from the host: "
-                    "prepare it before, and capture the run of what prepared it"
+                    "prepare it before the capture (index_group_matmul_workspace_size), and "
+                    "capture only executor.run"
                 )
             values = values.pin_memory()
         region = self.region(tuple(values.shape), values.dtype)
@@ -94,10 +97,10 @@ class WorkspaceLayout:
         return region
 
     def aligned(self, workspace: Tensor | None) -> Tensor:
-        """A workspace from its aligned beginning on. Raises ValueError if it is not one for this
-        layout.
+        """The workspace from its aligned beginning on.
 
-        None will do where `size` is 0.
+        workspace: may be None if `size` is 0. Raises ValueError if it is not contiguous uint8 [size
+        or more] on the layout's device.
         """
         if workspace is None and not self.size:
             return torch.empty(0, dtype=torch.uint8, device=self.device)
@@ -126,14 +129,14 @@ class WorkspaceLayout:
             _copy(_split(region.of(workspace), entries), entries)
 
     def write_back(self, joined: Tensor | WorkspaceRegion, workspace: Tensor) -> None:
-        """Enqueues the copies from what `join` gave to its tensors."""
+        """Enqueues the copies from a region that `join` made back to its tensors."""
         for region, entries in self._copies:
             if region is joined:
                 _copy(entries, _split(region.of(workspace), entries))
 
 
 def view_of_rows(entries: list[Tensor]) -> Tensor | None:
-    """All rows of tensors that lie end to end in one storage."""
+    """Joins the rows of tensors as a view, if they lie end to end in one storage."""
     filled = [entry for entry in entries if entry.numel()] or entries[:1]
     first, end = filled[0], filled[0].storage_offset()
     for entry in filled:
@@ -147,7 +150,7 @@ def view_of_rows(entries: list[Tensor]) -> Tensor | None:
 
 
 def view_of_slices(entries: list[Tensor]) -> Tensor | None:
-    """[len(entries), ...] of tensors of one shape that lie at equal distances in one storage."""
+    """Stacks tensors of one shape as a view, if they lie at equal distances in one storage."""
     first = entries[0]
     step = entries[1].storage_offset() - first.storage_offset()
     for i, entry in enumerate(entries):
@@ -159,8 +162,8 @@ def view_of_slices(entries: list[Tensor]) -> Tensor | None:
 
 
 def _share_storage(a: Tensor, b: Tensor) -> bool:
-    mine, other = a.untyped_storage(), b.untyped_storage()
-    return mine.data_ptr() == other.data_ptr() and mine.nbytes() == other.nbytes()
+    storage, other = a.untyped_storage(), b.untyped_storage()
+    return storage.data_ptr() == other.data_ptr() and storage.nbytes() == other.nbytes()
 
 
 def _split(joined: Tensor, entries: list[Tensor]) -> list[Tensor]:
@@ -168,6 +171,9 @@ def _split(joined: Tensor, entries: list[Tensor]) -> list[Tensor]:
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """One kernel for many tensors of one dtype, as bits: it knows no float8 and rewrites NaNs."""
+    """Copies tensors of one dtype in one kernel, as integers.
+
+    torch's kernel knows no float8, and as floats it would rewrite NaNs.
+    """
     bits = _BITS[targets[0].dtype.itemsize]
     torch._foreach_copy_([t.view(bits) for t in targets], [t.view(bits) for t in sources])

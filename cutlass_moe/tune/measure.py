@@ -1,4 +1,4 @@
-"""Measures which config serves a layer best, on a GPU: what `cutlass-moe tune` runs."""
+"""Measures on a GPU which config is the fastest for a problem, for `cutlass-moe tune`."""
 
 from __future__ import annotations
 
@@ -27,19 +27,18 @@ from emitters.spec.image import Image
 from emitters.spec.registry import GemmConfig, why_illegal
 
 TOKENS = tuple(2**i for i in range(16))
-SCREENING = (2, 2)  # rounds, and launches a round, of every config
-TIMING = (3, 6)  # of those that may be the fastest
-MAYBE = 1.1  # times the fastest in screening: more than noise
-NOISE = 1.02  # times the fastest: as good as it
-HOPELESS = (
-    1.5  # times the fastest: not measured with the next number of tokens, but with the one after
-)
+SCREENING = (2, 2)  # rounds, and launches per round, for every config
+TIMING = (3, 6)  # the same, for the configs that may be the fastest
+# Limits, as multiples of the fastest time:
+MAYBE = 1.1  # up to this in screening, a config may be the fastest
+NOISE = 1.02  # up to this, a config is as good as the fastest
+HOPELESS = 1.5  # above this, a config is left out at the next number of tokens, then tried again
 
-Sample = Callable[[GemmConfig, int], list[float]]  # microseconds of launches
+Sample = Callable[[GemmConfig, int], list[float]]  # (config, launches) -> microseconds of each
 
 
 class Measured(NamedTuple):
-    """Microseconds of configs at one size of a batch."""
+    """The microseconds of each config at one number of tokens."""
 
     tokens: int
     rows_per_expert: float
@@ -52,17 +51,17 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Images:
-    """The configs of a problem that can be measured, and how many can't."""
+    """The configs of a problem that can be measured, and the numbers of those that can't."""
 
     configs: tuple[GemmConfig, ...]
-    missing: int
-    spilling: int
+    missing: int  # configs without an image
+    spilling: int  # configs with kernels that spill registers
 
 
 def space(problem: GemmProblem) -> tuple[GemmConfig, ...]:
-    """The legal configs that may be the best for some number of rows."""
+    """The legal configs that may be the fastest for some number of rows."""
     wide = ((64, 128), (64, 192), (64, 256), (128, 128))
-    found = [
+    considered = [
         GemmSm90Config(64, 128),
         GemmSm90Config(64, 64, ctas_per_sm=2),
         GemmSm90Config(64, 128, ctas_per_sm=2),
@@ -73,22 +72,25 @@ def space(problem: GemmProblem) -> tuple[GemmConfig, ...]:
         ),
         *(GemmSm90Config(128, n, cluster_m=cluster) for n in (192, 256) for cluster in (1, 2)),
     ]
-    sensible = (c for c in found if c.tile_n < problem.n + 64 and why_illegal(problem, c) is None)
-    return tuple(dict.fromkeys((*heuristics.candidates(problem), *sensible)))
+    legal = (c for c in considered if c.tile_n < problem.n + 64 and why_illegal(problem, c) is None)
+    return tuple(dict.fromkeys((*heuristics.candidates(problem), *legal)))
 
 
 def gpu_name() -> str:
-    """Of the current device. Raises RuntimeError where it runs no kernels."""
+    """The name of the current device; raises RuntimeError if it can't run the kernels."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        raise RuntimeError("the device to measure on must be a GPU of compute capability 9.0")
+        got = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        raise RuntimeError(
+            f"the device to measure on must be a GPU of compute capability 9.0, got {got}"
+        )
     return library.device_name(torch.cuda.current_device())
 
 
 def find_images(problem: GemmProblem, configs: Iterable[GemmConfig]) -> Images:
-    """Loads a kernel for each config, compiled where the cache lacks it and compiling is allowed.
+    """Loads a kernel for each config; compiles those that the cache lacks, if that is allowed.
 
-    Left out are kernels that spill registers. Raises MissingImage where there are no others, and
-    what `library.load` raises.
+    Kernels that spill registers are left out. Raises MissingImage if none is left, and what
+    `library.load` raises.
     """
     device = torch.cuda.current_device()
     arch = library.device_arch(device)
@@ -100,17 +102,17 @@ def find_images(problem: GemmProblem, configs: Iterable[GemmConfig]) -> Images:
             return None
 
     with ThreadPoolExecutor() as pool:
-        found = dict(zip(configs, pool.map(find, configs), strict=True))
-    sound = {c: image for c, image in found.items() if image and not image.record.spill_bytes}
-    for config, image in sound.items():
+        images = dict(zip(configs, pool.map(find, configs), strict=True))
+    usable = {c: image for c, image in images.items() if image and not image.record.spill_bytes}
+    for config, image in usable.items():
         library.load(problem, config, device, image)
-    missing = sum(image is None for image in found.values())
-    if not sound:
+    missing = sum(image is None for image in images.values())
+    if not usable:
         raise MissingImage(
-            f"there must be images for {problem} to measure, found none: build some with "
+            f"there must be images for {problem} to measure, got none: build some with "
             "`cutlass-moe build --for-tuning`, or install the compiler"
         )
-    return Images(tuple(sound), missing, len(found) - len(sound) - missing)
+    return Images(tuple(usable), missing, len(images) - len(usable) - missing)
 
 
 def measure(
@@ -118,8 +120,8 @@ def measure(
 ) -> Iterator[Measured]:
     """Times configs at each number of tokens, in ascending order, on the current device.
 
-    Random operands; every expert is as likely as another. Of a config that is far from the fastest
-    nothing may be known.
+    Operands are random, and so is the routing, with equal chances for all experts. Results may lack
+    configs that are far from the fastest.
     """
     operands = RandomOperands.of(problem, top_k, max(tokens))
     flush = flush_buffer()
@@ -137,21 +139,22 @@ def measure(
 
 
 def choices(measured: Sequence[Measured]) -> list[TunedConfig]:
-    """What a table says of each number of tokens.
+    """The entries of a tuning table: a config per number of tokens.
 
-    Of configs that are equally fast, but for noise, neighbours get one: fewer images.
+    A config that is as fast as the best, up to noise, is kept for the next smaller number of tokens
+    too, so that fewer images are needed.
     """
     entries: list[TunedConfig] = []
-    for one in sorted(measured, key=lambda one: one.tokens, reverse=True):
-        config = entries[-1].config if entries else one.best
-        if one.us.get(config, float("inf")) > NOISE * one.us[one.best]:
-            config = one.best
-        entries.append(TunedConfig(one.rows_per_expert, config, one.us[config]))
+    for batch in sorted(measured, key=lambda batch: batch.tokens, reverse=True):
+        config = entries[-1].config if entries else batch.best
+        if batch.us.get(config, float("inf")) > NOISE * batch.us[batch.best]:
+            config = batch.best
+        entries.append(TunedConfig(batch.rows_per_expert, config, batch.us[config]))
     return entries[::-1]
 
 
 def time_configs(configs: Sequence[GemmConfig], sample: Sample) -> dict[GemmConfig, float]:
-    """Microseconds of each config: a first reading of all, a closer one of those in front."""
+    """The microseconds of each config: screens all, then times the fastest ones more closely."""
     first = _medians(configs, sample, *SCREENING)
     limit = MAYBE * min(first.values())
     return first | _medians([c for c in configs if first[c] <= limit], sample, *TIMING)
@@ -160,7 +163,7 @@ def time_configs(configs: Sequence[GemmConfig], sample: Sample) -> dict[GemmConf
 def _medians(
     configs: Sequence[GemmConfig], sample: Sample, rounds: int, launches: int
 ) -> dict[GemmConfig, float]:
-    """Of launches in several rounds, in each of which every config takes its turn."""
+    """The median microseconds of each config over several rounds; each round launches them all."""
     samples: dict[GemmConfig, list[float]] = {config: [] for config in configs}
     for _ in range(rounds):
         for config in configs:
@@ -170,7 +173,7 @@ def _medians(
 
 @dataclass(frozen=True)
 class RandomOperands:
-    """Random operands of a problem for up to a number of tokens."""
+    """Random operands of a problem, for any number of tokens up to a limit."""
 
     problem: GemmProblem
     top_k: int
@@ -197,7 +200,7 @@ class RandomOperands:
         return cls(problem, top_k, _values(dtype, rows, k).to(dtype), fixed, scale)
 
     def product(self, tokens: int) -> Callable[[], None]:
-        """Launches the product of a balanced random routing of so many tokens."""
+        """A function that launches the product for this many tokens, with a random routing."""
         problem = self.problem
         ids = torch.rand(tokens, problem.num_experts, device="cuda").topk(self.top_k).indices
         table = route(ids, problem.num_experts)
@@ -213,6 +216,6 @@ class RandomOperands:
 
 
 def _values(dtype: torch.dtype, rows: int, columns: int) -> Tensor:
-    """Normal values: what the bits are changes a GPU's power, and so its clocks."""
+    """Normally distributed values, because their bits change a GPU's power and so its clocks."""
     values = torch.randn(rows, columns, device="cuda")
     return (values * 40).round_().clamp_(-127, 127) if dtype == torch.int8 else values

@@ -1,4 +1,4 @@
-"""The GPU's time of a launch: CUDA events around it, nothing of its operands in L2."""
+"""Measures the GPU's time of a launch, by CUDA events, with operands flushed from L2."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Callable
 import torch
 
 FLUSH_BYTES = 256 << 20  # several times the 60 MB of L2
-HEAD_START_CYCLES = 2_000_000  # about 1 ms, in which the host gets ahead of the GPU
+HEAD_START_CYCLES = 2_000_000  # the GPU sleeps about 1 ms while the host enqueues launches
 
 
 def flush_buffer() -> torch.Tensor:
+    """A buffer that pushes everything else out of L2 when it is written."""
     return torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
 
 def batch_us(call: Callable[[], object], launches: int, flush: torch.Tensor | None) -> list[float]:
-    """Microseconds of each of `launches` calls; `flush` is written before each."""
+    """Times a number of calls; returns the microseconds of each. `flush` is written before each."""
     starts = [torch.cuda.Event(enable_timing=True) for _ in range(launches)]
     stops = [torch.cuda.Event(enable_timing=True) for _ in range(launches)]
     torch.cuda._sleep(HEAD_START_CYCLES)

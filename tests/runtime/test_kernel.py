@@ -76,5 +76,5 @@ def test_parameters_of_another_size_are_refused(
     fake_driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cuda.bindings.driver.cuFuncGetParamInfo", lambda function, i: (0, 0, 4))
-    with pytest.raises(DriverError, match="parameter weight must have 128 bytes, the kernel has 4"):
+    with pytest.raises(DriverError, match="parameter weight must have 128 bytes, got 4"):
         fake_driver.kernel(PARAMS)
