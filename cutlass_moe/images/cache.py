@@ -200,7 +200,7 @@ class Cache:
             if not self._or_memory:
                 raise
             self._warn_of_memory(f"images stay in memory: {error}. Set HOME, {_NAME_A_ROOT}")
-            return Nowhere(Path(path))
+            return Nowhere(Path(os.devnull) / "cutlass_moe")
 
     def _read(self, root: Root, arch: str, key: str) -> Image | None:
         try:

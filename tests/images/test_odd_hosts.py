@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import cutlass_moe.images.cache as cache_module
 from cutlass_moe.choose.heuristics_sm90 import every_config
+from cutlass_moe.cli import main as cli
 from cutlass_moe.images.cache import Cache, default_cache
 from cutlass_moe.images.compiler import compile_image
 from cutlass_moe.images.roots import UntrustedRoot
@@ -129,6 +131,32 @@ def test_compiler_of_a_user_without_a_home() -> None:
         pytest.skip(f"no users can be renamed here: {size}")
     assert (user, warned) == (UNKNOWN, [])
     assert size > 1000
+
+
+COMMANDS = {  # and their exit codes
+    ("list",): 0,
+    ("verify",): 1,
+    ("env",): None,
+    ("clear-cache",): 1,
+    ("prune", "--older-than", "1"): 1,
+    ("build", "--model", "mixtral"): 1,
+    ("show-config", "mixtral"): 0,
+}
+
+
+@as_root
+@pytest.mark.parametrize(("words", "code"), COMMANDS.items(), ids=lambda value: str(value))
+def test_commands_without_a_home(words: tuple[str, ...], code: int | None) -> None:
+    """They say what they can, and no traceback."""
+
+    def call() -> tuple[int, str, str]:
+        result = CliRunner().invoke(cli.main, words)
+        return result.exit_code, result.output, str(result.exception or "")
+
+    (exit_code, output, exception), warned = as_user(UNKNOWN, {}, call)
+    assert code is None or exit_code == code, (output, exception)
+    assert exception in ("", "0", "1"), exception
+    assert len(warned) <= 1
 
 
 def test_explicit_root_without_a_home_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
