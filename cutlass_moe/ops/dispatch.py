@@ -66,7 +66,7 @@ class Choice(NamedTuple):
 
 
 class CheckedCall(NamedTuple):
-    """What the signature of a call decides: its result's shape and dtype, and its kernel."""
+    """The part of a call that its signature decides: the result's shape and dtype, the kernel."""
 
     shape: tuple[int, int]
     dtype: torch.dtype

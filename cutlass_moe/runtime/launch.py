@@ -27,7 +27,7 @@ class Launch:
     def __init__(
         self, function: driver.CUfunction, record: LaunchRecord, counters: Counters | None = None
     ) -> None:
-        """counters: given if the kernel has a parameter of that name."""
+        """Makes a launch of a loaded function. counters: if the kernel has such a parameter."""
         self._function, self._counters = function, counters
         if counters is not None:
             self._counters_at = [param.name for param in record.params].index("counters")

@@ -32,7 +32,7 @@ class GatherIterator:
         self.passes = -(-tile_m // _ROWS_PER_PASS)
 
     def attach(self, gathered: Gathered, thread: Int32):
-        """thread: 0 .. 127 within the producer warpgroup."""
+        """Binds x and its index, and finds this thread's rows. thread: 0 .. 127, in its role."""
         self.x, self.index, self.num_tokens = gathered
         self.row = thread // _CHUNKS
         self.column = thread % _CHUNKS * _CHUNK

@@ -26,7 +26,7 @@ class ExpertTable:
     """
 
     def __init__(self, problem: GemmProblem, config: GemmConfig, cluster_m: int, group_m: int):
-        """group_m: M tiles that share each N tile's weights in L2 before the next N tile."""
+        """Fixes the order of units. group_m: M tiles that use an N tile before the next N tile."""
         self.experts = problem.num_experts
         self.entries = config.table_entries(problem)
         self.per_lane = self.entries // 32
@@ -36,7 +36,7 @@ class ExpertTable:
         self.group = group_m // cluster_m  # units
 
     def attach(self, table: cute.Pointer):
-        """table: shared memory, three int32 per entry."""
+        """Binds the table in shared memory: three int32 per entry."""
         layout = cute.make_layout(self.entries)
         self.first = cute.make_tensor(table, layout)  # the number of units of all experts before
         self.row = cute.make_tensor(table + self.entries, layout)
@@ -151,7 +151,7 @@ class PostedUnits:
         self.cluster_m, self.schedule = config.cluster_m, config.schedule
 
     def attach(self, table: cute.Pointer, counters: cute.Pointer | None):
-        """table: shared memory, `table_words` int32.
+        """Binds the table in shared memory, `table_words` int32, and finds this CTA's place.
 
         counters: for a dynamic schedule, two int32 in global memory: units taken and CTAs done.
         Both are 0 before and after each launch.

@@ -175,7 +175,7 @@ class GemmSm90Config(_Sm90Config):
         return self.x_bytes(problem) + self.weight_bytes(problem)
 
     def table_words(self, problem: GemmProblem) -> int:
-        """int32 of the scheduler's table: three per expert, and the slots of posted units."""
+        """The int32 of the scheduler's table: three per expert, and the slots of posted units."""
         return 3 * self.table_entries(problem) + SLOTS * SLOT_WORDS
 
     @property
@@ -307,7 +307,7 @@ class GemmSwapSm90Config(_Sm90Config):
         return (self.x_bytes(problem) + self.weight_bytes(problem)) * self.k_boxes
 
     def table_words(self, problem: GemmProblem) -> int:
-        """int32 of the scheduler's table: three per expert."""
+        """The int32 of the scheduler's table: three per expert."""
         return 3 * self.table_entries(problem)
 
     def warp_columns(self, problem: GemmProblem) -> int:

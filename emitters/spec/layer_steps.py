@@ -155,7 +155,7 @@ class QuantizeProblem(Step):
     def row_threads(self, threads: int) -> int:
         """The number of threads that share a row: a power of two, with about 32 elements each.
 
-        threads: those of a CTA, the most that there can be.
+        threads: per CTA; no more can share a row.
         """
         sharing = 1
         while sharing * 4 * ROW_VECTOR < self.k and sharing * 2 <= threads:

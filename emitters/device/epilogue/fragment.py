@@ -76,9 +76,10 @@ class RowsFragment:
     def __init__(
         self, problem: GemmProblem, config: GemmSm90Config, strides, warp: Int32, lane: Int32
     ):
-        """strides: what `gate_strides` gives for a gated problem, else None.
+        """Computes what a thread's registers stand for.
 
-        warp: its number among the warps of all consumers.
+        strides: the result of `gate_strides` for a gated problem, else None. warp: its number
+        among the warps of all consumers.
         """
         # the first of the warp's 16 rows, in the tile or in every 64 rows of it
         self.warp_row = warp % (4 * config.warpgroups_per_tile) * 16
@@ -224,7 +225,7 @@ class ColumnsFragment:
     def __init__(
         self, problem: GemmProblem, config: GemmSwapSm90Config, strides, warp: Int32, lane: Int32
     ):
-        """strides: what `gate_strides` gives for a gated problem, else None."""
+        """Computes what a thread's registers stand for. strides: as in `RowsFragment`."""
         self.lane = lane
         self.gated = problem.gated
         self.by_blocks = problem.gated and problem.weight.major is Major.N  # gate and up

@@ -122,7 +122,7 @@ class Epilogue:
     """
 
     def __init__(self, problem: GemmProblem, config: GemmConfig, fragment: type, store: Store):
-        """fragment: the implementation of `Fragment` for the template's accumulators."""
+        """Keeps what is known when compiling. fragment: the implementation of `Fragment` to use."""
         self.problem, self.config = problem, config
         self.make_fragment, self.target = fragment, store
 

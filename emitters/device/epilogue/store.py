@@ -29,7 +29,7 @@ class Store(Protocol):
     staging_bytes: int  # per warp
 
     def attach(self, output: Output, fragment: Fragment, staging: cute.Pointer, lane: Int32):
-        """staging: the shared memory of this warp."""
+        """Binds the output, and the shared memory of this warp, `staging`."""
 
     def put(
         self, m: int, part: int, values: cute.Tensor, first_row: Int32, rows: Int32, column: Int32
