@@ -23,7 +23,7 @@ class Ring:
         self.full_arrivals, self.empty_arrivals = full_arrivals, empty_arrivals
 
     def attach(self, full: cute.Pointer, empty: cute.Pointer):
-        """Binds the barriers in shared memory: one of 8 bytes per stage in `full` and in `empty`."""
+        """Binds the barriers in shared memory: 8 bytes per stage, for `full` and for `empty`."""
         self.full, self.empty = full, empty
 
     @cute.jit
