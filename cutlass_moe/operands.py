@@ -8,6 +8,7 @@ topk_router      RouterArguments      -                Router
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
@@ -35,6 +36,45 @@ FLOATS = tuple(dtype for dtype in DTYPES if dtype.is_floating_point and dtype.it
 IDS = (torch.int32, torch.int64)  # dtypes of expert ids
 
 
+class Numbers(NamedTuple):
+    """The numbers of a clamped SwiGLU: g * sigmoid(alpha g) * (u + beta), g <= limit, |u| <= limit.
+
+    The defaults are those of "swiglu_oai", which is gpt-oss's.
+    """
+
+    limit: float = 7.0
+    alpha: float = 1.702
+    beta: float = 1.0
+
+
+def clamped_numbers(
+    activation: str | None, limit: float | None, alpha: float | None, beta: float | None
+) -> Numbers | None:
+    """The numbers of an activation that is a clamped SwiGLU, else None.
+
+    "swiglu_oai" is one, and so is "swiglu" if a number is given: its others are then those of a
+    plain SwiGLU, limit infinity, alpha 1 and beta 0. Raises ValueError for numbers of another
+    activation, and for a limit that is not positive.
+    """
+    given = {"limit": limit, "alpha": alpha, "beta": beta}
+    given = {name: value for name, value in given.items() if value is not None}
+    if activation == "swiglu_oai":
+        numbers = Numbers()
+    elif activation == "swiglu" and given:
+        numbers = Numbers(math.inf, 1.0, 0.0)
+    elif given:
+        raise ValueError(
+            f"activation must be 'swiglu' or 'swiglu_oai' where {', '.join(given)} is given, got "
+            f"{activation!r}"
+        )
+    else:
+        return None
+    numbers = numbers._replace(**given)  # type: ignore[arg-type]
+    if not numbers.limit > 0:
+        raise ValueError(f"limit must be positive, got {numbers.limit}")
+    return numbers
+
+
 class ProductArguments(TypedDict, total=False):
     """The keyword arguments of `grouped_matmul`, for functions that take the same ones."""
 
@@ -45,6 +85,9 @@ class ProductArguments(TypedDict, total=False):
     bias: Tensor | None
     activation: str | None
     interleaved: bool
+    limit: float | None
+    alpha: float | None
+    beta: float | None
     starts: Tensor | None
     out_dtype: torch.dtype | None
     accumulation: str | None
@@ -81,11 +124,22 @@ class Options(NamedTuple):
     schedule: str | None = None
     activation: str | None = None
     interleaved: bool = False
+    limit: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
+
+    @property
+    def numbers(self) -> Numbers | None:
+        """The numbers of a clamped SwiGLU; None for any other activation."""
+        return clamped_numbers(self.activation, self.limit, self.alpha, self.beta)
 
     @property
     def activation_node(self) -> Activation | None:
         """The activation as a node of the kernel's epilogue."""
-        return Activation(ActivationFunction(self.activation)) if self.activation else None
+        if self.activation is None:
+            return None
+        clamped = self.numbers is not None
+        return Activation(ActivationFunction("swiglu_oai" if clamped else self.activation))
 
 
 def split_product(

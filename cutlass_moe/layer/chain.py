@@ -142,7 +142,9 @@ def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProb
     up_x, down_x = {"x": "hidden"}, {"x": "active"}
     links = make.route(problems, row_capacity(layer.topk_ids, ids, options.capacity_factor))
     if problems.quantize_hidden:
-        values = quantize_values({}, tokens, early=make.overlap)
+        values = quantize_values(
+            {}, tokens, layer.hidden.stride(0) * layer.hidden.element_size(), early=make.overlap
+        )
         written = {"q": "hidden_q", "scale": "hidden_scale"}
         links.append(
             make.rowwise(problems.quantize_hidden, tokens, values, {"source": "hidden"}, written)
@@ -150,13 +152,13 @@ def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProb
         up_x = {"x": "hidden_q", "per_token_scale": "hidden_scale"}
     links.append(make.gemm(problems.up, tokens, "w13", {**up_x, **routing}, "active"))
     if problems.quantize_active:
-        values = quantize_values({}, rows)
+        values = quantize_values({}, rows, 2 * layer.w2.shape[2])
         read = {"source": "active", "end": "last_end"}
         written = {"q": "active_q", "scale": "active_scale"}
         links.append(make.rowwise(problems.quantize_active, rows, values, read, written))
         down_x = {"x": "active_q", "per_token_scale": "active_scale"}
     links.append(make.gemm(problems.down, rows, "w2", {**down_x, **routing}, "rows"))
-    values = combine_values({}, rows, tokens)
+    values = combine_values({}, rows, tokens, layer.topk_weights.stride(0))
     read = {
         "rows": "rows",
         "weights": "topk_weights",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cutlass_moe.operands import DTYPES, FLOATS, Operands, Options
+from cutlass_moe.operands import DTYPES, FLOATS, Operands, Options, clamped_numbers
 from cutlass_moe.ops.activations import ACTIVATIONS, is_gated
 from emitters.spec.config_sm90 import Schedule
 from emitters.spec.dtypes import ACCUMULATIONS
@@ -31,7 +31,8 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     Extents may be symbolic. Raises ValueError or TypeError that says what must be and what came.
     """
     x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
-    out_dtype, accumulation, _, num_sms, schedule, activation, interleaved = options
+    out_dtype, accumulation, _, num_sms, schedule, activation, interleaved = options[:7]
+    clamped_numbers(activation, *options[7:])
     device = x.get_device()
     allowed = _ACCUMULATIONS.get(x.dtype)
     if allowed is None:

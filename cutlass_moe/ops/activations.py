@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from emitters.spec.gemm import OAI_LIMIT, OAI_SLOPE, ActivationFunction
+from cutlass_moe.operands import Numbers
+from emitters.spec.gemm import ActivationFunction
 
 GATED = tuple(str(function) for function in ActivationFunction if function.gated)
 NOT_GATED = tuple(str(function) for function in ActivationFunction if not function.gated)
@@ -18,11 +19,14 @@ def is_gated(activation: str | None) -> bool:
     return activation is not None and ActivationFunction(activation).gated
 
 
-def activate(x: Tensor, activation: str, interleaved: bool = False) -> Tensor:
+def activate(
+    x: Tensor, activation: str, interleaved: bool = False, numbers: Numbers | None = None
+) -> Tensor:
     """Applies an activation: x [..., N] -> [..., N], or [..., N / 2] if it is gated.
 
-    The columns of a gated one are [gate | up], or gate, up, gate, up, ... if interleaved. Raises
-    ValueError for an unknown activation.
+    The columns of a gated one are [gate | up], or gate, up, gate, up, ... if interleaved.
+    numbers: of a clamped SwiGLU, as `clamped_numbers` gives them. Raises ValueError for an unknown
+    activation.
     """
     if activation not in ACTIVATIONS:
         expected = ", ".join(ACTIVATIONS)
@@ -31,14 +35,20 @@ def activate(x: Tensor, activation: str, interleaved: bool = False) -> Tensor:
     if not function.gated:
         return _ungated(x, function)
     gate, up = _gate_and_up(x, interleaved)
-    if function is ActivationFunction.SWIGLU_OAI:
-        gate, up = gate.clamp(max=OAI_LIMIT), up.clamp(-OAI_LIMIT, OAI_LIMIT)
-        return gate * torch.sigmoid(OAI_SLOPE * gate) * (up + 1)
+    numbers = numbers or _default_numbers(function)
+    if numbers:
+        limit, alpha, beta = numbers
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return gate * torch.sigmoid(alpha * gate) * (up + beta)
     return _ungated(gate, function) * up
 
 
 def activate_backward(
-    grad: Tensor, x: Tensor, activation: str, interleaved: bool = False
+    grad: Tensor,
+    x: Tensor,
+    activation: str,
+    interleaved: bool = False,
+    numbers: Numbers | None = None,
 ) -> Tensor:
     """The gradient of `activate` with respect to x. grad: the gradient of its result."""
     function = ActivationFunction(activation)
@@ -47,17 +57,23 @@ def activate_backward(
     result = torch.empty_like(x)
     gate, up = _gate_and_up(x, interleaved)
     gate_grad, up_grad = _gate_and_up(result, interleaved)
-    if function is ActivationFunction.SWIGLU_OAI:
-        below, inside = gate <= OAI_LIMIT, up.abs() <= OAI_LIMIT
-        gate, up = gate.clamp(max=OAI_LIMIT), up.clamp(-OAI_LIMIT, OAI_LIMIT)
-        sigmoid = torch.sigmoid(OAI_SLOPE * gate)
-        slope = sigmoid * (1 + OAI_SLOPE * gate * (1 - sigmoid))
-        gate_grad.copy_(grad * (up + 1) * slope * below)
+    numbers = numbers or _default_numbers(function)
+    if numbers:
+        limit, alpha, beta = numbers
+        below, inside = gate <= limit, up.abs() <= limit
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        sigmoid = torch.sigmoid(alpha * gate)
+        slope = sigmoid * (1 + alpha * gate * (1 - sigmoid))
+        gate_grad.copy_(grad * (up + beta) * slope * below)
         up_grad.copy_(grad * gate * sigmoid * inside)
     else:
         gate_grad.copy_(grad * up * _slope(gate, function))
         up_grad.copy_(grad * _ungated(gate, function))
     return result
+
+
+def _default_numbers(function: ActivationFunction) -> Numbers | None:
+    return Numbers() if function is ActivationFunction.SWIGLU_OAI else None
 
 
 def _gate_and_up(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -72,6 +88,8 @@ def _ungated(x: Tensor, function: ActivationFunction) -> Tensor:
         return functional.silu(x)
     if function in (ActivationFunction.GELU, ActivationFunction.GEGLU):
         return functional.gelu(x)
+    if function in (ActivationFunction.GELU_TANH, ActivationFunction.GEGLU_TANH):
+        return functional.gelu(x, approximate="tanh")
     positive = x.relu()
     return positive.square() if function is ActivationFunction.RELU2 else positive
 
@@ -83,4 +101,6 @@ def _slope(x: Tensor, function: ActivationFunction) -> Tensor:
         return torch.ops.aten.silu_backward(ones, x)
     if function in (ActivationFunction.GELU, ActivationFunction.GEGLU):
         return torch.ops.aten.gelu_backward(ones, x)
+    if function in (ActivationFunction.GELU_TANH, ActivationFunction.GEGLU_TANH):
+        return torch.ops.aten.gelu_backward(ones, x, approximate="tanh")
     return 2 * x.relu() if function is ActivationFunction.RELU2 else (x > 0).to(x.dtype)

@@ -110,7 +110,9 @@ def _into(
                 "the addresses of rows, residual and out must be multiples of 16 bytes, got "
                 f"{got}; a clone of the tensor has such an address"
             )
-        problem = CombineProblem(DTYPES[rows.dtype], rows.shape[1], inverse.shape[1])
+        problem = CombineProblem(
+            DTYPES[rows.dtype], rows.shape[1], inverse.shape[1], DTYPES[topk_weights.dtype]
+        )
         kernel = step_kernel(problem, rows.get_device())
     if kernel is None:
         combine_reference(rows, topk_weights, inverse, residual=residual, out=out)
@@ -122,7 +124,7 @@ def _into(
         "residual": 0 if residual is None else residual.data_ptr(),
         "out": out.data_ptr(),
     }
-    values = combine_values(by_name, len(rows), len(out))
+    values = combine_values(by_name, len(rows), len(out), topk_weights.stride(0))
     launch_step(kernel, values, problem.ctas(len(out), kernel.record.threads), rows.get_device())
 
 

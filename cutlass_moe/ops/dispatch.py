@@ -210,6 +210,13 @@ def choose_launch(
     return Choice(
         library.load(problem, config, device),
         clusters * config.cluster,
-        gemm_values(problem, {}, num_tokens, num_rows, interleaved=options.interleaved),
+        gemm_values(
+            problem,
+            {},
+            num_tokens,
+            num_rows,
+            interleaved=options.interleaved,
+            numbers=options.numbers or (),
+        ),
         gemm_views(problem, weight_strides, num_rows, options.interleaved),
     )

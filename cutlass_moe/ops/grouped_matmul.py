@@ -35,6 +35,9 @@ def grouped_matmul(
     bias: Tensor | None = None,
     activation: str | None = None,
     interleaved: bool = False,
+    limit: float | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
     starts: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     accumulation: str | None = None,
@@ -59,12 +62,16 @@ def grouped_matmul(
     bias [E, N]: bfloat16, float16 or float32.
     activation: computed in float32. A gated one takes a gate g and an up value u, and N = 2 I:
 
-      "gelu" (erf), "silu", "relu", "relu2" (relu squared)          -> [rows, N]
+      "gelu" (erf), "gelu_tanh", "silu", "relu", "relu2" (squared)  -> [rows, N]
       "swiglu"      silu(g) * u                                     -> [rows, I]
-      "geglu"       gelu(g) * u                                     -> [rows, I]
+      "geglu"       gelu(g) * u; "geglu_tanh": gelu_tanh(g) * u      -> [rows, I]
       "reglu"       relu(g) * u                                     -> [rows, I]
-      "swiglu_oai"  g * sigmoid(1.702 g) * (u + 1), with g clamped
-                    to at most 7 and u to [-7, 7] (gpt-oss)         -> [rows, I]
+      "swiglu_oai"  g * sigmoid(alpha g) * (u + beta), with g clamped
+                    to at most limit and u to [-limit, limit]       -> [rows, I]
+
+    limit, alpha, beta: the numbers of "swiglu_oai", default 7, 1.702 and 1 (gpt-oss's). Given with
+      "swiglu" they make it the same formula, with infinity, 1 and 0 for those that are not given.
+      They are no part of the kernel: one image serves all numbers.
 
     interleaved: N holds gate, up, gate, up, ... instead of I gates, then I ups; this is the order
       of weight, scale and bias.
@@ -85,8 +92,9 @@ def grouped_matmul(
     """
     operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias, starts)
     options = Options(
-        out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved
-    )
+        out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved,
+        limit, alpha, beta,
+    )  # fmt: skip
     if is_plain_eager(x, weight) and not wants_gradient(operands):
         return _product(operands, options)
     return _grouped_matmul_op(*operands, *options)
@@ -208,7 +216,9 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
             "requires one: use bfloat16 or float16, or call under torch.no_grad()"
         )
     ctx.save_for_backward(*operands)
-    ctx.activation = options.activation, options.interleaved
+    ctx.activation = (
+        options.activation, options.interleaved, options.limit, options.alpha, options.beta
+    )  # fmt: skip
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -230,14 +240,16 @@ def _split_backward(arguments: tuple[Any, ...]) -> tuple[Operands, tuple[Any, ..
 
 def _backward_impl(grad: Tensor, *arguments: Any) -> list[Tensor]:
     """The gradients of those of (x, weight, per_token_scale, scale, bias) that `needs` marks."""
-    operands, (activation, interleaved, needs) = _split_backward(arguments)
-    options = Options(activation=activation, interleaved=interleaved)
+    operands, (activation, interleaved, limit, alpha, beta, needs) = _split_backward(arguments)
+    options = Options(
+        activation=activation, interleaved=interleaved, limit=limit, alpha=alpha, beta=beta
+    )
     gradients = grouped_matmul_backward(grad, operands, options, tuple(needs))
     return [gradient for gradient in gradients if gradient is not None]
 
 
 def _backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    operands, (_, _, needs) = _split_backward(arguments)
+    operands, (*_, needs) = _split_backward(arguments)
     x, weight, _, _, per_token_scale, scale, bias, _ = operands
     inputs = zip((x, weight, per_token_scale, scale, bias), needs, strict=True)
     return [torch.empty_like(tensor) for tensor, need in inputs if need and tensor is not None]
@@ -249,7 +261,8 @@ _TENSORS = (
 )
 _INPUTS = (
     f"{_TENSORS}, ScalarType? out_dtype, str? accumulation, SymInt? expected_rows, int? num_sms, "
-    "str? schedule, str? activation, bool interleaved"
+    "str? schedule, str? activation, bool interleaved, float? limit=None, float? alpha=None, "
+    "float? beta=None"
 )
 _grouped_matmul_op = define(
     f"grouped_matmul({_INPUTS}) -> Tensor", _grouped_matmul_impl, _grouped_matmul_fake
@@ -261,7 +274,7 @@ _grouped_matmul_out_op = define(
 )
 _backward_op = define(
     f"grouped_matmul_backward(Tensor grad, {_TENSORS}, str? activation, bool interleaved, "
-    "bool[] needs) -> Tensor[]",
+    "float? limit, float? alpha, float? beta, bool[] needs) -> Tensor[]",
     _backward_impl,
     _backward_fake,
 )

@@ -68,7 +68,7 @@ def fill_product(out: Tensor, operands: Operands, options: Options) -> None:
             if bias is not None:
                 result += bias[expert].double()
             if options.activation is not None:
-                result = activate(result, options.activation, options.interleaved)
+                result = activate(result, options.activation, options.interleaved, options.numbers)
             out[start:end] = 0
             out[row] = result.to(out.dtype)
 
@@ -125,7 +125,9 @@ def _add_expert(
         before = a @ b.T * by_row * by_column
         if bias is not None:
             before += bias[expert]
-        grad = activate_backward(grad, before, options.activation, options.interleaved)
+        grad = activate_backward(
+            grad, before, options.activation, options.interleaved, options.numbers
+        )
     if dbias is not None:
         dbias[expert] = grad.sum(0)
     if dtoken is not None:

@@ -65,6 +65,20 @@ def quantize_per_token_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     return scaled.to(dtype), scale
 
 
+def quantize_static(x: Tensor, dtype: torch.dtype, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Quantises rows x [..., K] with one given scale: q = x / scale, clamped to dtype's range.
+
+    scale: a number, or float32 of one element. Returns q [..., K] and the scale of each row,
+    float32 [...].
+    """
+    largest = LARGEST[dtype]
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(())
+    scaled = (x.float() / scale).clamp_(-largest, largest)
+    if dtype == torch.int8:
+        scaled.round_()
+    return scaled.to(dtype), scale.expand(x.shape[:-1]).contiguous()
+
+
 def _check(x: Tensor, dtype: torch.dtype) -> None:
     if dtype not in LARGEST:
         raise TypeError(f"dtype must be one of {_names(LARGEST)}, got {dtype}")
@@ -98,7 +112,7 @@ def _quantize_cuda(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if kernel is None:
         return quantize_per_token_reference(x, dtype)
     addresses = {"source": x.data_ptr(), "q": q.data_ptr(), "scale": scale.data_ptr()}
-    values = quantize_values(addresses, rows)
+    values = quantize_values(addresses, rows, k * x.element_size())
     launch_step(kernel, values, problem.ctas(rows, kernel.record.threads), x.get_device())
     return q, scale
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cutlass_moe.operands import DTYPES, Router, RouterArguments
 from cutlass_moe.ops._define import define
@@ -49,7 +51,8 @@ def topk_router(
 
     It works in this order, in float32:
 
-      1. score = softmax(logits) over all experts, or sigmoid(logits)
+      1. score = softmax(logits) over all experts, or sigmoid(logits),
+         or sqrt(log(1 + exp(logits))) for "sqrtsoftplus" (DeepSeek-V4)
       2. choice = logit, or score + correction_bias if there is a bias or num_groups > 1
       3. groups: of num_groups equal runs of ids, the topk_groups runs with the largest sum of their
          two best choices stay; other experts are out
@@ -58,7 +61,8 @@ def topk_router(
       6. renormalize: divides a token's weights by their sum
       7. multiplies all weights by scale
 
-    logits [T, E]: bfloat16, float16 or float32. scoring: "softmax" or "sigmoid".
+    logits [T, E]: bfloat16, float16 or float32. scoring: "softmax", "sigmoid" or
+      "sqrtsoftplus".
     correction_bias [E]: floating point. threshold: default none are dropped.
     pdl: lets the kernel start before its predecessor ends (programmatic dependent launch); it waits
       for the predecessor before it reads anything.
@@ -219,6 +223,8 @@ def _route_logits_impl(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         values = _values(logits, router, bias, weights, ids)
         values |= {
             "capacity": row_capacity(ids, experts, capacity_factor),
+            "max_rows": ids.numel(),
+            "overflow": 0,
             "index": table.index.data_ptr(),
             "offsets": table.offsets.data_ptr(),
             "inverse": table.inverse.data_ptr(),
@@ -256,6 +262,13 @@ _route_logits_op = define(
 )
 
 
+_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: functional.softplus(logits).sqrt(),
+}
+
+
 def topk_router_reference(
     logits: Tensor, k: int, **arguments: Unpack[RouterArguments]
 ) -> tuple[Tensor, Tensor]:
@@ -272,7 +285,7 @@ def topk_router_reference(
     missing = wide.isnan()
     top = torch.finfo(wide.dtype).max
     numbers = wide.clamp(-top, top).masked_fill(missing, -torch.inf)  # a NaN has no gradient
-    scores = numbers.sigmoid() if router.scoring == "sigmoid" else numbers.softmax(-1)
+    scores = _SCORES[router.scoring](numbers)
     scores = scores.masked_fill(missing, 0)
 
     choice = numbers.detach()
@@ -312,7 +325,7 @@ def check_router(logits: Tensor, router: Router) -> None:
         raise ValueError(f"logits must be [T, E > 0], got {list(logits.shape)}")
     experts = logits.shape[1]
     if scoring not in SCORINGS:
-        raise ValueError(f"scoring must be 'softmax' or 'sigmoid', got {scoring!r}")
+        raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
     if num_groups < 1 or experts % num_groups:
         raise ValueError(f"num_groups must be a divisor of {experts} experts, got {num_groups}")
     if not 1 <= topk_groups <= num_groups:

@@ -29,13 +29,20 @@ def gemm_values(
     num_tokens: int,
     num_rows: int,
     *,
+    x_stride: int | None = None,
     interleaved: bool = False,
+    numbers: tuple[float, ...] = (),
     early: bool = False,
 ) -> dict[str, int]:
-    """num_tokens: rows of x; num_rows: of the product. interleaved: as in `grouped_matmul`. early:
-    in a dependent launch, offsets (and starts) are complete before the kernel before is waited for.
+    """The values for a grouped GEMM.
+
+    num_tokens: rows of x. num_rows: rows of the product. x_stride: elements from a row of x to the
+    next, default K. interleaved: as in `grouped_matmul`. numbers: the values of the activation's
+    `numbers`. early: in a dependent launch, offsets and starts are already final, so they may be
+    read before the previous kernel has ended.
     """
     column_stride, gate_stride = gate_strides(problem.n, interleaved)
+    names = problem.activation.numbers if problem.activation else ()
     return {
         "starts": 0,
         "out_map": addresses.get("out", 0),
@@ -43,6 +50,8 @@ def gemm_values(
         **addresses,
         "num_tokens": num_tokens,
         "num_rows": num_rows,
+        "x_stride": (x_stride or problem.k) * problem.x.bytes,
+        **{name: _float_bits(number) for name, number in zip(names, numbers, strict=True)},
         "early": int(early),
         "column_stride": column_stride,
         "gate_stride": gate_stride,
@@ -87,13 +96,22 @@ def misaligned(name: str, multiple: int, address: int) -> ValueError:
 
 
 def route_values(
-    addresses: Addresses, *, num_ids: int, pairs: int, choices: int, capacity: int
+    addresses: Addresses,
+    *,
+    num_ids: int,
+    pairs: int,
+    choices: int,
+    capacity: int,
+    max_rows: int | None = None,
 ) -> dict[str, int]:
     """All but `phase`, which differs from launch to launch. num_ids: experts that ids may name;
-    choices: per token; capacity: the most rows of an expert."""
+    choices: per token; capacity: the most rows of an expert; max_rows: of all together. overflow is
+    among the addresses where the rows dropped for max_rows are counted."""
     return {
         "expert_map": 0,
+        "overflow": 0,
         **addresses,
+        "max_rows": pairs if max_rows is None else max_rows,
         "num_ids": num_ids,
         "pairs": pairs,
         "choices": choices,
@@ -123,17 +141,37 @@ def router_values(
     }
 
 
-def quantize_values(addresses: Addresses, num_rows: int, *, early: bool = False) -> dict[str, int]:
+def quantize_values(
+    addresses: Addresses, num_rows: int, source_stride: int, *, early: bool = False
+) -> dict[str, int]:
     """addresses: source, q, scale, and `end`, of an int32: rows from there on are left alone;
-    without it none are. In a dependent launch that is read before the kernel before is waited for,
-    and with `early` source is too, and q and scale are written."""
-    return {"end": 0, **addresses, "num_rows": num_rows, "early": int(early)}
+    without it none are. static_scale, of one float32: the scale of every row, instead of its own.
+    source_stride: bytes from a row to the next. In a dependent launch end is read before the kernel
+    before is waited for, and with `early` source is too, and q and scale are written."""
+    return {
+        "end": 0,
+        "static_scale": 0,
+        **addresses,
+        "num_rows": num_rows,
+        "source_stride": source_stride,
+        "early": int(early),
+    }
 
 
-def combine_values(addresses: Addresses, num_rows: int, num_tokens: int) -> dict[str, int]:
-    """addresses: rows, weights, inverse, out and, if there is one, residual. In a dependent launch
+def combine_values(
+    addresses: Addresses, num_rows: int, num_tokens: int, weight_stride: int
+) -> dict[str, int]:
+    """addresses: rows, weights (without them all are 1), inverse, out and, if there is one,
+    residual. weight_stride: elements from a token's weights to the next. In a dependent launch
     weights and inverse are read before the kernel before is waited for."""
-    return {"residual": 0, **addresses, "num_rows": num_rows, "num_tokens": num_tokens}
+    return {
+        "residual": 0,
+        "weights": 0,
+        **addresses,
+        "num_rows": num_rows,
+        "num_tokens": num_tokens,
+        "weight_stride": weight_stride,
+    }
 
 
 def _float_bits(value: float) -> int:

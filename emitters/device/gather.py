@@ -33,7 +33,7 @@ class GatherIterator:
 
     def attach(self, gathered: Gathered, thread: Int32):
         """Binds x and its index, and finds this thread's rows. thread: 0 .. 127, in its role."""
-        self.x, self.index, self.num_tokens = gathered
+        self.x, self.index, self.num_tokens, self.x_stride = gathered
         self.row = thread // _CHUNKS
         self.column = thread % _CHUNKS * _CHUNK
         # a thread's rows are 16 apart, so its chunk has the same swizzle in all of them
@@ -74,7 +74,7 @@ class GatherIterator:
             size = Int32(_CHUNK)
             if column >= end:
                 size = Int32(0)
-            source = self.x + (Int64(cutlass.max(token, Int32(0))) * self.row_bytes + column)
+            source = self.x + (Int64(cutlass.max(token, Int32(0))) * self.x_stride + column)
             prims.cp_async_shared_global(
                 (stage + (self.target + i * (_ROWS_PER_PASS * K_TILE_BYTES))).to_llvm_ptr(),
                 source.to_llvm_ptr(),

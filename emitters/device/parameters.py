@@ -23,14 +23,29 @@ class Rows(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """x [T, K] as bytes, and the index of the row of x that each row of the product reads.
+    """x [T, K], and the row of it that each row of the product reads.
 
-    index: None if row r reads row r.
+    x: bytes. index: None where rows are taken in order. x_stride: bytes from a row to the next.
     """
 
     x: cute.Pointer
     index: cute.Pointer | None
     num_tokens: Int32
+    x_stride: Int32
+
+
+class Gate(NamedTuple):
+    """The launch parameters of a gated activation.
+
+    column_stride, gate_stride: where gate and up columns are in weight, scale and bias (see
+    `gate_strides`). limit, alpha, beta: bits of float32, None but for a clamped SwiGLU.
+    """
+
+    column_stride: Int32
+    gate_stride: Int32
+    limit: Int32 | None
+    alpha: Int32 | None
+    beta: Int32 | None
 
 
 class Output(NamedTuple):

@@ -81,8 +81,10 @@ class ActivationFunction(Name):
     SWIGLU = "swiglu"  # silu(g) * u
     GEGLU = "geglu"  # gelu(g) * u
     REGLU = "reglu"  # relu(g) * u
-    SWIGLU_OAI = "swiglu_oai"  # g * sigmoid(1.702 g) * (u + 1), g <= 7 and -7 <= u <= 7: gpt-oss
+    GEGLU_TANH = "geglu_tanh"  # gelu_tanh(g) * u
+    SWIGLU_OAI = "swiglu_oai"  # g * sigmoid(alpha g) * (u + beta), g <= limit, |u| <= limit
     GELU = "gelu"  # x * (1 + erf(x / sqrt 2)) / 2
+    GELU_TANH = "gelu_tanh"  # x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2
     SILU = "silu"  # x * sigmoid(x)
     RELU = "relu"
     RELU2 = "relu2"  # relu(x) squared
@@ -96,9 +98,10 @@ _GATED = (
     ActivationFunction.SWIGLU,
     ActivationFunction.GEGLU,
     ActivationFunction.REGLU,
+    ActivationFunction.GEGLU_TANH,
     ActivationFunction.SWIGLU_OAI,
 )
-OAI_LIMIT, OAI_SLOPE = 7.0, 1.702  # the constants of SWIGLU_OAI
+NUMBERS = ("limit", "alpha", "beta")  # of SWIGLU_OAI: float32 parameters of its kernel's launch
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,11 @@ class Activation:
     scale: float = 1.0
     kind: ClassVar[str] = "activation"
     operand: ClassVar[None] = None
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The names of the float32 launch parameters that the function takes."""
+        return NUMBERS if self.function is ActivationFunction.SWIGLU_OAI else ()
 
 
 NODES: dict[str, type] = {node.kind: node for node in (Bias, Activation)}

@@ -11,7 +11,7 @@ from emitters.spec.dtypes import Name
 from emitters.spec.registry import Config, Problem
 
 TENSOR_MAP_BYTES = 128  # the size of a CUtensorMap
-IMAGE_ABI = 6  # goes up when a launch record or a parameter changes its meaning
+IMAGE_ABI = 7  # goes up when a launch record or a parameter changes its meaning
 
 
 class ParamKind(Name):

@@ -13,7 +13,7 @@ from emitters.spec.plain import from_plain, to_plain
 ROW_VECTOR = 8  # elements of a row that a thread reads at a time: 16 bytes if they have 16 bits
 MAX_ROW = 32_768  # elements
 MAX_TOP_K = 32
-SCORINGS = ("softmax", "sigmoid")
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 MAX_FUSED_EXPERTS = 512  # for route_logits: it needs a thread per expert and 128 registers each
 
 _S = TypeVar("_S", bound="Step")
@@ -65,9 +65,10 @@ _WORDS = {  # how `words` shows each field, in this order
     "k": "K {}",
     "n": "N {}",
     "top_k": "k {}",
+    "weights": "{} weights",
     "source_scale": "scale {:g}",
 }
-_PLAIN = {"num_groups": 1, "source_scale": 1.0}  # values that `words` leaves out
+_PLAIN = {"num_groups": 1, "source_scale": 1.0, "weights": "fp32"}  # values that `words` leaves out
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class RouteProblem(Step):
 class TopkProblem(Step):
     """Chooses each token's experts and their weights from logits [T, num_experts].
 
-    logits: their dtype. scoring: "softmax" or "sigmoid". num_groups: equal runs of experts; a token
+    logits: their dtype. scoring: of SCORINGS. num_groups: equal runs of experts; a token
     chooses from its best groups only.
     """
 
@@ -110,7 +111,7 @@ class TopkProblem(Step):
         if self.logits not in OUTPUTS:
             return f"logits must be one of {', '.join(OUTPUTS)}, got {self.logits}"
         if self.scoring not in SCORINGS:
-            return f"scoring must be {' or '.join(SCORINGS)}, got {self.scoring!r}"
+            return f"scoring must be one of {', '.join(SCORINGS)}, got {self.scoring!r}"
         if not 1 <= self.num_groups <= MAX_TOP_K or self.num_experts % self.num_groups:
             return (
                 f"num_groups must be 1 to {MAX_TOP_K} and a divisor of {self.num_experts} experts, "
@@ -185,6 +186,8 @@ class QuantizeProblem(Step):
 class CombineProblem(Step):
     """Sums each token's rows, weighted; rows, residual and out [., N] are of `dtype`.
 
+    weights: the dtype of the router weights.
+
       out[t] = residual[t] + sum over j < top_k of weights[t, j] * rows[inverse[t, j]]
 
     in float32, in the order of j.
@@ -193,6 +196,7 @@ class CombineProblem(Step):
     dtype: DType
     n: int
     top_k: int
+    weights: DType = DType.FP32
     op: ClassVar[str] = "combine"
 
     def ctas(self, tokens: int, threads: int) -> int:
@@ -202,6 +206,8 @@ class CombineProblem(Step):
     def why_illegal(self) -> str | None:
         if self.dtype not in OUTPUTS:
             return f"rows must be one of {', '.join(OUTPUTS)}, got {self.dtype}"
+        if self.weights not in OUTPUTS:
+            return f"weights must be one of {', '.join(OUTPUTS)}, got {self.weights}"
         if self.n % ROW_VECTOR or not 0 < self.n <= MAX_ROW:
             return f"N must be a multiple of {ROW_VECTOR} up to {MAX_ROW}, got {self.n}"
         most = MAX_TOP_K * 2 // self.dtype.bytes  # a thread holds all rows in registers at once

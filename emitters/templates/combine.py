@@ -23,7 +23,7 @@ class Combine:
 
     def __init__(self, problem: CombineProblem, config: StepConfig):
         self.problem, self.config = problem, config
-        self.element = ELEMENT[problem.dtype]
+        self.element, self.weight_type = ELEMENT[problem.dtype], ELEMENT[problem.weights]
         self.row_vectors = problem.n // ROW_VECTOR
         self.words = ROW_VECTOR * problem.dtype.bytes // 4  # int32 per 8 columns
 
@@ -31,12 +31,13 @@ class Combine:
         """The arguments of `__call__`, except grid and stream."""
         return (
             pointer("rows", self.element, 16),
-            pointer("weights", Float32, 4),
+            pointer("weights", self.weight_type, self.weight_type.width // 8),
             pointer("inverse", Int32, 4),
             pointer("residual", self.element, 16),
             pointer("out", self.element, 16),
             integer("num_rows"),
             integer("num_tokens"),
+            integer("weight_stride"),
         )
 
     def tensor_maps(self):
@@ -44,13 +45,18 @@ class Combine:
 
     @cute.jit
     def __call__(
-        self, rows, weights, inverse, residual, out, num_rows, num_tokens, grid, stream
+        self, rows, weights, inverse, residual, out, num_rows, num_tokens, weight_stride, grid,
+        stream,
     ):  # fmt: skip
-        """residual may be null. weights and inverse are read before `wait_for_previous`.
+        """weights, residual: may be null; without weights all are 1. weight_stride: elements from
+        a token's weights to the next token's. weights and inverse are read before
+        `wait_for_previous`.
 
         grid: `CombineProblem.ctas`.
         """
-        self.kernel(rows, weights, inverse, residual, out, num_rows, num_tokens).launch(
+        self.kernel(
+            rows, weights, inverse, residual, out, num_rows, num_tokens, weight_stride
+        ).launch(
             grid=[grid, 1, 1],
             block=[self.config.threads, 1, 1],
             min_blocks_per_mp=1,  # else the compiler saves registers and reads rows one by one
@@ -67,6 +73,7 @@ class Combine:
         out: cute.Pointer,
         num_rows: Int32,
         num_tokens: Int32,
+        weight_stride: Int32,
     ):
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
@@ -80,7 +87,10 @@ class Combine:
             for j in range_constexpr(count):
                 pair = token * count + j
                 row[j] = cute.make_tensor(inverse, cute.make_layout(VECTOR))[pair]
-                weight[j] = cute.make_tensor(weights, cute.make_layout(VECTOR))[pair]
+                weight[j] = Float32(1.0)
+                if weights.toint() != 0:
+                    given = cute.make_tensor(weights, cute.make_layout(VECTOR))
+                    weight[j] = Float32(given[token * weight_stride + j])
         wait_for_previous()
         launch_next()
         if token < num_tokens:

@@ -14,7 +14,7 @@ from emitters.device.epilogue.store import SliceStore, make_out_map
 from emitters.device.gather import GatherIterator
 from emitters.device.mainloop_sm90 import begin_products, issue, make_sums, promote, sum_type
 from emitters.device.memory import ELEMENT
-from emitters.device.parameters import Gathered, Output, Rows
+from emitters.device.parameters import Gate, Gathered, Output, Rows
 from emitters.device.ring import Ring
 from emitters.device.scheduler import PostedUnits
 from emitters.device.weights import OPERAND_MAJOR, WEIGHT_LAYOUT, WeightLoader
@@ -89,13 +89,11 @@ class GemmSm90:
         return gemm_tensor_maps(self.problem, columns, k, self.config.l2_promotion)
 
     @cute.jit
-    def __call__(
-        self, weight, rows, gathered, output, gate_strides, node_tensors, counters, grid, stream
-    ):
+    def __call__(self, weight, rows, gathered, output, gate, node_tensors, counters, grid, stream):
         """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps.
 
-        None unless needed: gate_strides (for a gated activation), node_tensors (for scales, and
-        nodes that read a tensor), counters (for a dynamic schedule).
+        None unless needed: gate (for a gated activation), node_tensors (for scales, and nodes that
+        read a tensor), counters (for a dynamic schedule).
         """
         _, layout = self.stage_layouts()
         one_stage = cute.slice_(layout, (None, None, 0))
@@ -104,7 +102,7 @@ class GemmSm90:
             rows,
             gathered,
             Output(output.out, make_out_map(self.problem, output.out_map)),
-            gate_strides,
+            gate,
             node_tensors,
             counters,
         ).launch(
@@ -149,7 +147,7 @@ class GemmSm90:
         rows: Rows,
         gathered: Gathered,
         output: Output,
-        gate_strides: tuple | None,
+        gate: Gate | None,
         node_tensors: tuple | None,
         counters: cute.Pointer | None,
     ):
@@ -184,7 +182,7 @@ class GemmSm90:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
             staging = storage.staging.data_ptr()
             self.epilogue.attach(
-                node_tensors, gate_strides, gathered, output, staging, warp - 4, thread % 32
+                node_tensors, gate, gathered, output, staging, warp - 4, thread % 32
             )
             self.mma(storage, group - 1, thread - WARPGROUP)
         if const_expr(self.cluster > 1):

@@ -16,7 +16,7 @@ from emitters.device.epilogue.store import TransposedStore, make_out_map
 from emitters.device.gather import GatherIterator
 from emitters.device.mainloop_sm90 import begin_products, issue, make_sums, promote, sum_type
 from emitters.device.memory import ELEMENT, SMEM, vector
-from emitters.device.parameters import Gathered, Output, Rows
+from emitters.device.parameters import Gate, Gathered, Output, Rows
 from emitters.device.ring import Ring
 from emitters.device.scheduler import ExpertTable
 from emitters.device.weights import OPERAND_MAJOR, WEIGHT_LAYOUT, WeightLoader
@@ -86,13 +86,11 @@ class GemmSwapSm90:
         return gemm_tensor_maps(self.problem, columns, k, self.config.l2_promotion)
 
     @cute.jit
-    def __call__(
-        self, weight, rows, gathered, output, gate_strides, node_tensors, counters, grid, stream
-    ):
+    def __call__(self, weight, rows, gathered, output, gate, node_tensors, counters, grid, stream):
         """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps.
 
-        None unless needed: gate_strides (for a gated activation), node_tensors (for scales, and
-        nodes that read a tensor). counters is always None: no schedule here is dynamic.
+        None unless needed: gate (for a gated activation), node_tensors (for scales, and nodes that
+        read a tensor). counters is always None: no schedule here is dynamic.
         """
         layout, _ = self.stage_layouts()
         one_box = cute.slice_(layout, (None, None, 0))
@@ -101,7 +99,7 @@ class GemmSwapSm90:
             rows,
             gathered,
             Output(output.out, make_out_map(self.problem, output.out_map)),
-            gate_strides,
+            gate,
             node_tensors,
         ).launch(
             grid=[grid, 1, 1],
@@ -149,7 +147,7 @@ class GemmSwapSm90:
         rows: Rows,
         gathered: Gathered,
         output: Output,
-        gate_strides: tuple | None,
+        gate: Gate | None,
         node_tensors: tuple | None,
     ):
         thread, _, _ = cute.arch.thread_idx()
@@ -183,9 +181,7 @@ class GemmSwapSm90:
                 launch_next()
         if warp < 4:
             staging = storage.staging.data_ptr()
-            self.epilogue.attach(
-                node_tensors, gate_strides, gathered, output, staging, warp, thread % 32
-            )
+            self.epilogue.attach(node_tensors, gate, gathered, output, staging, warp, thread % 32)
             self.mma(storage, sums, thread)
         elif warp < weight_warp:
             self.gather.attach(gathered, thread % WARPGROUP)

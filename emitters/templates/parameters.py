@@ -11,10 +11,10 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_ptr
 
 from emitters.device.epilogue.nodes import applied
 from emitters.device.memory import ELEMENT
-from emitters.device.parameters import Gathered, Output, Rows
+from emitters.device.parameters import Gate, Gathered, Output, Rows
 from emitters.spec.config_sm90 import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import EpilogueNode, GemmProblem, Granularity, Major, WeightStorage
+from emitters.spec.gemm import NUMBERS, EpilogueNode, GemmProblem, Granularity, Major, WeightStorage
 from emitters.spec.image import ParamKind, TensorMapBox
 from emitters.spec.weight_map import weight_box
 
@@ -80,6 +80,7 @@ def gemm_arguments(problem: GemmProblem, dynamic: bool = False) -> tuple[Argumen
             pointer("x", Uint8, 16),
             pointer("index", Int32, 4) if problem.gather else ABSENT,
             integer("num_tokens"),
+            integer("x_stride"),
             kind=Gathered,
         ),
         several(
@@ -87,10 +88,18 @@ def gemm_arguments(problem: GemmProblem, dynamic: bool = False) -> tuple[Argumen
             tensor_map("out_map", ELEMENT[problem.out], out_map, (1, 0)),
             kind=Output,
         ),
-        several(integer("column_stride"), integer("gate_stride")) if problem.gated else ABSENT,
+        _gate(problem),
         several(*map(_applied, applied(problem))),
         pointer("counters", Int32, 8) if dynamic else ABSENT,
     )
+
+
+def _gate(problem: GemmProblem) -> Argument:
+    activation = problem.activation
+    if activation is None or not activation.function.gated:
+        return ABSENT
+    numbers = [integer(n) if n in activation.numbers else ABSENT for n in NUMBERS]
+    return several(integer("column_stride"), integer("gate_stride"), *numbers, kind=Gate)
 
 
 def _weight(problem: GemmProblem) -> Argument:

@@ -14,6 +14,7 @@ from emitters.spec.dtypes import LARGEST, DType
 from emitters.spec.layer_steps import ROW_VECTOR, QuantizeProblem, StepConfig
 from emitters.templates.parameters import integer, pointer
 
+_INFINITY = float("inf")
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding it puts the rounded integer in a float32's low bits
 
 
@@ -53,7 +54,9 @@ class Quantize:
             pointer("end", Int32, 4),
             pointer("q", Uint8, ROW_VECTOR),
             pointer("scale", Float32, 4),
+            pointer("static_scale", Float32, 4),
             integer("num_rows"),
+            integer("source_stride"),
             integer("early"),
         )
 
@@ -61,14 +64,18 @@ class Quantize:
         return ()
 
     @cute.jit
-    def __call__(self, source, end, q, scale, num_rows, early, grid, stream):
+    def __call__(
+        self, source, end, q, scale, static_scale, num_rows, source_stride, early, grid, stream
+    ):
         """end: null, or the address of an int32; rows from there on are left alone. It is read
-        before `wait_for_previous`. early: nonzero if source is already final and no earlier kernel
-        still uses q and scale, so that all work may be done before `wait_for_previous`.
+        before `wait_for_previous`. static_scale: null, or the scale of every row; values beyond
+        the target's range are clamped. source_stride: bytes from a row to the next. early: nonzero
+        if source is already final and no earlier kernel still uses q and scale, so that all work
+        may be done before `wait_for_previous`.
 
         grid: `QuantizeProblem.ctas`.
         """
-        self.kernel(source, end, q, scale, num_rows, early).launch(
+        self.kernel(source, end, q, scale, static_scale, num_rows, source_stride, early).launch(
             grid=[grid, 1, 1], block=[self.config.threads, 1, 1], stream=stream
         )
 
@@ -79,7 +86,9 @@ class Quantize:
         end: cute.Pointer,
         q: cute.Pointer,
         scale: cute.Pointer,
+        static_scale: cute.Pointer,
         num_rows: Int32,
+        source_stride: Int32,
         early: Int32,
     ):
         thread, _, _ = cute.arch.thread_idx()
@@ -91,20 +100,22 @@ class Quantize:
         if early == 0:
             wait_for_previous()
         if block * self.rows < num_rows:
-            self.quantize(source, q, scale, row, row < num_rows, thread)
+            rows = (source, source_stride, static_scale)
+            self.quantize(rows, q, scale, row, row < num_rows, thread)
         if early != 0:
             wait_for_previous()
 
     @cute.jit
-    def quantize(self, source, q, scale, row: Int32, counts: cutlass.Boolean, thread: Int32):
+    def quantize(self, rows, q, scale, row: Int32, counts: cutlass.Boolean, thread: Int32):
         """Quantises a row. counts: whether this thread's row exists."""
+        source, source_stride, static_scale = rows
         first = thread % self.row_threads
         values = cute.make_rmem_tensor((self.vectors * self.words,), Int32)
         values.fill(0)
         for i in range_constexpr(self.vectors):
             at = first + i * self.row_threads
             if counts and self.inside(i, at):
-                offset = (Int64(row) * self.row_vectors + at) * (4 * self.words)
+                offset = Int64(row) * source_stride + at * (4 * self.words)
                 for half in range_constexpr(self.words // 4):
                     part = cute.make_rmem_tensor((4,), Int32)
                     cute.autovec_copy(vector(source + offset + 16 * half, Int32, 4, GMEM), part)
@@ -113,6 +124,11 @@ class Quantize:
         largest = self.row_maximum(values, thread)
         divisor = largest / LARGEST[self.problem.target]
         written = divisor * self.problem.source_scale
+        most = Float32(_INFINITY)
+        if static_scale.toint() != 0:
+            written = cute.make_tensor(static_scale, cute.make_layout(1))[0]
+            divisor = written * (1.0 / self.problem.source_scale)
+            most = Float32(LARGEST[self.problem.target])
         if divisor == 0:  # rows of zeros, or so small that the division gives 0
             divisor = Float32(1.0)
             written = Float32(1.0)
@@ -120,16 +136,19 @@ class Quantize:
             cute.make_tensor(scale, cute.make_layout(VECTOR))[row] = written
         power = power_towards_one(divisor)
         near = divisor * power
+        beyond = 2.0 * most * near  # what is clamped in any case, and finite if most is
         inverse = 1.0 / near
         for i in range_constexpr(self.vectors):
             at = first + i * self.row_threads
             elements = self.elements(values, i)
             for j in range_constexpr(ROW_VECTOR):
-                y = elements[j] * power
+                y = cute.arch.fmin(elements[j] * power, beyond, nan=True)
+                y = cute.arch.fmax(y, -beyond, nan=True)
                 quotient = y * inverse
                 for _ in range_constexpr(2):
                     quotient = fma(-fma(quotient, near, -y), inverse, quotient)
-                elements[j] = quotient
+                quotient = cute.arch.fmin(quotient, most, nan=True)
+                elements[j] = cute.arch.fmax(quotient, -most, nan=True)
             if counts and self.inside(i, at):
                 target = q + (Int64(row) * self.problem.k + at * ROW_VECTOR)
                 cute.autovec_copy(self.narrow(elements), vector(target, Int32, 2, GMEM))

@@ -42,6 +42,31 @@ class Table(NamedTuple):
     inverse: cute.Pointer
 
 
+class Limits(NamedTuple):
+    """capacity: the most rows of an expert. max_rows: the most rows of all experts together; later
+    pairs are dropped. overflow: null, or where the number of rows dropped for max_rows is written.
+    """
+
+    capacity: Int32
+    max_rows: Int32
+    overflow: cute.Pointer
+
+
+def limits_argument():
+    return several(
+        integer("capacity"), integer("max_rows"), pointer("overflow", Int32, 4), kind=Limits
+    )
+
+
+def table_argument():
+    return several(
+        pointer("index", Int32, 4),
+        pointer("offsets", Int32, 4),
+        pointer("inverse", Int32, 4),
+        kind=Table,
+    )
+
+
 class Route:
     """Writes the kernel of `route`: a counting sort of pairs by expert, stable and deterministic.
 
@@ -75,13 +100,8 @@ class Route:
                 integer("choices"),
                 kind=Pairs,
             ),
-            integer("capacity"),
-            several(
-                pointer("index", Int32, 4),
-                pointer("offsets", Int32, 4),
-                pointer("inverse", Int32, 4),
-                kind=Table,
-            ),
+            limits_argument(),
+            table_argument(),
             pointer("histograms", Int32, 4),
             integer("phase"),
         )
@@ -90,27 +110,26 @@ class Route:
         return ()
 
     @cute.jit
-    def __call__(self, pairs, capacity, table, histograms, phase, grid, stream):
-        """capacity: the most rows of an expert. histograms [grid, num_experts]: passed from the
-        first launch of two to the second. phase: 0 for everything, with one CTA; 1 for `count`,
-        then 2 for `assign`, with the same number of CTAs.
-        """
-        self.kernel(pairs, capacity, table, histograms, phase).launch(
+    def __call__(self, pairs, limits, table, histograms, phase, grid, stream):
+        """histograms [grid, num_experts]: what the second
+        launch of two takes from the first. phase: 0, all of it, by one CTA; 1, `count`; 2,
+        `assign`, by as many CTAs as that."""
+        self.kernel(pairs, limits, table, histograms, phase).launch(
             grid=[grid, 1, 1], block=[self.threads, 1, 1], stream=stream
         )
 
     @cute.kernel
     def kernel(
-        self, pairs: Pairs, capacity: Int32, table: Table, histograms: cute.Pointer, phase: Int32
+        self, pairs: Pairs, limits: Limits, table: Table, histograms: cute.Pointer, phase: Int32
     ):
         self.attach(pairs.pairs)
         wait_for_previous()
         launch_next()
-        self.sort(pairs, capacity, table, histograms, phase)
+        self.sort(pairs, limits, table, histograms, phase)
 
     @cute.jit
     def sort(
-        self, pairs: Pairs, capacity: Int32, table: Table, histograms: cute.Pointer, phase: Int32
+        self, pairs: Pairs, limits: Limits, table: Table, histograms: cute.Pointer, phase: Int32
     ):
         """Sorts the pairs; `attach` must have been called."""
         ids, expert_map, num_ids, _, choices = pairs
@@ -128,9 +147,9 @@ class Route:
             self.gather(histograms)
         if phase != _COUNT:
             cute.arch.sync_threads()
-            used = self.sum_experts(capacity, cute.make_tensor(offsets, vector))
+            used = self.sum_experts(limits, cute.make_tensor(offsets, vector))
             cute.arch.sync_threads()
-            self.assign(choices, cute.make_tensor(index, vector), inverse, used)
+            self.assign(choices, cute.make_tensor(index, vector), inverse, used, limits.max_rows)
 
     def attach(self, pairs: Int32):
         """Allocates the tables in shared memory and clears them; a barrier must follow."""
@@ -259,12 +278,12 @@ class Route:
                     )
 
     @cute.jit
-    def sum_experts(self, capacity: Int32, offsets: cute.Tensor) -> Int32:
+    def sum_experts(self, limits: Limits, offsets: cute.Tensor) -> Int32:
         """Computes the first row and end of each expert; returns the number of rows in all."""
         first, ends, sums = self.first, self.end, self.sums
         expert, kept = self.thread, Int32(0)
         if expert < self.experts:
-            kept = cutlass.min(self.totals[expert], capacity)
+            kept = cutlass.min(self.totals[expert], limits.capacity)
         end = kept
         for step in range_constexpr(5):
             below = cute.arch.shuffle_sync_up(end, 1 << step)
@@ -282,13 +301,24 @@ class Route:
         end += cute.arch.warp_redux_sync(of_warp, "add")
         if expert < self.experts:
             first[expert] = first[expert] + end - kept
+            end = cutlass.min(end, limits.max_rows)
             ends[expert] = end
             if self.block == 0:
                 offsets[expert] = end
-        return used
+        kept_rows = cutlass.min(used, limits.max_rows)
+        if limits.overflow.toint() != 0 and self.block == 0 and self.thread == 0:
+            cute.make_tensor(limits.overflow, cute.make_layout(1))[0] = used - kept_rows
+        return kept_rows
 
     @cute.jit
-    def assign(self, choices: Int32, index: cute.Tensor, inverse: cute.Tensor, used: Int32):
+    def assign(
+        self,
+        choices: Int32,
+        index: cute.Tensor,
+        inverse: cute.Tensor,
+        used: Int32,
+        max_rows: Int32,
+    ):
         for start in cutlass.range(0, self.rounds, _BATCH, unroll=1):
             packed = cute.make_rmem_tensor((_BATCH,), Int32)
             for i in range_constexpr(_BATCH):
@@ -308,9 +338,10 @@ class Route:
                         row = Int32(-1)
                     inverse[pair] = row
         together = self.threads * self.blocks
-        for i in cutlass.range((self.pairs - used + together - 1) // together, unroll=1):
+        rows = cutlass.min(self.pairs, max_rows)
+        for i in cutlass.range((rows - used + together - 1) // together, unroll=1):
             row = used + i * together + self.block * self.threads + self.thread
-            if row < self.pairs:
+            if row < rows:
                 index[row] = Int32(-1)
 
 
@@ -332,27 +363,22 @@ class RouteLogits:
         """The arguments of `__call__`, except grid and stream."""
         return (
             routing_argument(self.problem),
-            integer("capacity"),
-            several(
-                pointer("index", Int32, 4),
-                pointer("offsets", Int32, 4),
-                pointer("inverse", Int32, 4),
-                kind=Table,
-            ),
+            limits_argument(),
+            table_argument(),
         )
 
     def tensor_maps(self):
         return ()
 
     @cute.jit
-    def __call__(self, routing, capacity, table, grid, stream):
-        """capacity, table: as in `Route`. grid: 1."""
-        self.kernel(routing, capacity, table).launch(
+    def __call__(self, routing, limits, table, grid, stream):
+        """grid: 1."""
+        self.kernel(routing, limits, table).launch(
             grid=[grid, 1, 1], block=[self.threads, 1, 1], stream=stream
         )
 
     @cute.kernel
-    def kernel(self, routing: Routing, capacity: Int32, table: Table):
+    def kernel(self, routing: Routing, limits: Limits, table: Table):
         route, tokens, k = self.route, routing.num_tokens, routing.k
         route.attach(tokens * k)
         wait_for_previous()
@@ -363,4 +389,4 @@ class RouteLogits:
                 self.router.route_token(token, routing)
         nothing = cute.make_ptr(Int32, Int64(0), cute.AddressSpace.gmem, assumed_align=4)
         pairs = Pairs(routing.ids, nothing, Int32(self.problem.num_experts), tokens * k, k)
-        route.sort(pairs, capacity, table, nothing, Int32(_ALL))
+        route.sort(pairs, limits, table, nothing, Int32(_ALL))

@@ -76,6 +76,19 @@ def _number(key: Uint32) -> Float32:
     return Int32(bits).bitcast(Float32)
 
 
+@cute.jit
+def sqrt_softplus(x: Float32) -> Float32:
+    """sqrt(log(1 + exp(x)))
+
+    log(1 + p) of a small p, whose sum with 1 would lose bits, is p (1 - p / 2 + p^2 / 3).
+    """
+    power = cute.math.exp2(cute.math.absf(x) * -_LOG2_E, fastmath=True)
+    rest = cute.math.log2(power + 1.0, fastmath=True) * (1 / _LOG2_E)
+    if power < 0.0078125:
+        rest = power * (1.0 - power * (0.5 - power * (1 / 3)))
+    return cute.math.sqrt(cutlass.max(x, Float32(0.0)) + rest)
+
+
 class TopkRouter:
     """Writes the kernel of `topk_router`: a warp chooses the experts of a token.
 
@@ -172,8 +185,10 @@ class TopkRouter:
             if keys[i] > _MISSING:
                 if const_expr(self.problem.scoring == "softmax"):
                     score = cute.math.exp2((scores[i] - largest) * _LOG2_E, fastmath=True)
-                else:
+                elif const_expr(self.problem.scoring == "sigmoid"):
                     score = 1.0 / (1.0 + cute.math.exp2(scores[i] * -_LOG2_E, fastmath=True))
+                else:
+                    score = sqrt_softplus(scores[i])
             scores[i] = score
             total += score
         if const_expr(self.problem.scoring == "softmax"):

@@ -188,7 +188,11 @@ def test_router_gradients(scoring: str, missing: bool) -> None:
         ({"num_groups": 3}, ValueError, "must be a divisor of 8 experts, got 3"),
         ({"num_groups": 0}, ValueError, "must be a divisor of 8 experts, got 0"),
         ({"num_groups": 4, "topk_groups": 5}, ValueError, "must be 1 to num_groups 4, got 5"),
-        ({"scoring": "relu"}, ValueError, "must be 'softmax' or 'sigmoid', got 'relu'"),
+        (
+            {"scoring": "relu"},
+            ValueError,
+            "sqrtsoftplus, got 'relu'",
+        ),
         ({"correction_bias": torch.zeros(7)}, ValueError, r"must be \[8\], got \[7\]"),
     ],
 )
@@ -321,6 +325,8 @@ def activation_of(x: Tensor, layer: Layer) -> Tensor:
     values = {
         "swiglu": lambda: [g / (1 + (-g).exp()) * u for g, u in pairs],
         "geglu": lambda: [g / 2 * (1 + torch.erf(g / 2**0.5)) * u for g, u in pairs],
+        "geglu_tanh": lambda: [gelu_tanh(g) * u for g, u in pairs],
+        "gelu_tanh": lambda: [gelu_tanh(g) for g in x],
         "reglu": lambda: [max(g, g * 0) * u for g, u in pairs],
         "swiglu_oai": lambda: [
             min(g, g * 0 + 7)
@@ -334,6 +340,10 @@ def activation_of(x: Tensor, layer: Layer) -> Tensor:
         "relu2": lambda: [max(g, g * 0) ** 2 for g in x],
     }[layer.activation]()
     return torch.stack(values)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
 
 def rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -78,7 +78,13 @@ def test_compiles_as_one_graph() -> None:
         (X, 9, {"num_groups": 2}, ValueError, "k must be 1 to 8"),
         (X, 2, {"num_groups": 3}, ValueError, "must be a divisor of 16 experts, got 3"),
         (X, 2, {"num_groups": 4, "topk_groups": 5}, ValueError, "must be 1 to num_groups 4, got 5"),
-        (X, 2, {"scoring": "tanh"}, ValueError, "must be 'softmax' or 'sigmoid', got 'tanh'"),
+        (
+            X,
+            2,
+            {"scoring": "tanh"},
+            ValueError,
+            "sqrtsoftplus, got 'tanh'",
+        ),
         (X, 2, {"correction_bias": X[0, :3]}, ValueError, r"must be \[16\], got \[3\]"),
         (X, 2, {"correction_bias": X[0].int()}, TypeError, "floating-point dtype, got torch.int32"),
         (X, 2, {"correction_bias": X[0].to("meta")}, ValueError, "must be on cpu, got one on meta"),
@@ -114,12 +120,12 @@ PROBLEMS = {
     RouteProblem(8, 16): "ids must have 32 or 64 bits, got 16",
     TopkProblem(1024, DType.FP16, "sigmoid", 32): None,
     TopkProblem(1025, DType.FP16, "sigmoid", 1): "experts must be 1 to 1024, got 1025",
-    TopkProblem(8, DType.INT8, "softmax", 1): "logits must be bf16, fp16, fp32, got int8",
-    TopkProblem(8, DType.FP32, "tanh", 1): "scoring must be softmax or sigmoid, got 'tanh'",
-    TopkProblem(64, DType.FP32, "softmax", 64): "must be 1 to 32 and divide 64 experts, got 64",
-    TopkProblem(10, DType.FP32, "softmax", 4): "must be 1 to 32 and divide 10 experts, got 4",
+    TopkProblem(8, DType.INT8, "softmax", 1): "logits must be one of bf16, fp16, fp32, got int8",
+    TopkProblem(8, DType.FP32, "tanh", 1): "sqrtsoftplus, got 'tanh'",
+    TopkProblem(64, DType.FP32, "softmax", 64): "and a divisor of 64 experts, got 64",
+    TopkProblem(10, DType.FP32, "softmax", 4): "must be 1 to 32 and a divisor of 10 experts, got 4",
     RouteLogitsProblem(512, DType.BF16, "softmax", 1): None,
-    RouteLogitsProblem(513, DType.BF16, "softmax", 1): "at most 512 experts, got 513",
+    RouteLogitsProblem(513, DType.BF16, "softmax", 1): "experts must be at most 512, got 513",
 }
 
 

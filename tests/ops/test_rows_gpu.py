@@ -235,7 +235,7 @@ def test_graph_replay_with_other_data() -> None:
     tensors = addresses(
         rows=sums["rows"], weights=sums["topk_weights"], inverse=sums["inverse"], out=out
     )
-    combined = combine_values(tensors, 1024, 128)
+    combined = combine_values(tensors, 1024, 128, 8)
     quantized = quantize_values(addresses(source=out, q=q, scale=scale), 128)
 
     def chain() -> None:

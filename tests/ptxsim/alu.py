@@ -125,6 +125,7 @@ _TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
     "mul.hi.u32": (_high(np.uint64, np.uint32), U32, (U32, U32)),
     "mad.lo.s32": (lambda a, b, c: a * b + c, I32, (I32, I32, I32)),
     "mad.lo.s64": (lambda a, b, c: a * b + c, I64, (I64, I64, I64)),
+    "mul.lo.s64": (np.multiply, I64, (I64, I64)),
     "abs.f32": (np.abs, F32, (F32,)),
     "neg.f32": (np.negative, F32, (F32,)),
     "max.NaN.f32": (np.maximum, F32, (F32, F32)),
@@ -177,7 +178,7 @@ for _name, _kind in {"pred": B, "b32": U32, "b64": U64}.items():
         "xor": np.bitwise_xor,
     }.items():
         _TABLE[f"{_op}.{_name}"] = (_function, _kind, (_kind, _kind))
-for _name, _kind in {"b32": U32, "b64": U64, "f32": F32}.items():
+for _name, _kind in {"b16": U16, "b32": U32, "b64": U64, "f32": F32}.items():
     _TABLE[f"selp.{_name}"] = (_select, _kind, (_kind, _kind, B))
 _COMPARES = {
     "eq": np.equal,

@@ -34,7 +34,12 @@ def _on_gpu(run: Run, inputs: dict[str, Any]) -> Tensor:
     addresses["out"] = out.data_ptr()
     interleaved = inputs.get("interleaved", False)
     values = gemm_values(
-        run.problem, addresses, len(inputs["x"]), len(out), interleaved=interleaved
+        run.problem,
+        addresses,
+        len(inputs["x"]),
+        len(out),
+        interleaved=interleaved,
+        numbers=launch.numbers_of(inputs),
     )
     views = gemm_views(run.problem, on["weight"].stride(), len(out), interleaved)
     kernel = load(run.problem, run.config, torch.cuda.current_device())

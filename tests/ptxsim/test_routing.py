@@ -34,6 +34,7 @@ class Case:
     id_bits: int = 32
     mapped: bool = False
     factor: float | None = None
+    max_rows: int | None = None  # of all experts
 
     @property
     def kernel(self) -> routing.StepKernel:
@@ -42,6 +43,7 @@ class Case:
     def run(self, schedule: Schedule, kernel: routing.StepKernel) -> None:
         """Raises Fault, also where the result is wrong."""
         pairs = self.tokens * self.choices
+        rows = pairs if self.max_rows is None else self.max_rows
         draw = np.random.default_rng(schedule.seed)
         number = 2 * self.experts if self.mapped else self.experts
         ids = draw.integers(-1, number + 1, (self.tokens, self.choices)).astype(
@@ -51,28 +53,36 @@ class Case:
         outputs = {
             name: np.full(size, routing.POISON, np.int32)
             for name, size in {
-                "index": pairs, "offsets": self.experts, "inverse": pairs,
-                "histograms": self.ctas * self.experts,
+                "index": min(rows, pairs), "offsets": self.experts, "inverse": pairs,
+                "histograms": self.ctas * self.experts, "overflow": 1,
             }.items()
         }  # fmt: skip
         arguments = {
             "ids": ids, "expert_map": local if self.mapped else 0, "num_ids": number,
             "pairs": pairs, "choices": self.choices,
-            "capacity": row_capacity(torch.from_numpy(ids), number, self.factor), **outputs,
+            "capacity": row_capacity(torch.from_numpy(ids), number, self.factor), "max_rows": rows,
+            **outputs,
         }  # fmt: skip
         phases = (0,) if self.ctas == 1 else (1, 2)
         launches = [(kernel, self.ctas, {**arguments, "phase": phase}) for phase in phases]
         last = len(launches) - 1
         writers = {
-            "index": last, "offsets": last, "inverse": WORKSPACE, "histograms": WORKSPACE
+            "index": last, "offsets": last, "inverse": WORKSPACE, "histograms": WORKSPACE,
+            "overflow": last,
         }  # fmt: skip
         routing.run(launches, writers, schedule)
         expert_map = torch.from_numpy(local) if self.mapped else None
         want = route_reference(
             torch.from_numpy(ids), self.experts, expert_map=expert_map, capacity_factor=self.factor
         )
-        for name in ("index", "offsets", "inverse"):
-            if outputs[name].tolist() != getattr(want, name).flatten().tolist():
+        kept = {
+            "index": want.index[:rows],
+            "offsets": want.offsets.clamp(max=rows),
+            "inverse": want.inverse.where(want.inverse < rows, -1),
+            "overflow": (want.offsets[-1:] - rows).clamp(min=0),
+        }
+        for name, values in kept.items():
+            if outputs[name].tolist() != values.flatten().tolist():
                 raise Fault(f"wrong result: {name}")
 
 
@@ -83,6 +93,9 @@ CASES = {
     "several_batches": Case(1, 1100, 1, 33),
     "int64_mapped": Case(1, 40, 4, 8, id_bits=64, mapped=True),
     "capacity": Case(1, 60, 3, 5, factor=0.5),
+    "max_rows": Case(1, 60, 3, 5, max_rows=70),
+    "max_rows_of_five_ctas": Case(5, 170, 4, 33, mapped=True, max_rows=100),
+    "more_max_rows_than_pairs": Case(1, 20, 3, 5, max_rows=1000),
     "two_ctas": Case(2, 60, 3, 5),
     "five_ctas": Case(5, 170, 4, 33, mapped=True, factor=0.75),
     "idle_ctas": Case(4, 30, 2, 3),

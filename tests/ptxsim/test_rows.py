@@ -19,7 +19,7 @@ if default_build() is None:
 
 from cutlass_moe.operands import TORCH_DTYPES
 from cutlass_moe.ops.combine import combine_reference
-from cutlass_moe.ops.quantize import quantize_per_token_reference
+from cutlass_moe.ops.quantize import quantize_per_token_reference, quantize_static
 from tests.ptxsim.kernels.routing import edited, kernel
 from tests.ptxsim.kernels.rows import Stage, run
 from tests.support.numerics import poisoned, same_bits
@@ -39,6 +39,8 @@ class Quantized:
     end: int | None = None
     early: bool = False
     source_scale: float = 1.0
+    static: float = 0.0  # the scale of all rows, if not 0
+    spare: int = 0  # elements between rows
 
     @property
     def problem(self) -> QuantizeProblem:
@@ -51,7 +53,9 @@ class Quantized:
             "end": 0 if self.end is None else torch.tensor([self.end], dtype=torch.int32),
             "q": torch.full((self.rows, self.k), 0x55, dtype=torch.uint8),
             "scale": poisoned(self.rows, 1, torch.float32, "cpu"),
+            "static_scale": torch.tensor([self.static]) if self.static else 0,
             "num_rows": self.rows,
+            "source_stride": x.shape[1] * x.element_size(),
             "early": int(self.early),
         }
         written = self.rows if self.end is None else min(self.end, self.rows)
@@ -62,7 +66,7 @@ class Quantized:
         """Ordinary rows and, in turn, one of the smallest numbers, of the largest, of zeros."""
         generator = torch.Generator().manual_seed(self.k)
         dtype = TORCH_DTYPES[self.source]
-        x = torch.randn(self.rows, self.k, generator=generator)
+        x = torch.randn(self.rows, self.k + self.spare, generator=generator)
         info = torch.finfo(dtype)
         factors = torch.tensor([1.0, 300.0, info.tiny, info.max / 8, 0.0])
         return (x * factors[torch.arange(self.rows) % 5, None]).to(dtype)
@@ -70,9 +74,13 @@ class Quantized:
     def check(self, stage: Stage) -> None:
         x, q, scale = (stage.arguments[name] for name in ("source", "q", "scale"))
         assert isinstance(x, Tensor) and isinstance(q, Tensor) and isinstance(scale, Tensor)
-        count = stage.written
-        want, want_scale = quantize_per_token_reference(x[:count], TORCH_DTYPES[self.target])
-        want_scale = want_scale * torch.where(x[:count].any(1), self.source_scale, 1.0)
+        count, target = stage.written, TORCH_DTYPES[self.target]
+        x = x[:count, : self.k]
+        if self.static:
+            want, want_scale = quantize_static(x.float() * self.source_scale, target, self.static)
+        else:
+            want, want_scale = quantize_per_token_reference(x, target)
+            want_scale = want_scale * torch.where(x.any(1), self.source_scale, 1.0)
         torch.testing.assert_close(scale[:count, 0], want_scale, rtol=0, atol=0, equal_nan=True)
         finite = want_scale.isfinite()
         assert same_bits(q[:count][finite], want[finite])
@@ -90,6 +98,8 @@ QUANTIZED = {
     "no_row_counts": Quantized(BF16, DType.INT8, 72, rows=20, end=0),
     "some_rows_count": Quantized(BF16, DType.INT8, 1048, rows=5, end=3),
     "all_rows_count": Quantized(FP32, DType.E4M3, 72, rows=9, end=99),
+    "static_fp8": Quantized(BF16, DType.E4M3, 72, rows=9, static=0.25, spare=8),
+    "static_int8": Quantized(FP16, DType.INT8, 264, rows=6, static=0.5, source_scale=32.0),
     "early": Quantized(BF16, DType.E4M3, 72, rows=9, end=5, early=True),
 }
 
@@ -129,10 +139,13 @@ class Combined:
     rows: int
     residual: bool = False
     threads: int = 64
+    weights: DType = DType.FP32
+    spare: int = 0  # weights between tokens
+    weighted: bool = True
 
     @property
     def problem(self) -> CombineProblem:
-        return CombineProblem(self.dtype, self.n, self.top_k)
+        return CombineProblem(self.dtype, self.n, self.top_k, self.weights)
 
     def stage(self, rows: Tensor | None = None, edit: tuple[str, str] | None = None) -> Stage:
         """Small whole numbers, whose sums are exact; NaN in rows and weights that do not count."""
@@ -147,19 +160,21 @@ class Combined:
             -2, self.rows + 1, (self.tokens, self.top_k), generator=generator, dtype=torch.int32
         )
         kept = (inverse >= 0) & (inverse < self.rows)
-        weights = numbers(self.tokens, self.top_k).masked_fill(~kept, float("nan"))
+        weights = numbers(self.tokens, self.top_k + self.spare).to(TORCH_DTYPES[self.weights])
+        weights[:, : self.top_k].masked_fill_(~kept, float("nan"))
         if rows is None:
             rows = numbers(self.rows, self.n).to(dtype)
             used = inverse[kept].unique().long()
             rows[[row for row in range(self.rows) if row not in used]] = float("nan")
         arguments: dict[str, Tensor | int] = {
             "rows": rows,
-            "weights": weights,
+            "weights": weights if self.weighted else 0,
             "inverse": inverse,
             "residual": numbers(self.tokens, self.n).to(dtype) if self.residual else 0,
             "out": poisoned(self.tokens, self.n, dtype, "cpu"),
             "num_rows": self.rows,
             "num_tokens": self.tokens,
+            "weight_stride": self.top_k + self.spare,
         }
         grid = self.problem.ctas(self.tokens, self.threads)
         built = edited(built, *edit) if edit else built
@@ -169,8 +184,10 @@ class Combined:
         names = ("rows", "weights", "inverse", "out")
         rows, weights, inverse, out = (stage.arguments[name] for name in names)
         residual = stage.arguments["residual"] if self.residual else None
-        assert isinstance(rows, Tensor) and isinstance(weights, Tensor)
-        assert isinstance(inverse, Tensor) and isinstance(residual, Tensor | None)
+        assert isinstance(rows, Tensor) and isinstance(inverse, Tensor)
+        assert isinstance(residual, Tensor | None)
+        ones = torch.ones(inverse.shape)
+        weights = weights[:, : self.top_k] if isinstance(weights, Tensor) else ones
         want = combine_reference(rows, weights, inverse, residual=residual)
         assert isinstance(out, Tensor) and want.isfinite().all()
         assert torch.equal(out, want)
@@ -181,6 +198,9 @@ COMBINED = {
     "three_choices": Combined(FP16, 72, 3, tokens=9, rows=12, residual=True),
     "float32": Combined(FP32, 24, 5, tokens=13, rows=30, residual=True),
     "eight_choices": Combined(BF16, 136, 8, tokens=5, rows=20),
+    "bf16_weights": Combined(BF16, 72, 3, tokens=9, rows=12, weights=BF16, spare=2),
+    "fp16_weights": Combined(FP16, 72, 2, tokens=9, rows=12, weights=FP16),
+    "unweighted": Combined(BF16, 72, 1, tokens=9, rows=12, weighted=False),
     "no_rows": Combined(BF16, 72, 2, tokens=3, rows=0, residual=True),
     "many_choices": Combined(BF16, 16, 16, tokens=6, rows=50),
 }

@@ -88,7 +88,8 @@ def run_fused(case: Case, kernel: routing.StepKernel, schedule: Schedule) -> Non
     sizes = {"index": pairs, "offsets": experts, "inverse": pairs}
     table = {name: np.full(size, routing.POISON, np.int32) for name, size in sizes.items()}
     capacity = row_capacity(torch.from_numpy(call.ids), experts, 0.75)
-    arguments = {**call.arguments, **table, "capacity": capacity}
+    limits = {"capacity": capacity, "max_rows": pairs, "overflow": 0}
+    arguments = {**call.arguments, **table, **limits}
     writers = {"weights": 0, "ids": WORKSPACE, "index": 0, "offsets": 0, "inverse": WORKSPACE}
     routing.run([(kernel, 1, arguments)], writers, schedule)
     call.check()

@@ -46,7 +46,16 @@ ADDRESS = {  # of any kernel's tensors
     name: 256 * number
     for number, name in enumerate(
         (*Operands._fields, "out", "source", "end", "q", "rows", "weights", "inverse")
-        + ("residual", "ids", "expert_map", "histograms", "logits", "correction_bias"),
+        + (
+            "static_scale",
+            "overflow",
+            "residual",
+            "ids",
+            "expert_map",
+            "histograms",
+            "logits",
+            "correction_bias",
+        ),
         start=1,
     )
 }
@@ -75,9 +84,9 @@ CASES: dict[str, tuple[Problem, Config, dict[str, int]]] = {
         for problem, values in (
             (RouteProblem(9, 32), {**route_values(ADDRESS, **_ROUTE), "phase": 0}),
             (TopkProblem(*ROUTER), _ROUTER),
-            (RouteLogitsProblem(*ROUTER), {**_ROUTER, "capacity": 24}),
-            (QuantizeProblem(DType.BF16, DType.E4M3, 64), quantize_values(ADDRESS, 24)),
-            (CombineProblem(DType.BF16, 64, 3), combine_values(ADDRESS, 24, 8)),
+            (RouteLogitsProblem(*ROUTER), {**_ROUTER, **route_values(ADDRESS, **_ROUTE)}),
+            (QuantizeProblem(DType.BF16, DType.E4M3, 64), quantize_values(ADDRESS, 24, 128)),
+            (CombineProblem(DType.BF16, 64, 3), combine_values(ADDRESS, 24, 8, 3)),
         )
     },
 }
@@ -107,8 +116,8 @@ def test_names_are_those_of_the_kernels(name: str) -> None:
 def test_tensors_that_are_not_there_have_address_zero() -> None:
     needed = {name: ADDRESS[name] for name in ("x", "weight", "offsets", "out")}
     assert gemm_values(PLAIN, needed, 8, 24)["starts"] == 0
-    assert quantize_values({}, 24)["end"] == 0
-    assert combine_values({}, 24, 8)["residual"] == 0
+    assert quantize_values({}, 24, 128)["end"] == 0
+    assert combine_values({}, 24, 8, 3)["residual"] == 0
     assert route_values({}, **_ROUTE)["expert_map"] == 0
 
 

@@ -16,6 +16,7 @@ from cutlass_moe.operands import TORCH_DTYPES
 from emitters.spec.config_sm90 import GemmSm90Config, GemmSwapSm90Config, Schedule
 from emitters.spec.dtypes import ACCUMULATIONS, Accumulation, DType
 from emitters.spec.gemm import (
+    NUMBERS,
     Activation,
     ActivationFunction,
     Bias,
@@ -89,6 +90,7 @@ class Case:
     reads: str = "any"
     spare: int = 5
     interleaved: bool = False
+    numbers: tuple[float, ...] = ()  # limit, alpha and beta of SWIGLU_OAI; default its own
     weight_major: Major = Major.K
     apart: int = 0
 
@@ -239,6 +241,12 @@ SWIGLU = replace(BASE, epilogue=(*SCALES, Activation(ActivationFunction.SWIGLU))
 CASES |= {
     "swiglu": replace(SWIGLU, counts=RAGGED, n=272),
     "swiglu_interleaved": replace(SWIGLU, counts=RAGGED, n=272, interleaved=True),
+    "swiglu_clamped": replace(
+        FLOAT,
+        n=272,
+        epilogue=(Activation(ActivationFunction.SWIGLU_OAI),),
+        numbers=(0.75, 1.25, 0.5),
+    ),
     "swiglu_n_16": replace(SWIGLU, n=16),
     "swiglu_k_7168": replace(SWIGLU, n=528, k=7168),
     "swiglu_tokens_16384": replace(SWIGLU, tokens=16384, counts=skewed(8, 65536), n=1536),
@@ -381,6 +389,7 @@ def make_inputs(case: Case, device: str, exact: bool = False, seed: int = 0) -> 
     if case.problem.activation is not None:
         inputs["activation"] = str(case.problem.activation.function)
         inputs["interleaved"] = case.interleaved
+        inputs |= zip(NUMBERS[: len(case.numbers)], case.numbers, strict=True)
     if Granularity.TOKEN in case.epilogue:
         inputs["per_token_scale"] = data.scale((tokens,), 1 / _SPREAD.get(case.operand, 1.0))
     if Granularity.CHANNEL in case.epilogue:

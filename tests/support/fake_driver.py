@@ -23,16 +23,18 @@ from tests.support.fake_images import make_image
 
 MAP, POINTER, INT = ParamKind.TENSOR_MAP, ParamKind.POINTER, ParamKind.INT32
 INTEGERS = (
-    "num_ids pairs choices capacity phase num_tokens k topk_groups renormalize num_rows early"
+    "num_ids pairs choices capacity max_rows phase num_tokens k topk_groups renormalize num_rows "
+    "early source_stride weight_stride"
 )
 ROUTER = "logits correction_bias weights ids num_tokens k topk_groups renormalize scale threshold"
 TABLE = "index offsets inverse"
+LIMITS = "capacity max_rows overflow"
 PARAMETERS = {
-    "route": f"ids expert_map num_ids pairs choices capacity {TABLE} histograms phase",
+    "route": f"ids expert_map num_ids pairs choices {LIMITS} {TABLE} histograms phase",
     "topk_router": ROUTER,
-    "route_logits": f"{ROUTER} capacity {TABLE}",
-    "quantize": "source end q scale num_rows early",
-    "combine": "rows weights inverse residual out num_rows num_tokens",
+    "route_logits": f"{ROUTER} {LIMITS} {TABLE}",
+    "quantize": "source end q scale static_scale num_rows source_stride early",
+    "combine": "rows weights inverse residual out num_rows num_tokens weight_stride",
 }
 SIZES = {ParamKind.TENSOR_MAP: 128, ParamKind.POINTER: 8, ParamKind.INT32: 4}
 COUNTERS = 0xC0 << 8  # the address that every kernel's counters have
@@ -56,10 +58,12 @@ def parameters_of(problem: Problem, config: Config) -> list[tuple[str, ParamKind
         ("out", POINTER),
         ("out_map", MAP),
         ("num_tokens", INT),
+        ("x_stride", INT),
         ("num_rows", INT),
         ("early", INT),
         ("column_stride", INT if problem.gated else None),
         ("gate_stride", INT if problem.gated else None),
+        *((name, INT) for name in (problem.activation.numbers if problem.activation else ())),
         ("per_token_scale", POINTER if problem.x_scale else None),
         ("scale", POINTER if problem.weight_scale else None),
         *((operand, POINTER) for operand in operands),

@@ -23,20 +23,26 @@ def _gelu(x: Tensor) -> Tensor:
     return x * (1 + torch.erf(x / 2**0.5)) / 2
 
 
-def _oai(gate: Tensor, up: Tensor) -> Tensor:
-    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
-    return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
+
+
+def _oai(gate: Tensor, up: Tensor, limit: float, alpha: float, beta: float) -> Tensor:
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate / (1 + torch.exp(-alpha * gate)) * (up + beta)
 
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
     "silu": _silu,
     "relu": lambda x: x.clamp(min=0),
     "relu2": lambda x: x.clamp(min=0) ** 2,
 }
-GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+GATES: dict[str, Callable[..., Tensor]] = {
     "swiglu": lambda gate, up: _silu(gate) * up,
     "geglu": lambda gate, up: _gelu(gate) * up,
+    "geglu_tanh": lambda gate, up: _gelu_tanh(gate) * up,
     "reglu": lambda gate, up: gate.clamp(min=0) * up,
     "swiglu_oai": _oai,
 }
@@ -53,6 +59,9 @@ def naive(
     bias: Tensor | None = None,
     activation: str | None = None,
     interleaved: bool = False,
+    limit: float = 7.0,
+    alpha: float = 1.702,
+    beta: float = 1.0,
     starts: Tensor | None = None,
 ) -> Tensor:
     """The definition, float64 [rows, columns], row by row with a copy of its weights;
@@ -80,7 +89,8 @@ def naive(
             result = result + bias[expert].double()
         if activation in GATES:
             pairs = result.reshape(-1, 2) if interleaved else result.reshape(2, -1).T
-            result = GATES[activation](*pairs.unbind(1))
+            numbers = (limit, alpha, beta) if activation == "swiglu_oai" else ()
+            result = GATES[activation](*pairs.unbind(1), *numbers)
         elif activation is not None:
             result = FUNCTIONS[activation](result)
         out.append(result)
@@ -197,7 +207,7 @@ def check(out: Tensor, case: Case, inputs: dict[str, Any], exact: bool = False) 
 SCHEMA_ORDER = (
     "x", "weight", "index", "offsets", "per_token_scale", "scale", "bias", "starts",
     "out_dtype", "accumulation", "expected_rows", "num_sms", "schedule",
-    "activation", "interleaved",
+    "activation", "interleaved", "limit", "alpha", "beta",
 )  # fmt: skip
 _CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 

@@ -14,6 +14,7 @@ from emitters.spec.layer_steps import RouteLogitsProblem, TopkProblem
 OPTIONS: dict[str, dict[str, Any]] = {
     "softmax": {},
     "sigmoid": {"scoring": "sigmoid"},
+    "sqrtsoftplus": {"scoring": "sqrtsoftplus", "bias": True, "scale": 1.5},
     "as_is": {"renormalize": False, "scale": 0.5},
     "threshold": {"threshold": 0.1},
     "groups": {"num_groups": 4, "topk_groups": 2},

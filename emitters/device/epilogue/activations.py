@@ -7,7 +7,7 @@ import math
 import cutlass.cute as cute
 from cutlass import Float32
 
-from emitters.spec.gemm import OAI_LIMIT, OAI_SLOPE, Activation, ActivationFunction
+from emitters.spec.gemm import Activation, ActivationFunction
 
 # Abramowitz and Stegun 7.1.26: erfc(z) = t (a1 + t (a2 + ...)) exp(-z^2) for z >= 0, where
 # t = 1 / (1 + p z), within 1.5e-7
@@ -16,14 +16,18 @@ _ERFC_IS_0 = 20.0  # / sqrt 2, in float32
 _ERFC = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 
 
-def activate(node: Activation, *columns: Float32) -> Float32:
-    """Of gate and up, or of the one column. A NaN makes a NaN; so does silu(-inf), as torch's."""
+def activate(node: Activation, numbers: tuple[Float32, ...], *columns: Float32) -> Float32:
+    """Applies the function to gate and up, or to the one column.
+
+    numbers: the values of `node.numbers`. A NaN makes a NaN; so does silu(-inf), as torch's.
+    """
     function, x = node.function, columns[0]
     if function is ActivationFunction.SWIGLU_OAI:
-        gate = cute.arch.fmin(x, OAI_LIMIT, nan=True)
-        up = cute.arch.fmin(columns[1], OAI_LIMIT, nan=True)
-        up = cute.arch.fmax(up, -OAI_LIMIT, nan=True)
-        value = gate * _sigmoid(OAI_SLOPE, gate) * (up + 1.0)
+        limit, alpha, beta = numbers
+        gate = cute.arch.fmin(x, limit, nan=True)
+        up = cute.arch.fmin(columns[1], limit, nan=True)
+        up = cute.arch.fmax(up, -limit, nan=True)
+        value = gate * _sigmoid(alpha, gate) * (up + beta)
     else:
         value = _UNGATED[function](x)
         if function.gated:
@@ -31,9 +35,9 @@ def activate(node: Activation, *columns: Float32) -> Float32:
     return value if node.scale == 1.0 else value * node.scale
 
 
-def _sigmoid(slope: float, x: Float32) -> Float32:
+def _sigmoid(slope: float | Float32, x: Float32) -> Float32:
     """1 / (1 + exp(-slope x))"""
-    power = cute.math.exp2(x * (-slope / math.log(2)), fastmath=True)
+    power = cute.math.exp2(x * (slope * (-1 / math.log(2))), fastmath=True)
     return cute.arch.rcp_approx(power + 1.0)
 
 
@@ -53,6 +57,11 @@ def _gelu(x: Float32) -> Float32:
     return _relu(x) - size * half
 
 
+def _gelu_tanh(x: Float32) -> Float32:
+    """x * sigmoid(2 y), where y = sqrt(2 / pi) * (x + 0.044715 x^3): (1 + tanh y) / 2"""
+    return x * _sigmoid(2 * math.sqrt(2 / math.pi), x * (x * x * 0.044715 + 1.0))
+
+
 def _relu(x: Float32) -> Float32:
     return cute.arch.fmax(x, 0.0, nan=True)
 
@@ -67,6 +76,8 @@ _UNGATED = {
     ActivationFunction.SILU: _silu,
     ActivationFunction.GEGLU: _gelu,
     ActivationFunction.GELU: _gelu,
+    ActivationFunction.GEGLU_TANH: _gelu_tanh,
+    ActivationFunction.GELU_TANH: _gelu_tanh,
     ActivationFunction.REGLU: _relu,
     ActivationFunction.RELU: _relu,
     ActivationFunction.RELU2: _relu2,

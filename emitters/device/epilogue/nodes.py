@@ -27,7 +27,7 @@ from emitters.device.epilogue.activations import activate
 from emitters.device.epilogue.fragment import Fragment
 from emitters.device.epilogue.store import Store
 from emitters.device.memory import VECTOR
-from emitters.device.parameters import Gathered, Output
+from emitters.device.parameters import Gate, Gathered, Output
 from emitters.spec.gemm import Bias, EpilogueNode, GemmProblem, Granularity
 from emitters.spec.registry import GemmConfig
 
@@ -126,10 +126,16 @@ class Epilogue:
         self.problem, self.config = problem, config
         self.make_fragment, self.target = fragment, store
 
-    def attach(self, tensors, strides, gathered: Gathered, output: Output, staging, warp, lane):
-        """tensors: of `applied`, or None for none. strides: of a gated problem's channels, else
-        None. staging: the store's shared memory of all consumer warps. warp: its number among
-        them."""
+    def attach(
+        self, tensors, gate: Gate | None, gathered: Gathered, output: Output, staging, warp, lane
+    ):
+        """Binds the tensors, the output and this warp's staging memory.
+
+        tensors: those that `applied` lists, or None if there are none. gate: of a gated problem,
+        else None. staging: the shared memory of all consumer warps; warp: its number among them.
+        """
+        strides, numbers = (gate[:2], gate[2:]) if self.problem.gated else (None, ())
+        self.numbers = [bits.bitcast(Float32) for bits in numbers if bits is not None]
         fragment = self.make_fragment(self.problem, self.config, strides, warp, lane)
         self.fragment = fragment
         self.nodes = [
@@ -198,7 +204,8 @@ class Epilogue:
             columns = self.fragment.gate_pairs(count)
         result = cute.make_rmem_tensor((len(columns),), Float32)
         for i, registers in enumerate(columns):
-            result[i] = activate(self.problem.activation, *(values[r] for r in registers))
+            columns_of = (values[r] for r in registers)
+            result[i] = activate(self.problem.activation, self.numbers, *columns_of)
         return result
 
     def some_missing(self):

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cutlass_moe.operands import clamped_numbers
 from cutlass_moe.runtime.parameters import gemm_values, gemm_views
 from cutlass_moe.runtime.tensor_map import View
 from emitters.compile.emit import emit_ptx
-from emitters.spec.gemm import GemmProblem, Major, WeightStorage
+from emitters.spec.gemm import NUMBERS, GemmProblem, Major, WeightStorage
 from emitters.spec.image import LaunchRecord, ParamKind
 from emitters.spec.registry import GemmConfig
 from tests.ptxsim.machine import Launch, Machine
@@ -58,6 +59,12 @@ def _bytes(tensor: Tensor) -> np.ndarray:
 _LATE = ("x", "per_token_scale")  # what a GEMM's predecessor may write
 
 
+def numbers_of(inputs: dict[str, Any]) -> tuple[float, ...]:
+    """The numbers of the activation in arguments of `grouped_matmul`."""
+    given = (inputs.get(name) for name in ("activation", *NUMBERS))
+    return clamped_numbers(*given) or ()
+
+
 class Arguments:
     """Tensors of `grouped_matmul` in simulated global memory, and the kernel's parameters.
 
@@ -86,7 +93,13 @@ class Arguments:
         self.counters = np.zeros(2, np.int32)  # of a dynamic schedule
         addresses["counters"] = self.memory.add("counters", self.counters.view(np.uint8), WORKSPACE)
         values = gemm_values(
-            self.problem, addresses, len(inputs["x"]), len(out), interleaved=interleaved, early=late
+            self.problem,
+            addresses,
+            len(inputs["x"]),
+            len(out),
+            interleaved=interleaved,
+            numbers=numbers_of(inputs),
+            early=late,
         )
         self.parameters = self._pack(kernel, values, views)
 

@@ -218,6 +218,15 @@ for _i, _activation in enumerate(ActivationFunction):
     ACTIVATED[f"swap_{_activation}"] = Run(_case, replace(SWAP, tile_m=(8, 16)[_i % 2]))
 _BIASED = replace(_GATED, epilogue=(*SCALES, Bias(DType.FP32), _GATED.epilogue[-1]))
 ACTIVATED |= {
+    "clamped": Run(
+        replace(
+            _GATED,
+            epilogue=(Activation(ActivationFunction.SWIGLU_OAI, 1 / 32),),
+            operand=DType.BF16,
+            numbers=(0.5, 1.0, 0.25),
+        ),
+        _WIDE,
+    ),
     "gated_no_tail": Run(replace(_GATED, n=256), _WIDE),
     "gated_256": Run(replace(_GATED, n=288), replace(SMALL, tile_n=256)),
     "gated_64_columns": Run(replace(_INTERLEAVED, out=DType.FP32), SMALL),
