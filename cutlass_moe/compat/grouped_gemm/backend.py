@@ -121,16 +121,16 @@ def unpermute_bwd(
     if prob is None:
         prob = torch.ones(tokens, 1, dtype=torch.float32, device=input_bwd.device)
     _check_map(row_id_map, tokens, prob.shape[1])
-    grad = torch.zeros_like(input_fwd)
+    grad = input_fwd.new_zeros(len(input_fwd) + 1, input_fwd.shape[1])  # the last: of no row
     grad_prob = torch.zeros_like(prob, dtype=torch.float32)
     wide = input_bwd.float()
     for choice, rows in enumerate(row_id_map.view(prob.shape[1], tokens)):
         there = rows >= 0
         row = _take(input_fwd, rows.clamp(min=0)).float()
         grad_prob[:, choice] = (row * wide).sum(1).where(there, 0)
-        kept = there.nonzero().flatten()
-        grad[rows[kept].long()] = (wide * prob[:, choice, None])[kept].to(grad.dtype)
-    return grad, grad_prob
+        place = rows.where(there, len(input_fwd)).long()
+        grad[place] = (wide * prob[:, choice, None]).to(grad.dtype)
+    return grad[:-1], grad_prob
 
 
 def sinkhorn(cost: Tensor, tol: float = 0.0001) -> Tensor:
