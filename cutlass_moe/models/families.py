@@ -14,7 +14,7 @@ from cutlass_moe.models.moe_layers import Rule
 Names = tuple[str, ...]  # of fields: the first that has a value counts; dots lead into objects
 
 SPARSEMIXER = "sparsemixer"
-# hidden_act -> (gated, plain) as `grouped_matmul` calls them; it may not have all of them.
+# hidden_act -> (gated, plain) as `grouped_matmul` calls them; it has not all of them.
 ACTIVATIONS = {
     "silu": ("swiglu", "silu"),
     "swish": ("swiglu", "silu"),
@@ -35,7 +35,9 @@ class Family:
     types: values of model_type, or of architectures, which counts first.
     experts, top_k, inter, hidden: sizes; hidden is that of the experts' input and output.
     act: its activation by a key of ACTIVATIONS, else `default_act`; gated: whether a gate is
-      multiplied with an up projection; activation: one that no field names; limit: of SwiGLU.
+      multiplied with an up projection; activation: one that no field names.
+    limit: of SwiGLU's gate before it is activated, and of its up: with `alpha_beta` the numbers of
+      swiglu_oai; limit_after: of its gate when it is activated, which no kernel has.
     bias: whether the experts' projections have one.
     scoring: the router's, by a field, with `scores` for values that mean another, else by
       `default_scoring`, which may be one that `topk_router` has not.
@@ -61,6 +63,8 @@ class Family:
     gated: bool = True
     activation: str | None = None
     limit: Names = ()
+    alpha_beta: tuple[float, float] = (1.0, 0.0)
+    limit_after: Names = ()
     bias: bool = False
     scoring: Names = ("scoring_func", "score_function", "score_func")
     scores: Mapping[str, str] = field(default_factory=dict)
@@ -78,9 +82,10 @@ class Family:
     @property
     def names(self) -> set[str]:
         """Fields that the entry names."""
-        lists = (self.experts, self.top_k, self.inter, self.hidden, self.act, self.limit)
+        sizes = (self.experts, self.top_k, self.inter, self.hidden)
+        act = (self.act, self.limit, self.limit_after)
         router = (self.scoring, self.groups, self.identity, self.shared, self.shared_inter)
-        named = {name for names in (*lists, *router, self.known) for name in names}
+        named = {name for names in (*sizes, *act, *router, self.known) for name in names}
         return named | self.needs.keys() | {name.partition("=")[0] for name in self.notes}
 
 
@@ -191,8 +196,10 @@ FAMILIES = (
         top_k=("num_experts_per_tok", "experts_per_token"),
         inter=("intermediate_size",),
         activation="swiglu_oai",
+        limit=("swiglu_limit",),
+        alpha_beta=(1.702, 1.0),
         bias=True,
-        needs={"swiglu_limit": (None, 7.0), "hidden_act": (None, "silu")},
+        needs={"hidden_act": (None, "silu")},
         known=("experts_per_token",),
     ),
     Family(
@@ -286,7 +293,7 @@ FAMILIES = (
         ("step3p5", "step3p7"),
         experts=("moe_num_experts", "n_routed_experts"),
         top_k=("moe_top_k", "num_experts_per_tok"),
-        limit=("swiglu_limits",),
+        limit_after=("swiglu_limits",),
         scoring=("moe_router_activation",),
         default_scoring="sigmoid",
         layers=moe_layers.enumerated("moe_layers_enum"),

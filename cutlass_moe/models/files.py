@@ -13,7 +13,15 @@ from cutlass_moe.models import moe_layers
 from cutlass_moe.models.families import ACTIVATIONS, OTHER, Family, find_family
 from cutlass_moe.models.fields import Fields
 from cutlass_moe.models.quantization import read_quantization
-from cutlass_moe.models.shapes import DEFAULT_DTYPE, FUNCTIONS, MODELS, MoeShape, Routed
+from cutlass_moe.models.shapes import (
+    CLAMPED,
+    CLAMPED_NUMBERS,
+    DEFAULT_DTYPE,
+    FUNCTIONS,
+    MODELS,
+    MoeShape,
+    Routed,
+)
 from emitters.spec.layer_steps import SCORINGS
 
 _OPTIONAL = {"bias", "activation", "gated", "scoring", "num_groups"}
@@ -181,37 +189,41 @@ class _Reader:
                 f"{' or '.join(family.act)} must be one of {', '.join(ACTIVATIONS)}, got {act!r}"
             )
         name = family.activation or ACTIVATIONS[act][0 if family.gated else 1]
-        limited = self._limit(layers)
-        if name in FUNCTIONS and not limited:
+        limit = read.first(family.limit)
+        if self._limited_after(layers):
+            return family.gated, None
+        if limit is not None:
+            name = CLAMPED
+            alpha, beta = family.alpha_beta
+            if (limit, alpha, beta) != CLAMPED_NUMBERS:
+                self.notes.append(
+                    f"its experts' activation is {name} with numbers of its own: call it with "
+                    f"limit={limit:g}, alpha={alpha:g}, beta={beta:g}"
+                )
+        if name in FUNCTIONS:
             return family.gated, name
-        if not limited:
-            self.notes.append(
-                f"its experts' activation is {name} ({act}{', gated' if family.gated else ''}), "
-                "which no kernel has: the products are built without it, fused_moe is not"
-            )
+        self.notes.append(
+            f"its experts' activation is {name} ({act}{', gated' if family.gated else ''}), "
+            "which no kernel has: the products are built without it, fused_moe is not"
+        )
         return family.gated, None
 
-    def _limit(self, layers: list[int] | None) -> bool:
-        """Whether a limit of SwiGLU keeps all layers from the kernels; notes those of some."""
-        for name in self.family.limit:
+    def _limited_after(self, layers: list[int] | None) -> bool:
+        """Whether a limit that no kernel has is that of all layers; notes those of some."""
+        for name in self.family.limit_after:
             value = self.fields.get(name)
-            if isinstance(value, list):
-                chosen = range(len(value)) if layers is None else layers
-                some = [i for i in chosen if i < len(value) and value[i]]
-                if some and len(some) < len(chosen):
-                    self.notes.append(
-                        f"in {moe_layers.words(some, None)} gate and up are limited ({name} "
-                        f"{value[some[0]]}), which no kernel has: take grouped_matmul there, not "
-                        "fused_moe"
-                    )
-                    return False
-                value = value[some[0]] if some else None
-            if value:
-                self.notes.append(
-                    f"its experts' gate and up are limited ({name} {value}), which no kernel has: "
-                    "the products are built without an activation, fused_moe is not"
-                )
-                return True
+            if not isinstance(value, list):
+                continue
+            chosen = range(len(value)) if layers is None else layers
+            some = [i for i in chosen if i < len(value) and value[i]]
+            if not some:
+                continue
+            where = "all layers" if len(some) == len(chosen) else moe_layers.words(some, None)
+            self.notes.append(
+                f"in {where} silu(gate) and up are limited ({name} {value[some[0]]}), which no "
+                "kernel has: take grouped_matmul there, not fused_moe"
+            )
+            return len(some) == len(chosen)
         return False
 
     def _scoring(self) -> str | None:
@@ -225,7 +237,7 @@ class _Reader:
         if scoring in SCORINGS:
             return str(scoring)
         self.notes.append(
-            f"its router is {scoring}, topk_router has {' and '.join(SCORINGS)}: weights and ids "
+            f"its router is {scoring}, topk_router has {', '.join(SCORINGS)}: weights and ids "
             "are the caller's"
         )
         return None

@@ -12,6 +12,8 @@ from emitters.spec.layer_steps import SCORINGS
 DTYPES = {name: operands.DTYPES[dtype] for name, dtype in operands.NAMED_DTYPES.items()}
 DEFAULT_DTYPE = "fp8"  # of a model that asks for none
 FUNCTIONS = tuple(map(str, ActivationFunction))
+CLAMPED = str(ActivationFunction.SWIGLU_OAI)
+CLAMPED_NUMBERS = tuple(operands.Numbers())  # limit, alpha and beta where none are given
 
 
 class Gemm(NamedTuple):

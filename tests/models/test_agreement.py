@@ -114,7 +114,11 @@ def test_layers_are_shown() -> None:
     assert words in " ".join(shown.split())
 
 
-def test_demo_names_an_activation_that_no_kernel_has(asked: list[str]) -> None:
-    result = call("demo", "--model", CONFIGS / "grok-2.json", "--tokens", "1")
+def test_layer_without_an_activation(asked: list[str], tmp_path: Path) -> None:
+    plain = json.loads((CONFIGS / "olmoe.json").read_text())
+    file = tmp_path / "olmoe.json"
+    file.write_text(json.dumps({**plain, "hidden_act": "relu2"}))
+    check_agreement(file, asked, tmp_path)
+    result = call("demo", "--model", file, "--tokens", "1")
     assert result.exit_code != 0
-    assert "geglu_tanh" in result.stderr
+    assert "its experts' activation is reglu2" in result.stderr

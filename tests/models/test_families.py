@@ -11,7 +11,7 @@ import pytest
 from cutlass_moe.choose.heuristics_sm90 import every_config
 from cutlass_moe.models.families import FAMILIES, Family
 from cutlass_moe.models.files import Model, find_model, find_shape, read_model
-from cutlass_moe.models.problems import model_problems
+from cutlass_moe.models.problems import model_problems, problems_of_shape
 from cutlass_moe.models.shapes import DTYPES, MODELS, MoeShape, Routed
 from emitters.spec.registry import why_illegal
 
@@ -22,6 +22,7 @@ README = Path(__file__).parents[2] / "cutlass_moe/models/README.md"
 SNAPSHOT = "github.com/BrendanJamesLynskey/llm-architectures-explained, data/hf"
 CARD = "huggingface.co, the model's own config.json"
 CODE = "transformers 5.24.0, configuration and modeling files"
+FLOATS = ("bf16", "fp32")  # dtypes of logits
 NO_KERNEL = "the products are built without"
 BLOCKS = "fp8 with a scale a block of 128 x 128, which no kernel takes"
 
@@ -109,13 +110,12 @@ CASES = (
         "deepseek-v4-flash",
         (SNAPSHOT, CARD, CODE),
         *(256, 6, 4096, 2048),
-        activation=None,
-        scoring=None,
+        activation="swiglu_oai",
+        scoring="sqrtsoftplus",
         layers="all 43 layers",
         beside=2048,
         notes=(
-            f"limited (swiglu_limit 10.0), which no kernel has: {NO_KERNEL}",
-            "its router is sqrtsoftplus",
+            "swiglu_oai with numbers of its own: call it with limit=10, alpha=1, beta=0",
             "asks for experts of fp4",
             "the first 3 layers take experts by a hash",
         ),
@@ -207,10 +207,10 @@ CASES = (
         "grok-2",
         (SNAPSHOT,),
         *(8, 2, 8192, 16384),
-        activation=None,
+        activation="geglu_tanh",
         layers="all 64 layers",
         beside=32768,
-        notes=(f"geglu_tanh (gelu_tanh, gated), which no kernel has: {NO_KERNEL}", "30.0 * tanh"),
+        notes=("30.0 * tanh",),
     ),
     case(  # rope_scaling, two lists of 64 numbers, is left out
         "phi-3.5-moe",
@@ -218,7 +218,7 @@ CASES = (
         *(16, 2, 4096, 6400),
         scoring=None,
         layers="all 32 layers",
-        notes=("its router is sparsemixer, topk_router has softmax and sigmoid",),
+        notes=("its router is sparsemixer, topk_router has softmax, sigmoid",),
     ),
     case(  # sizes of copies of the file in tests, defaults and meaning of the code
         "ernie-4.5-21b",
@@ -256,7 +256,7 @@ CASES = (
         **SIGMOID,
         layers="layers 3 to 44 of 45",
         beside=1280,
-        notes=("in layers 43 to 44 gate and up are limited (swiglu_limits 7)",),
+        notes=("in layers 43 to 44 silu(gate) and up are limited (swiglu_limits 7)",),
     ),
     case(
         "longcat-flash",
@@ -278,10 +278,10 @@ CASES = (
         "gemma-4-26b-a4b",
         (SNAPSHOT, CODE),
         *(128, 8, 2816, 704),
-        activation=None,
+        activation="geglu_tanh",
         layers="all 30 layers",
         beside=2112,
-        notes=("geglu_tanh (gelu_pytorch_tanh, gated)", "normalises hidden before the logits"),
+        notes=("normalises hidden before the logits",),
     ),
 )
 every_case = pytest.mark.parametrize("one", CASES, ids=lambda one: one.file)
@@ -399,9 +399,18 @@ def test_nested(tmp_path: Path, key: str) -> None:
         ("qwen3-30b", {"router_noise": 0.1}, "router_noise 0.1 is not understood"),
         ("dbrx", {"moe_gate_type": "x"}, "moe_gate_type 'x' is not understood"),
         ("mixtral-8x7b", {"scoring_func": "max"}, "its router is max, topk_router has softmax"),
-        ("qwen3-30b", {"hidden_act": "gelu_pytorch_tanh"}, "geglu_tanh (gelu_pytorch_tanh, gated)"),
+        (
+            "qwen3-30b",
+            {"hidden_act": "relu2"},
+            f"reglu2 (relu2, gated), which no kernel has: {NO_KERNEL}",
+        ),
+        ("gpt-oss-120b", {"swiglu_limit": 9.0}, "with limit=9, alpha=1.702, beta=1"),
         ("qwen3-30b", {"model_type": "qwen9", "architectures": None}, "'qwen9' is in no table"),
-        ("step-3.5-flash", {"swiglu_limits": [7] * 45}, "gate and up are limited (swiglu_limits 7"),
+        (
+            "step-3.5-flash",
+            {"swiglu_limits": [7] * 45},
+            "in all layers silu(gate) and up are limited",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -410,8 +419,37 @@ def test_what_is_not_understood_is_told(
 ) -> None:
     path = write(tmp_path, file, **changes)
     assert any(note in one for one in read_model(path).notes), read_model(path).notes
-    with pytest.warns(RuntimeWarning, match="not understood|router is|no kernel|in no table"):
+    with pytest.warns(
+        RuntimeWarning, match="not understood|router is|no kernel|numbers of its own|in no table"
+    ):
         find_shape(str(path))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("qwen3-30b", {"hidden_act": "relu2"}),
+        ("step-3.5-flash", {"swiglu_limits": [7] * 45}),
+        ("phi-3.5-moe", {}),
+    ],
+    ids=["activation", "limit", "router"],
+)
+def test_what_no_kernel_has_is_not_built(
+    tmp_path: Path, file: str, changes: dict[str, object]
+) -> None:
+    """Nor is another taken for it."""
+    shape = read_model(write(tmp_path, file, **changes)).shape
+    problems = model_problems(shape, "fp8")
+    assert problems["up"].n == 2 * shape.inter
+    left_out = {"activated", "quantize activated"} if shape.activation is None else set()
+    if shape.scoring is None:
+        left_out |= {f"{op} {dtype}" for op in ("topk_router", "route_logits") for dtype in FLOATS}
+    every = model_problems(replace(shape, activation="swiglu", scoring="softmax"), "fp8")
+    assert left_out and every.keys() - problems.keys() == left_out
+    assert all(problems[name] == every[name] for name in problems if "rout" not in name)
+    if shape.activation is None:
+        with pytest.raises(ValueError, match="no kernel has its experts' activation"):
+            problems_of_shape(shape, "fp8")
 
 
 @pytest.mark.parametrize("quiet", [False, None, []])
@@ -428,7 +466,7 @@ def test_unknown_field_that_asks_for_nothing(tmp_path: Path, quiet: object) -> N
         ("qwen3-30b", {"hidden_act": "mish"}, "hidden_act must be one of silu, .*, got 'mish'"),
         ("nemotron-3-nano", {"mlp_bias": True}, "mlp_bias must be absent, got True"),
         ("ernie-4.5-21b", {"use_bias": True}, "use_bias must be absent, got True"),
-        ("gpt-oss-120b", {"swiglu_limit": 9.0}, "swiglu_limit must be absent or 7.0, got 9.0"),
+        ("gpt-oss-120b", {"hidden_act": "gelu"}, "hidden_act must be absent or 'silu', got 'gelu'"),
         ("longcat-flash", {"zero_expert_type": "copy"}, "zero_expert_type must be .*, got 'copy'"),
         ("deepseek-v3", {"topk_method": "new"}, "topk_method must be .*, got 'new'"),
         ("dbrx", {"ffn_config": {}}, "lacks ffn_config.moe_num_experts, ffn_config.moe_top_k"),
