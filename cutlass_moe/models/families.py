@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from cutlass_moe.models import moe_layers
 from cutlass_moe.models.moe_layers import Rule
 
-Names = tuple[str, ...]  # of fields: the first that has a value counts; dots lead into objects
+Names = tuple[str, ...]  # of fields: the first with a value counts; dots lead into objects
 
 SPARSEMIXER = "sparsemixer"
 # hidden_act -> (gated, plain) as `grouped_matmul` calls them; it has not all of them.
@@ -250,6 +250,21 @@ FAMILIES = (
         shared=("moe_num_shared_experts",),
         shared_inter=("moe_intermediate_size",),
         needs={"use_bias": (None,), "moe_gate": (None, "topk", "topk_fused")},
+        known=("moe_capacity", "moe_use_aux_free", "moe_norm_min"),
+    ),
+    Family(
+        ("ernie4_5_moe_vl",),  # its lists hold a value for the text's experts, one for the images'
+        experts=("moe_num_experts.0", "moe_num_experts"),
+        top_k=("moe_k",),
+        inter=("moe_intermediate_size.0", "moe_intermediate_size"),
+        layers=moe_layers.ernie,
+        shared=("moe_num_shared_experts",),
+        shared_inter=("moe_intermediate_size.0", "moe_intermediate_size"),
+        needs={"use_bias": (None,), "moe_gate": (None, "topk", "topk_fused")},
+        notes={
+            "moe_intermediate_size.1": "the experts of images, of inter {}, are a layer of their "
+            "own, which is not among these: build --shapes takes it"
+        },
         known=("moe_capacity", "moe_use_aux_free", "moe_norm_min"),
     ),
     Family(

@@ -33,7 +33,9 @@ _HARMLESS = frozenset(
 
 
 class Fields:
-    """A model's fields by name, with dots into objects. A field that is false is as good as absent.
+    """A model's fields by name, with dots into objects and lists: "a.b", "a.0".
+
+    A field that is false is as good as absent.
 
     read: the names asked for so far.
     """
@@ -44,10 +46,13 @@ class Fields:
 
     def get(self, name: str) -> Any:
         """The field's value as it stands, or None."""
-        self.read.add(name)
+        self.read |= {name, name.rpartition(".")[0]}
         value: Any = self.plain
         for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+            if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+                value = value[int(part)]
+            else:
+                value = value.get(part) if isinstance(value, dict) else None
         return None if value is False else value
 
     def first(self, names: Iterable[str]) -> Any:

@@ -176,7 +176,7 @@ class _Reader:
     def _check_needs(self) -> None:
         for name, allowed in self.family.needs.items():
             value = self.fields.get(name)
-            if value not in allowed and not (value is None and False in allowed):
+            if value not in allowed:
                 shown = " or ".join("absent" if one is None else repr(one) for one in allowed)
                 raise ValueError(f"{name} must be {shown}, got {value!r}")
 

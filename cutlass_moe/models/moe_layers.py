@@ -63,8 +63,8 @@ def periodic(period: str, offset: str) -> Rule:
 
 def ernie(fields: Fields) -> list[int] | None:
     count, step = fields.layers(), fields.number(("moe_layer_interval",), 1)
-    start = fields.number(("moe_layer_start_index",))
-    end = fields.number(("moe_layer_end_index",), -1)
+    start = fields.number(("moe_layer_start_index.0", "moe_layer_start_index"))
+    end = fields.number(("moe_layer_end_index.0", "moe_layer_end_index"), -1)
     if count is None:
         return None
     last = count - 1 if end == -1 else end

@@ -227,6 +227,14 @@ CASES = (
         layers="layers 1 to 27 of 28",
         beside=3072,
     ),
+    case(  # vision_config is shortened; moe_capacity and im_patch_id are the card's
+        "ernie-4.5-vl-28b",
+        ("copies in github.com repositories' tests", CARD, CODE),
+        *(64, 6, 2560, 1536),
+        layers="layers 1 to 27 of 28",
+        beside=3072,
+        notes=("the experts of images, of inter 512, are a layer of their own",),
+    ),
     case(  # keys of Hunyuan-7B-Pretrain's file, of the same code; sizes of the model's card
         "hunyuan-a13b",
         ("huggingface.co/tencent/Hunyuan-7B-Pretrain for the keys", CARD, CODE),
