@@ -172,6 +172,17 @@ class LayerArguments(TypedDict, total=False):
     capacity_factor: float | None
     residual: Tensor | None
     accumulation: str | None
+    limit: float | None
+    alpha: float | None
+    beta: float | None
+    hidden_scale: Tensor | None
+    active_scale: Tensor | None
+    out_dtype: torch.dtype | None
+    max_rows: int | None
+    overflow: Tensor | None
+    reduce: str
+    weight_on_input: bool
+    batch_invariant: bool
     pdl: bool
 
 
@@ -204,6 +215,9 @@ class LayerOperands(NamedTuple):
     w2_bias: Tensor | None = None
     expert_map: Tensor | None = None
     residual: Tensor | None = None
+    hidden_scale: Tensor | None = None
+    active_scale: Tensor | None = None
+    overflow: Tensor | None = None
 
     @property
     def experts(self) -> Experts:
@@ -221,6 +235,34 @@ class LayerOptions(NamedTuple):
     capacity_factor: float | None = None
     accumulation: str | None = None
     pdl: bool = True
+    limit: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    out_dtype: torch.dtype | None = None
+    max_rows: int | None = None
+    reduce: str = "sum"
+    weight_on_input: bool = False
+    batch_invariant: bool = False
+
+    @property
+    def numbers(self) -> Numbers | None:
+        """The numbers of a clamped SwiGLU; None for any other activation."""
+        return clamped_numbers(self.activation, self.limit, self.alpha, self.beta)
+
+    @property
+    def function(self) -> ActivationFunction:
+        """The activation as kernels know it."""
+        return ActivationFunction("swiglu_oai" if self.numbers else self.activation)
+
+    def rows(self, pairs: int) -> int:
+        """The most rows that the products have, of this many (token, choice) pairs."""
+        return pairs if self.max_rows is None else min(pairs, self.max_rows)
+
+    def outside(self, hidden: torch.dtype) -> torch.dtype:
+        """The dtype of the layer's output, for hidden of this dtype."""
+        if hidden.itemsize > 1:
+            return hidden
+        return self.out_dtype or torch.bfloat16
 
 
 def split_layer(

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.choose.heuristics_sm90 import FEW_PAIRS, step_config
+from cutlass_moe.layer.accept import (
+    Conversion,
+    aligned,
+    conversions,
+    convert,
+    weigh_input,
+)
 from cutlass_moe.layer.checks import check_layer, layer_addresses, problems_of
 from cutlass_moe.layer.reference import fused_moe_reference
 from cutlass_moe.layer.steps import LayerProblems
@@ -28,6 +35,7 @@ from emitters.spec.layer_steps import CombineProblem, QuantizeProblem
 # Up to this many rows per expert, programmatic dependent launch saves 2 to 30% of a layer's time.
 # Above it arithmetic limits the GEMMs, and they take up to a third longer with it (perf/README.md).
 _PDL_ROWS = 32
+_INVARIANT_ROWS = 64  # per expert: what a batch-invariant layer's configs are chosen for
 
 
 class Link:
@@ -50,10 +58,11 @@ class Link:
 class LayerWorkspace:
     """The layout of a layer's workspace: the offset in bytes of each of its regions, by name."""
 
-    def __init__(self, layer: LayerOperands, quant: str | None) -> None:
+    def __init__(self, layer: LayerOperands, options: LayerOptions) -> None:
         tokens, hidden = layer.hidden.shape
         experts, inter = layer.w2.shape[0], layer.w2.shape[2]
-        rows = layer.topk_ids.numel()
+        pairs, quant = layer.topk_ids.numel(), options.quant
+        rows, outside = options.rows(pairs), options.outside(layer.hidden.dtype)
         self.layout = layout = WorkspaceLayout(layer.hidden.device)
         offsets = layout.region((experts,), torch.int32)
         self._offset = {
@@ -61,15 +70,16 @@ class LayerWorkspace:
             "last_end": offsets.offset + 4 * (experts - 1),
         }
         self._add("index", (rows,), torch.int32)
-        self._add("inverse", (rows,), torch.int32)
-        self._add("histograms", (route_scratch(rows, experts),), torch.int32)
-        self._add("active", (rows, inter), torch.float16 if quant else layer.hidden.dtype)
-        self._add("rows", (rows, hidden), layer.hidden.dtype)
+        self._add("inverse", (pairs,), torch.int32)
+        self._add("histograms", (route_scratch(pairs, experts),), torch.int32)
+        self._add("active", (rows, inter), torch.float16 if quant else outside)
+        self._add("rows", (rows, hidden), outside)
         if quant:
-            self._add("hidden_q", (tokens, hidden), QUANTS[quant])
-            self._add("hidden_scale", (tokens,), torch.float32)
+            if layer.hidden.dtype.itemsize > 1:
+                self._add("hidden_q", (tokens, hidden), QUANTS[quant])
+                self._add("hidden_q_scale", (tokens,), torch.float32)
             self._add("active_q", (rows, inter), QUANTS[quant])
-            self._add("active_scale", (rows,), torch.float32)
+            self._add("active_q_scale", (rows,), torch.float32)
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._offset[name] = self.layout.region(shape, dtype).offset
@@ -100,8 +110,15 @@ class Chain:
     start at once, so that the GEMM is ready when they end.
     """
 
-    def __init__(self, layer: LayerOperands, options: LayerOptions) -> None:
-        self.workspace = LayerWorkspace(layer, options.quant)
+    def __init__(
+        self,
+        layer: LayerOperands,
+        options: LayerOptions,
+        needed: list[tuple[str, Conversion]] | None = None,
+    ) -> None:
+        """layer: after the conversions `needed`, which each launch makes."""
+        self.conversions = needed or []
+        self.workspace = LayerWorkspace(layer, options)
         self.options = options
         self.rows = layer.topk_ids.numel()
         self.why_not: str | None = None
@@ -115,14 +132,22 @@ class Chain:
 
     def launch(self, layer: LayerOperands, out: Tensor, base: int) -> None:
         """Enqueues the layer on torch's current stream. base: the address of its workspace."""
+        layer = convert(layer, self.conversions)
         if not self.rows:
             out.zero_() if layer.residual is None else out.copy_(layer.residual)
+            if layer.overflow is not None:
+                layer.overflow.zero_()
         elif not self.links:
             if self.why_not:
                 announce_fallback(self.why_not)
             fused_moe_reference(**layer._asdict(), **self.options._asdict(), out=out)
         else:
+            if self.options.weight_on_input:
+                layer = weigh_input(layer)
+            layer = aligned(layer)
             addresses = {**layer_addresses(layer, out), **self.workspace.addresses(base)}
+            if self.options.weight_on_input or self.options.reduce == "none":
+                addresses["topk_weights"] = 0  # all are 1
             on_device(out.get_device(), partial(self._enqueue, addresses))
 
     def _enqueue(self, addresses: dict[str, int], stream: int) -> None:
@@ -135,9 +160,10 @@ def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProb
 
     Raises what `library.load` raises.
     """
-    tokens, rows = len(layer.hidden), layer.topk_ids.numel()
+    tokens, pairs = len(layer.hidden), layer.topk_ids.numel()
+    rows = options.rows(pairs)
     ids = problems.up.num_experts if layer.expert_map is None else layer.expert_map.numel()
-    make = _LinkMaker(layer, options, rows / max(ids, 1))
+    make = _LinkMaker(layer, options, pairs / max(ids, 1))
     routing = {"index": "index", "offsets": "offsets"}
     up_x, down_x = {"x": "hidden"}, {"x": "active"}
     links = make.route(problems, row_capacity(layer.topk_ids, ids, options.capacity_factor))
@@ -145,27 +171,31 @@ def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProb
         values = quantize_values(
             {}, tokens, layer.hidden.stride(0) * layer.hidden.element_size(), early=make.overlap
         )
-        written = {"q": "hidden_q", "scale": "hidden_scale"}
-        links.append(
-            make.rowwise(problems.quantize_hidden, tokens, values, {"source": "hidden"}, written)
-        )
-        up_x = {"x": "hidden_q", "per_token_scale": "hidden_scale"}
+        read = {"source": "hidden", "static_scale": "hidden_scale"}
+        written = {"q": "hidden_q", "scale": "hidden_q_scale"}
+        links.append(make.rowwise(problems.quantize_hidden, tokens, values, read, written))
+        up_x = {"x": "hidden_q", "per_token_scale": "hidden_q_scale"}
+    elif options.quant:
+        up_x["per_token_scale"] = "hidden_scale"
     links.append(make.gemm(problems.up, tokens, "w13", {**up_x, **routing}, "active"))
     if problems.quantize_active:
         values = quantize_values({}, rows, 2 * layer.w2.shape[2])
-        read = {"source": "active", "end": "last_end"}
-        written = {"q": "active_q", "scale": "active_scale"}
+        read = {"source": "active", "end": "last_end", "static_scale": "active_scale"}
+        written = {"q": "active_q", "scale": "active_q_scale"}
         links.append(make.rowwise(problems.quantize_active, rows, values, read, written))
-        down_x = {"x": "active_q", "per_token_scale": "active_scale"}
+        down_x = {"x": "active_q", "per_token_scale": "active_q_scale"}
     links.append(make.gemm(problems.down, rows, "w2", {**down_x, **routing}, "rows"))
-    values = combine_values({}, rows, tokens, layer.topk_weights.stride(0))
+    outputs, weight_stride = tokens, layer.topk_weights.stride(0)
+    if options.reduce != "sum":
+        outputs, weight_stride = pairs, 1
+    values = combine_values({}, rows, outputs, weight_stride)
     read = {
         "rows": "rows",
         "weights": "topk_weights",
         "inverse": "inverse",
         "residual": "residual",
     }
-    links.append(make.rowwise(problems.combine, tokens, values, read, {"out": "out"}))
+    links.append(make.rowwise(problems.combine, outputs, values, read, {"out": "out"}))
     return links
 
 
@@ -188,8 +218,9 @@ class _LinkMaker:
             pairs=pairs,
             choices=ids.shape[1],
             capacity=capacity,
+            max_rows=self.options.rows(pairs),
         )
-        read = {"ids": "topk_ids", "expert_map": "expert_map"}
+        read = {"ids": "topk_ids", "expert_map": "expert_map", "overflow": "overflow"}
         written = {name: name for name in ("index", "offsets", "inverse", "histograms")}
         return [
             Link(Choice(kernel, grid, {**values, "phase": phase}, {}, self.overlap), read, written)
@@ -213,15 +244,23 @@ class _LinkMaker:
         self, problem: GemmProblem, num_tokens: int, weight: str, reads: dict[str, str], out: str
     ) -> Link:
         """A link for a GEMM. weight: "w13" or "w2", also the prefix of its scale and bias."""
-        interleaved = self.options.interleaved and problem.gated
+        interleaved, numbers = self.options.interleaved and problem.gated, self.options.numbers
         choice = choose_launch(
             problem,
             self.device,
             num_tokens,
-            self.layer.topk_ids.numel(),
+            self.options.rows(self.layer.topk_ids.numel()),
             getattr(self.layer, weight).stride(),
-            Options(expected_rows=self.per_expert, interleaved=interleaved),
+            Options(
+                expected_rows=_INVARIANT_ROWS if self.options.batch_invariant else self.per_expert,
+                interleaved=interleaved,
+                activation=str(self.options.function) if problem.activation else None,
+                **(numbers._asdict() if numbers and problem.activation else {}),
+            ),
         )
+        if reads["x"] == "hidden":
+            x_stride = self.layer.hidden.stride(0) * self.layer.hidden.element_size()
+            choice = choice._replace(values={**choice.values, "x_stride": x_stride})
         # down may read offsets before its wait: up has waited for route, which wrote them
         early = self.overlap and not problem.gather
         reads = {**reads, "weight": weight, "scale": f"{weight}_scale", "bias": f"{weight}_bias"}
@@ -244,6 +283,8 @@ def find_chain(layer: LayerOperands, options: LayerOptions, out: Tensor) -> Chai
     key = signature((*options, dispatch.forced), (*layer, out))
     chain = _chains.get(key)
     if chain is None:
+        needed = conversions(layer, options)
+        layer = convert(layer, needed)
         check_layer(layer, options, out)
-        chain = _chains.keep(key, Chain(layer, options))
+        chain = _chains.keep(key, Chain(layer, options, needed))
     return chain

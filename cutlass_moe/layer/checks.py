@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cutlass_moe.layer.steps import LayerProblems, LayerSizes, Projection, layer_problems
+from cutlass_moe.layer.steps import Forms, LayerProblems, LayerSizes, Projection, layer_problems
 from cutlass_moe.operands import DTYPES, FLOATS, IDS, QUANTS, LayerOperands, LayerOptions
 from cutlass_moe.ops._checks import (
     check_accumulation,
@@ -19,6 +19,7 @@ from cutlass_moe.ops.route import check_capacity
 from cutlass_moe.runtime.parameters import misaligned
 
 _HIDDEN = (torch.bfloat16, torch.float16)
+REDUCES = ("sum", "weighted", "none")
 _ALIGNMENTS = {  # bytes that addresses must be multiples of
     **dict.fromkeys(("hidden", "w13", "w2", "residual", "out"), 16),
     **dict.fromkeys(("w13_scale", "w2_scale", "w13_bias", "w2_bias"), 8),
@@ -26,7 +27,7 @@ _ALIGNMENTS = {  # bytes that addresses must be multiples of
 
 
 def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None = None) -> None:
-    """Checks the arguments of `fused_moe`.
+    """Checks the arguments of `fused_moe`, converted as accept.py says.
 
     Extents may be symbolic. Raises ValueError or TypeError that says what must be and what came.
     """
@@ -45,10 +46,14 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
     tokens, width = hidden.shape
     experts, _, inter = w2.shape
     choices = (tokens, layer.topk_ids.shape[1])
-    expect("hidden", hidden, device, _HIDDEN, (hidden.shape,))
-    expect("topk_ids", layer.topk_ids, device, IDS, (choices,))
-    expect("topk_weights", layer.topk_weights, device, (torch.float32,), (choices,))
     dtype = QUANTS[options.quant] if options.quant else hidden.dtype
+    allowed = (*_HIDDEN, dtype) if options.quant else _HIDDEN
+    expect("hidden", hidden, device, allowed, (hidden.shape,), dense=False)
+    expect("topk_ids", layer.topk_ids, device, IDS, (choices,))
+    expect("topk_weights", layer.topk_weights, device, FLOATS, (choices,), dense=False)
+    _check_scales(layer, options)
+    _check_options(layer, options)
+    outside = options.outside(hidden.dtype)
     check_accumulation(options.accumulation, dtype)
     for name, weight, shape in (
         ("w13", w13, (experts, gates * inter, width)),
@@ -71,9 +76,56 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
         count = layer.expert_map.numel()
         expect("expert_map", layer.expert_map, device, (torch.int32,), ((count,),))
     if layer.residual is not None:
-        expect("residual", layer.residual, device, (hidden.dtype,), (hidden.shape,))
+        expect("residual", layer.residual, device, (outside,), (hidden.shape,))
     if out is not None:
-        expect("out", out, device, (hidden.dtype,), (hidden.shape,))
+        expect("out", out, device, (outside,), (out_shape(layer, options),))
+
+
+def out_shape(layer: LayerOperands, options: LayerOptions) -> tuple[int, ...]:
+    """The shape of the layer's output: [T, H], or [T, k, H] of rows that are not summed."""
+    tokens, hidden = layer.hidden.shape
+    if options.reduce == "sum":
+        return (tokens, hidden)
+    return (tokens, layer.topk_ids.shape[1], hidden)
+
+
+def _check_scales(layer: LayerOperands, options: LayerOptions) -> None:
+    """Checks the scales of activations: of tokens, and of what is between the products."""
+    hidden, given = layer.hidden, layer.hidden_scale
+    device, quantized = hidden.get_device(), hidden.dtype.itemsize == 1
+    if quantized and given is None:
+        raise ValueError(f"hidden_scale must be given with {hidden.dtype} hidden, got None")
+    for name in ("hidden_scale", "active_scale"):
+        scale = getattr(layer, name)
+        if scale is None:
+            continue
+        if options.quant is None:
+            raise ValueError(f"{name} needs quant 'fp8' or 'int8', got quant None")
+        count = hidden.shape[0] if quantized and name == "hidden_scale" else 1
+        expect(name, scale, device, (torch.float32,), ((count,),))
+
+
+def _check_options(layer: LayerOperands, options: LayerOptions) -> None:
+    options.numbers  # noqa: B018  # raises where the activation has none
+    hidden, choices = layer.hidden, layer.topk_ids.shape[1]
+    outside = options.outside(hidden.dtype)
+    if options.out_dtype not in (None, outside) or outside not in _HIDDEN:
+        raise TypeError(
+            "out_dtype must be hidden's dtype, or bfloat16 or float16 if hidden has 8 bits, got "
+            f"{options.out_dtype} with {hidden.dtype}"
+        )
+    if options.reduce not in REDUCES:
+        raise ValueError(f"reduce must be one of {', '.join(REDUCES)}, got {options.reduce!r}")
+    if options.reduce != "sum" and layer.residual is not None:
+        raise ValueError(f"residual needs reduce='sum', got {options.reduce!r}")
+    if options.weight_on_input and choices != 1:
+        raise ValueError(f"weight_on_input needs one expert per token, got k = {choices}")
+    if options.max_rows is not None and options.max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, got {options.max_rows}")
+    if layer.overflow is not None:
+        expect("overflow", layer.overflow, hidden.get_device(), (torch.int32,), ((1,),))
+        if options.max_rows is None:
+            raise ValueError("overflow needs max_rows, got max_rows None")
 
 
 def layer_addresses(layer: LayerOperands, out: Tensor) -> dict[str, int]:
@@ -106,10 +158,15 @@ def problems_of(layer: LayerOperands, options: LayerOptions) -> LayerProblems:
     return layer_problems(
         LayerSizes(num_experts, layer.topk_ids.shape[1], hidden, inter),
         DTYPES[layer.w2.dtype],
-        DTYPES[layer.hidden.dtype],
-        options.activation,
+        DTYPES[options.outside(layer.hidden.dtype)],
+        options.function,
         projection(layer.w13, layer.w13_scale, layer.w13_bias),
         projection(layer.w2, layer.w2_scale, layer.w2_bias),
         options.accumulation,
-        8 * layer.topk_ids.dtype.itemsize,
+        Forms(
+            8 * layer.topk_ids.dtype.itemsize,
+            DTYPES[layer.topk_weights.dtype],
+            layer.hidden.dtype.itemsize == 1,
+            options.reduce == "sum",
+        ),
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cutlass_moe.layer.accept import conversions, convert
 from cutlass_moe.layer.chain import LayerWorkspace, find_chain
 from cutlass_moe.layer.checks import check_layer
 from cutlass_moe.operands import LayerArguments, LayerOperands, LayerOptions, split_layer
@@ -35,6 +36,17 @@ def fused_moe(
     capacity_factor: float | None = None,
     residual: Tensor | None = None,
     accumulation: str | None = None,
+    limit: float | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
+    hidden_scale: Tensor | None = None,
+    active_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    max_rows: int | None = None,
+    overflow: Tensor | None = None,
+    reduce: str = "sum",
+    weight_on_input: bool = False,
+    batch_invariant: bool = False,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
     pdl: bool = True,
@@ -44,27 +56,47 @@ def fused_moe(
       out[t] = residual[t] + sum over j of topk_weights[t, j] * expert(topk_ids[t, j], hidden[t])
       expert(e, h) = w2[e] @ activation(w13[e] @ h + w13_bias[e]) + w2_bias[e]
 
-    hidden [T, H]: bfloat16 or float16, contiguous.
-    topk_weights float32 [T, k], topk_ids int32 or int64 [T, k]: contiguous. An id outside [0, E)
-      adds nothing. The host reads neither.
+    hidden [T, H] or [..., H]: bfloat16 or float16; with quant also of the weights' dtype.
+    topk_weights [T, k]: bfloat16, float16 or float32. topk_ids [T, k]: int32, int64 or any integers
+      of 8 or 16 bits. An id outside [0, E) adds nothing. The host reads neither.
     w13 [E, 2I, H] for a gated activation, else [E, I, H]; w2 [E, H, I]. Without quant they have
       hidden's dtype, and either dimension of a matrix may be dense: `w.transpose(1, 2)` of a
       contiguous w [E, K, N] will do.
     quant: "fp8" (float8_e4m3fn weights) or "int8". Needs w13_scale float32 [E, 2I or I] or [E], and
       w2_scale float32 [E, H] or [E]. Tokens, and the activation's float16 results, are quantised
-      as `quantize_per_token` does.
-    activation: "swiglu", "geglu", "reglu" or "swiglu_oai", which are gated, or "gelu", "silu",
-      "relu" or "relu2"; formulas in `grouped_matmul`.
+      as `quantize_per_token` does. Scales of other shapes are converted: [E, N, 1], [E, 1], [E, 2]
+      (one for the gates, one for the ups), [1], and bfloat16 and float16 ones.
+    hidden_scale: float32 [T] or [T, 1], the scales of 8-bit hidden, which needs them. With 16-bit
+      hidden it is a static scale: one value, or [E], of which the largest serves all tokens.
+    active_scale: a static scale of the activation's results, float32, one value or [E], as above.
+    activation: "swiglu", "geglu", "geglu_tanh", "reglu" or "swiglu_oai", which are gated, or
+      "gelu", "gelu_tanh", "silu", "relu" or "relu2"; formulas in `grouped_matmul`, and limit, alpha
+      and beta too.
     interleaved: the rows of w13 are gate, up, gate, up, ... instead of all gates, then all ups.
     w13_bias [E, 2I or I], w2_bias [E, H]: bfloat16, float16 or float32.
-    expert_map int32 [experts of all ranks]: the local id in [0, E) of each id, or -1.
+    expert_map int32 or int64 [experts of all ranks]: the local id in [0, E) of each id, or -1.
     capacity_factor: limits the rows of an expert, as in `route`; later tokens are dropped.
     residual [T, H]: hidden's dtype; default zeros.
     accumulation: of both products, as in `grouped_matmul`.
-    out [T, H]: hidden's dtype; default a new tensor.
+    out_dtype: of the output: hidden's dtype, or for 8-bit hidden bfloat16 (default) or float16.
+    max_rows: a bound of the rows that the experts here get together, for workspaces and grids that
+      are smaller than all T * k pairs need; rows beyond it are dropped, and their number is written
+      to overflow int32 [1], on the device.
+    reduce: "sum"; or "weighted" and "none" for [T, k, H], the rows of each pair with and without
+      their weight, zeros where a pair has none.
+    weight_on_input: a token's only weight (k = 1) multiplies the token, not the result.
+    batch_invariant: a token's result does not depend on T or on other tokens: configs are those
+      for 64 rows per expert, whatever comes. Fewer tokens then take longer.
+    out: of the output's dtype and shape; default a new tensor.
     workspace uint8 [`fused_moe_workspace_size` or more]: default a new one. Calls that may run at
       the same time need one each. With out and workspace, a call allocates nothing.
     pdl: lets kernels start before their predecessors end (programmatic dependent launch).
+
+    Read in place: hidden with a row stride that is a multiple of 16 bytes, and topk_weights with
+    any row stride. Every other layout or dtype that is not the first named is converted by a launch
+    of its own in every call: scales and maps that are constant should be converted once, at load.
+    hidden, residual, scales and biases whose addresses kernels can't read are copied, with one
+    warning; weights must be aligned to 16 bytes.
 
     Returns out. CPU tensors, and problems without a kernel, take `fused_moe_reference`. Raises
     TypeError or ValueError that says what must be and what came, and RuntimeError where a gradient
@@ -72,20 +104,23 @@ def fused_moe(
     """
     layer = LayerOperands(
         hidden, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, w13_bias, w2_bias,
-        expert_map, residual,
+        expert_map, residual, hidden_scale, active_scale, overflow,
     )  # fmt: skip
-    options = LayerOptions(quant, activation, interleaved, capacity_factor, accumulation, pdl)
+    options = LayerOptions(
+        quant, activation, interleaved, capacity_factor, accumulation, pdl, limit, alpha, beta,
+        out_dtype, max_rows, reduce, weight_on_input, batch_invariant,
+    )  # fmt: skip
     if wants_gradient(layer):
         raise RuntimeError(
             "fused_moe has no gradient and an argument requires one: use a module of "
             "cutlass_moe.nn, or call under torch.no_grad()"
         )
-    if out is None:
-        out = torch.empty_like(hidden)
+    out = _empty(layer, options) if out is None else out
+    written = out if out.dim() == 2 or reduce != "sum" else out.view(-1, out.shape[-1])
     if is_plain_eager(hidden, w13):
-        _run(out, workspace, layer, options)
+        _run(written, workspace, layer, options)
     else:
-        _fused_moe_out_op(out, workspace, *layer, *options)
+        _fused_moe_out_op(written, workspace, *layer, *options)
     return out
 
 
@@ -103,8 +138,18 @@ def fused_moe_workspace_size(
     tensors may be on the meta device. Raises what `fused_moe` raises.
     """
     layer, options = split_layer(hidden, w13, w2, topk_weights, topk_ids, arguments)
+    layer = convert(layer, conversions(layer, options))
     check_layer(layer, options)
-    return LayerWorkspace(layer, options.quant).layout.size
+    return LayerWorkspace(layer, options).layout.size
+
+
+def _empty(layer: LayerOperands, options: LayerOptions) -> Tensor:
+    """A new tensor for the output of arguments that are not checked yet."""
+    hidden = layer.hidden
+    shape = hidden.shape
+    if options.reduce != "sum":
+        shape = torch.Size((*layer.topk_ids.shape, hidden.shape[-1]))
+    return hidden.new_empty(shape, dtype=options.outside(hidden.dtype))
 
 
 def _run(
@@ -124,14 +169,18 @@ def _fused_moe_out_impl(out: Tensor, workspace: Tensor | None, *arguments: Any) 
 
 def _fused_moe_out_fake(out: Tensor, workspace: Tensor | None, *arguments: Any) -> None:
     count = len(LayerOperands._fields)
-    check_layer(LayerOperands(*arguments[:count]), LayerOptions(*arguments[count:]), out)
+    layer, options = LayerOperands(*arguments[:count]), LayerOptions(*arguments[count:])
+    check_layer(convert(layer, conversions(layer, options)), options, out)
 
 
 _fused_moe_out_op = define(
     "fused_moe_out(Tensor(a!) out, Tensor(b!)? workspace, Tensor hidden, Tensor w13, Tensor w2, "
     "Tensor topk_weights, Tensor topk_ids, Tensor? w13_scale, Tensor? w2_scale, Tensor? w13_bias, "
-    "Tensor? w2_bias, Tensor? expert_map, Tensor? residual, str? quant, str activation, "
-    "bool interleaved, float? capacity_factor, str? accumulation, bool pdl) -> ()",
+    "Tensor? w2_bias, Tensor? expert_map, Tensor? residual, Tensor? hidden_scale, "
+    "Tensor? active_scale, Tensor(c!)? overflow, str? quant, str activation, bool interleaved, "
+    "float? capacity_factor, str? accumulation, bool pdl, float? limit, float? alpha, float? beta, "
+    "ScalarType? out_dtype, int? max_rows, str reduce, bool weight_on_input, bool batch_invariant"
+    ") -> ()",
     _fused_moe_out_impl,
     _fused_moe_out_fake,
 )

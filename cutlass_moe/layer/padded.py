@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cutlass_moe.operands import Experts
+from cutlass_moe.operands import Experts, Numbers
 from cutlass_moe.ops.activations import activate
-from cutlass_moe.ops.quantize import quantize_per_token_reference
+from cutlass_moe.ops.quantize import quantize_per_token_reference, quantize_static
 
 
 def feed_forward(
@@ -16,27 +16,34 @@ def feed_forward(
     experts: Experts,
     activation: str,
     interleaved: bool = False,
+    numbers: Numbers | None = None,
+    active_scale: Tensor | None = None,
 ) -> Tensor:
     """Applies each expert to its own M rows, in x's dtype: x [E, M, H] -> [E, M, H].
 
     x_scale [E, M]: given if x holds the values of 8-bit numbers; the activation's results are then
-    quantised too.
+    quantised too, with active_scale if it is given. numbers: as in `activate`.
     """
     w13, w2, w13_scale, w2_scale, w13_bias, w2_bias = experts
     up = _product(x, x_scale, w13, w13_scale, w13_bias)
-    active = activate(up, activation, interleaved)
+    active = activate(up, activation, interleaved, numbers)
     if x_scale is None:
         return _product(active, None, w2, w2_scale, w2_bias)
-    values, scale = quantized(active, w2.dtype, x.dtype)
+    values, scale = quantized(active, w2.dtype, x.dtype, active_scale)
     return _product(values, scale, w2, w2_scale, w2_bias)
 
 
-def quantized(x: Tensor, dtype: torch.dtype, to: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantized(
+    x: Tensor, dtype: torch.dtype, to: torch.dtype, static_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantises x [..., K] per row; returns the 8-bit values and their scale [...] in dtype `to`.
 
-    The result has no gradient.
+    static_scale: of one element, the scale of every row. The result has no gradient.
     """
-    values, scale = quantize_per_token_reference(x.detach(), dtype)
+    if static_scale is None:
+        values, scale = quantize_per_token_reference(x.detach(), dtype)
+    else:
+        values, scale = quantize_static(x.detach(), dtype, static_scale)
     return values.to(to), scale.to(to)
 
 

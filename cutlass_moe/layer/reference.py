@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cutlass_moe.layer.accept import conversions, convert, weigh_input
 from cutlass_moe.layer.padded import feed_forward, quantized
-from cutlass_moe.operands import LayerArguments, split_layer
+from cutlass_moe.operands import LayerArguments, LayerOperands, LayerOptions, split_layer
 from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.route import local_experts, row_capacity
 
@@ -35,27 +36,70 @@ def fused_moe_reference(
     does. `accumulation`, `workspace` and `pdl` are for kernels and change nothing here. The host
     reads the routing back. Differentiable, except through a quantisation.
 
-    Returns [T, H] of compute_dtype, or `out`, of any floating dtype.
+    Returns [T, H], or [T, k, H] of rows that are not summed, in compute_dtype, or `out`, of any
+    floating dtype.
     """
     layer, options = split_layer(hidden, w13, w2, topk_weights, topk_ids, arguments)
+    layer = convert(layer, conversions(layer, options))
+    if options.weight_on_input:
+        layer = weigh_input(layer)
+        layer = layer._replace(topk_weights=torch.ones_like(layer.topk_weights))
+    hidden, topk_weights, topk_ids = layer.hidden, layer.topk_weights, layer.topk_ids
     ids = local_experts(topk_ids, layer.expert_map).long()
     num_ids = len(w13) if layer.expert_map is None else len(layer.expert_map)
     limit = row_capacity(ids, num_ids, options.capacity_factor)
-    x, x_scale = hidden.to(compute_dtype), None
-    if options.quant:
-        x, x_scale = quantized(hidden, w13.dtype, compute_dtype)
+    x, x_scale = _tokens(layer, options, compute_dtype)
+    most = options.rows(ids.numel())
 
     rows, inverse, first = [x.new_empty(0, w2.shape[1])], torch.full_like(ids, -1), 0
+    dropped = 0
     for e in range(len(w13)):
         token, choice = (ids == e).nonzero(as_tuple=True)
-        token, choice = token[:limit], choice[:limit]
+        kept = min(limit, len(token), most - first)
+        dropped += min(limit, len(token)) - kept
+        token, choice = token[:kept], choice[:kept]
         if not len(token):
             continue
         inverse[token, choice] = torch.arange(first, first + len(token), device=ids.device)
         first += len(token)
         scale = None if x_scale is None else x_scale[None, token]
         expert = layer.experts.only(e)
-        rows += feed_forward(x[None, token], scale, expert, options.activation, options.interleaved)
-    return combine_reference(
-        torch.cat(rows), topk_weights, inverse, residual=layer.residual, out=out
-    )
+        rows += feed_forward(
+            x[None, token],
+            scale,
+            expert,
+            options.activation,
+            options.interleaved,
+            options.numbers,
+            layer.active_scale,
+        )
+    if layer.overflow is not None:
+        layer.overflow.fill_(dropped)
+    return _combine(torch.cat(rows), layer, inverse, options.reduce, out)
+
+
+def _tokens(
+    layer: LayerOperands, options: LayerOptions, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """The values of the tokens that the up projection reads, and their scales, in this dtype."""
+    hidden, scale = layer.hidden, layer.hidden_scale
+    if options.quant is None:
+        return hidden.to(dtype), None
+    if hidden.dtype.itemsize == 1:
+        assert scale is not None
+        return hidden.to(dtype), scale.to(dtype)
+    return quantized(hidden, layer.w13.dtype, dtype, scale)
+
+
+def _combine(
+    rows: Tensor, layer: LayerOperands, inverse: Tensor, reduce: str, out: Tensor | None
+) -> Tensor:
+    """Sums the rows of each token, or gives each (token, choice) pair its own."""
+    weights = layer.topk_weights
+    if reduce == "sum":
+        return combine_reference(rows, weights, inverse, residual=layer.residual, out=out)
+    if reduce == "none":
+        weights = torch.ones_like(weights)
+    result = combine_reference(rows, weights.reshape(-1, 1), inverse.reshape(-1, 1))
+    result = result.view(*inverse.shape, -1)
+    return result if out is None else out.copy_(result)

@@ -61,6 +61,15 @@ class Projection(NamedTuple):
     n_major: bool = False  # weights have N dense instead of K
 
 
+class Forms(NamedTuple):
+    """What else of a call's arguments decides a layer's problems."""
+
+    id_bits: int = 32  # of topk_ids
+    weights: DType = DType.FP32  # of topk_weights
+    quantized_hidden: bool = False  # hidden has 8 bits already
+    summed: bool = True  # a token's rows are summed; else each is an output
+
+
 def layer_problems(
     sizes: LayerSizes,
     operand: DType,
@@ -69,14 +78,15 @@ def layer_problems(
     up: Projection,
     down: Projection,
     accumulation: str | None = None,
-    id_bits: int = 32,
+    forms: Forms | None = None,
 ) -> LayerProblems:
     """The problems of a layer.
 
     operand: the dtype of the weights, and of the rows that they are multiplied with. outside: the
     dtype of the layer's input and output; it equals operand unless the layer is quantised. up,
-    down: the two products. id_bits: 32 or 64, of topk_ids.
+    down: the two products.
     """
+    forms = forms or Forms()
     num_experts, top_k, hidden, inter = sizes
     quantized = operand.quantized
     function = ActivationFunction(activation)
@@ -102,10 +112,12 @@ def layer_problems(
 
     gates = 2 if function.gated else 1
     return LayerProblems(
-        route=RouteProblem(num_experts, id_bits),
-        quantize_hidden=QuantizeProblem(outside, operand, hidden) if quantized else None,
+        route=RouteProblem(num_experts, forms.id_bits),
+        quantize_hidden=QuantizeProblem(outside, operand, hidden)
+        if quantized and not forms.quantized_hidden
+        else None,
         up=gemm(up, gates * inter, hidden, active, Activation(function, scale)),
         quantize_active=QuantizeProblem(active, operand, inter, 1 / scale) if quantized else None,
         down=gemm(down, hidden, inter, outside),
-        combine=CombineProblem(outside, hidden, top_k),
+        combine=CombineProblem(outside, hidden, top_k if forms.summed else 1, forms.weights),
     )

@@ -160,17 +160,19 @@ def expect(
     device: int,
     dtypes: tuple[torch.dtype, ...],
     shapes: tuple[tuple[int, ...], ...],
+    dense: bool = True,
 ) -> None:
-    """Checks that a tensor is contiguous, has one of these dtypes and shapes, and is on a device.
+    """Checks that a tensor has one of these dtypes and shapes, is on a device, and is contiguous.
 
-    device: its CUDA index, or -1 for the CPU. Raises TypeError for the dtype, else ValueError.
+    dense: False for a tensor that is read by its strides. device: its CUDA index, or -1 for the
+    CPU. Raises TypeError for the dtype, else ValueError.
     """
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
     if tensor.shape not in shapes:
         wanted = " or ".join(map(str, shapes))
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(tensor.shape)}")
-    if not tensor.is_contiguous():
+    if dense and not tensor.is_contiguous():
         raise ValueError(f"{name} must be a contiguous tensor, got strides {tensor.stride()}")
     if tensor.get_device() != device:
         wanted = "cpu" if device < 0 else f"cuda:{device}"

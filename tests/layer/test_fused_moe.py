@@ -11,7 +11,7 @@ import cutlass_moe as cm
 from cutlass_moe.layer.checks import layer_addresses
 from cutlass_moe.models.problems import problems_of_shape
 from cutlass_moe.models.shapes import MODELS
-from cutlass_moe.operands import LayerOperands
+from cutlass_moe.operands import LayerOperands, LayerOptions
 from emitters.spec.registry import why_illegal
 from tests.support.layer_cases import SMALL, tokens, weights
 
@@ -47,15 +47,15 @@ def changed(name: str, value: Any) -> dict[str, Any]:
 
 BAD = (
     ("hidden", lambda x: x.float(), TypeError, "hidden must be torch.bfloat16 or torch.float16"),
-    ("hidden", lambda x: x[:, ::2], ValueError, "hidden must be a contiguous tensor"),
+    ("hidden", lambda x: x[:, ::2], ValueError, "w13 must"),
     ("hidden", lambda x: x[:, 8:].contiguous(), ValueError, "w13 must"),
     ("hidden", lambda x: x[0], ValueError, r"hidden must be \[T, H\]"),
     ("w13", lambda w: w.half(), TypeError, "w13 must be torch.bfloat16, got torch.float16"),
     ("w13", lambda w: w[:, 1:], ValueError, "w13 must"),
     ("w2", lambda w: w[1:], ValueError, "w13 must"),
-    ("topk_ids", lambda t: t.short(), TypeError, "topk_ids must be torch.int32 or torch.int64"),
+    ("topk_ids", lambda t: t.float(), TypeError, "topk_ids must be torch.int32 or torch.int64"),
     ("topk_ids", lambda t: t[1:], ValueError, "topk_ids must have shape"),
-    ("topk_weights", lambda t: t.half(), TypeError, "topk_weights must be torch.float32"),
+    ("topk_weights", lambda t: t.double(), TypeError, "topk_weights must be torch.bfloat16"),
     ("quant", "int4", ValueError, "quant must be None, 'fp8' or 'int8', got 'int4'"),
     ("quant", "fp8", TypeError, "w13 must be torch.float8_e4m3fn, got torch.bfloat16"),
     ("w13_scale", None, ValueError, "w13_scale must be given with quant"),
@@ -105,10 +105,8 @@ def test_a_gradient_is_not_lost_silently() -> None:
 def test_opcheck(quant: str | None) -> None:
     given = arguments(quant=quant)
     given["out"] = torch.empty_like(given["hidden"])
-    order = ("workspace", *TENSORS, "w13_scale", "w2_scale", "w13_bias", "w2_bias", "expert_map")
-    rest = ("residual", "quant", "activation", "interleaved", "capacity_factor", "accumulation")
-    defaults = {"pdl": True, "activation": "swiglu", "interleaved": False}
-    names = ("out", *order, *rest, "pdl")
+    defaults = LayerOptions()._asdict()
+    names = ("out", "workspace", *LayerOperands._fields, *LayerOptions._fields)
     values = [given.get(name, defaults.get(name)) for name in names]
     op = torch.ops.cutlass_moe.fused_moe_out.default
     torch.library.opcheck(

@@ -1,0 +1,149 @@
+"""What callers of fused_moe hand over, in the forms that its kernels read.
+
+Each conversion is a launch or a copy in every call; `fused_moe` says which there are. Where a
+tensor is constant, convert it once at load.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from cutlass_moe.operands import LayerOperands, LayerOptions
+from cutlass_moe.ops.activations import is_gated
+
+Conversion = Callable[[Tensor], Tensor]
+_SMALL_INTEGERS = (torch.int16, torch.uint8, torch.int8, torch.uint16, torch.uint32)
+_COPIED = {  # bytes that addresses must be multiples of, of tensors that are small enough to copy
+    **dict.fromkeys(("hidden", "residual"), 16),
+    **dict.fromkeys(("w13_scale", "w2_scale", "w13_bias", "w2_bias"), 8),
+}
+
+
+def conversions(layer: LayerOperands, options: LayerOptions) -> list[tuple[str, Conversion]]:
+    """The conversions that arguments of these dtypes, shapes and strides need, by name."""
+    found: list[tuple[str, Conversion]] = []
+
+    def add(name: str, convert: Conversion | None) -> None:
+        if convert is not None and getattr(layer, name) is not None:
+            found.append((name, convert))
+
+    for name in ("hidden", "residual", "topk_ids", "topk_weights"):
+        tensor = getattr(layer, name)
+        if tensor is not None and tensor.dim() > 2:
+            add(name, lambda t: t.flatten(0, -2))
+    add("hidden", None if _strided_rows(layer.hidden, 16) else _contiguous)
+    add("residual", _contiguous)
+    ids = layer.topk_ids
+    add("topk_ids", _to_int32 if ids.dtype in _SMALL_INTEGERS else _contiguous)
+    whole = options.reduce != "sum" or not _strided_rows(layer.topk_weights, 1)
+    add("topk_weights", _contiguous if whole else None)
+    if layer.expert_map is not None:
+        add("expert_map", _to_int32 if layer.expert_map.dtype == torch.int64 else _contiguous)
+    for name, weight in (("w13", layer.w13), ("w2", layer.w2)):
+        scale = getattr(layer, f"{name}_scale")
+        add(f"{name}_bias", _contiguous)
+        if scale is not None:
+            gated = name == "w13" and is_gated(options.activation)
+            add(f"{name}_scale", _scale(scale, weight, gated, options.interleaved))
+    tokens = layer.hidden.shape[:-1].numel()
+    one_per_token = layer.hidden.dtype.itemsize == 1
+    add("hidden_scale", _per_token(tokens) if one_per_token else _one_value)
+    add("active_scale", _one_value)
+    return found
+
+
+def convert(layer: LayerOperands, found: list[tuple[str, Conversion]]) -> LayerOperands:
+    """The arguments after these conversions."""
+    for name, conversion in found:
+        layer = layer._replace(**{name: conversion(getattr(layer, name))})
+    return layer
+
+
+def weigh_input(layer: LayerOperands) -> LayerOperands:
+    """The arguments with each token's only weight applied to the token."""
+    hidden, weights = layer.hidden, layer.topk_weights
+    if hidden.dtype.itemsize == 1:
+        assert layer.hidden_scale is not None
+        return layer._replace(hidden_scale=layer.hidden_scale * weights[:, 0].float())
+    return layer._replace(hidden=hidden * weights.to(hidden.dtype))
+
+
+def aligned(layer: LayerOperands) -> LayerOperands:
+    """The arguments with copies of those whose addresses no kernel can read; warns once of each."""
+    for name, multiple in _COPIED.items():
+        tensor = getattr(layer, name)
+        if tensor is not None and tensor.data_ptr() % multiple:
+            _warn_of_copy(name, multiple)
+            layer = layer._replace(**{name: tensor.clone(memory_format=torch.contiguous_format)})
+    return layer
+
+
+@cache
+def _warn_of_copy(name: str, multiple: int) -> None:
+    warnings.warn(
+        f"{name} is copied in every call: kernels need its address to be a multiple of {multiple} "
+        "bytes",
+        stacklevel=2,
+    )
+
+
+def _strided_rows(tensor: Tensor, multiple: int) -> bool:
+    """Whether rows are dense, and `multiple` bytes divide the distance between them."""
+    if tensor.dim() < 2:
+        return False
+    if tensor.dim() > 2 and not tensor.is_contiguous():
+        return False
+    dense = tensor.shape[-1] == 1 or tensor.stride(-1) == 1
+    return dense and tensor.stride(-2) * tensor.element_size() % multiple == 0
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor.contiguous()
+
+
+def _to_int32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.int32).contiguous()
+
+
+def _one_value(scale: Tensor) -> Tensor:
+    """One scale for all rows: the largest, where each expert has its own."""
+    return scale.float().max().reshape(1)
+
+
+def _per_token(tokens: int) -> Conversion:
+    """A float32 scale per token, from [T], [T, 1] or one value."""
+
+    def expand(scale: Tensor) -> Tensor:
+        flat = scale.flatten().float()
+        return (flat.expand(tokens) if flat.numel() == 1 else flat).contiguous()
+
+    return expand
+
+
+def _scale(scale: Tensor, weight: Tensor, gated: bool, interleaved: bool) -> Conversion | None:
+    """The conversion of weights' scales to float32 [E, N] or [E]; None where there is none."""
+    experts, n, _ = weight.shape
+    one_each = scale.dim() == 2 and scale.shape[1] == 1 and n != 1
+    gate_and_up = gated and scale.dim() >= 2 and scale.shape[1] == 2 and n != 2
+    one_of_all = scale.numel() == 1 and experts > 1
+    plain = scale.dim() in (1, 2) and not (one_each or gate_and_up or one_of_all)
+    if plain and scale.dtype.itemsize > 2 and scale.is_contiguous():
+        return None
+
+    def to_kernels_form(scale: Tensor) -> Tensor:
+        scale = scale.float() if scale.dtype.itemsize == 2 else scale
+        if one_of_all:
+            return scale.reshape(1).expand(experts).contiguous()
+        scale = scale.squeeze(-1) if scale.dim() == 3 or one_each else scale
+        if gate_and_up:
+            halves = scale[:, :, None].expand(experts, 2, n // 2)
+            scale = halves.mT if interleaved else halves
+            scale = scale.reshape(experts, n)
+        return scale.contiguous()
+
+    return to_kernels_form
