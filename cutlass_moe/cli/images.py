@@ -30,7 +30,15 @@ from cutlass_moe.cli.common import (
 from cutlass_moe.images.archive import Archive, write
 from cutlass_moe.images.archive import pack as pack_directory
 from cutlass_moe.images.cache import Cache, default_cache, open_root
-from cutlass_moe.images.roots import RECORD, DamagedImage, Entry, Root, UntrustedRoot, read_image
+from cutlass_moe.images.roots import (
+    RECORD,
+    DamagedImage,
+    Entry,
+    Root,
+    UntrustedRoot,
+    read_current,
+    read_image,
+)
 from cutlass_moe.images.toolchains import default_build, driver_cuda, why_unloadable
 from cutlass_moe.models.shapes import DTYPES
 from emitters.spec.arch import ARCHS
@@ -300,10 +308,8 @@ def _needed(asked: Iterable[Posed]) -> Iterator[Need]:
 
 
 def _read_all(images: dict[tuple[str, str], Root]) -> Iterator[tuple[str, str, Image]]:
-    for (arch, key), root in images.items():
-        image = read_image(root, arch, key)
-        if image is not None:  # else it was removed meanwhile
-            yield arch, key, image
+    for name, root in images.items():
+        yield from read_current(root, [name])
 
 
 def _show(sound: int, faults: Sequence[Fault], missing: Sequence[Need], cuda: int | None) -> None:

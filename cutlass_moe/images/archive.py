@@ -24,7 +24,7 @@ from cutlass_moe.images.roots import (
     Directory,
     Files,
     files_of,
-    read_image,
+    read_current,
     require_trust,
     sync_directory,
 )
@@ -99,15 +99,14 @@ class Archive:
 def pack(directory: Path, archive: Path) -> int:
     """Writes all images of a directory into an archive and returns how many there are.
 
-    Raises ValueError where there are none, DamagedImage, UntrustedRoot, and OSError; what had the
-    archive's name then stays.
+    Those of another image ABI, which other versions left there, stay behind. Raises ValueError
+    where there are no others, DamagedImage, UntrustedRoot, and OSError; what had the archive's name
+    then stays.
     """
     root = Directory(Path(directory))
-    images = ((arch, key, read_image(root, arch, key)) for arch, key in root.names())
-    found = ((arch, key, image) for arch, key, image in images if image is not None)
-    count = write(archive, found)
+    count = write(archive, read_current(root, root.names()))
     if not count:
-        raise ValueError(f"expected a directory of images, but {directory} holds none")
+        raise ValueError(f"{directory} must hold images of this version, but it has none")
     return count
 
 

@@ -30,6 +30,7 @@ from cutlass_moe.images.roots import (
     Directory,
     Entry,
     Nowhere,
+    OutdatedImage,
     Root,
     UntrustedRoot,
     files_of,
@@ -378,6 +379,8 @@ def _entries(root: Root) -> Iterator[Entry]:
 def _read_or_warn(root: Root, arch: str, key: str) -> Image | None:
     try:
         return read_image(root, arch, key)
+    except OutdatedImage:
+        return None
     except DamagedImage as error:
         _warn_of(error)
         return None

@@ -12,12 +12,14 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from cutlass_moe.environment import TRUST_ROOT
-from emitters.spec.image import Image, LaunchRecord
+from emitters.spec.image import Image, LaunchRecord, OtherAbi
 
 CUBIN = "kernel.cubin"
 RECORD = "launch.json"
@@ -26,6 +28,10 @@ PLACE = re.compile(r"(sm_\d+[a-z]?)/([0-9a-f]{64})")  # arch and key
 
 class DamagedImage(ValueError):
     """An image, or a whole archive, is incomplete or is not what was written."""
+
+
+class OutdatedImage(DamagedImage):
+    """An image is of another ABI: whole, but only for other versions of this package."""
 
 
 class UntrustedRoot(RuntimeError):
@@ -48,6 +54,9 @@ class Entry:
     key: str
     record: LaunchRecord
     cubin_bytes: int
+
+
+NamedImage = tuple[str, str, Image]  # arch, key, image
 
 
 class Root(Protocol):
@@ -111,8 +120,23 @@ def read_image(root: Root, arch: str, key: str) -> Image | None:
         return None
     try:
         return image_of(arch, key, files)
+    except OtherAbi as error:
+        raise OutdatedImage(f"{root.path}: {arch}/{key}: {error}") from error
     except ValueError as error:
         raise DamagedImage(f"{root.path}: {arch}/{key}: {error}") from error
+
+
+def read_current(root: Root, names: Iterable[tuple[str, str]]) -> Iterator[NamedImage]:
+    """Those of the named images that this version's kernels can be: (arch, key, image).
+
+    Images of another ABI, and those that were removed meanwhile, are left out. Raises DamagedImage,
+    UntrustedRoot.
+    """
+    for arch, key in names:
+        with suppress(OutdatedImage):
+            image = read_image(root, arch, key)
+            if image is not None:
+                yield arch, key, image
 
 
 def files_of(arch: str, key: str, image: Image) -> Files:

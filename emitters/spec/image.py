@@ -14,6 +14,10 @@ TENSOR_MAP_BYTES = 128  # the size of a CUtensorMap
 IMAGE_ABI = 7  # goes up when a launch record or a parameter changes its meaning
 
 
+class OtherAbi(ValueError):
+    """A launch record was written by a version with another image ABI."""
+
+
 class ParamKind(Name):
     """The type of a kernel parameter."""
 
@@ -74,7 +78,7 @@ class LaunchRecord:
         try:
             plain = json.loads(text)
             if plain["abi"] != IMAGE_ABI:
-                raise ValueError(
+                raise OtherAbi(
                     f"the image's ABI must be {IMAGE_ABI}, got {plain['abi']}: build the image anew"
                 )
             plain["params"] = tuple(

@@ -322,7 +322,7 @@ REFUSED = [
     ("rank_of_no_model", ("verify", "--tp", "2"), 2, "--model"),
     ("no_such_rank", ("verify", "--model", "mixtral", "--tp", "3"), 2, "tp 3 does not divide"),
     ("no_version", ("verify", "--cuda", "R580"), 2, "like 12.4"),
-    ("pack_without_images", ("pack", "EMPTY", "NONE.zip"), 1, "holds none"),
+    ("pack_without_images", ("pack", "EMPTY", "NONE.zip"), 1, "must hold images of this version"),
     ("pack_into_nowhere", ("pack", "ROOT", "NONE/images.zip"), 1, "No such file"),
     ("merge_without_images", ("merge", "EMPTY", "NONE.zip"), 1, "the sources hold none"),
     ("merge_of_one", ("merge", "ROOT"), 2, "Missing argument"),

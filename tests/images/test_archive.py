@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import multiprocessing
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from cutlass_moe.images.archive import Archive, pack, write
 from cutlass_moe.images.cache import Cache
 from cutlass_moe.images.roots import CUBIN, RECORD, DamagedImage, UntrustedRoot, read_image
+from emitters.spec.image import IMAGE_ABI, Image
 from tests.support.fake_images import ARCH, KEY, OTHER, cut, files_below, make_image, never
 
 IMAGES = {KEY: make_image(), OTHER: make_image(cubin=b"\x7fELFother" * 50)}
@@ -306,7 +308,7 @@ def _pack_what_others_can_write(directory: Path, archive: Path) -> None:
 
 
 FAILURES = [
-    ("nothing", _pack_nothing, ValueError, "holds none"),
+    ("nothing", _pack_nothing, ValueError, "must hold images of this version"),
     ("damage", _pack_damage, DamagedImage, "not what was written"),
     ("untrusted", _pack_what_others_can_write, UntrustedRoot, "written by others"),
 ]
@@ -340,3 +342,12 @@ def test_pack_where_no_file_may_be_so_large(directory, packed, limit):
         assert pool.submit(_pack_beyond, limit, directory, packed).result(60) == errno.EFBIG
     assert packed.read_bytes() == before
     assert sorted(p.name for p in packed.parent.iterdir()) == ["images.zip", "root"]
+
+
+def test_images_of_another_abi_are_not_packed(directory, tmp_path):
+    """Another version left them there: what is of this one is packed."""
+    other = next(iter(IMAGES.values()))
+    other = Image(other.cubin, dataclasses.replace(other.record, abi=IMAGE_ABI + 1))
+    Cache([directory]).store(ARCH, "0" * 64, other)
+    assert pack(directory, tmp_path / "packed.zip") == len(IMAGES)
+    assert "0" * 64 not in {key for _, key in Archive(tmp_path / "packed.zip").names()}
