@@ -13,10 +13,12 @@ import cutlass_moe as cm
 from cutlass_moe.layer.padded import feed_forward, quantized
 from cutlass_moe.layer.steps import LayerSizes, Projection, layer_problems
 from cutlass_moe.operands import DTYPES, FLOATS, QUANTS, Experts
+from cutlass_moe.ops._types import typed
 from cutlass_moe.ops.activations import GATED, NOT_GATED
 from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.ops.quantize import quantize_per_token
+from cutlass_moe.ops.route import check_capacity
 from cutlass_moe.ops.router import topk_router_reference
 from cutlass_moe.runtime.fallback import announce_fallback
 from cutlass_moe.runtime.library import device_arch
@@ -56,6 +58,7 @@ class MoeFeedForward(nn.Module):
     activations = NOT_GATED  # the first is the default
     correction_bias: Tensor | None
 
+    @typed
     def __init__(
         self,
         embed_dim: int,
@@ -70,7 +73,7 @@ class MoeFeedForward(nn.Module):
         correction_bias: bool = False,
         router_bias: bool = False,
         capacity_factor: float | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         **router_options: Any,
     ) -> None:
@@ -81,6 +84,7 @@ class MoeFeedForward(nn.Module):
                 raise ValueError(f"{name} must be a positive number, got {size}")
         if num_shared_experts < 0:
             raise ValueError(f"num_shared_experts must be 0 or more, got {num_shared_experts}")
+        check_capacity(capacity_factor)
         activation = self.activations[0] if activation is None else activation
         if activation not in self.activations:
             expected = ", ".join(self.activations)
@@ -279,6 +283,7 @@ class GatedMoeFeedForward(MoeFeedForward):
     activations = GATED
 
 
+@typed
 def quantize_(module: nn.Module, quant: str) -> nn.Module:
     """Quantises the experts of every MoeFeedForward in a module, in place; returns the module.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -11,12 +12,14 @@ from cutlass_moe.choose.heuristics_sm90 import every_config
 from cutlass_moe.images.cache import default_cache
 from cutlass_moe.models.files import find_model, warn_of
 from cutlass_moe.models.problems import model_problems
+from cutlass_moe.ops._types import in_words, typed
 from cutlass_moe.runtime import library
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.layer_steps import Step
 from emitters.spec.registry import Problem
 
 
+@typed
 def warmup(
     model_or_problems: str | Problem | Iterable[Problem],
     device: int | torch.device | None = None,
@@ -59,7 +62,15 @@ def _problems(
     if isinstance(model_or_problems, GemmProblem | Step):
         return [model_or_problems]
     if not isinstance(model_or_problems, str):
-        return list(model_or_problems)
+        several: Any = model_or_problems
+        problems = list(several) if isinstance(several, Iterable) else [several]
+        for problem in problems:
+            if not isinstance(problem, GemmProblem | Step):
+                raise TypeError(
+                    "model_or_problems must be a model's name or path, a problem or several, got "
+                    f"{in_words(problem)}"
+                )
+        return problems
     model = find_model(model_or_problems)
     warn_of(model)
     return list(model_problems(model.shape, dtype or model.dtype).values())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cutlass_moe.operands import DTYPES, FLOATS, Operands, Options, clamped_numbers
 from cutlass_moe.ops.activations import ACTIVATIONS, is_gated
+from cutlass_moe.runtime.parameters import reads_rows
 from emitters.spec.config_sm90 import Schedule
 from emitters.spec.dtypes import ACCUMULATIONS
 
@@ -31,7 +32,7 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     Extents may be symbolic. Raises ValueError or TypeError that says what must be and what came.
     """
     x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
-    out_dtype, accumulation, _, num_sms, schedule, activation, interleaved = options[:7]
+    out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved = options[:7]
     clamped_numbers(activation, *options[7:])
     device = x.get_device()
     allowed = _ACCUMULATIONS.get(x.dtype)
@@ -43,8 +44,10 @@ def check(operands: Operands, options: Options) -> torch.dtype:
         raise ValueError(f"x must be [T, K] and weight [E, N, K], got {got}")
     tokens = x.shape[0]
     experts, n, _ = weight.shape
-    if not x.is_contiguous():
-        raise ValueError(f"x must be a contiguous tensor, got strides {x.stride()}")
+    if not reads_rows(x):
+        raise ValueError(
+            f"x must have contiguous rows at a stride of a multiple of 16 bytes, got {x.stride()}"
+        )
     check_weight("weight", weight, x, (*weight.shape[:2], x.shape[1]), x.dtype)
     expect("offsets", offsets, device, _INT32, ((experts,),))
     if starts is not None:
@@ -67,6 +70,8 @@ def check(operands: Operands, options: Options) -> torch.dtype:
         check_activation("weight", weight, activation, interleaved)
     elif interleaved:
         raise ValueError("interleaved=True needs a gated activation, got None")
+    if expected_rows is not None and expected_rows < 0:
+        raise ValueError(f"expected_rows must be 0 or more, got {expected_rows}")
     if num_sms is not None and num_sms < 1:
         raise ValueError(f"num_sms must be a positive number, got {num_sms}")
     if schedule is not None and schedule not in _SCHEDULES:
@@ -89,9 +94,12 @@ def check_accumulation(accumulation: str | None, dtype: torch.dtype) -> None:
 
 
 def check_out(out: Tensor, operands: Operands, options: Options, dtype: torch.dtype) -> None:
-    """Checks that `out` can take the product, which has this dtype; raises as `check` does."""
+    """Checks that `out` can take the product, which has this dtype; raises as `check` does.
+
+    out may have any strides.
+    """
     shape = product_shape(operands, options)
-    expect("out", out, operands.x.get_device(), (dtype,), (shape,))
+    expect("out", out, operands.x.get_device(), (dtype,), (shape,), dense=False)
 
 
 def check_activation(name: str, weight: Tensor, activation: str, interleaved: bool) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.operands import Options
+from cutlass_moe.ops._checks import is_n_major
+from cutlass_moe.ops._copies import NARROW
 from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.runtime.workspace import view_of_slices
 
@@ -43,7 +45,7 @@ class ListArguments(NamedTuple):
 def find_weights(value: Tensors) -> Tensor | list[Tensor]:
     """Checks weights; returns one tensor [E, N, K] if that takes no copy, else [N, K] per expert.
 
-    Raises TypeError or ValueError for tensors that differ in dtype or shape.
+    Raises TypeError or ValueError for tensors that differ in dtype, shape or dense dimension.
     """
     single = isinstance(value, Tensor)
     entries = entries_of("weight", value, 1 if single else len(value))
@@ -58,15 +60,32 @@ def find_weights(value: Tensors) -> Tensor | list[Tensor]:
     if len(entries) == 1:
         return entries[0][None]
     stacked = view_of_slices(entries)
-    return entries if stacked is None else stacked
+    if stacked is not None:
+        return stacked
+    n_major = is_n_major(entries[0][None])
+    for e, entry in enumerate(entries):  # one kernel reads all of them
+        if is_n_major(entry[None]) != n_major:
+            raise ValueError(
+                f"weight[{e}] must have {'N' if n_major else 'K'} dense (stride 1) like weight[0], "
+                f"got strides {entry.stride()}"
+            )
+    return entries
 
 
 def find_scales(value: Tensors | None, experts: int, n: int) -> list[Tensor]:
     """Checks scales; returns a list of one tensor for `grouped_matmul`, or of one row per expert.
 
-    A row is [1, N], or [1] if the expert has one scale. None gives an empty list.
+    A row is [1, N], or [1] if the expert has one scale. None gives an empty list. One tensor
+    [E, 1] or [E, 1, 1] becomes [E], and so does one value for all experts.
     """
     entries = entries_of("scale", value, experts)
+    if len(entries) == 1 and experts > 1:
+        (scale,) = entries
+        if scale.dim() in (2, 3) and scale.numel() == experts == len(scale):
+            scale = scale.select(-1, 0)
+            return [scale.select(-1, 0) if scale.dim() == 2 else scale]
+        if scale.dim() < 2 and scale.numel() == 1:
+            return [scale.reshape(1).expand(experts)]
     wholes = ((experts, n), (experts, n, 1), (experts,))
     if len(entries) < experts or (len(entries) == 1 and entries[0].shape in wholes):
         return entries
@@ -102,6 +121,21 @@ def entries_of(name: str, value: Tensors | None, experts: int) -> list[Tensor]:
 
 def _listed(value: Tensors | None) -> list[Tensor]:
     return [] if value is None else [value] if isinstance(value, Tensor) else list(value)
+
+
+def find_token_scales(value: Tensors | None, x: list[Tensor], experts: int) -> list[Tensor]:
+    """Checks per_token_scale; returns its tensors, [T] where one value stands for all of x."""
+    entries = entries_of("per_token_scale", value, experts)
+    tokens = sum(len(entry) for entry in x if entry.dim())
+    if len(entries) == 1 and entries[0].dim() < 3 and entries[0].numel() == 1 and tokens != 1:
+        return [entries[0].reshape(1).expand(tokens)]
+    return entries
+
+
+def scale_dtype(entries: list[Tensor]) -> torch.dtype:
+    """The dtype that scales are read in: float32 for those that it holds."""
+    dtype = entries[0].dtype
+    return torch.float32 if dtype in NARROW else dtype
 
 
 def find_lengths(lists: dict[str, list[Tensor]], index: Tensor | None) -> list[int]:
@@ -155,6 +189,6 @@ def check_groups(arguments: ListArguments, experts: int) -> None:
         raise ValueError(f"group_list_type must be 'cumsum' or 'count', got {kind!r}")
     if group_list.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"group_list must be torch.int32 or torch.int64, got {group_list.dtype}")
-    if group_list.shape != (experts,) or not group_list.is_contiguous():
-        got = f"shape {tuple(group_list.shape)}, strides {group_list.stride()}"
-        raise ValueError(f"group_list must be contiguous, of shape ({experts},), got {got}")
+    if group_list.shape != (experts,):
+        got = tuple(group_list.shape)
+        raise ValueError(f"group_list must have shape ({experts},), got {got}")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cutlass_moe.operands import DTYPES, FLOATS
 from cutlass_moe.ops._define import define
+from cutlass_moe.ops._types import check_types, typed
 from cutlass_moe.ops.dispatch import launch_step, step_kernel
 from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.runtime.parameters import combine_values
@@ -39,16 +40,19 @@ def combine(
     Returns out. Raises TypeError or ValueError that says what must be and what came, and
     RuntimeError where a gradient would be lost: combine has none.
     """
-    tensors = (rows, topk_weights, inverse, residual, out)
-    if wants_gradient(tensors):
-        raise RuntimeError(
-            "combine has no gradient and an argument requires one: use combine_reference, or call "
-            "under torch.no_grad()"
-        )
-    if out is None:
-        return _combine_op(rows, topk_weights, inverse, residual)
-    _combine_out_op(out, rows, topk_weights, inverse, residual)
-    return out
+    try:
+        if wants_gradient((rows, topk_weights, inverse, residual, out)):
+            raise RuntimeError(
+                "combine has no gradient and an argument requires one: use combine_reference, or "
+                "call under torch.no_grad()"
+            )
+        if out is None:
+            return _combine_op(rows, topk_weights, inverse, residual)
+        _combine_out_op(out, rows, topk_weights, inverse, residual)
+        return out
+    except Exception:
+        check_types(combine, locals())
+        raise
 
 
 def _check(
@@ -152,6 +156,7 @@ _combine_out_op = define(
 )
 
 
+@typed
 def combine_reference(
     rows: Tensor,
     topk_weights: Tensor,

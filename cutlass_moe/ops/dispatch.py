@@ -15,8 +15,10 @@ from torch import Tensor
 
 from cutlass_moe.choose import heuristics_sm90 as heuristics
 from cutlass_moe.images.cache import MissingImage
-from cutlass_moe.operands import DTYPES, Operands, Options
+from cutlass_moe.operands import DTYPES, Operands, Options, ProductArguments
 from cutlass_moe.ops._checks import check, check_out, is_n_major, product_shape
+from cutlass_moe.ops._copies import reads_in_place, refuse_misaligned
+from cutlass_moe.ops._types import check_types
 from cutlass_moe.runtime import library
 from cutlass_moe.runtime.device import on_device
 from cutlass_moe.runtime.fallback import announce_fallback
@@ -66,11 +68,15 @@ class Choice(NamedTuple):
 
 
 class CheckedCall(NamedTuple):
-    """The part of a call that its signature decides: the result's shape and dtype, the kernel."""
+    """The part of a call that its signature decides: the result's shape and dtype, the kernel.
+
+    copied: there is no kernel for these operands, because some must be copied first.
+    """
 
     shape: tuple[int, int]
     dtype: torch.dtype
-    choice: Choice | None  # None: the reference serves it
+    choice: Choice | None  # None: the reference serves it, unless `copied`
+    copied: bool = False
 
 
 _calls: Signatures[CheckedCall] = Signatures()
@@ -84,11 +90,16 @@ def find_call(operands: Operands, out: Tensor | None, options: Options) -> Check
     key = signature((*options, forced), (out, *operands))
     call = _calls.get(key)
     if call is None:
+        check_types(Operands, operands._asdict())
+        check_types(ProductArguments, options._asdict())
+        if not reads_in_place(operands) or not (out is None or out.is_contiguous()):
+            return _calls.keep(key, CheckedCall((0, 0), operands.x.dtype, None, copied=True))
         if out is not None and options.out_dtype is None:
             options = options._replace(out_dtype=out.dtype)
         dtype = check(operands, options)
         if out is not None:
             check_out(out, operands, options, dtype)
+        refuse_misaligned("weight", operands.weight)
         call = CheckedCall(
             product_shape(operands, options), dtype, _choose(operands, dtype, options)
         )
@@ -107,7 +118,8 @@ def _choose(operands: Operands, dtype: torch.dtype, options: Options) -> Choice 
         announce_fallback(reason)
         return None
     strides = operands.weight.stride()
-    return choose_launch(problem, device, len(operands.x), operands.rows, strides, options)
+    tokens, x_stride = len(operands.x), row_stride(operands.x)
+    return choose_launch(problem, device, tokens, operands.rows, strides, options, x_stride)
 
 
 def enqueue(choice: Choice, out: Tensor, operands: Operands, maps: Tensor | None = None) -> None:
@@ -166,6 +178,11 @@ def pose(operands: Operands, out_dtype: torch.dtype, options: Options) -> GemmPr
     )
 
 
+def row_stride(x: Tensor) -> int | None:
+    """Elements from a row of x [T, K] to the next, or None for K."""
+    return None if x.is_contiguous() else x.stride(0)
+
+
 forced: GemmConfig | None = None  # the config that `forced_config` sets
 
 
@@ -187,11 +204,12 @@ def choose_launch(
     num_rows: int,
     weight_strides: tuple[int, ...],
     options: Options,
+    x_stride: int | None = None,
 ) -> Choice:
     """Chooses a config and the number of CTAs, and loads the kernel.
 
-    num_tokens: rows of x; num_rows: rows of the product; weight_strides: as in `gemm_views`. Raises
-    what `library.load` raises.
+    num_tokens: rows of x; num_rows: rows of the product; weight_strides: as in `gemm_views`;
+    x_stride: as in `gemm_values`. Raises what `library.load` raises.
     """
     experts = problem.num_experts
     per_expert = options.expected_rows or num_rows / experts
@@ -215,6 +233,7 @@ def choose_launch(
             {},
             num_tokens,
             num_rows,
+            x_stride=x_stride,
             interleaved=options.interleaved,
             numbers=options.numbers or (),
         ),

@@ -10,12 +10,15 @@ from torch.nn import Parameter
 
 from cutlass_moe.operands import Operands, Options, ProductArguments, split_product
 from cutlass_moe.ops._checks import check, check_out, product_shape
+from cutlass_moe.ops._copies import aligned, readable, refuse_other_devices, writable
 from cutlass_moe.ops._define import define, define_gradient
+from cutlass_moe.ops._types import check_types, typed
 from cutlass_moe.ops.dispatch import enqueue, find_call, pose
 from cutlass_moe.ops.grouped_matmul_reference import (
     fill_product,
     grouped_matmul_backward,
 )
+from cutlass_moe.runtime.parameters import MisalignedAddress
 from emitters.spec.gemm import GemmProblem
 
 if TYPE_CHECKING:
@@ -51,14 +54,14 @@ def grouped_matmul(
 
       out[r] = activation(per_token_scale[t] * scale[e] * (x[t] @ weight[e].T) + bias[e])
 
-    x [T, K]: float8_e4m3fn, float8_e5m2, int8, bfloat16 or float16; contiguous.
+    x [T, K]: float8_e4m3fn, float8_e5m2, int8, bfloat16 or float16.
     weight [E, N, K]: x's dtype; K dense (stride 1). bfloat16 and float16 weights that are not
       interleaved may have N dense instead.
-    index int32 [rows]: the row of x that each row of the product reads, sorted by expert; None:
-      row r reads x[r]. An index outside [0, T) gives a row of zeros, without bias.
-    offsets int32 [E]: cumulative ends of the experts' rows; the host never reads them.
-    per_token_scale float32 [T] or [T, 1], scale float32 [E, N], [E, N, 1] or [E]: 8-bit operands
-      need both, others may have either.
+    index int32 or int64 [rows]: the row of x that each row of the product reads, sorted by expert;
+      None: row r reads x[r]. An index outside [0, T) gives a row of zeros, without bias.
+    offsets int32 or int64 [E]: cumulative ends of the experts' rows; the host never reads them.
+    per_token_scale [T], [T, 1] or one value; scale [E, N], [E, N, 1], [E], [E, 1] or one value:
+      float32, bfloat16 or float16. 8-bit operands need both, others may have either.
     bias [E, N]: bfloat16, float16 or float32.
     activation: computed in float32. A gated one takes a gate g and an up value u, and N = 2 I:
 
@@ -75,8 +78,8 @@ def grouped_matmul(
 
     interleaved: N holds gate, up, gate, up, ... instead of I gates, then I ups; this is the order
       of weight, scale and bias.
-    starts int32 [E]: the first row of each expert, for layouts with gaps (masked, aligned);
-      default: the end of the expert before. Rows in gaps are undefined.
+    starts int32 or int64 [E]: the first row of each expert, for layouts with gaps (masked or
+      aligned); default: the end of the expert before. Rows in gaps are undefined.
     out_dtype: bfloat16, float16 or float32; default: bfloat16 for 8-bit operands, else x's dtype.
     accumulation: how float8 products are summed: "fast" (default; in the tensor core, about 14
       bits) or "two_level" (added to float32 every 128 elements). Other dtypes have one way only.
@@ -84,6 +87,13 @@ def grouped_matmul(
     num_sms: SMs to use, default all; the others stay free, for communication say.
     schedule: which CTA computes which tile: "static" (equal runs of neighbours), "tile" (in turns)
       or "dynamic" (whichever is free); None chooses. Changes speed only.
+
+    Copies: weight is never copied; it must lie as above, at an address that is a multiple of 16
+      bytes. Every other operand is copied in every call if kernels cannot read it where it lies: if
+      it is not contiguous, is int64, is a scale that is not float32 or stands for several, or lies
+      at an address that is no multiple of 16 bytes (8 for scale and bias; this warns once). Rows of
+      x that are contiguous, at a stride of a multiple of 16 bytes, such as `padded[:, :K]`, are
+      read in place. A copy costs a launch, of int64 values two. CPU tensors are treated alike.
 
     All tensors are on one device. Returns [rows, N] or [rows, I]; rows past offsets[-1] are
     undefined. Raises ValueError or TypeError that says what must be and what came. bfloat16 and
@@ -95,9 +105,13 @@ def grouped_matmul(
         out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved,
         limit, alpha, beta,
     )  # fmt: skip
-    if is_plain_eager(x, weight) and not wants_gradient(operands):
-        return _product(operands, options)
-    return _grouped_matmul_op(*operands, *options)
+    try:
+        if is_plain_eager(x, weight) and not wants_gradient(operands):
+            return _product(operands, options)
+        return _grouped_matmul_op(*operands, *options)
+    except Exception:
+        check_types(grouped_matmul, locals())
+        raise
 
 
 def grouped_matmul_out(
@@ -105,21 +119,26 @@ def grouped_matmul_out(
 ) -> None:
     """`grouped_matmul` that writes its result to `out`; leaves rows that have no expert untouched.
 
-    out: contiguous, of the shape that `grouped_matmul` returns. out_dtype: default out's dtype, and
-    it must be that. Raises what `grouped_matmul` raises, and RuntimeError where a gradient would be
+    out: of the shape that `grouped_matmul` returns; if it is not contiguous or its address no
+    multiple of 16 bytes, it is copied and written back. out_dtype: default out's dtype, and it must
+    be that. Raises what `grouped_matmul` raises, and RuntimeError where a gradient would be
     lost: this function is not differentiable.
     """
     operands, options = split_product(x, weight, arguments)
-    loses_gradient = wants_gradient((out, *operands))
-    if is_plain_eager(x, weight) and not loses_gradient:
-        _product_into(out, operands, options)
-        return
-    if loses_gradient:
-        raise RuntimeError(
-            "grouped_matmul_out has no gradient and an argument requires one: "
-            "use grouped_matmul, or call under torch.no_grad()"
-        )
-    _grouped_matmul_out_op(out, *operands, *options)
+    try:
+        loses_gradient = wants_gradient((out, *operands))
+        if is_plain_eager(x, weight) and not loses_gradient:
+            _product_into(out, operands, options)
+            return
+        if loses_gradient:
+            raise RuntimeError(
+                "grouped_matmul_out has no gradient and an argument requires one: "
+                "use grouped_matmul, or call under torch.no_grad()"
+            )
+        _grouped_matmul_out_op(out, *operands, *options)
+    except Exception:
+        check_types(grouped_matmul_out, locals())
+        raise
 
 
 def wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -148,6 +167,7 @@ def is_plain_eager(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+@typed
 def grouped_matmul_problem(
     x: Tensor, weight: Tensor, **arguments: Unpack[ProductArguments]
 ) -> GemmProblem:
@@ -156,6 +176,7 @@ def grouped_matmul_problem(
     Raises what `grouped_matmul` raises.
     """
     operands, options = split_product(x, weight, arguments)
+    operands = readable(operands)
     dtype = check(operands, options)
     return pose(operands, dtype, options)
 
@@ -167,18 +188,38 @@ def _product(operands: Operands, options: Options) -> Tensor:
     call = find_call(operands, None, options)
     out = operands.x.new_empty(call.shape, dtype=call.dtype)
     if call.choice is not None:
-        enqueue(call.choice, out, operands)
+        try:
+            enqueue(call.choice, out, operands)
+        except MisalignedAddress:
+            enqueue(call.choice, out, aligned(operands))
+    elif call.copied:
+        return _product(readable(operands), options)
     else:
-        fill_product(out.zero_(), operands, options)
+        _without_kernel(out.zero_(), operands, options)
     return out
 
 
 def _product_into(out: Tensor, operands: Operands, options: Options) -> None:
     call = find_call(operands, out, options)
     if call.choice is not None:
-        enqueue(call.choice, out, operands)
+        try:
+            enqueue(call.choice, out, operands)
+        except MisalignedAddress:
+            with writable(out) as room:
+                enqueue(call.choice, room, aligned(operands))
+    elif call.copied:
+        with writable(out) as room:
+            _product_into(room, readable(operands), options)
     else:
-        fill_product(out, operands, options)
+        _without_kernel(out, operands, options)
+
+
+def _without_kernel(out: Tensor, operands: Operands, options: Options) -> None:
+    """Computes the product with the reference; on the meta device there is nothing to compute."""
+    refuse_other_devices(operands, out)
+    if not out.is_meta:
+        with writable(out) as room:
+            fill_product(room, aligned(operands), options)
 
 
 def _grouped_matmul_impl(*arguments: Any) -> Tensor:
@@ -198,12 +239,14 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Operands, Options]:
 
 def _grouped_matmul_fake(*arguments: Any) -> Tensor:
     operands, options = _split(arguments)
+    operands = readable(operands)
     dtype = check(operands, options)
     return operands.x.new_empty(product_shape(operands, options), dtype=dtype)
 
 
 def _grouped_matmul_out_fake(out: Tensor, *arguments: Any) -> None:
     operands, options = _split(arguments)
+    operands = readable(operands)
     dtype = check(operands, options._replace(out_dtype=options.out_dtype or out.dtype))
     check_out(out, operands, options, dtype)
 
@@ -222,12 +265,25 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    operands = Operands(*ctx.saved_tensors)
+    given = Operands(*ctx.saved_tensors)
     x, weight, _, _, per_token_scale, scale, bias, _ = ctx.needs_input_grad[:_COUNT]
     needs = [x, weight, per_token_scale, scale, bias]
-    computed = iter(_backward_op(grad.contiguous(), *operands, *ctx.activation, needs))
-    gradients = [next(computed) if need else None for need in needs]
+    computed = iter(_backward_op(grad.contiguous(), *readable(given), *ctx.activation, needs))
+    inputs = (given.x, given.weight, given.per_token_scale, given.scale, given.bias)
+    gradients = [
+        _as_given(next(computed), tensor) if need else None
+        for need, tensor in zip(needs, inputs, strict=True)
+    ]
     return (*gradients[:2], None, None, *gradients[2:], None, *(None for _ in Options._fields))
+
+
+def _as_given(gradient: Tensor, given: Tensor | None) -> Tensor:
+    """The gradient of a tensor as it was given, from that of the copy that was read."""
+    assert given is not None
+    if gradient.shape != given.shape:
+        one = given.numel() == 1 and gradient.numel() != 1  # it stood for all
+        gradient = (gradient.sum() if one else gradient).reshape(given.shape)
+    return gradient.to(given.dtype)
 
 
 def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:

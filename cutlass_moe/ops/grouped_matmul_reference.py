@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.operands import Operands, Options, ProductArguments, split_product
+from cutlass_moe.ops._types import typed
 from cutlass_moe.ops.activations import activate, activate_backward, is_gated
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ Tensors = tuple[Tensor | None, ...]
 _BLOCK_ELEMENTS = 1 << 24  # of the largest float64 temporary: 128 MiB
 
 
+@typed
 def grouped_matmul_reference(
     x: Tensor, weight: Tensor, **arguments: Unpack[ProductArguments]
 ) -> Tensor:
@@ -62,9 +64,10 @@ def fill_product(out: Tensor, operands: Operands, options: Options) -> None:
             row, token = _inside(index, start, end, x)
             result = x[token].double() @ weight[expert].double().T
             if per_token_scale is not None:
-                result *= per_token_scale.flatten()[token].double()[:, None]
+                result *= per_token_scale.flatten().expand(len(x))[token].double()[:, None]
             if scale is not None:
-                result *= scale[expert].flatten().double()
+                of_expert = scale[expert] if scale.numel() > 1 else scale
+                result *= of_expert.flatten().double()
             if bias is not None:
                 result += bias[expert].double()
             if options.activation is not None:

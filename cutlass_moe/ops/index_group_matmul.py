@@ -2,7 +2,8 @@
 
 Weights are never copied. A list of weights at equal distances in memory becomes one view; another
 list becomes a table of tensor maps. A list of other operands becomes one view if the tensors lie
-end to end in memory, else each run copies it to the workspace.
+end to end in memory, else each run copies it to the workspace; so are single tensors copied whose
+strides, dtype or address a kernel cannot read.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from cutlass_moe.operands import Operands
 from cutlass_moe.ops._checks import check, check_out
+from cutlass_moe.ops._copies import LARGEST_INT32, refuse_misaligned
 from cutlass_moe.ops._lists import (
     ListArguments,
     Tensors,
@@ -28,14 +30,17 @@ from cutlass_moe.ops._lists import (
     entries_of,
     find_lengths,
     find_scales,
+    find_token_scales,
     find_weights,
+    scale_dtype,
 )
-from cutlass_moe.ops.dispatch import Choice, choose_launch, enqueue, pose
+from cutlass_moe.ops._types import check_types
+from cutlass_moe.ops.dispatch import Choice, choose_launch, enqueue, pose, row_stride
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference_out
 from cutlass_moe.runtime import library
 from cutlass_moe.runtime.fallback import announce_fallback
 from cutlass_moe.runtime.kernel import Kernel
-from cutlass_moe.runtime.parameters import ALIGNMENTS, gemm_views, misaligned
+from cutlass_moe.runtime.parameters import gemm_views
 from cutlass_moe.runtime.workspace import (
     WorkspaceLayout,
     WorkspaceRegion,
@@ -70,17 +75,20 @@ def index_group_matmul(
                        tensor (or list of one)     list of one tensor per expert e
       x                [T, K]                      [M_e, K]
       weight           [E, N, K]                   [N, K]
-      scale            [E, N], [E, N, 1] or [E]    [N], [N, 1], [1] or []
-      per_token_scale  [T] or [T, 1]               [M_e] or [M_e, 1]
+      scale            [E, N], [E, N, 1] or [E],   [N], [N, 1], [1] or []
+                       [E, 1] or one value
+      per_token_scale  [T], [T, 1] or one value    [M_e] or [M_e, 1]
       out              [rows, N]                   [M_e, N]
 
-    x, weight: the dtypes of `grouped_matmul`; weights have K dense, or N if they are 16-bit.
-    scale, per_token_scale: float32; 8-bit operands need both, others may have None.
+    x, weight: the dtypes of `grouped_matmul`; weights have K dense, or N if they are 16-bit, and
+      all experts' the same one.
+    scale, per_token_scale: float32, bfloat16 or float16; 8-bit operands need both, others may have
+      None.
     out: bfloat16, float16 or float32; it is written.
     group_list int32 or int64 [E]: with group_list_type "cumsum" the cumulative ends of the experts'
       rows, with "count" the number of rows per expert. The host never reads it.
-    index int32 [rows]: the row of x that each row of the product reads, sorted by expert; x and
-      per_token_scale must then be single tensors. None: row r reads row r of x.
+    index int32 or int64 [rows]: the row of x that each row of the product reads, sorted by expert;
+      x and per_token_scale must then be single tensors. None: row r reads row r of x.
     bias [E, N], accumulation, expected_rows, num_sms: as in `grouped_matmul`.
 
     Experts' rows follow each other from row 0 on. If x, per_token_scale or out is a list of one
@@ -88,7 +96,8 @@ def index_group_matmul(
     at most M_e. Other rows of out are left untouched.
 
     Tensors, and lists of slices that lie end to end in one tensor, cost nothing. Every call copies
-    other lists, except weights. CPU tensors take the reference.
+    other lists, and what `grouped_matmul` copies, but never weights. CPU tensors take the
+    reference; tensors on the meta device are only checked.
 
     Raises ValueError or TypeError that says what must be and what came. Raises RuntimeError where a
     gradient would be lost, and during CUDA graph capture if a list needs a table from the host:
@@ -108,7 +117,9 @@ def _takes_arguments_of(
     """A decorator that shows the signature of `original` for a function that passes all on."""
 
     def decorate(mirror: Callable[..., R]) -> Callable[P, R]:
-        mirror.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+        returned = inspect.signature(mirror).return_annotation
+        shown = inspect.signature(original).replace(return_annotation=returned)
+        mirror.__signature__ = shown  # type: ignore[attr-defined]
         return mirror
 
     return decorate
@@ -121,7 +132,9 @@ def index_group_matmul_workspace_size(*tensors: Any, **others: Any) -> tuple[int
     Takes the arguments of `index_group_matmul`. Returns (bytes of workspace, executor): the call
     itself is `executor.run(workspace)`. Raises what `index_group_matmul` raises.
     """
-    executor = Executor(ListArguments(*tensors, **others))
+    arguments = ListArguments(*tensors, **others)
+    check_types(ListArguments, arguments._asdict())
+    executor = Executor(arguments)
     return executor.workspace_size, executor
 
 
@@ -144,7 +157,7 @@ class Executor:
         check_groups(arguments, experts)
         x = entries_of("x", arguments.x, experts)
         out = entries_of("out", arguments.out, experts)
-        token_scale = entries_of("per_token_scale", arguments.per_token_scale, experts)
+        token_scale = find_token_scales(arguments.per_token_scale, x, experts)
         scale = find_scales(arguments.scale, experts, n)
 
         self._layout = layout = WorkspaceLayout(self.device)
@@ -154,20 +167,33 @@ class Executor:
         self._limits = layout.from_host(_limits(lengths)) if lengths else None
         self._groups = self._ends = None
         group_list, kind = arguments.group_list, arguments.group_list_type
-        if lengths or kind == "count" or group_list.dtype != torch.int32:
+        in_place = group_list.dtype == torch.int32 and group_list.is_contiguous()
+        if lengths or kind == "count" or not in_place:
             self._groups = layout.region((2 * experts,), torch.int32)
             self._ends = layout.region((experts,), torch.int32)
-        self._out = layout.join(out)
+        self._out = layout.join(out, "out")
+        self._wide_index: WorkspaceRegion | None = None
+        self._index = None if arguments.index is None else self._find_index(arguments.index)
         self._operands: dict[str, Tensor | WorkspaceRegion | None] = {
-            "x": layout.join(x),
+            "x": layout.join(x, "x"),
             "weight": weights if isinstance(weights, Tensor) else weights[0].expand(experts, n, k),
-            "index": arguments.index,
+            "index": self._index,
             "offsets": self._ends or group_list,
-            "per_token_scale": layout.join(token_scale) if token_scale else None,
-            "scale": layout.join(scale) if scale else None,
-            "bias": arguments.bias,
+            "per_token_scale": self._join("per_token_scale", token_scale),
+            "scale": self._join("scale", scale),
+            "bias": None if arguments.bias is None else layout.join([arguments.bias], "bias"),
         }
         self._prepare()
+
+    def _join(self, name: str, scales: list[Tensor]) -> Tensor | WorkspaceRegion | None:
+        return self._layout.join(scales, name, scale_dtype(scales)) if scales else None
+
+    def _find_index(self, index: Tensor) -> Tensor | WorkspaceRegion:
+        """The int32 index; int64 values pass through a region where they are clamped."""
+        if index.dtype != torch.int64:
+            return self._layout.join([index], "index")
+        self._wide_index = self._layout.region(tuple(index.shape), torch.int64)
+        return self._layout.region(tuple(index.shape), torch.int32)
 
     def _prepare(self) -> None:
         """Checks the operands as they will be once lists are joined, and loads the kernel."""
@@ -182,6 +208,11 @@ class Executor:
             operands = operands._replace(weight=weight)
             check(operands, options)
         check_out(out, operands, options, out.dtype)
+        if isinstance(weights, Tensor):
+            refuse_misaligned("weight", weights)
+        else:
+            for e, weight in enumerate(weights):
+                refuse_misaligned(f"weight[{e}]", weight)
 
         problem = pose(operands, out.dtype, options)
         if isinstance(weights, list):
@@ -195,7 +226,13 @@ class Executor:
             self._why_illegal = why_illegal(problem, arch=library.device_arch(device))
             if self._why_illegal is None:
                 self._choice = choose_launch(
-                    problem, device, len(operands.x), len(out), operands.weight.stride(), options
+                    problem,
+                    device,
+                    len(operands.x),
+                    len(out),
+                    operands.weight.stride(),
+                    options,
+                    row_stride(operands.x),
                 )
                 if isinstance(weights, list):
                     maps = _tensor_maps(problem, self._choice.kernel, weights)
@@ -216,12 +253,19 @@ class Executor:
         reference, which allocates and waits. Raises ValueError for an unfit workspace or a stream
         of another device.
         """
-        workspace = self._layout.aligned(workspace)
-        with self._on(stream), torch.no_grad():
-            self._layout.fill(workspace)
-            self._find_ends(workspace)
-            self._compute(workspace)
-            self._layout.write_back(self._out, workspace)
+        try:
+            workspace = self._layout.aligned(workspace)
+            with self._on(stream), torch.no_grad():
+                if self.device.type == "meta":
+                    return
+                self._layout.fill(workspace)
+                self._find_ends(workspace)
+                self._narrow_index(workspace)
+                self._compute(workspace)
+                self._layout.write_back(self._out, workspace)
+        except Exception:
+            check_types(Executor.run, locals())
+            raise
 
     def _on(self, stream: torch.cuda.Stream | int | None) -> AbstractContextManager[Any]:
         if stream is None:
@@ -261,6 +305,14 @@ class Executor:
         else:  # sums over windows of [0, ..., 0, counts...]; each window has one count more
             torch.sum(groups[1:].unfold(0, experts, 1), 1, dtype=torch.int32, out=ends)
 
+    def _narrow_index(self, workspace: Tensor) -> None:
+        """Converts an int64 index to int32; values that int32 cannot hold stay outside [0, T)."""
+        index = self._arguments.index
+        if self._wide_index is not None and index is not None:
+            wide = self._wide_index.of(workspace)
+            torch.clamp(index, -1, LARGEST_INT32, out=wide)
+            resolve(self._index, workspace).copy_(wide)
+
     def _compute(self, workspace: Tensor) -> None:
         tensors = {name: resolve(t, workspace) for name, t in self._operands.items()}
         starts = None if self._limits is None else self._limits.of(workspace)[0]
@@ -289,8 +341,6 @@ def _tensor_maps(problem: GemmProblem, kernel: Kernel, weights: list[Tensor]) ->
     maps = torch.empty((len(weights), TENSOR_MAP_BYTES), dtype=torch.uint8)
     for e, weight in enumerate(weights):
         address = weight.data_ptr()
-        if address % ALIGNMENTS["weight"]:
-            raise misaligned(f"weight[{e}]", ALIGNMENTS["weight"], address)
         view = gemm_views(problem, (0, *weight.stride()), 0)["weight"]
         encoded = kernel.maps.encode("weight", address, view)
         ctypes.memmove(maps[e].data_ptr(), int(encoded.getPtr()), TENSOR_MAP_BYTES)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cutlass_moe.operands import DTYPES, FLOATS
 from cutlass_moe.ops._define import define
+from cutlass_moe.ops._types import check_types, typed
 from cutlass_moe.ops.dispatch import launch_step, step_kernel
 from cutlass_moe.runtime.parameters import quantize_values
 from emitters.spec import dtypes
@@ -31,12 +32,17 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     that is not finite either. Raises TypeError for other dtypes, and ValueError if x is not [T, K]
     or requires a gradient.
     """
-    if x.dim() != 2:
-        raise ValueError(f"x must be [T, K], got {list(x.shape)}")
-    _check(x, dtype)
-    return _quantize_op(x, dtype)
+    try:
+        if x.dim() != 2:
+            raise ValueError(f"x must be [T, K], got {list(x.shape)}")
+        _check(x, dtype)
+        return _quantize_op(x, dtype)
+    except Exception:
+        check_types(quantize_per_token, locals())
+        raise
 
 
+@typed
 def quantize_per_channel(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Quantises each row of each expert's weights to 8 bits, as `quantize_per_token` does.
 
@@ -49,6 +55,7 @@ def quantize_per_channel(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     return q.view(weight.shape), scale.view(weight.shape[:2])
 
 
+@typed
 def quantize_per_token_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`quantize_per_token` in plain PyTorch; gives the same bits for every finite row.
 

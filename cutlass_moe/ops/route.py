@@ -11,6 +11,7 @@ from torch import Tensor
 from cutlass_moe.choose.heuristics_sm90 import FEW_PAIRS
 from cutlass_moe.operands import IDS
 from cutlass_moe.ops._define import define
+from cutlass_moe.ops._types import check_types, typed
 from cutlass_moe.ops.dispatch import launch_step, step_kernel
 from cutlass_moe.runtime.kernel import Kernel
 from cutlass_moe.runtime.parameters import route_values
@@ -70,10 +71,17 @@ def route(
     and torch.compile work. Raises TypeError for a dtype, and ValueError for a shape, a device,
     num_experts < 1 and a negative or infinite capacity_factor.
     """
-    _check(topk_ids, num_experts, expert_map, capacity_factor)
-    return RoutingTable(*_route_op(topk_ids, num_experts, expert_map, capacity_factor, pdl))
+    try:
+        if type(pdl) is not bool:  # torch would take anything for a bool
+            check_types(route, locals())
+        _check(topk_ids, num_experts, expert_map, capacity_factor)
+        return RoutingTable(*_route_op(topk_ids, num_experts, expert_map, capacity_factor, pdl))
+    except Exception:
+        check_types(route, locals())
+        raise
 
 
+@typed
 def route_reference(
     topk_ids: Tensor,
     num_experts: int,
@@ -105,6 +113,7 @@ def route_reference(
     return RoutingTable(index, ends, inverse.view(topk_ids.shape))
 
 
+@typed
 def renormalize_kept(topk_weights: Tensor, inverse: Tensor) -> Tensor:
     """Raises the weights of a token's kept pairs so that they make up for its dropped pairs.
 

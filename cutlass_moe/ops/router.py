@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from cutlass_moe.operands import DTYPES, Router, RouterArguments
 from cutlass_moe.ops._define import define
+from cutlass_moe.ops._types import check_types, typed
 from cutlass_moe.ops.dispatch import launch_step, step_kernel
 from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.ops.route import RoutingTable, check_capacity, route, row_capacity
@@ -76,8 +77,14 @@ def topk_router(
     router = Router(
         k, scoring, renormalize, num_groups, topk_groups, correction_bias, scale, threshold
     )
-    _refuse_gradient("topk_router", logits, correction_bias)
-    return _topk_router_op(logits, *router, pdl)
+    try:
+        if type(renormalize) is not bool or type(pdl) is not bool:  # torch would take anything
+            check_types(topk_router, locals())
+        _refuse_gradient("topk_router", logits, correction_bias)
+        return _topk_router_op(logits, *router, pdl)
+    except Exception:
+        check_types(topk_router, locals())
+        raise
 
 
 def route_logits(
@@ -99,14 +106,20 @@ def route_logits(
     dropped keep their weights. Raises what both functions raise.
     """
     router = Router(k, **arguments)
-    _refuse_gradient("route_logits", logits, router.correction_bias)
-    if num_experts is None and expert_map is None:
-        *table, weights, ids = _route_logits_op(logits, *router, capacity_factor, pdl)
-        return RoutingTable(*table), weights, ids
-    weights, ids = _topk_router_op(logits, *router, pdl)
-    experts = logits.shape[1] if num_experts is None else num_experts
-    table = route(ids, experts, expert_map=expert_map, capacity_factor=capacity_factor, pdl=pdl)
-    return table, weights, ids
+    try:
+        if type(router.renormalize) is not bool or type(pdl) is not bool:  # as in topk_router
+            check_types(route_logits, locals())
+        _refuse_gradient("route_logits", logits, router.correction_bias)
+        if num_experts is None and expert_map is None:
+            *table, weights, ids = _route_logits_op(logits, *router, capacity_factor, pdl)
+            return RoutingTable(*table), weights, ids
+        weights, ids = _topk_router_op(logits, *router, pdl)
+        experts = logits.shape[1] if num_experts is None else num_experts
+        table = route(ids, experts, expert_map=expert_map, capacity_factor=capacity_factor, pdl=pdl)
+        return table, weights, ids
+    except Exception:
+        check_types(route_logits, locals())
+        raise
 
 
 def _values(
@@ -269,6 +282,7 @@ _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@typed
 def topk_router_reference(
     logits: Tensor, k: int, **arguments: Unpack[RouterArguments]
 ) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The warning, or error, for a call that no kernel serves."""
+"""The warning, or error, for a call that no kernel serves, or only with copies of its tensors."""
 
 from __future__ import annotations
 
@@ -32,3 +32,13 @@ def announce_fallback(reason: str, capturable: bool = False) -> None:
 def _warn_once(reason: str) -> None:
     logger.info("no kernel, slow torch path: %s", reason)
     warnings.warn(f"no kernel for this problem, slow torch path taken: {reason}", stacklevel=2)
+
+
+@cache
+def announce_copy(name: str, multiple: int) -> None:
+    """Once per tensor's name: warns that every call copies it because of its address."""
+    warnings.warn(
+        f"the address of {name} is not a multiple of {multiple} bytes, so every call copies it; a "
+        "clone of the tensor has such an address",
+        stacklevel=2,
+    )

@@ -88,10 +88,28 @@ def operand_addresses(operands: Operands, out: Tensor) -> dict[str, int]:
     return addresses
 
 
-def misaligned(name: str, multiple: int, address: int) -> ValueError:
+def reads_rows(x: Tensor) -> bool:
+    """Whether kernels read these rows of x [T, K] where they lie: each contiguous, at a stride.
+
+    Addresses aside. The stride of rows is a multiple of 16 bytes, and fewer than 2**31 of them.
+    """
+    if x.is_contiguous():
+        return True
+    if x.dim() != 2 or x.stride(1) != 1:
+        return False
+    stride = x.stride(0) * x.dtype.itemsize
+    return 0 < stride < 2**31 and stride % 16 == 0
+
+
+class MisalignedAddress(ValueError):
+    """A tensor lies where a kernel cannot read or write it."""
+
+
+def misaligned(name: str, multiple: int, address: int) -> MisalignedAddress:
     """The error for a tensor at an address that is not aligned as a kernel needs."""
-    return ValueError(
-        f"the address of {name} must be a multiple of {multiple} bytes, got {address:#x}"
+    return MisalignedAddress(
+        f"the address of {name} must be a multiple of {multiple} bytes, got {address:#x}; a clone "
+        "of the tensor has such an address"
     )
 
 

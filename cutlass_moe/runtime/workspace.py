@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cutlass_moe.runtime.fallback import announce_copy
+from cutlass_moe.runtime.parameters import ALIGNMENTS, reads_rows
+
 ALIGNMENT = 128  # bytes, of every region, because tensor maps in memory need it
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -65,16 +68,23 @@ class WorkspaceLayout:
         self._bytes += -(-region.bytes // ALIGNMENT) * ALIGNMENT
         return region
 
-    def join(self, entries: list[Tensor]) -> Tensor | WorkspaceRegion:
-        """Joins the rows of tensors: a view if possible, else a region that every run fills.
+    def join(
+        self, entries: list[Tensor], name: str = "", dtype: torch.dtype | None = None
+    ) -> Tensor | WorkspaceRegion:
+        """Joins the rows of tensors: a view if kernels can read one, else a region that runs fill.
 
-        The tensors may differ in their first extent only.
+        The tensors may differ in their first extent only. name: of the operand, whose address a
+        kernel needs aligned; default none. dtype: of the region, if it must be another one.
         """
+        dtype = dtype or entries[0].dtype
         joined = entries[0] if len(entries) == 1 else view_of_rows(entries)
-        if joined is not None:
-            return joined
+        if joined is not None and joined.dtype == dtype and _is_plain(name, joined):
+            multiple = ALIGNMENTS.get(name, 1)
+            if joined.data_ptr() % multiple == 0:
+                return joined
+            announce_copy(name, multiple)
         rows = sum(len(entry) for entry in entries)
-        region = self.region((rows, *entries[0].shape[1:]), entries[0].dtype)
+        region = self.region((rows, *entries[0].shape[1:]), dtype)
         self._copies.append((region, entries))
         return region
 
@@ -135,6 +145,11 @@ class WorkspaceLayout:
                 _copy(entries, _split(region.of(workspace), entries))
 
 
+def _is_plain(name: str, tensor: Tensor) -> bool:
+    """Whether a kernel reads an operand of this name with these strides."""
+    return reads_rows(tensor) if name == "x" else tensor.is_contiguous()
+
+
 def view_of_rows(entries: list[Tensor]) -> Tensor | None:
     """Joins the rows of tensors as a view, if they lie end to end in one storage."""
     filled = [entry for entry in entries if entry.numel()] or entries[:1]
@@ -171,9 +186,11 @@ def _split(joined: Tensor, entries: list[Tensor]) -> list[Tensor]:
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copies tensors of one dtype in one kernel, as integers.
+    """Copies tensors in one kernel, as integers if they have one dtype.
 
     torch's kernel knows no float8, and as floats it would rewrite NaNs.
     """
-    bits = _BITS[targets[0].dtype.itemsize]
-    torch._foreach_copy_([t.view(bits) for t in targets], [t.view(bits) for t in sources])
+    if targets[0].dtype == sources[0].dtype:
+        bits = _BITS[targets[0].dtype.itemsize]
+        targets, sources = ([t.view(bits) for t in tensors] for tensors in (targets, sources))
+    torch._foreach_copy_(targets, sources)

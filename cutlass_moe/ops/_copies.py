@@ -1,0 +1,137 @@
+"""Copies of what kernels cannot read where it lies.
+
+One rule for every product: weights are never copied, all other operands are if need be. A copy has
+other strides, an address that is a multiple of what kernels load at once, or another dtype that
+holds the same values. It is made anew in every call and costs a launch (int64 values cost two).
+Only a copy for the sake of an address warns, once. It is made on every device, so that a call gives
+the same answer on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from cutlass_moe.operands import Operands
+from cutlass_moe.runtime.fallback import announce_copy
+from cutlass_moe.runtime.parameters import ALIGNMENTS, misaligned, reads_rows
+
+NARROW = (torch.bfloat16, torch.float16)  # scales of these dtypes are converted to float32
+LARGEST_INT32 = 2**31 - 1
+
+
+def readable(operands: Operands) -> Operands:
+    """The operands of `grouped_matmul` as kernels read them; weight stays what it is.
+
+    x as `reads_rows` says; bias contiguous; scales contiguous float32 [T], [T, 1], [E, N],
+    [E, N, 1] or [E]; index, offsets and starts contiguous int32. What can't be made so stays, for
+    `check` to refuse. Extents may be symbolic.
+    """
+    x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
+    if x.dim() != 2 or weight.dim() != 3:
+        return operands
+    return Operands(
+        x if reads_rows(x) else x.contiguous(),
+        weight,
+        None if index is None else as_int32(index),
+        as_int32(offsets),
+        None if per_token_scale is None else token_scale(per_token_scale, x.shape[0]),
+        None if scale is None else weight_scale(scale, weight.shape[0]),
+        None if bias is None else bias.contiguous(),
+        None if starts is None else as_int32(starts),
+    )
+
+
+def reads_in_place(operands: Operands) -> bool:
+    """Whether kernels read all of these operands where they lie, but for their addresses."""
+    return all(a is b for a, b in zip(readable(operands), operands, strict=True))
+
+
+def as_int32(tensor: Tensor) -> Tensor:
+    """Contiguous int32 values of int64 ones; what int32 cannot hold stays out of any range."""
+    if tensor.dtype == torch.int64:
+        tensor = tensor.clamp(-1, LARGEST_INT32).int()
+    return tensor.contiguous()
+
+
+def token_scale(scale: Tensor, tokens: int) -> Tensor:
+    """per_token_scale as kernels read it: float32 [T] or [T, 1]; one value stands for all T."""
+    scale = _float32(scale)
+    if scale.dim() == 0 or (scale.dim() < 3 and scale.numel() == 1 and tokens != 1):
+        scale = scale.reshape(1).expand(tokens)
+    return scale.contiguous()
+
+
+def weight_scale(scale: Tensor, experts: int) -> Tensor:
+    """scale as kernels read it: float32 [E, N], [E, N, 1] or [E].
+
+    [E, 1] and [E, 1, 1] become [E], as a view; one value stands for all experts.
+    """
+    scale = _float32(scale)
+    if scale.dim() in (2, 3) and scale.numel() == experts == scale.shape[0]:
+        scale = scale.flatten()
+    elif scale.dim() == 0 or (scale.dim() == 1 and scale.shape[0] == 1 and experts != 1):
+        scale = scale.reshape(1).expand(experts)
+    return scale.contiguous()
+
+
+def _float32(scale: Tensor) -> Tensor:
+    return scale.float() if scale.dtype in NARROW else scale
+
+
+def aligned(operands: Operands) -> Operands:
+    """The operands at addresses that kernels can read.
+
+    Raises ValueError for weights that are not, because weights are not copied.
+    """
+    refuse_misaligned("weight", operands.weight)
+    copies = {
+        name: tensor.clone()
+        for name, tensor in zip(Operands._fields, operands, strict=True)
+        if tensor is not None and _is_misaligned(name, tensor)
+    }
+    return operands._replace(**copies) if copies else operands
+
+
+@contextmanager
+def writable(out: Tensor) -> Iterator[Tensor]:
+    """`out` if a kernel can write to it, else a copy that is written back at the end."""
+    room = out.contiguous()
+    if room is out and _is_misaligned("out", out):
+        room = out.clone()
+    yield room
+    if room is not out:
+        out.copy_(room)
+
+
+def _is_misaligned(name: str, tensor: Tensor) -> bool:
+    """Whether a kernel needs another address, and a copy of the tensor; tells of it."""
+    multiple = ALIGNMENTS.get(name, 4)
+    if tensor.data_ptr() % multiple == 0:
+        return False
+    announce_copy(name, multiple)
+    return True
+
+
+def refuse_misaligned(name: str, tensor: Tensor) -> None:
+    """Raises ValueError for a tensor at an address that kernels cannot read.
+
+    name: of the operand, or "name[e]" for expert e's part of it.
+    """
+    multiple, address = ALIGNMENTS.get(name.partition("[")[0], 4), tensor.data_ptr()
+    if address % multiple:
+        raise misaligned(name, multiple, address)
+
+
+def refuse_other_devices(tensors: Operands, out: Tensor | None = None) -> None:
+    """Raises ValueError unless all tensors are on x's device.
+
+    Signatures do not tell the CPU from the meta device.
+    """
+    wanted = tensors.x.device
+    for name, tensor in {**tensors._asdict(), "out": out}.items():
+        if tensor is not None and tensor.device != wanted:
+            raise ValueError(f"{name} must be on {wanted}, got one on {tensor.device}")
