@@ -21,6 +21,7 @@ from cutlass_moe.layer.reference import fused_moe_reference
 from cutlass_moe.layer.steps import LayerProblems
 from cutlass_moe.operands import QUANTS, LayerOperands, LayerOptions, Options
 from cutlass_moe.ops import dispatch
+from cutlass_moe.ops._types import check_types
 from cutlass_moe.ops.dispatch import Choice, choose_launch
 from cutlass_moe.ops.route import route_phases, route_scratch, row_capacity
 from cutlass_moe.runtime import library
@@ -283,6 +284,8 @@ def find_chain(layer: LayerOperands, options: LayerOptions, out: Tensor) -> Chai
     key = signature((*options, dispatch.forced), (*layer, out))
     chain = _chains.get(key)
     if chain is None:
+        check_types(LayerOperands, layer._asdict())
+        check_types(LayerOptions, options._asdict())
         needed = conversions(layer, options)
         layer = convert(layer, needed)
         check_layer(layer, options, out)

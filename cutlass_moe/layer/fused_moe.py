@@ -12,6 +12,7 @@ from cutlass_moe.layer.chain import LayerWorkspace, find_chain
 from cutlass_moe.layer.checks import check_layer
 from cutlass_moe.operands import LayerArguments, LayerOperands, LayerOptions, split_layer
 from cutlass_moe.ops._define import define
+from cutlass_moe.ops._types import check_types, typed
 from cutlass_moe.ops.grouped_matmul import is_plain_eager, wants_gradient
 
 if TYPE_CHECKING:
@@ -110,20 +111,25 @@ def fused_moe(
         quant, activation, interleaved, capacity_factor, accumulation, pdl, limit, alpha, beta,
         out_dtype, max_rows, reduce, weight_on_input, batch_invariant,
     )  # fmt: skip
-    if wants_gradient(layer):
-        raise RuntimeError(
-            "fused_moe has no gradient and an argument requires one: use a module of "
-            "cutlass_moe.nn, or call under torch.no_grad()"
-        )
-    out = _empty(layer, options) if out is None else out
-    written = out if out.dim() == 2 or reduce != "sum" else out.view(-1, out.shape[-1])
-    if is_plain_eager(hidden, w13):
-        _run(written, workspace, layer, options)
-    else:
-        _fused_moe_out_op(written, workspace, *layer, *options)
-    return out
+    try:
+        if wants_gradient(layer):
+            raise RuntimeError(
+                "fused_moe has no gradient and an argument requires one: use a module of "
+                "cutlass_moe.nn, or call under torch.no_grad()"
+            )
+        out = _empty(layer, options) if out is None else out
+        written = out if out.dim() == 2 or reduce != "sum" else out.view(-1, out.shape[-1])
+        if is_plain_eager(hidden, w13):
+            _run(written, workspace, layer, options)
+        else:
+            _fused_moe_out_op(written, workspace, *layer, *options)
+        return out
+    except Exception:
+        check_types(fused_moe, locals())
+        raise
 
 
+@typed
 def fused_moe_workspace_size(
     hidden: Tensor,
     w13: Tensor,

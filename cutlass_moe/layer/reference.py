@@ -10,6 +10,7 @@ from torch import Tensor
 from cutlass_moe.layer.accept import conversions, convert, weigh_input
 from cutlass_moe.layer.padded import feed_forward, quantized
 from cutlass_moe.operands import LayerArguments, LayerOperands, LayerOptions, split_layer
+from cutlass_moe.ops._types import typed
 from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.route import local_experts, row_capacity
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@typed
 def fused_moe_reference(
     hidden: Tensor,
     w13: Tensor,
