@@ -146,7 +146,7 @@ def test_rows_that_the_device_counts(end: int, early: bool) -> None:
     offsets = torch.tensor([0, 0, end], dtype=torch.int32, device="cuda")
     target = q.view(torch.float8_e4m3fn)
     tensors = addresses(source=x, q=q, scale=scale, end=offsets[-1:])
-    values = quantize_values(tensors, 128, early=early)
+    values = quantize_values(tensors, 128, 768 * 2, early=early)
     launch(SCALED, values, 128, overlap=True)
     count = min(end, 128)
     want, want_scale = quantize_per_token_reference(x[:count].float() * 32, target.dtype)
@@ -236,7 +236,7 @@ def test_graph_replay_with_other_data() -> None:
         rows=sums["rows"], weights=sums["topk_weights"], inverse=sums["inverse"], out=out
     )
     combined = combine_values(tensors, 1024, 128, 8)
-    quantized = quantize_values(addresses(source=out, q=q, scale=scale), 128)
+    quantized = quantize_values(addresses(source=out, q=q, scale=scale), 128, 2048 * 2)
 
     def chain() -> None:
         launch(CombineProblem(DType.BF16, 2048, 8), combined, 128)
