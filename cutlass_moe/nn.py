@@ -96,7 +96,9 @@ class MoeFeedForward(nn.Module):
         self.capacity_factor = capacity_factor
         self.quant: str | None = None  # "fp8" or "int8" after `quantize_`
         self.router_options = router_options
-        topk_router_reference(torch.zeros(1, num_experts), top_k, **router_options)  # checks them
+        logits = torch.zeros(1, num_experts, device="cpu")
+        topk_router_reference(logits, top_k, **router_options)  # checks their names
+        cm.topk_router(logits, top_k, **router_options)  # and their values
 
         for prefix, count in (("", num_experts), ("shared_", num_shared_experts)):
             for name, shape in self._shapes().items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from cutlass_moe.operands import Operands
 from cutlass_moe.runtime.fallback import announce_copy
 from cutlass_moe.runtime.parameters import ALIGNMENTS, misaligned, reads_rows
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 NARROW = (torch.bfloat16, torch.float16)  # scales of these dtypes are converted to float32
 LARGEST_INT32 = 2**31 - 1
@@ -88,32 +91,28 @@ def aligned(operands: Operands) -> Operands:
     Raises ValueError for weights that are not, because weights are not copied.
     """
     refuse_misaligned("weight", operands.weight)
-    copies = {
-        name: tensor.clone()
-        for name, tensor in zip(Operands._fields, operands, strict=True)
-        if tensor is not None and _is_misaligned(name, tensor)
-    }
-    return operands._replace(**copies) if copies else operands
+    return Operands(*map(at_address, Operands._fields, operands))  # type: ignore[arg-type]
 
 
 @contextmanager
 def writable(out: Tensor) -> Iterator[Tensor]:
     """`out` if a kernel can write to it, else a copy that is written back at the end."""
-    room = out.contiguous()
-    if room is out and _is_misaligned("out", out):
-        room = out.clone()
+    room = at_address("out", out.contiguous())
     yield room
     if room is not out:
         out.copy_(room)
 
 
-def _is_misaligned(name: str, tensor: Tensor) -> bool:
-    """Whether a kernel needs another address, and a copy of the tensor; tells of it."""
-    multiple = ALIGNMENTS.get(name, 4)
-    if tensor.data_ptr() % multiple == 0:
-        return False
+def at_address(name: str, tensor: T, multiple: int | None = None) -> T:
+    """The tensor, or a copy of it if kernels need another address; warns once of each name.
+
+    multiple: of this many bytes the address must be; default what a GEMM's operand needs.
+    """
+    multiple = multiple or ALIGNMENTS.get(name, 4)
+    if tensor is None or tensor.data_ptr() % multiple == 0:
+        return tensor
     announce_copy(name, multiple)
-    return True
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def refuse_misaligned(name: str, tensor: Tensor) -> None:

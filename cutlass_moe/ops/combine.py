@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.operands import DTYPES, FLOATS
+from cutlass_moe.ops._copies import as_int32, at_address, writable
 from cutlass_moe.ops._define import define
 from cutlass_moe.ops._types import check_types, typed
 from cutlass_moe.ops.dispatch import launch_step, step_kernel
@@ -28,14 +29,20 @@ def combine(
 
       out[t] = residual[t] + sum over j of topk_weights[t, j] * rows[inverse[t, j]]
 
-    Sums are float32, in the order of j. All tensors are contiguous and on one device.
+    Sums are float32, in the order of j. All tensors are on one device.
 
     rows [R, N]: bfloat16, float16 or float32.
-    topk_weights float32 [T, k].
-    inverse int32 [T, k]: the row of each (token, choice) pair, from `RoutingTable.inverse`. A pair
-      with an inverse outside [0, R), such as -1, adds nothing, not even a NaN.
+    topk_weights [T, k]: bfloat16, float16 or float32; weights of a token that lie side by side are
+      read in place.
+    inverse int32 or int64 [T, k]: the row of each (token, choice) pair, from
+      `RoutingTable.inverse`. A pair with an inverse outside [0, R), such as -1, adds nothing, not
+      even a NaN.
     residual [T, N]: rows' dtype; default zeros.
     out [T, N]: rows' dtype; default a new tensor. It may be the residual.
+
+    Other tensors that are not contiguous, or are int64, are copied in every call, which costs a
+    launch. So are rows, residual and out at an address that is no multiple of 16 bytes, on every
+    device and with one warning.
 
     Returns out. Raises TypeError or ValueError that says what must be and what came, and
     RuntimeError where a gradient would be lost: combine has none.
@@ -55,6 +62,16 @@ def combine(
         raise
 
 
+def _plain(
+    rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The inputs as kernels read them, but for their addresses; copies of those that are not so."""
+    if topk_weights.dim() != 2 or topk_weights.stride(1) != 1:
+        topk_weights = topk_weights.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    return rows.contiguous(), topk_weights, as_int32(inverse), residual
+
+
 def _check(
     rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None, out: Tensor | None
 ) -> None:
@@ -64,9 +81,12 @@ def _check(
         got = f"{tuple(rows.shape)} and {tuple(inverse.shape)}"
         raise ValueError(f"rows must be [R, N] and inverse [T, k], got {got}")
     pairs, shape = tuple(inverse.shape), (inverse.shape[0], rows.shape[1])
+    if topk_weights.dtype not in FLOATS:
+        names = ", ".join(map(str, FLOATS))
+        raise TypeError(f"topk_weights must be one of {names}, got {topk_weights.dtype}")
     for name, tensor, dtype, wanted in (
         ("rows", rows, rows.dtype, tuple(rows.shape)),
-        ("topk_weights", topk_weights, torch.float32, pairs),
+        ("topk_weights", topk_weights, topk_weights.dtype, pairs),
         ("inverse", inverse, torch.int32, pairs),
         ("residual", residual, rows.dtype, shape),
         ("out", out, rows.dtype, shape),
@@ -79,24 +99,28 @@ def _check(
             raise ValueError(f"{name} must have shape {wanted}, got {tuple(tensor.shape)}")
         if tensor.device != rows.device:
             raise ValueError(f"{name} must be on {rows.device}, got one on {tensor.device}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be a contiguous tensor, got strides {tensor.stride()}")
 
 
 def _combine_impl(
     rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
 ) -> Tensor:
-    _check(rows, topk_weights, inverse, residual, None)
+    inputs = _plain(rows, topk_weights, inverse, residual)
+    _check(*inputs, None)
     out = _empty(rows, inverse)
-    _into(out, rows, topk_weights, inverse, residual)
+    _into(out, *inputs)
     return out
 
 
 def _combine_out_impl(
     out: Tensor, rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
 ) -> None:
-    _check(rows, topk_weights, inverse, residual, out)
-    _into(out, rows, topk_weights, inverse, residual)
+    inputs = _plain(rows, topk_weights, inverse, residual)
+    _check(*inputs, out)
+    if out.is_contiguous() and out.data_ptr() % 16 == 0:
+        _into(out, *inputs)
+    else:
+        with writable(out) as room:
+            _into(room, *inputs)
 
 
 def _into(
@@ -104,16 +128,9 @@ def _into(
 ) -> None:
     if out.numel() >= _MAX_ELEMENTS:
         raise ValueError(f"out must have fewer than 2**34 elements, got {out.numel()}")
+    rows, residual = at_address("rows", rows, 16), at_address("residual", residual, 16)
     kernel = None
     if rows.is_cuda and out.numel():
-        large = (rows, out) if residual is None else (rows, residual, out)
-        addresses = [tensor.data_ptr() for tensor in large]
-        if any(address % 16 for address in addresses):
-            got = ", ".join(map(hex, addresses))
-            raise ValueError(
-                "the addresses of rows, residual and out must be multiples of 16 bytes, got "
-                f"{got}; a clone of the tensor has such an address"
-            )
         problem = CombineProblem(
             DTYPES[rows.dtype], rows.shape[1], inverse.shape[1], DTYPES[topk_weights.dtype]
         )
@@ -139,14 +156,14 @@ def _empty(rows: Tensor, inverse: Tensor) -> Tensor:
 def _combine_fake(
     rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
 ) -> Tensor:
-    _check(rows, topk_weights, inverse, residual, None)
+    _check(*_plain(rows, topk_weights, inverse, residual), None)
     return _empty(rows, inverse)
 
 
 def _combine_out_fake(
     out: Tensor, rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
 ) -> None:
-    _check(rows, topk_weights, inverse, residual, out)
+    _check(*_plain(rows, topk_weights, inverse, residual), out)
 
 
 _INPUTS = "Tensor rows, Tensor topk_weights, Tensor inverse, Tensor? residual"

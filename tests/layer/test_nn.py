@@ -441,6 +441,12 @@ def test_quantize_errors(module: nn.Module, quant: str, message: str) -> None:
         ({"top_k": 7}, "k must be 1 to 6, .* got 7"),
         ({"num_groups": 4}, "must be a divisor of 6 experts, got 4"),
         ({"scoring": "none"}, "got 'none'"),
+        ({"capacity_factor": -1.0}, "capacity_factor must be 0 or more and finite, got -1.0"),
+        ({"capacity_factor": math.nan}, "capacity_factor must be 0 or more and finite, got nan"),
+        ({"num_shared_experts": -1}, "num_shared_experts must be 0 or more, got -1"),
+        ({"top_k": 0}, "k must be 1 to 6, .* got 0"),
+        ({"scale": math.inf}, "scale must be a finite float32, got inf"),
+        ({"threshold": math.nan}, "threshold must be a finite float32, got nan"),
     ],
 )
 def test_constructor_errors(options: dict[str, Any], message: str) -> None:
