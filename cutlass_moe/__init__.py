@@ -1,7 +1,9 @@
 """Mixture-of-experts grouped GEMM for PyTorch: no token is copied, kernels come from a cache."""
 
 from cutlass_moe.layer.fused_moe import fused_moe, fused_moe_workspace_size
+from cutlass_moe.layer.pad import pad_experts
 from cutlass_moe.layer.reference import fused_moe_reference
+from cutlass_moe.layer.why_not import why_not
 from cutlass_moe.ops.combine import combine, combine_reference
 from cutlass_moe.ops.grouped_matmul import (
     grouped_matmul,
@@ -36,6 +38,7 @@ __all__ = [
     "grouped_matmul_reference",
     "index_group_matmul",
     "index_group_matmul_workspace_size",
+    "pad_experts",
     "plan",
     "quantize_per_channel",
     "quantize_per_token",
@@ -47,4 +50,5 @@ __all__ = [
     "topk_router",
     "topk_router_reference",
     "warmup",
+    "why_not",
 ]

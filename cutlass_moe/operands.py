@@ -36,6 +36,15 @@ FLOATS = tuple(dtype for dtype in DTYPES if dtype.is_floating_point and dtype.it
 IDS = (torch.int32, torch.int64)  # dtypes of expert ids
 
 
+def padded(size: int, dtype: DType) -> int:
+    """The least extent from `size` up that rows of this dtype may have: a multiple of 16 bytes.
+
+    It decides wherever kernels need padding: for the inner size of experts, for K and for N.
+    """
+    multiple = 16 // dtype.bytes
+    return -(-size // multiple) * multiple
+
+
 class Numbers(NamedTuple):
     """The numbers of a clamped SwiGLU: g * sigmoid(alpha g) * (u + beta), g <= limit, |u| <= limit.
 

@@ -19,6 +19,7 @@ from cutlass_moe.layer.accept import (
 from cutlass_moe.layer.checks import check_layer, layer_addresses, problems_of
 from cutlass_moe.layer.reference import fused_moe_reference
 from cutlass_moe.layer.steps import LayerProblems
+from cutlass_moe.layer.why_not import why_no_layer
 from cutlass_moe.operands import QUANTS, LayerOperands, LayerOptions, Options
 from cutlass_moe.ops import dispatch
 from cutlass_moe.ops._types import check_types
@@ -127,7 +128,7 @@ class Chain:
         if layer.hidden.is_cuda and self.rows:
             problems = problems_of(layer, options)
             arch = library.device_arch(layer.hidden.get_device())
-            self.why_not = problems.why_illegal(arch)
+            self.why_not = why_no_layer(problems, arch)
             if self.why_not is None:
                 self.links = layer_links(layer, options, problems)
 

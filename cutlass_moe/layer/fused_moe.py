@@ -10,6 +10,7 @@ from torch import Tensor
 from cutlass_moe.layer.accept import conversions, convert
 from cutlass_moe.layer.chain import LayerWorkspace, find_chain
 from cutlass_moe.layer.checks import check_layer
+from cutlass_moe.layer.why_not import NO_GRADIENT
 from cutlass_moe.operands import LayerArguments, LayerOperands, LayerOptions, split_layer
 from cutlass_moe.ops._define import define
 from cutlass_moe.ops._types import check_types, typed
@@ -99,7 +100,8 @@ def fused_moe(
     hidden, residual, scales and biases whose addresses kernels can't read are copied, with one
     warning; weights must be aligned to 16 bytes.
 
-    Returns out. CPU tensors, and problems without a kernel, take `fused_moe_reference`. Raises
+    Returns out. CPU tensors, and problems without a kernel, take `fused_moe_reference`; `why_not`
+    says which these are, and `pad_experts` mends those whose I makes no rows of 16 bytes. Raises
     TypeError or ValueError that says what must be and what came, and RuntimeError where a gradient
     would be lost: this function is not differentiable, the modules of `cutlass_moe.nn` are.
     """
@@ -113,10 +115,7 @@ def fused_moe(
     )  # fmt: skip
     try:
         if wants_gradient(layer):
-            raise RuntimeError(
-                "fused_moe has no gradient and an argument requires one: use a module of "
-                "cutlass_moe.nn, or call under torch.no_grad()"
-            )
+            raise RuntimeError(NO_GRADIENT)
         out = _empty(layer, options) if out is None else out
         written = out if out.dim() == 2 or reduce != "sum" else out.view(-1, out.shape[-1])
         if is_plain_eager(hidden, w13):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from emitters.spec.dtypes import ACCUMULATIONS, Accumulation, DType
@@ -42,6 +43,15 @@ class LayerProblems(NamedTuple):
         """The first reason why a kernel can't be built for `arch`, or None if all can be."""
         reasons = (why_illegal(problem, arch=arch) for problem in self if problem)
         return next(filter(None, reasons), None)
+
+    def with_inter(self, inter: int) -> LayerProblems:
+        """The problems of the layer with another size between its products."""
+        active = self.quantize_active
+        return self._replace(
+            up=replace(self.up, n=2 * inter if self.up.gated else inter),
+            quantize_active=None if active is None else replace(active, k=inter),
+            down=replace(self.down, k=inter),
+        )
 
 
 class LayerSizes(NamedTuple):

@@ -90,6 +90,13 @@ class MoeShape:
             all_ranks=self.routed if ep > 1 else self.all_ranks,
         )
 
+    def padded(self, dtype: str) -> MoeShape:
+        """The shape with the inter that kernels take for weights of this dtype, one of DTYPES.
+
+        `cutlass_moe.pad_experts` makes such weights of others.
+        """
+        return replace(self, inter=operands.padded(self.inter, DTYPES[dtype]))
+
     @property
     def routed(self) -> Routed:
         """The experts that tokens choose among, and how many each chooses."""

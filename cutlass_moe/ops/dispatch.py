@@ -19,6 +19,7 @@ from cutlass_moe.operands import DTYPES, Operands, Options, ProductArguments
 from cutlass_moe.ops._checks import check, check_out, is_n_major, product_shape
 from cutlass_moe.ops._copies import reads_in_place, refuse_misaligned
 from cutlass_moe.ops._types import check_types
+from cutlass_moe.ops.reasons import why_no_product
 from cutlass_moe.runtime import library
 from cutlass_moe.runtime.device import on_device
 from cutlass_moe.runtime.fallback import announce_fallback
@@ -113,7 +114,7 @@ def _choose(operands: Operands, dtype: torch.dtype, options: Options) -> Choice 
     if device < 0 or operands.rows == 0:
         return None
     problem = pose(operands, dtype, options)
-    reason = why_illegal(problem, arch=library.device_arch(device))
+    reason = why_no_product(problem, library.device_arch(device))
     if reason is not None:
         announce_fallback(reason)
         return None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import index
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cutlass_moe.operands import DTYPES, FLOATS
 from cutlass_moe.ops._define import define
@@ -19,38 +21,43 @@ LARGEST = {t: dtypes.LARGEST[name] for t, name in DTYPES.items() if name in dtyp
 _MAX_ROWS = 2**31  # per launch, exclusive: rows are counted in int32
 
 
-def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_per_token(x: Tensor, dtype: torch.dtype, pad_to: int = 1) -> tuple[Tensor, Tensor]:
     """Quantises each row of x to 8 bits with a scale of its own.
 
       scale[t] = max |x[t]| / largest, or 1 for a row of zeros
       q[t] = x[t] / scale[t], to nearest, ties to even
 
     x [T, K]: bfloat16, float16 or float32. dtype: torch.float8_e4m3fn, torch.float8_e5m2 or
-    torch.int8, with largest 448, 57344 and 127.
+    torch.int8, with largest 448, 57344 and 127. pad_to: rows of q end with zeros, up to a multiple
+    of so many values; kernels take rows of 16 (`pad_to=16`). Where K is none, x is copied.
 
-    Returns (q [T, K] of `dtype`, scale float32 [T]). A row with an infinity or a NaN gets a scale
-    that is not finite either. Raises TypeError for other dtypes, and ValueError if x is not [T, K]
-    or requires a gradient.
+    Returns (q [T, K] of `dtype`, K padded, scale float32 [T]). A row with an infinity or a NaN gets
+    a scale that is not finite either. Raises TypeError for other dtypes, and ValueError if x is not
+    [T, K] or requires a gradient, or if pad_to is not positive.
     """
     try:
         if x.dim() != 2:
             raise ValueError(f"x must be [T, K], got {list(x.shape)}")
         _check(x, dtype)
-        return _quantize_op(x, dtype)
+        return _quantize_op(_pad(x, pad_to), dtype)
     except Exception:
         check_types(quantize_per_token, locals())
         raise
 
 
 @typed
-def quantize_per_channel(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_per_channel(
+    weight: Tensor, dtype: torch.dtype, pad_to: int = 1
+) -> tuple[Tensor, Tensor]:
     """Quantises each row of each expert's weights to 8 bits, as `quantize_per_token` does.
 
-    weight [E, N, K] -> (q [E, N, K], scale float32 [E, N]).
+    weight [E, N, K] -> (q [E, N, K], scale float32 [E, N]). pad_to: pads K, as there; rows of x
+    must then be padded alike. `pad_experts` pads what is between a layer's two products.
     """
     if weight.dim() != 3:
         raise ValueError(f"weight must be [E, N, K], got {list(weight.shape)}")
     _check(weight, dtype)
+    weight = _pad(weight, pad_to)
     q, scale = _quantize_op(weight.flatten(0, 1), dtype)
     return q.view(weight.shape), scale.view(weight.shape[:2])
 
@@ -96,6 +103,14 @@ def _check(x: Tensor, dtype: torch.dtype) -> None:
             "values to quantise must not require a gradient, because quantisation has none, got "
             "some that do: detach them, or call under torch.no_grad()"
         )
+
+
+def _pad(x: Tensor, pad_to: int) -> Tensor:
+    """Pads rows [..., K] with zeros to a multiple of so many values."""
+    if pad_to < 1:
+        raise ValueError(f"pad_to must be a positive integer, got {pad_to!r}")
+    more = -x.shape[-1] % index(pad_to)
+    return functional.pad(x, (0, more)) if more else x
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:

@@ -1,0 +1,138 @@
+"""Why a layer or a product has no kernel: what fallbacks say, and callers may ask before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, overload
+
+from torch import Tensor
+
+from cutlass_moe.layer.accept import conversions, convert
+from cutlass_moe.layer.checks import check_layer, problems_of
+from cutlass_moe.layer.steps import LayerProblems
+from cutlass_moe.operands import (
+    LayerArguments,
+    LayerOperands,
+    LayerOptions,
+    Operands,
+    Options,
+    ProductArguments,
+    padded,
+    split_layer,
+    split_product,
+)
+from cutlass_moe.ops._checks import check
+from cutlass_moe.ops._types import check_types
+from cutlass_moe.ops.dispatch import pose
+from cutlass_moe.ops.grouped_matmul import wants_gradient
+from cutlass_moe.ops.reasons import why_no_product
+from cutlass_moe.runtime import library
+from cutlass_moe.runtime.signatures import Signatures, signature
+from emitters.spec.arch import DEFAULT_ARCH
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+NO_GRADIENT = (
+    "fused_moe has no gradient and an argument requires one: use a module of cutlass_moe.nn, or "
+    "call under torch.no_grad()"
+)
+_PRODUCT, _LAYER = ("x", "weight"), LayerOperands._fields[:5]
+_reasons: Signatures[tuple[str | None]] = Signatures()
+
+
+@overload
+def why_not(
+    x: Tensor, weight: Tensor, *, arch: str | None = None, **arguments: Unpack[ProductArguments]
+) -> str | None: ...
+
+
+@overload
+def why_not(
+    hidden: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    arch: str | None = None,
+    **arguments: Unpack[LayerArguments],
+) -> str | None: ...
+
+
+def why_not(*tensors: Tensor, arch: str | None = None, **arguments: Any) -> str | None:
+    """Says why a layer or a product has no kernel, in a sentence, or None if kernels serve it.
+
+    Takes the arguments of `fused_moe` (hidden [T, H], w13 [E, 2I or I, H], w2 [E, H, I],
+    topk_weights and topk_ids [T, k], ...) or those of `grouped_matmul` (x [T, K], weight [E, N, K],
+    offsets=, ...), by position or by name, without `out` and `workspace`. Only dtypes, shapes and
+    strides matter: tensors may be on the CPU or the meta device.
+
+    arch: "sm_90a"; default that of the tensors' GPU, and "sm_90a" for tensors that are on none.
+
+    What kernels cannot do is a reason, with the padding that mends it, if one does; what the op
+    refuses is one too, in the words of its error. Nothing is loaded or compiled: whether the cache
+    has the kernel is not asked. Answers are kept by signature, so asking before each call is cheap.
+    Raises TypeError for names that the op does not have, for arguments of wrong Python types, and
+    if tensors are missing.
+
+        x = torch.empty(8, 256, dtype=torch.bfloat16, device="meta")
+        weight = torch.empty(4, 500, 256, dtype=torch.bfloat16, device="meta")
+        ends = torch.empty(4, dtype=torch.int32, device="meta")
+        cutlass_moe.why_not(x, weight, offsets=ends)  # "N must be a multiple of 8 ..."
+    """
+    of_layer = len(tensors) > len(_PRODUCT) or "w13" in arguments
+    names = _LAYER if of_layer else _PRODUCT
+    by_name = {name: arguments.pop(name) for name in names[len(tensors) :] if name in arguments}
+    if len(tensors) + len(by_name) != len(names):
+        got = ", ".join([f"{len(tensors)} by position", *by_name])
+        raise TypeError(f"{', '.join(_PRODUCT)} or {', '.join(_LAYER)} must be given, got {got}")
+    given: Any = (*tensors, *by_name.values(), arguments)
+    if of_layer:
+        return _ask(_why_no_layer, *split_layer(*given), arch)
+    return _ask(_why_no_product, *split_product(*given), arch)
+
+
+def why_no_layer(problems: LayerProblems, arch: str) -> str | None:
+    """Why no kernels for `arch` serve a layer, and which padding mends it; None if they do."""
+    reason = problems.why_illegal(arch)
+    inter = problems.down.k
+    size = padded(inter, problems.down.x)
+    if reason is None or size == inter or problems.with_inter(size).why_illegal(arch) is not None:
+        return reason
+    return f"{reason}; cutlass_moe.pad_experts pads the experts' inner size to {size}, once at load"
+
+
+def _ask(ask: Callable[..., str | None], given: Any, options: Any, arch: str | None) -> str | None:
+    """Asks once per signature; what the op refuses is a reason too."""
+    try:
+        if arch is None:
+            first = given[0]
+            arch = library.device_arch(first.get_device()) if first.is_cuda else DEFAULT_ARCH
+        key = signature((ask, arch, *options, wants_gradient(given)), given)
+        known = _reasons.get(key)
+    except Exception:
+        check_types(type(given), given._asdict())
+        check_types(type(options), options._asdict())
+        raise
+    if known is None:
+        check_types(type(given), given._asdict())
+        check_types(type(options), options._asdict())
+        try:
+            known = (ask(given, options, arch),)
+        except (TypeError, ValueError) as error:
+            known = (str(error),)
+        _reasons.keep(key, known)
+    return known[0]
+
+
+def _why_no_layer(layer: LayerOperands, options: LayerOptions, arch: str) -> str | None:
+    if wants_gradient(layer):
+        return NO_GRADIENT
+    layer = convert(layer, conversions(layer, options))
+    check_layer(layer, options)
+    return why_no_layer(problems_of(layer, options), arch)
+
+
+def _why_no_product(operands: Operands, options: Options, arch: str) -> str | None:
+    return why_no_product(pose(operands, check(operands, options), options), arch)
