@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor, nn
 
 import cutlass_moe as cm
 from cutlass_moe.layer.padded import feed_forward, quantized
-from cutlass_moe.layer.steps import LayerSizes, Projection, layer_problems
-from cutlass_moe.operands import DTYPES, FLOATS, QUANTS, Experts
+from cutlass_moe.operands import QUANTS, Experts
 from cutlass_moe.ops._types import typed
 from cutlass_moe.ops.activations import GATED, NOT_GATED
 from cutlass_moe.ops.combine import combine_reference
@@ -21,7 +19,6 @@ from cutlass_moe.ops.quantize import quantize_per_token
 from cutlass_moe.ops.route import check_capacity
 from cutlass_moe.ops.router import topk_router_reference
 from cutlass_moe.runtime.fallback import announce_fallback
-from cutlass_moe.runtime.library import device_arch
 
 _QUANTIZED = ("w1_quantized", "w1_scale", "w2_quantized", "w2_scale")
 
@@ -145,14 +142,14 @@ class MoeFeedForward(nn.Module):
             every = x.expand(self.num_shared_experts, *x.shape)
             shared = self._experts("shared_")
             residual = feed_forward(every, None, shared, self.activation).sum(0)
-        path = self._padded
         if self.use_grouped_gemm and not (differentiable and self.training):
-            reason = self._why_no_kernel(x, differentiable)
+            call = self._fused(x, weights, ids, residual)
+            reason = self._why_no_kernel(call, differentiable)
             if reason is None:
-                path = self._fused
-            else:
-                announce_fallback(reason)
-        return path(x, weights, ids, residual).to(hidden.dtype).view(hidden.shape)
+                return cm.fused_moe(**call).to(hidden.dtype).view(hidden.shape)
+            announce_fallback(reason)
+        out = self._padded(x, weights, ids, residual)
+        return out.to(hidden.dtype).view(hidden.shape)
 
     def _check(self, hidden: Tensor) -> None:
         if hidden.shape[-1:] != (self.embed_dim,):
@@ -168,38 +165,27 @@ class MoeFeedForward(nn.Module):
                 f"hidden must be {self.w1.dtype} (the parameters' dtype), got {hidden.dtype}"
             )
 
-    def _why_no_kernel(self, x: Tensor, differentiable: bool) -> str | None:
-        """Why no kernel serves this input, or None."""
+    def _why_no_kernel(self, call: dict[str, Any], differentiable: bool) -> str | None:
+        """Why no kernel serves this call of `fused_moe`, or None."""
         if differentiable:
             return "kernels have no gradient and one may be asked for: call under torch.no_grad()"
-        if not x.is_cuda:
-            return f"tensors must be on a GPU, got {x.device}"
-        experts = self._experts()
-        return _why_illegal(
-            (self.num_experts, self.top_k, self.embed_dim, self.hidden_dim),
-            (experts.w13.dtype, x.dtype),
-            self.activation,
-            None if experts.w13_bias is None else experts.w13_bias.dtype,
-            device_arch(x.get_device()),
-        )
+        x: Tensor = call["hidden"]
+        return cm.why_not(**call) if x.is_cuda else f"tensors must be on a GPU, got {x.device}"
 
-    def _fused(self, x: Tensor, weights: Tensor, ids: Tensor, residual: Tensor | None) -> Tensor:
-        w13, w2, w13_scale, w2_scale, w13_bias, w2_bias = self._experts()
-        return cm.fused_moe(
-            x.contiguous(),
-            w13,
-            w2,
-            weights,
-            ids,
-            quant=self.quant,
-            w13_scale=w13_scale,
-            w2_scale=w2_scale,
-            activation=self.activation,
-            w13_bias=w13_bias,
-            w2_bias=w2_bias,
-            capacity_factor=self.capacity_factor,
-            residual=residual,
-        )
+    def _fused(
+        self, x: Tensor, weights: Tensor, ids: Tensor, residual: Tensor | None
+    ) -> dict[str, Any]:
+        """The call of `fused_moe` that is this layer."""
+        return {
+            "hidden": x.contiguous(),
+            "topk_weights": weights,
+            "topk_ids": ids,
+            **self._experts()._asdict(),
+            "quant": self.quant,
+            "activation": self.activation,
+            "capacity_factor": self.capacity_factor,
+            "residual": residual,
+        }
 
     def _padded(self, x: Tensor, weights: Tensor, ids: Tensor, residual: Tensor | None) -> Tensor:
         table = cm.route(ids, self.num_experts, capacity_factor=self.capacity_factor)
@@ -237,15 +223,20 @@ class MoeFeedForward(nn.Module):
         return Experts(w1.transpose(1, 2), w2.transpose(1, 2), w13_bias=b1, w2_bias=b2)
 
     def _quantize(self, quant: str) -> None:
-        for name in ("w1", "w2"):
+        found: dict[str, Any] = {"w13_bias": getattr(self, "b1")}  # noqa: B009  # may be None
+        for name, into in (("w1", "w13"), ("w2", "w2")):
             weight = getattr(self, name).detach().transpose(1, 2)
             values = torch.empty(weight.shape, dtype=QUANTS[quant], device=weight.device)
             scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
             for e, expert in enumerate(weight):  # a float32 copy of all experts may not fit
                 values[e], scale[e] = quantize_per_token(expert.contiguous().float(), values.dtype)
-            setattr(self, f"{name}_quantized", values)
-            setattr(self, f"{name}_scale", scale)
+            found |= {into: values, f"{into}_scale": scale}
             setattr(self, name, None)
+        q1, q2, scale1, scale2, b1, _ = cm.pad_experts(**found)
+        for name, buffer in zip(_QUANTIZED, (q1, scale1, q2, scale2), strict=True):
+            setattr(self, name, buffer)
+        if b1 is not None and b1 is not found["w13_bias"]:
+            setattr(self, "b1", nn.Parameter(b1))  # noqa: B010
         self.quant = quant
         self.requires_grad_(False)
 
@@ -293,6 +284,9 @@ def quantize_(module: nn.Module, quant: str) -> nn.Module:
       w1 [E, D, F]   w1_quantized [E, F, D], w1_scale float32 [E, F]
       w2 [E, H, D]   w2_quantized [E, D, H], w2_scale float32 [E, D]
 
+    Where H is no multiple of 16, it is padded with zeros in these buffers and in b1, as kernels
+    need it (`cutlass_moe.pad_experts`).
+
     quant: "fp8" (float8_e4m3fn) or "int8". From then on inputs and activations are quantised per
     token, and nothing in the layers requires a gradient. Biases, routers and shared experts stay as
     they are. The state dict loads into a module that was quantised in the same way.
@@ -311,32 +305,3 @@ def quantize_(module: nn.Module, quant: str) -> nn.Module:
     for layer in layers:
         layer._quantize(quant)
     return module
-
-
-@cache
-def _why_illegal(
-    sizes: tuple[int, int, int, int],
-    dtypes: tuple[torch.dtype, torch.dtype],
-    activation: str,
-    bias: torch.dtype | None,
-    arch: str,
-) -> str | None:
-    """Why there are no kernels for a layer, or None.
-
-    sizes: num_experts, top_k, embed_dim, hidden_dim. dtypes: of the weights, of the layer's input.
-    """
-    weight, hidden = dtypes
-    if hidden not in (torch.bfloat16, torch.float16):
-        return f"hidden must be torch.bfloat16 or torch.float16, got {hidden}"
-    quantized = weight in QUANTS.values()
-    if not quantized and weight != hidden:  # under autocast
-        return f"weights must be {hidden} like hidden, or 8-bit, got {weight}"
-    if bias not in (None, *FLOATS):
-        return f"biases must be one of {', '.join(map(str, FLOATS))}, got {bias}"
-    bias_dtype = None if bias is None else DTYPES[bias]
-    scale_dims = 2 if quantized else 0
-    projection = Projection(scale_dims, bias_dtype, n_major=not quantized)
-    problems = layer_problems(
-        LayerSizes(*sizes), DTYPES[weight], DTYPES[hidden], activation, projection, projection
-    )
-    return problems.why_illegal(arch)

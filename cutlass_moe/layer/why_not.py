@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, overload
 
+import torch
 from torch import Tensor
 
 from cutlass_moe.layer.accept import conversions, convert
@@ -105,25 +106,31 @@ def why_no_layer(problems: LayerProblems, arch: str) -> str | None:
 
 def _ask(ask: Callable[..., str | None], given: Any, options: Any, arch: str | None) -> str | None:
     """Asks once per signature; what the op refuses is a reason too."""
+    compiling = torch.compiler.is_compiling()  # which neither needs nor traces what is kept
     try:
         if arch is None:
             first = given[0]
             arch = library.device_arch(first.get_device()) if first.is_cuda else DEFAULT_ARCH
         key = signature((ask, arch, *options, wants_gradient(given)), given)
-        known = _reasons.get(key)
+        known = None if compiling else _reasons.get(key)
     except Exception:
-        check_types(type(given), given._asdict())
-        check_types(type(options), options._asdict())
+        _check_types(given, options)
         raise
     if known is None:
-        check_types(type(given), given._asdict())
-        check_types(type(options), options._asdict())
+        if not compiling:
+            _check_types(given, options)
         try:
             known = (ask(given, options, arch),)
         except (TypeError, ValueError) as error:
             known = (str(error),)
-        _reasons.keep(key, known)
+        if not compiling:
+            _reasons.keep(key, known)
     return known[0]
+
+
+def _check_types(given: Any, options: Any) -> None:
+    check_types(type(given), given._asdict())
+    check_types(type(options), options._asdict())
 
 
 def _why_no_layer(layer: LayerOperands, options: LayerOptions, arch: str) -> str | None:

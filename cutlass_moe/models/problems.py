@@ -31,9 +31,7 @@ def problems_of_shape(shape: MoeShape, dtype: str) -> LayerProblems:
     operand = DTYPES[dtype]
     each = Projection(2 if operand.quantized else 0, DType.BF16 if shape.bias else None)
     return layer_problems(
-        LayerSizes(
-            shape.num_experts, shape.routed.top_k, shape.hidden, shape.padded(dtype).inter
-        ),
+        LayerSizes(shape.num_experts, shape.routed.top_k, shape.hidden, shape.padded(dtype).inter),
         operand,
         DType.BF16,
         shape.activation,
