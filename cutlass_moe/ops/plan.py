@@ -56,8 +56,8 @@ class Plan:
                 before["x"] = self._replace("x", x)
             if out is not None:
                 before["out"] = self._replace("out", out)
-            for name, tensor in others.items():
-                before[name] = self._replace(name, tensor)
+            for name in others:
+                before[name] = self._replace(name, others[name])
         except Exception:
             for name, tensor in before.items():
                 self._put(name, tensor)

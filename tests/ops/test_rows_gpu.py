@@ -16,9 +16,11 @@ from cutlass_moe.operands import DTYPES, FLOATS
 from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.dispatch import launch_step, step_kernel
 from cutlass_moe.ops.quantize import LARGEST, quantize_per_token_reference
+from cutlass_moe.runtime import fallback
 from cutlass_moe.runtime.parameters import combine_values, quantize_values
 from emitters.spec.dtypes import DType
 from emitters.spec.layer_steps import CombineProblem, QuantizeProblem, Step, StepConfig
+from tests.support.layouts import misaligned, padded
 from tests.support.numerics import poisoned, same_bits, untouched
 
 pytestmark = pytest.mark.gpu
@@ -39,6 +41,7 @@ def images() -> set[tuple[Step, StepConfig]]:
         for source, dtype, k in itertools.product(FLOATS, LARGEST, LENGTHS)
     ]
     problems += [CombineProblem(DTYPES[dtype], n, k) for dtype in FLOATS for n, k in SUMS]
+    problems += [CombineProblem(DType.BF16, 8, 3, DTYPES[weights]) for weights in FLOATS]
     return {(problem, heuristics.step_config(problem)) for problem in [*problems, SCALED]}
 
 
@@ -219,11 +222,26 @@ def test_other_widths_take_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> No
         check_sum(cm.combine(**inputs), inputs)
 
 
-def test_misaligned_rows() -> None:
+@pytest.mark.parametrize("name", ["rows", "residual", "out"])
+def test_misaligned_tensors_are_copied(name: str) -> None:
+    fallback.announce_copy.cache_clear()
     inputs = make_sum(9, 72, 1, torch.bfloat16)
-    inputs["rows"] = torch.zeros(9 * 72 + 1, device="cuda").bfloat16()[1:].view(9, 72)
-    with pytest.raises(ValueError, match="multiples of 16 bytes"):
-        cm.combine(**inputs)
+    inputs |= {n: torch.zeros(9, 72, device="cuda").bfloat16() for n in ("residual", "out")}
+    want = cm.combine(**inputs).clone()
+    inputs[name] = misaligned(inputs[name])
+    with pytest.warns(UserWarning, match=f"address of {name} is not a multiple of 16 bytes"):
+        assert same_bits(cm.combine(**inputs), want)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_strided_weights_of_any_dtype_and_other_strided_tensors(dtype: torch.dtype) -> None:
+    inputs = make_sum(9, 8, 3, torch.bfloat16)
+    weights = inputs["topk_weights"].to(dtype)
+    inputs |= {"topk_weights": weights.float(), "out": torch.zeros(9, 8, device="cuda").bfloat16()}
+    want = cm.combine(**inputs).clone()
+    inputs |= {"topk_weights": padded(weights), "inverse": inputs["inverse"].long()}
+    inputs |= {name: padded(inputs[name]) for name in ("rows", "out")}
+    assert same_bits(cm.combine(**inputs).contiguous(), want)
 
 
 def test_graph_replay_with_other_data() -> None:
