@@ -98,6 +98,17 @@ def posed(layers: Sequence[Layer], dtypes: Sequence[str] = ()) -> list[Posed]:
     ]
 
 
+def padding(shape: MoeShape, dtype: str) -> str:
+    """What must be padded for a layer's kernels, in words; "" if nothing must be."""
+    inter = shape.padded(dtype).inter
+    if inter == shape.inter:
+        return ""
+    return (
+        f"{shape.name}: inter {shape.inter} is padded with zeros to {inter} for {dtype} weights; "
+        "cutlass_moe.pad_experts does it, once at load"
+    )
+
+
 def image_cells(record: LaunchRecord) -> list[str]:
     """What IMAGE_COLUMNS say of an image."""
     numbers = (record.registers, record.spill_bytes, record.smem_bytes)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,8 +15,9 @@ from rich.table import Table
 from torch import Tensor
 
 from cutlass_moe.layer.fused_moe import fused_moe
+from cutlass_moe.layer.why_not import why_not
 from cutlass_moe.models.shapes import MoeShape
-from cutlass_moe.operands import NAMED_DTYPES
+from cutlass_moe.operands import NAMED_DTYPES, Experts
 from cutlass_moe.ops.activations import activate
 from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.grouped_matmul import grouped_matmul
@@ -91,6 +93,7 @@ def run(
     activation = shape.activation
     if activation is None:
         raise ValueError(f"{shape.name}: no kernel has its experts' activation")
+    shape = shape.padded(dtype)  # as pad_experts makes a layer's weights
     gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     if not gpu:
         console.print("No SM90 GPU here: all runs through the reference, on the CPU.")
@@ -112,15 +115,17 @@ def run(
     down = _down_product(shape, NAMED_DTYPES[dtype], active, routing.offsets)
     rows, down_error = _measure_product("down", down, table)
 
-    def layer() -> Tensor:
-        return fused_moe(
-            hidden, up.weight.values, down.weight.values, topk_weights, ids,
-            quant=None if dtype == "bf16" else dtype,
-            w13_scale=up.weight.scale, w2_scale=down.weight.scale,
-            activation=activation, w13_bias=up.bias, w2_bias=down.bias,
-        )  # fmt: skip
-
-    out, seconds = _run_timed(layer, gpu)
+    experts = Experts(
+        up.weight.values, down.weight.values, up.weight.scale, down.weight.scale, up.bias, down.bias
+    )
+    call: dict[str, Any] = {
+        **experts._asdict(),
+        **{"hidden": hidden, "topk_weights": topk_weights, "topk_ids": ids},
+        **{"activation": activation, "quant": None if dtype == "bf16" else dtype},
+    }
+    if reason := why_not(**call):
+        console.print(f"No kernel for the layer: {reason}", markup=False)
+    out, seconds = _run_timed(lambda: fused_moe(**call), gpu)
     layer_error = _relative_error(out, combine_reference(rows, topk_weights, routing.inverse))
     weights = up.moved_weights() + down.moved_weights()
     moved = weights + hidden.nbytes + out.nbytes

@@ -28,6 +28,7 @@ from cutlass_moe.cli.common import (
     find_layers,
     image_cells,
     models_option,
+    padding,
     posed,
     shard_options,
 )
@@ -251,12 +252,15 @@ def _tune(name: str, problem: GemmProblem, top_k: int, output: Path) -> list[flo
 @click.argument("model")
 @click.option("--dtype", type=dtype_choice, help=DTYPE_DEFAULT)
 @click.option("--tokens", type=click.IntRange(1), multiple=True, help="Repeatable.")
-def show_config(model: str, dtype: str | None, tokens: tuple[int, ...]) -> None:
+@shard_options
+def show_config(
+    model: str, dtype: str | None, tokens: tuple[int, ...], tp: int | None, ep: int | None
+) -> None:
     """Show which config serves a model's grouped GEMMs, and what follows from it."""
     columns = ("tokens", "config", "stages", "smem", "threads", "registers", "image")
-    (layer,) = find_layers([model])
-    shape = layer.shape
-    for name, problem in gemm_problems(shape, dtype or layer.dtype).items():
+    (layer,) = find_layers([model], tp, ep)
+    shape, dtype = layer.shape, dtype or layer.dtype
+    for name, problem in gemm_problems(shape, dtype).items():
         table = Table(*columns, title=f"{shape.name} {name}: {problem.words}")
         for count in tokens or TOKENS:
             rows = count * shape.top_k
@@ -274,6 +278,8 @@ def show_config(model: str, dtype: str | None, tokens: tuple[int, ...]) -> None:
         console.print(table)
     if layer.words:
         console.print(f"{shape.name}: {layer.words}", markup=False)
+    if padded := padding(shape, dtype):
+        console.print(padded, markup=False)
     console.print("smem in bytes; registers a thread: producer / consumer, or everyone's")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shlex
 import subprocess
@@ -12,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from cutlass_moe.choose.heuristics_sm90 import every_config
-from cutlass_moe.cli import common
+from cutlass_moe.cli import common, demo
 from cutlass_moe.cli import main as cli
 from cutlass_moe.images import compiler
 from cutlass_moe.images.cache import Cache
@@ -248,6 +250,27 @@ def test_show_config(model):
     assert result.exit_code == 0, result.output
     assert f"{MODELS[model].name} up: int8 > bf16" in result.output
     assert result.output.count(" 4096 ") >= 2
+
+
+def test_show_config_of_a_rank_says_what_is_padded():
+    rank = ("show-config", "gpt-oss-120b", "--tp", "8", "--tokens", "1", "--dtype")
+    result = call(*rank, "fp8")
+    words = " ".join(result.output.split())
+    assert result.exit_code == 0, result.output
+    assert "gpt-oss-120b-tp8 down: e4m3 > bf16 E 128 N 2880 K 368" in words
+    assert "inter 360 is padded with zeros to 368 for fp8 weights; cutlass_moe.pad_experts" in words
+    assert "padded" not in call(*rank, "bf16").output
+
+
+@pytest.mark.parametrize("inter", [120, 128])
+def test_demo_says_why_there_is_no_kernel(monkeypatch, inter):
+    """Not of an inner size that is padded, but of a width that kernels do not have."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for width in (250, 256):
+        shape = dataclasses.replace(TINY, hidden=width, inter=inter)
+        output = io.StringIO()
+        assert demo.run(shape, "int8", Console(file=output, width=200))
+        assert ("No kernel for the layer: K must be" in output.getvalue()) == (width == 250)
 
 
 @needs_dsl
