@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cutlass_moe import grouped_matmul_problem
+from cutlass_moe import grouped_matmul_problem, pad_experts
 from cutlass_moe.choose.heuristics_sm90 import every_config
 from cutlass_moe.layer.steps import ACTIVATION_SCALE
 from cutlass_moe.models.problems import gemm_problems, model_problems
@@ -123,6 +123,35 @@ def test_shard():
     assert sharded == replace(rank, all_ranks=Routed(128, 4))
     assert MODELS["dsv3"].shard(ep=2).shard(ep=4).routed == (256, 8)
     assert sharded.gemms == {"up": (2880, 2880), "down": (2880, 1440)}
+
+
+NANO = MoeShape("nano", 128, 6, 2688, 1856, activation="relu2", scoring="sigmoid")
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("shape", "inter", "padded"),
+    [(MODELS["gpt-oss-120b"], 360, 368), (NANO, 232, 240), (MODELS["qwen3-30b"], 96, 96)],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_ranks_pose_the_problems_of_padded_experts(shape, inter, padded, dtype):
+    """Those that fused_moe poses for what pad_experts returns; 16-bit rows here need no padding."""
+    rank = shape.shard(tp=8)
+    size = inter if dtype == "bf16" else padded
+    assert (rank.inter, rank.padded(dtype).inter) == (inter, size)
+    assert rank.padded(dtype).padded(dtype) == rank.padded(dtype)
+    assert model_problems(rank, dtype) == model_problems(rank.padded(dtype), dtype)
+    for problem in model_problems(rank, dtype).values():
+        assert every_config(problem)
+        assert all(why_illegal(problem, config) is None for config in every_config(problem))
+    operand = NAMED_DTYPES[dtype]
+    gates = rank.gemms["up"].n // inter
+    w13 = torch.empty(128, gates * inter, shape.hidden, dtype=operand, device="meta")
+    w2 = torch.empty(128, shape.hidden, inter, dtype=operand, device="meta")
+    experts = pad_experts(w13, w2)
+    down, activated = (gemm_problems(rank, dtype)[name] for name in ("down", "activated"))
+    assert experts.w13.shape[1:] == (activated.n, activated.k) == (gates * size, shape.hidden)
+    assert experts.w2.shape[1:] == (down.n, down.k) == (shape.hidden, size)
 
 
 def test_shard_must_divide():

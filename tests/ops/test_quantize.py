@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +56,27 @@ def test_per_channel_is_per_row(dtype: torch.dtype) -> None:
     rows, row_scale = quantize_per_token(weight.view(15, 32), dtype)
     assert torch.equal(q.view(15, 32).double(), rows.double())
     assert torch.equal(scale.view(15), row_scale)
+
+
+@DTYPES
+@pytest.mark.parametrize(("k", "pad_to", "padded"), [(1025, 16, 1040), (96, 16, 96), (5, 1, 5)])
+def test_rows_end_with_zeros(dtype: torch.dtype, k: int, pad_to: int, padded: int) -> None:
+    x = torch.randn(6, k, generator=torch.Generator().manual_seed(3)).bfloat16()
+    plain, scale = quantize_per_token(x, dtype)
+    q, wide_scale = quantize_per_token(x, dtype, pad_to=pad_to)
+    assert q.shape == (6, padded) and q.is_contiguous() and torch.equal(wide_scale, scale)
+    assert torch.equal(q[:, :k].double(), plain.double()) and not q[:, k:].double().any()
+    weight, weight_scale = quantize_per_channel(x.view(2, 3, k), dtype, pad_to=pad_to)
+    assert torch.equal(weight.double(), q.view(2, 3, padded).double())
+    assert torch.equal(weight_scale, scale.view(2, 3))
+
+
+@pytest.mark.parametrize("quantize", [quantize_per_token, quantize_per_channel])
+def test_pad_to_must_be_positive(quantize: Callable[..., Any]) -> None:
+    x = torch.ones(2, 3) if quantize is quantize_per_token else torch.ones(1, 2, 3)
+    for wrong in (0, -16):
+        with pytest.raises(ValueError, match=f"pad_to must be a positive integer, got {wrong}"):
+            quantize(x, torch.int8, pad_to=wrong)
 
 
 def test_ties_round_to_even() -> None:
