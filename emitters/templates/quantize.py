@@ -14,7 +14,6 @@ from emitters.spec.dtypes import LARGEST, DType
 from emitters.spec.layer_steps import ROW_VECTOR, QuantizeProblem, StepConfig
 from emitters.templates.parameters import integer, pointer
 
-_INFINITY = float("inf")
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding it puts the rounded integer in a float32's low bits
 
 
@@ -124,11 +123,11 @@ class Quantize:
         largest = self.row_maximum(values, thread)
         divisor = largest / LARGEST[self.problem.target]
         written = divisor * self.problem.source_scale
-        most = Float32(_INFINITY)
+        beyond = Float32(0.0)  # not 0: magnitudes are clamped to it
         if static_scale.toint() != 0:
             written = cute.make_tensor(static_scale, cute.make_layout(1))[0]
             divisor = written * (1.0 / self.problem.source_scale)
-            most = Float32(LARGEST[self.problem.target])
+            beyond = divisor * LARGEST[self.problem.target]
         if divisor == 0:  # rows of zeros, or so small that the division gives 0
             divisor = Float32(1.0)
             written = Float32(1.0)
@@ -136,19 +135,20 @@ class Quantize:
             cute.make_tensor(scale, cute.make_layout(VECTOR))[row] = written
         power = power_towards_one(divisor)
         near = divisor * power
-        beyond = 2.0 * most * near  # what is clamped in any case, and finite if most is
         inverse = 1.0 / near
         for i in range_constexpr(self.vectors):
             at = first + i * self.row_threads
             elements = self.elements(values, i)
+            if beyond != 0:
+                for j in range_constexpr(ROW_VECTOR):
+                    less = cute.arch.fmin(elements[j], beyond, nan=True)
+                    elements[j] = cute.arch.fmax(less, -beyond, nan=True)
             for j in range_constexpr(ROW_VECTOR):
-                y = cute.arch.fmin(elements[j] * power, beyond, nan=True)
-                y = cute.arch.fmax(y, -beyond, nan=True)
+                y = elements[j] * power
                 quotient = y * inverse
                 for _ in range_constexpr(2):
                     quotient = fma(-fma(quotient, near, -y), inverse, quotient)
-                quotient = cute.arch.fmin(quotient, most, nan=True)
-                elements[j] = cute.arch.fmax(quotient, -most, nan=True)
+                elements[j] = quotient
             if counts and self.inside(i, at):
                 target = q + (Int64(row) * self.problem.k + at * ROW_VECTOR)
                 cute.autovec_copy(self.narrow(elements), vector(target, Int32, 2, GMEM))
