@@ -20,7 +20,7 @@ from cutlass_moe.cli import common, demo
 from cutlass_moe.cli import main as cli
 from cutlass_moe.images import compiler
 from cutlass_moe.images.cache import Cache
-from cutlass_moe.images.compiler import build_command
+from cutlass_moe.images.compiler import Request, build_command
 from cutlass_moe.images.toolchains import default_build, default_toolchain
 from cutlass_moe.models.problems import model_problems
 from cutlass_moe.models.shapes import MODELS, MoeShape
@@ -260,6 +260,20 @@ def test_show_config_of_a_rank_says_what_is_padded():
     assert "gpt-oss-120b-tp8 down: e4m3 > bf16 E 128 N 2880 K 368" in words
     assert "inter 360 is padded with zeros to 368 for fp8 weights; cutlass_moe.pad_experts" in words
     assert "padded" not in call(*rank, "bf16").output
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8", "bf16"])
+@pytest.mark.parametrize("model", ["gpt-oss-120b", "nemotron-3-nano"])
+def test_build_of_a_rank_of_eight(monkeypatch, model, dtype):
+    """Whose experts have 360 and 232 columns: rows of 8-bit weights are padded."""
+    asked: list[Request] = []
+    monkeypatch.setattr(cli, "_build", lambda cache, requests, *_: asked.extend(requests) or True)
+    file = Path(__file__).parents[1] / "models" / "configs" / f"{model}.json"
+    result = call("build", "--model", file, "--tp", "8", "--dtype", dtype)
+    assert result.exit_code == 0, result.output
+    inter = {"gpt-oss-120b": (360, 368), "nemotron-3-nano": (232, 240)}[model][dtype != "bf16"]
+    sizes = {r.problem.k for r in asked if isinstance(r.problem, GemmProblem)}
+    assert inter in sizes and len(sizes) == 2
 
 
 @pytest.mark.parametrize("inter", [120, 128])
