@@ -37,6 +37,7 @@ from cutlass_moe.ops._lists import (
 from cutlass_moe.ops._types import check_types
 from cutlass_moe.ops.dispatch import Choice, choose_launch, enqueue, pose, row_stride
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference_out
+from cutlass_moe.ops.reasons import why_no_product
 from cutlass_moe.runtime import library
 from cutlass_moe.runtime.fallback import announce_fallback
 from cutlass_moe.runtime.kernel import Kernel
@@ -49,7 +50,6 @@ from cutlass_moe.runtime.workspace import (
 )
 from emitters.spec.gemm import GemmProblem, WeightStorage
 from emitters.spec.image import TENSOR_MAP_BYTES
-from emitters.spec.registry import why_illegal
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -223,7 +223,7 @@ class Executor:
         self._why_illegal: str | None = None
         if self.device.type == "cuda" and len(out):
             device = self.device.index
-            self._why_illegal = why_illegal(problem, arch=library.device_arch(device))
+            self._why_illegal = why_no_product(problem, library.device_arch(device))
             if self._why_illegal is None:
                 self._choice = choose_launch(
                     problem,
