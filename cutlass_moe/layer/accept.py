@@ -6,15 +6,15 @@ tensor is constant, convert it once at load.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from cutlass_moe.operands import LayerOperands, LayerOptions
+from cutlass_moe.ops._copies import as_int32, at_address
 from cutlass_moe.ops.activations import is_gated
+from cutlass_moe.runtime.parameters import misaligned
 
 Conversion = Callable[[Tensor], Tensor]
 _SMALL_INTEGERS = (torch.int16, torch.uint8, torch.int8, torch.uint16, torch.uint32)
@@ -74,22 +74,29 @@ def weigh_input(layer: LayerOperands) -> LayerOperands:
 
 
 def aligned(layer: LayerOperands) -> LayerOperands:
-    """The arguments with copies of those whose addresses no kernel can read; warns once of each."""
+    """The arguments at addresses that kernels can read: copies, with one warning, of the others.
+
+    Weights are not copied.
+    """
     for name, multiple in _COPIED.items():
         tensor = getattr(layer, name)
         if tensor is not None and tensor.data_ptr() % multiple:
-            _warn_of_copy(name, multiple)
-            layer = layer._replace(**{name: tensor.clone(memory_format=torch.contiguous_format)})
+            layer = layer._replace(**{name: at_address(name, tensor, multiple)})
     return layer
 
 
-@cache
-def _warn_of_copy(name: str, multiple: int) -> None:
-    warnings.warn(
-        f"{name} is copied in every call: kernels need its address to be a multiple of {multiple} "
-        "bytes",
-        stacklevel=2,
-    )
+def refuse_unreadable(layer: LayerOperands) -> None:
+    """Raises ValueError where a GPU would: weights at odd addresses, tensors without memory.
+
+    Signatures do not tell the CPU from the meta device.
+    """
+    for name in ("w13", "w2"):
+        address = getattr(layer, name).data_ptr()
+        if address % 16:
+            raise misaligned(name, 16, address)
+    for name, tensor in zip(layer._fields, layer, strict=True):
+        if tensor is not None and tensor.is_meta:
+            raise ValueError(f"{name} must be on {layer.hidden.device}, got one on meta")
 
 
 def _strided_rows(tensor: Tensor, multiple: int) -> bool:
@@ -107,7 +114,7 @@ def _contiguous(tensor: Tensor) -> Tensor:
 
 
 def _to_int32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.int32).contiguous()
+    return as_int32(tensor.long())
 
 
 def _one_value(scale: Tensor) -> Tensor:

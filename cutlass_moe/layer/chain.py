@@ -14,6 +14,7 @@ from cutlass_moe.layer.accept import (
     aligned,
     conversions,
     convert,
+    refuse_unreadable,
     weigh_input,
 )
 from cutlass_moe.layer.checks import check_layer, layer_addresses, problems_of
@@ -22,6 +23,7 @@ from cutlass_moe.layer.steps import LayerProblems
 from cutlass_moe.layer.why_not import why_no_layer
 from cutlass_moe.operands import QUANTS, LayerOperands, LayerOptions, Options
 from cutlass_moe.ops import dispatch
+from cutlass_moe.ops._copies import writable
 from cutlass_moe.ops._types import check_types
 from cutlass_moe.ops.dispatch import Choice, choose_launch
 from cutlass_moe.ops.route import route_phases, route_scratch, row_capacity
@@ -134,23 +136,24 @@ class Chain:
 
     def launch(self, layer: LayerOperands, out: Tensor, base: int) -> None:
         """Enqueues the layer on torch's current stream. base: the address of its workspace."""
-        layer = convert(layer, self.conversions)
+        layer = aligned(convert(layer, self.conversions))
         if not self.rows:
             out.zero_() if layer.residual is None else out.copy_(layer.residual)
             if layer.overflow is not None:
                 layer.overflow.zero_()
         elif not self.links:
+            refuse_unreadable(layer)
             if self.why_not:
                 announce_fallback(self.why_not)
             fused_moe_reference(**layer._asdict(), **self.options._asdict(), out=out)
         else:
             if self.options.weight_on_input:
-                layer = weigh_input(layer)
-            layer = aligned(layer)
-            addresses = {**layer_addresses(layer, out), **self.workspace.addresses(base)}
-            if self.options.weight_on_input or self.options.reduce == "none":
-                addresses["topk_weights"] = 0  # all are 1
-            on_device(out.get_device(), partial(self._enqueue, addresses))
+                layer = aligned(weigh_input(layer))
+            with writable(out) as written:
+                addresses = {**layer_addresses(layer, written), **self.workspace.addresses(base)}
+                if self.options.weight_on_input or self.options.reduce == "none":
+                    addresses["topk_weights"] = 0  # all are 1
+                on_device(out.get_device(), partial(self._enqueue, addresses))
 
     def _enqueue(self, addresses: dict[str, int], stream: int) -> None:
         for link in self.links:
@@ -276,8 +279,10 @@ class _LinkMaker:
 _chains: Signatures[Chain] = Signatures()
 
 
-def find_chain(layer: LayerOperands, options: LayerOptions, out: Tensor) -> Chain:
-    """Checks arguments and chooses kernels, once per signature.
+def find_chain(
+    layer: LayerOperands, options: LayerOptions, out: Tensor, workspace: Tensor | None = None
+) -> Chain:
+    """Checks arguments, workspace included, and chooses kernels, once per signature.
 
     A signature is the options and the dtypes, shapes, strides and devices of tensors. Raises what
     `check_layer` and `library.load` raise.
@@ -290,5 +295,7 @@ def find_chain(layer: LayerOperands, options: LayerOptions, out: Tensor) -> Chai
         needed = conversions(layer, options)
         layer = convert(layer, needed)
         check_layer(layer, options, out)
+        if workspace is not None:
+            LayerWorkspace(layer, options).layout.aligned(workspace)
         chain = _chains.keep(key, Chain(layer, options, needed))
     return chain

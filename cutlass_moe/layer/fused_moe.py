@@ -160,7 +160,10 @@ def _empty(layer: LayerOperands, options: LayerOptions) -> Tensor:
 def _run(
     out: Tensor, workspace: Tensor | None, layer: LayerOperands, options: LayerOptions
 ) -> None:
-    chain = find_chain(layer, options, out)
+    if layer.hidden.is_meta:
+        check_layer(convert(layer, conversions(layer, options)), options, out)
+        return
+    chain = find_chain(layer, options, out, workspace)
     layout = chain.workspace.layout
     if workspace is None:
         workspace = out.new_empty(layout.size, dtype=torch.uint8)

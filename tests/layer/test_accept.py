@@ -15,6 +15,7 @@ import cutlass_moe as cm
 from cutlass_moe.layer.accept import aligned
 from cutlass_moe.operands import LayerOperands
 from cutlass_moe.ops.quantize import quantize_static
+from cutlass_moe.runtime.fallback import announce_copy
 from tests.support.layer_cases import SMALL, tokens, weights
 from tests.support.layer_forms import FORMS
 
@@ -47,7 +48,8 @@ def test_forms_compile_to_one_graph(name: str) -> None:
 def test_what_kernels_cannot_read_is_copied_with_one_warning(name: str) -> None:
     _, given = FORMS[name].make(arguments(quant=FORMS[name].quant))
     layer = LayerOperands(**{field: given.get(field) for field in LayerOperands._fields})
-    with pytest.warns(UserWarning, match="is copied in every call: kernels need its address"):
+    announce_copy.cache_clear()
+    with pytest.warns(UserWarning, match="so every call copies it"):
         copied = aligned(layer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -173,6 +175,35 @@ REFUSED: tuple[tuple[dict[str, Any], str | None, str], ...] = (
 def test_refused(changes: dict[str, Any], quant: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cm.fused_moe(**arguments(quant=quant) | changes)
+
+
+def test_meta_tensors_give_shapes_and_do_not_mix_with_others() -> None:
+    given = arguments(quant="int8")
+    meta = {n: t.to("meta") if isinstance(t, Tensor) else t for n, t in given.items()}
+    for _ in range(2):
+        out = cm.fused_moe(**meta)
+        assert out.is_meta and out.shape == given["hidden"].shape
+        assert torch.equal(cm.fused_moe(**given), cm.fused_moe(**given))
+        with pytest.raises(ValueError, match="w13 must be on cpu, got one on meta"):
+            cm.fused_moe(**given | {"w13": meta["w13"]})
+
+
+def test_addresses_are_judged_alike_on_every_device() -> None:
+    given = arguments()
+    buffer = given["w13"].new_zeros(given["w13"].numel() + 1)
+    odd = buffer[1:].view(given["w13"].shape)
+    with pytest.raises(ValueError, match="the address of w13 must be a multiple of 16 bytes"):
+        cm.fused_moe(**given | {"w13": odd})
+
+
+def test_a_workspace_is_refused_before_a_kernel_is_looked_for() -> None:
+    given = arguments(quant="fp8")
+    for workspace, words in (
+        (torch.zeros(16, dtype=torch.uint8), "workspace must"),
+        (torch.zeros(1 << 20), "workspace must"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            cm.fused_moe(**given, workspace=workspace)
 
 
 def test_batch_invariance_changes_no_result() -> None:
