@@ -175,7 +175,6 @@ REFUSED = [
     ("tp", ("build", "--model", "mixtral", "--tp", "3"), 2, "tp 3 does not divide inter 14336"),
     ("no_tp", ("build", "--model", "mixtral", "--tp", "0"), 2, "--tp"),
     ("ep", ("build", "--model", "mixtral", "--ep", "16"), 2, "ep 16 does not divide 8 experts"),
-    ("illegal_rank", ("build", "--model", "gpt-oss-120b", "--tp", "8"), 1, "got 360"),
     ("no_config", ("build", "--model", "/no/such/model"), 2, "'/no/such/model' is no config.json"),
     ("no_moe", ("build", "--model", __file__), 2, "test_cli.py: Extra data"),
     ("no_shapes", ("build", "--shapes", "/no/such/file"), 2, "does not exist"),
@@ -274,6 +273,12 @@ def test_build_of_a_rank_of_eight(monkeypatch, model, dtype):
     inter = {"gpt-oss-120b": (360, 368), "nemotron-3-nano": (232, 240)}[model][dtype != "bf16"]
     sizes = {r.problem.k for r in asked if isinstance(r.problem, GemmProblem)}
     assert inter in sizes and len(sizes) == 2
+
+
+def test_build_of_a_width_that_no_kernel_takes(monkeypatch):
+    monkeypatch.setitem(MODELS, "mixtral", dataclasses.replace(TINY, hidden=250))
+    result = call("build", "--model", "mixtral")
+    assert result.exit_code == 1 and "got 250" in result.output
 
 
 @pytest.mark.parametrize("inter", [120, 128])
