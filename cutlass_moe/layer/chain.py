@@ -136,24 +136,38 @@ class Chain:
 
     def launch(self, layer: LayerOperands, out: Tensor, base: int) -> None:
         """Enqueues the layer on torch's current stream. base: the address of its workspace."""
-        layer = aligned(convert(layer, self.conversions))
+        layer = convert(layer, self.conversions) if self.conversions else layer
         if not self.rows:
             out.zero_() if layer.residual is None else out.copy_(layer.residual)
             if layer.overflow is not None:
                 layer.overflow.zero_()
         elif not self.links:
+            layer = aligned(layer)
             refuse_unreadable(layer)
             if self.why_not:
                 announce_fallback(self.why_not)
             fused_moe_reference(**layer._asdict(), **self.options._asdict(), out=out)
         else:
-            if self.options.weight_on_input:
-                layer = aligned(weigh_input(layer))
-            with writable(out) as written:
-                addresses = {**layer_addresses(layer, written), **self.workspace.addresses(base)}
-                if self.options.weight_on_input or self.options.reduce == "none":
-                    addresses["topk_weights"] = 0  # all are 1
-                on_device(out.get_device(), partial(self._enqueue, addresses))
+            self._launch_links(
+                weigh_input(layer) if self.options.weight_on_input else layer, out, base
+            )
+
+    def _launch_links(self, layer: LayerOperands, out: Tensor, base: int) -> None:
+        try:
+            addresses = layer_addresses(layer, out)
+        except ValueError:  # a kernel can't read or write something where it is
+            layer = aligned(layer)
+            with writable(out) as room:
+                addresses = layer_addresses(layer, room)
+                self._enqueue_all(addresses, base, out.get_device())
+        else:
+            self._enqueue_all(addresses, base, out.get_device())
+
+    def _enqueue_all(self, addresses: dict[str, int], base: int, device: int) -> None:
+        addresses |= self.workspace.addresses(base)
+        if self.options.weight_on_input or self.options.reduce == "none":
+            addresses["topk_weights"] = 0  # all are 1
+        on_device(device, partial(self._enqueue, addresses))
 
     def _enqueue(self, addresses: dict[str, int], stream: int) -> None:
         for link in self.links:

@@ -97,7 +97,8 @@ def images() -> set[tuple[Problem, Config]]:
     for dtype in (torch.float8_e4m3fn, torch.int8):
         problems.add(cm.grouped_matmul_problem(**product(dtype, "cpu")))
         for source in (torch.bfloat16, torch.float32):
-            problems.add(QuantizeProblem(DTYPES[source], DTYPES[dtype], 1040))
+            for k in (1040, D, 40, 48):  # of products, and of modules' weights
+                problems.add(QuantizeProblem(DTYPES[source], DTYPES[dtype], k))
     return {(problem, config) for problem in problems for config in every_config(problem)}
 
 
