@@ -276,10 +276,8 @@ class _LinkMaker:
                 activation=str(self.options.function) if problem.activation else None,
                 **(numbers._asdict() if numbers and problem.activation else {}),
             ),
+            self.layer.hidden.stride(0) if reads["x"] == "hidden" else None,
         )
-        if reads["x"] == "hidden":
-            x_stride = self.layer.hidden.stride(0) * self.layer.hidden.element_size()
-            choice = choice._replace(values={**choice.values, "x_stride": x_stride})
         # down may read offsets before its wait: up has waited for route, which wrote them
         early = self.overlap and not problem.gather
         reads = {**reads, "weight": weight, "scale": f"{weight}_scale", "bias": f"{weight}_bias"}

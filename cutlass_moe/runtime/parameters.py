@@ -41,6 +41,11 @@ def gemm_values(
     `numbers`. early: in a dependent launch, offsets and starts are already final, so they may be
     read before the previous kernel has ended.
     """
+    chunks = (x_stride or problem.k) * problem.x.bytes // 16
+    if num_tokens * chunks >= 2**32:
+        raise ValueError(
+            f"x must span less than 64 GiB, got {num_tokens} rows of {16 * chunks} bytes"
+        )
     column_stride, gate_stride = gate_strides(problem.n, interleaved)
     names = problem.activation.numbers if problem.activation else ()
     return {
@@ -50,7 +55,7 @@ def gemm_values(
         **addresses,
         "num_tokens": num_tokens,
         "num_rows": num_rows,
-        "x_stride": (x_stride or problem.k) * problem.x.bytes,
+        "x_stride": chunks,
         **{name: _float_bits(number) for name, number in zip(names, numbers, strict=True)},
         "early": int(early),
         "column_stride": column_stride,
@@ -122,7 +127,9 @@ def route_values(
     capacity: int,
     max_rows: int | None = None,
 ) -> dict[str, int]:
-    """All but `phase`, which differs from launch to launch. num_ids: experts that ids may name;
+    """The values of a route kernel, except `phase`, which differs from launch to launch.
+
+    num_ids: experts that ids may name;
     choices: per token; capacity: the most rows of an expert; max_rows: of all together. overflow is
     among the addresses where the rows dropped for max_rows are counted."""
     return {
@@ -162,7 +169,9 @@ def router_values(
 def quantize_values(
     addresses: Addresses, num_rows: int, source_stride: int, *, early: bool = False
 ) -> dict[str, int]:
-    """addresses: source, q, scale, and `end`, of an int32: rows from there on are left alone;
+    """The values of a quantize kernel.
+
+    addresses: source, q, scale, and `end`, of an int32: rows from there on are left alone;
     without it none are. static_scale, of one float32: the scale of every row, instead of its own.
     source_stride: bytes from a row to the next. In a dependent launch end is read before the kernel
     before is waited for, and with `early` source is too, and q and scale are written."""
@@ -179,7 +188,9 @@ def quantize_values(
 def combine_values(
     addresses: Addresses, num_rows: int, num_tokens: int, weight_stride: int
 ) -> dict[str, int]:
-    """addresses: rows, weights (without them all are 1), inverse, out and, if there is one,
+    """The values of a combine kernel.
+
+    addresses: rows, weights (without them all are 1), inverse, out and, if there is one,
     residual. weight_stride: elements from a token's weights to the next. In a dependent launch
     weights and inverse are read before the kernel before is waited for."""
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, const_expr, range_constexpr
+from cutlass import Int32, Int64, Uint32, const_expr, range_constexpr
 from cutlass.experimental import primitives as prims
 
 from emitters.device.memory import VECTOR
@@ -74,7 +74,9 @@ class GatherIterator:
             size = Int32(_CHUNK)
             if column >= end:
                 size = Int32(0)
-            source = self.x + (Int64(cutlass.max(token, Int32(0))) * self.x_stride + column)
+            # in 32 bits: as a 64-bit factor the stride costs a register that the widest tiles lack
+            chunks = Uint32(cutlass.max(token, Int32(0))) * Uint32(self.x_stride)
+            source = self.x + (Int64(chunks) * _CHUNK + column)
             prims.cp_async_shared_global(
                 (stage + (self.target + i * (_ROWS_PER_PASS * K_TILE_BYTES))).to_llvm_ptr(),
                 source.to_llvm_ptr(),

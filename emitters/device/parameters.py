@@ -25,7 +25,8 @@ class Rows(NamedTuple):
 class Gathered(NamedTuple):
     """x [T, K], and the row of it that each row of the product reads.
 
-    x: bytes. index: None where rows are taken in order. x_stride: bytes from a row to the next.
+    x: bytes. index: None where rows are taken in order. x_stride: units of 16 bytes
+    from a row to the next.
     """
 
     x: cute.Pointer

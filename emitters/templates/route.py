@@ -43,7 +43,9 @@ class Table(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """capacity: the most rows of an expert. max_rows: the most rows of all experts together; later
+    """The bounds of a routing table.
+
+    capacity: the most rows of an expert. max_rows: the most rows of all experts together; later
     pairs are dropped. overflow: null, or where the number of rows dropped for max_rows is written.
     """
 
@@ -111,7 +113,9 @@ class Route:
 
     @cute.jit
     def __call__(self, pairs, limits, table, histograms, phase, grid, stream):
-        """histograms [grid, num_experts]: what the second
+        """Launches the kernel.
+
+        histograms [grid, num_experts]: what the second
         launch of two takes from the first. phase: 0, all of it, by one CTA; 1, `count`; 2,
         `assign`, by as many CTAs as that."""
         self.kernel(pairs, limits, table, histograms, phase).launch(

@@ -78,7 +78,7 @@ def _number(key: Uint32) -> Float32:
 
 @cute.jit
 def sqrt_softplus(x: Float32) -> Float32:
-    """sqrt(log(1 + exp(x)))
+    """Computes sqrt(log(1 + exp(x))).
 
     log(1 + p) of a small p, whose sum with 1 would lose bits, is p (1 - p / 2 + p^2 / 3).
     """

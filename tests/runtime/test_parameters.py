@@ -130,6 +130,13 @@ def test_integers_of_a_gemm(interleaved: bool, early: bool) -> None:
     assert (values["column_stride"], values["gate_stride"]) == strides
 
 
+def test_stride_of_x() -> None:
+    assert gemm_values(FULL, ADDRESS, 8, 24)["x_stride"] == FULL.k * FULL.x.bytes // 16
+    assert gemm_values(FULL, ADDRESS, 8, 24, x_stride=512)["x_stride"] == 32
+    with pytest.raises(ValueError, match="x must span less than 64 GiB"):
+        gemm_values(FULL, ADDRESS, 2**27, 24, x_stride=512)
+
+
 def test_float_parameters_travel_as_their_bits() -> None:
     assert _ROUTER["scale"] == 0x40200000  # 2.5
     assert _ROUTER["threshold"] == 0xBF800000 - 2**32  # -1: none
