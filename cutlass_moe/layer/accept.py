@@ -29,8 +29,10 @@ def conversions(layer: LayerOperands, options: LayerOptions) -> list[tuple[str, 
     found: list[tuple[str, Conversion]] = []
 
     def add(name: str, convert: Conversion | None) -> None:
-        if convert is not None and getattr(layer, name) is not None:
-            found.append((name, convert))
+        tensor = getattr(layer, name)
+        if convert is None or tensor is None or (convert is _contiguous and tensor.is_contiguous()):
+            return
+        found.append((name, convert))
 
     for name in ("hidden", "residual", "topk_ids", "topk_weights"):
         tensor = getattr(layer, name)
