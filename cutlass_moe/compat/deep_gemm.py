@@ -121,9 +121,8 @@ def m_grouped_bf16_gemm_nn_contiguous(
     **options: Unpack[DeepGemmOptions],
 ) -> None:
     """As `m_grouped_bf16_gemm_nt_contiguous`, of b [E, K, N]."""
-    _check_options(options)
     _expect_bf16(a=a, b=b)
-    m_grouped_gemm_nt_contiguous(a, _transposed("b", b), d, grouped_layout)
+    m_grouped_bf16_gemm_nt_contiguous(a, _transposed("b", b), d, grouped_layout, **options)
 
 
 def m_grouped_bf16_gemm_nt_masked(
@@ -176,9 +175,9 @@ def m_grouped_fp8_gemm_nn_contiguous(
     """As `m_grouped_fp8_gemm_nt_contiguous`, of b [E, K, N], K dense, with a scale [E, 1, N]."""
     _expect_fp8(a=a, b=b)
     turned = _transposed("b", b[0]), _transposed("b", b[1])
-    _check_options(options)
-    _refuse_blocks(a[0].shape[-1], recipe, recipe_a, recipe_b)
-    m_grouped_gemm_nt_contiguous(a, turned, d, grouped_layout)
+    m_grouped_fp8_gemm_nt_contiguous(
+        a, turned, d, grouped_layout, recipe, recipe_a, recipe_b, **options
+    )
 
 
 def m_grouped_fp8_gemm_nt_masked(
