@@ -129,5 +129,7 @@ def layer_problems(
         up=gemm(up, gates * inter, hidden, active, Activation(function, scale)),
         quantize_active=QuantizeProblem(active, operand, inter, 1 / scale) if quantized else None,
         down=gemm(down, hidden, inter, outside),
-        combine=CombineProblem(outside, hidden, top_k if forms.summed else 1, forms.weights),
+        combine=CombineProblem(
+            outside, outside, hidden, top_k if forms.summed else 1, forms.weights
+        ),
     )

@@ -14,7 +14,7 @@ from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.runtime.parameters import combine_values
 from emitters.spec.layer_steps import CombineProblem
 
-_MAX_ELEMENTS = 2**34  # of out, exclusive: threads are counted in int32 and take 8 elements each
+_MAX_ELEMENTS = 2**33  # of out, exclusive: threads are counted in int32 and take 4 or 8 each
 
 
 def combine(
@@ -127,13 +127,12 @@ def _into(
     out: Tensor, rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
 ) -> None:
     if out.numel() >= _MAX_ELEMENTS:
-        raise ValueError(f"out must have fewer than 2**34 elements, got {out.numel()}")
+        raise ValueError(f"out must have fewer than 2**33 elements, got {out.numel()}")
     rows, residual = at_address("rows", rows, 16), at_address("residual", residual, 16)
     kernel = None
     if rows.is_cuda and out.numel():
-        problem = CombineProblem(
-            DTYPES[rows.dtype], rows.shape[1], inverse.shape[1], DTYPES[topk_weights.dtype]
-        )
+        dtype, weights = DTYPES[rows.dtype], DTYPES[topk_weights.dtype]
+        problem = CombineProblem(dtype, dtype, rows.shape[1], inverse.shape[1], weights)
         kernel = step_kernel(problem, rows.get_device())
     if kernel is None:
         combine_reference(rows, topk_weights, inverse, residual=residual, out=out)

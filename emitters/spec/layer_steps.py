@@ -59,9 +59,10 @@ _WORDS = {  # how `words` shows each field, in this order
     "logits": "{}",
     "scoring": "{}",
     "num_groups": "groups {}",
-    "dtype": "{}",
     "source": "{} >",
     "target": "{}",
+    "rows": "{} >",
+    "out": "{}",
     "k": "K {}",
     "n": "N {}",
     "top_k": "k {}",
@@ -184,35 +185,41 @@ class QuantizeProblem(Step):
 
 @dataclass(frozen=True)
 class CombineProblem(Step):
-    """Sums each token's rows, weighted; rows, residual and out [., N] are of `dtype`.
+    """Sums each token's rows, weighted.
 
-    weights: the dtype of the router weights.
+    rows, out, weights: the dtypes of the rows [., N], of residual and output [., N], and of the
+    router weights.
 
       out[t] = residual[t] + sum over j < top_k of weights[t, j] * rows[inverse[t, j]]
 
     in float32, in the order of j.
     """
 
-    dtype: DType
+    rows: DType
+    out: DType
     n: int
     top_k: int
     weights: DType = DType.FP32
     op: ClassVar[str] = "combine"
 
+    @property
+    def columns(self) -> int:
+        """The number of columns that a thread sums: those of 16 bytes of a row."""
+        return 16 // self.rows.bytes
+
     def ctas(self, tokens: int, threads: int) -> int:
         """The number of CTAs for this many tokens, with this many threads per CTA."""
-        return -(-tokens * self.n // (ROW_VECTOR * threads))
+        return -(-tokens * self.n // (self.columns * threads))
 
     def why_illegal(self) -> str | None:
-        if self.dtype not in OUTPUTS:
-            return f"rows must be one of {', '.join(OUTPUTS)}, got {self.dtype}"
-        if self.weights not in OUTPUTS:
-            return f"weights must be one of {', '.join(OUTPUTS)}, got {self.weights}"
-        if self.n % ROW_VECTOR or not 0 < self.n <= MAX_ROW:
-            return f"N must be a multiple of {ROW_VECTOR} up to {MAX_ROW}, got {self.n}"
-        most = MAX_TOP_K * 2 // self.dtype.bytes  # a thread holds all rows in registers at once
-        if not 1 <= self.top_k <= most:
-            return f"top_k must be 1 to {most} for {self.dtype}, got {self.top_k}"
+        for name in ("rows", "out", "weights"):
+            dtype = getattr(self, name)
+            if dtype not in OUTPUTS:
+                return f"{name} must be one of {', '.join(OUTPUTS)}, got {dtype}"
+        if self.n % self.columns or not 0 < self.n <= MAX_ROW:
+            return f"N must be a multiple of {self.columns} up to {MAX_ROW}, got {self.n}"
+        if not 1 <= self.top_k <= MAX_TOP_K:
+            return f"top_k must be 1 to {MAX_TOP_K}, got {self.top_k}"
         return None
 
 

@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, range_constexpr
+from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
 from cutlass.cute.math import fma
 
 from emitters.device.dependent import launch_next, wait_for_previous
 from emitters.device.memory import ELEMENT, GMEM, VECTOR, vector
-from emitters.spec.layer_steps import ROW_VECTOR, CombineProblem, StepConfig
+from emitters.spec.layer_steps import CombineProblem, StepConfig
 from emitters.templates.parameters import integer, pointer
 
 
 class Combine:
-    """Writes the kernel that sums each token's rows, weighted; a thread takes 8 columns of a token.
+    """Writes the kernel that sums each token's rows, weighted; a thread takes 16 bytes of each.
 
-    It reads these columns of all the token's rows, 16 bytes at a time, and adds them in float32 in
-    the order of the choices, by one fused multiply-add each.
+    It reads these columns of all the token's rows, and adds them in float32 in the order of the
+    choices, by one fused multiply-add each.
     """
 
     smem_bytes, cluster = 0, 1
 
     def __init__(self, problem: CombineProblem, config: StepConfig):
         self.problem, self.config = problem, config
-        self.element, self.weight_type = ELEMENT[problem.dtype], ELEMENT[problem.weights]
-        self.row_vectors = problem.n // ROW_VECTOR
-        self.words = ROW_VECTOR * problem.dtype.bytes // 4  # int32 per 8 columns
+        self.row_type, self.out_type = ELEMENT[problem.rows], ELEMENT[problem.out]
+        self.weight_type = ELEMENT[problem.weights]
+        self.columns = problem.columns
+        self.row_vectors = problem.n // self.columns
 
     def arguments(self):
         """The arguments of `__call__`, except grid and stream."""
         return (
-            pointer("rows", self.element, 16),
+            pointer("rows", self.row_type, 16),
             pointer("weights", self.weight_type, self.weight_type.width // 8),
             pointer("inverse", Int32, 4),
-            pointer("residual", self.element, 16),
-            pointer("out", self.element, 16),
+            pointer("residual", self.out_type, 16),
+            pointer("out", self.out_type, 16),
             integer("num_rows"),
             integer("num_tokens"),
             integer("weight_stride"),
@@ -108,43 +109,48 @@ class Combine:
         row: cute.Tensor,
         weight: cute.Tensor,
     ):
-        """Sums 8 columns of a token. row[j]: the row of choice j, skipped if outside [0, R)."""
-        values = cute.make_rmem_tensor((self.words, self.problem.top_k), Int32)
+        """Sums part of a token's columns. row[j]: the row of choice j, skipped outside [0, R)."""
+        values = cute.make_rmem_tensor((self.words(self.row_type), self.problem.top_k), Int32)
         values.fill(0)
         for j in range_constexpr(self.problem.top_k):
             if row[j] >= 0 and row[j] < num_rows:
                 self.read(rows, row[j], part, values[None, j])
             else:
                 weight[j] = Float32(-0.0)  # -0 * 0 = -0 changes no sum, not even -0
-        first = cute.make_rmem_tensor((self.words,), Int32)
+        first = cute.make_rmem_tensor((self.words(self.out_type),), Int32)
         first.fill(0)
         if residual.toint() != 0:
             self.read(residual, token, part, first)
-        sums = self.elements(first)
+        sums = self.elements(first, self.out_type)
         for j in range_constexpr(self.problem.top_k):
-            elements = self.elements(values[None, j])
-            for i in range_constexpr(ROW_VECTOR):
+            elements = self.elements(values[None, j], self.row_type)
+            for i in range_constexpr(self.columns):
                 sums[i] = fma(weight[j], elements[i], sums[i])
-        result = cute.make_rmem_tensor((ROW_VECTOR,), self.element)
-        result.store(sums.load().to(self.element))
-        target = vector(self.chunk(out, token, part), self.element, ROW_VECTOR, GMEM)
+        result = cute.make_rmem_tensor((self.columns,), self.out_type)
+        result.store(sums.load().to(self.out_type))
+        target = vector(self.chunk(out, token, part), self.out_type, self.columns, GMEM)
         cute.autovec_copy(result, target)
 
     def chunk(self, tensor: cute.Pointer, row: Int32, part: Int32):
-        """The address of columns 8 * part to 8 * part + 7 of a row."""
-        return tensor + (Int64(row) * self.problem.n + part * ROW_VECTOR)
+        """The address of a part of a row's columns."""
+        return tensor + (Int64(row) * self.problem.n + part * self.columns)
 
-    def elements(self, words: cute.Tensor):
-        """Converts the words of 8 columns to float32."""
-        elements = cute.make_rmem_tensor((ROW_VECTOR,), Float32)
-        elements.store(cute.recast_tensor(words, self.element).load().to(Float32))
+    def words(self, element):
+        """The number of int32 that a part's columns take in this type."""
+        return self.columns * element.width // 32
+
+    def elements(self, words: cute.Tensor, element):
+        """Converts the words of a part, of this type, to float32."""
+        elements = cute.make_rmem_tensor((self.columns,), Float32)
+        elements.store(cute.recast_tensor(words, element).load().to(Float32))
         return elements
 
     @cute.jit
     def read(self, tensor: cute.Pointer, row: Int32, part: Int32, words: cute.Tensor):
-        for i in range_constexpr(self.words // 4):
-            source = self.chunk(tensor, row, part) + i * (ROW_VECTOR // 2)
-            chunk = cute.make_rmem_tensor((4,), Int32)
-            cute.autovec_copy(vector(source, Int32, 4, GMEM), chunk)
-            for j in range_constexpr(4):
-                words[4 * i + j] = chunk[j]
+        count = const_expr(min(4, cute.size(words)))  # at a time
+        for i in range_constexpr(cute.size(words) // count):
+            source = self.chunk(tensor, row, part) + i * (self.columns // 2)
+            chunk = cute.make_rmem_tensor((count,), Int32)
+            cute.autovec_copy(vector(source, Int32, count, GMEM), chunk)
+            for j in range_constexpr(count):
+                words[count * i + j] = chunk[j]

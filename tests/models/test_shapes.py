@@ -101,7 +101,7 @@ def test_steps():
     """Of a rank, the router and the sum over a token's rows are those of all ranks."""
     problems = model_problems(MODELS["dsv3"].shard(tp=2, ep=16), "fp8")
     assert {name: p for name, p in problems.items() if name not in ("up", "down", "activated")} == {
-        "combine": CombineProblem(DType.BF16, 7168, 8),
+        "combine": CombineProblem(DType.BF16, DType.BF16, 7168, 8),
         "route int32": RouteProblem(16, 32),
         "route int64": RouteProblem(16, 64),
         "topk_router bf16": TopkProblem(256, DType.BF16, "sigmoid", 8),

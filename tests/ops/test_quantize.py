@@ -248,7 +248,10 @@ def test_kernels_of_every_length_compile_without_spills() -> None:
         QuantizeProblem(source, target, k)
         for i, k in enumerate(lengths)
         for source, target in pairs[i % 2]
-    ] + [CombineProblem(DType.FP16, 2880, 32), CombineProblem(DType.FP32, 2880, 16)]
+    ] + [
+        CombineProblem(rows, out, 2880, 32)
+        for rows, out in ((DType.FP16, DType.FP16), (DType.FP32, DType.FP16), (DType.FP32,) * 2)
+    ]
     requests = [Request(problem, heuristics.step_config(problem)) for problem in problems]
     for result in compile_images(requests):
         assert result.image is not None, result.error

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.gpu
 LENGTHS = (8, 72, 768, 2048, 2880, 7168, 14336, 32768)
 SHAPES = [(rows, k) for k in LENGTHS for rows in (1, 7, 128, 65536) if rows * k <= 2**28]
 SUMS = [(2048, 8), (4096, 2), (7168, 8), (2880, 4), (2048, 10), (72, 1), (8, 3)]  # N, k
+CHOICES = (3, 17, 32)
 SCALED = QuantizeProblem(DType.FP16, DType.E4M3, 768, 32.0)
 quantizes = pytest.mark.parametrize(
     ("source", "dtype"), list(itertools.product(FLOATS, LARGEST)), ids=str
@@ -40,8 +41,11 @@ def images() -> set[tuple[Step, StepConfig]]:
         QuantizeProblem(DTYPES[source], DTYPES[dtype], k)
         for source, dtype, k in itertools.product(FLOATS, LARGEST, LENGTHS)
     ]
-    problems += [CombineProblem(DTYPES[dtype], n, k) for dtype in FLOATS for n, k in SUMS]
-    problems += [CombineProblem(DType.BF16, 8, 3, DTYPES[weights]) for weights in FLOATS]
+    problems += [CombineProblem(*(DTYPES[dtype],) * 2, n, k) for dtype in FLOATS for n, k in SUMS]
+    problems += [CombineProblem(*(DType.BF16,) * 2, 8, 3, DTYPES[weights]) for weights in FLOATS]
+    problems += [
+        CombineProblem(DType.FP32, out, 72, k) for out in (DType.BF16, DType.FP16) for k in CHOICES
+    ]
     return {(problem, heuristics.step_config(problem)) for problem in [*problems, SCALED]}
 
 
@@ -204,6 +208,23 @@ def test_combine(n: int, k: int, tokens: int, dtype: torch.dtype) -> None:
         assert same_bits(cm.combine(**inputs), out)
 
 
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("k", CHOICES)
+def test_float32_rows_are_summed_to_a_narrow_output(k: int, out_dtype: torch.dtype) -> None:
+    """As a layer does, whose rows may be larger than any float16."""
+    inputs = make_sum(130, 72, k, torch.float32)
+    inputs["rows"] *= 1e5
+    inputs["topk_weights"] *= 1e-3
+    inputs["residual"] = inputs["residual"].to(out_dtype)
+    out = poisoned(130, 72, out_dtype, "cuda")
+    names = {"rows": "rows", "weights": "topk_weights", "inverse": "inverse"}
+    tensors = addresses(**{name: inputs[given] for name, given in names.items()})
+    tensors |= addresses(residual=inputs["residual"], out=out)
+    problem = CombineProblem(DType.FP32, DTYPES[out_dtype], 72, k)
+    launch(problem, combine_values(tensors, 130 * k, 130, k), 130)
+    check_sum(out, inputs)
+
+
 def test_nothing_to_combine() -> None:
     empty = make_sum(0, 72, 1, torch.bfloat16)
     assert cm.combine(**empty).shape == (0, 72)
@@ -257,7 +278,7 @@ def test_graph_replay_with_other_data() -> None:
     quantized = quantize_values(addresses(source=out, q=q, scale=scale), 128, 2048 * 2)
 
     def chain() -> None:
-        launch(CombineProblem(DType.BF16, 2048, 8), combined, 128)
+        launch(CombineProblem(DType.BF16, DType.BF16, 2048, 8), combined, 128)
         launch(QuantizeProblem(DType.BF16, DType.INT8, 2048), quantized, 128, overlap=True)
 
     chain()

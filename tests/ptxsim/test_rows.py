@@ -142,16 +142,19 @@ class Combined:
     weights: DType = DType.FP32
     spare: int = 0  # weights between tokens
     weighted: bool = True
+    out: DType | None = None  # default: that of rows
 
     @property
     def problem(self) -> CombineProblem:
-        return CombineProblem(self.dtype, self.n, self.top_k, self.weights)
+        out = self.out or self.dtype
+        return CombineProblem(self.dtype, out, self.n, self.top_k, self.weights)
 
     def stage(self, rows: Tensor | None = None, edit: tuple[str, str] | None = None) -> Stage:
         """Small whole numbers, whose sums are exact; NaN in rows and weights that do not count."""
         built = kernel(self.problem, StepConfig(self.threads))
         generator = torch.Generator().manual_seed(self.n)
         dtype = TORCH_DTYPES[self.dtype]
+        out_dtype = TORCH_DTYPES[self.problem.out]
 
         def numbers(*shape: int) -> Tensor:
             return torch.randint(-3, 4, shape, generator=generator).float()
@@ -170,8 +173,8 @@ class Combined:
             "rows": rows,
             "weights": weights if self.weighted else 0,
             "inverse": inverse,
-            "residual": numbers(self.tokens, self.n).to(dtype) if self.residual else 0,
-            "out": poisoned(self.tokens, self.n, dtype, "cpu"),
+            "residual": numbers(self.tokens, self.n).to(out_dtype) if self.residual else 0,
+            "out": poisoned(self.tokens, self.n, out_dtype, "cpu"),
             "num_rows": self.rows,
             "num_tokens": self.tokens,
             "weight_stride": self.top_k + self.spare,
@@ -188,8 +191,10 @@ class Combined:
         assert isinstance(residual, Tensor | None)
         ones = torch.ones(inverse.shape)
         weights = weights[:, : self.top_k] if isinstance(weights, Tensor) else ones
-        want = combine_reference(rows, weights, inverse, residual=residual)
-        assert isinstance(out, Tensor) and want.isfinite().all()
+        assert isinstance(out, Tensor)
+        want = torch.empty_like(out)
+        combine_reference(rows, weights, inverse, residual=residual, out=want)
+        assert want.isfinite().all()
         assert torch.equal(out, want)
 
 
@@ -201,6 +206,8 @@ COMBINED = {
     "bf16_weights": Combined(BF16, 72, 3, tokens=9, rows=12, weights=BF16, spare=2),
     "fp16_weights": Combined(FP16, 72, 2, tokens=9, rows=12, weights=FP16),
     "unweighted": Combined(BF16, 72, 1, tokens=9, rows=12, weighted=False),
+    "float32_to_float16": Combined(FP32, 24, 3, tokens=7, rows=12, residual=True, out=FP16),
+    "many_of_float32": Combined(FP32, 8, 18, tokens=6, rows=40, residual=True, out=BF16),
     "no_rows": Combined(BF16, 72, 2, tokens=3, rows=0, residual=True),
     "many_choices": Combined(BF16, 16, 16, tokens=6, rows=50),
 }

@@ -86,7 +86,7 @@ CASES: dict[str, tuple[Problem, Config, dict[str, int]]] = {
             (TopkProblem(*ROUTER), _ROUTER),
             (RouteLogitsProblem(*ROUTER), {**_ROUTER, **route_values(ADDRESS, **_ROUTE)}),
             (QuantizeProblem(DType.BF16, DType.E4M3, 64), quantize_values(ADDRESS, 24, 128)),
-            (CombineProblem(DType.BF16, 64, 3), combine_values(ADDRESS, 24, 8, 3)),
+            (CombineProblem(DType.BF16, DType.BF16, 64, 3), combine_values(ADDRESS, 24, 8, 3)),
         )
     },
 }
