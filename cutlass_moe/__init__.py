@@ -11,6 +11,7 @@ from cutlass_moe.ops.grouped_matmul import (
     grouped_matmul_problem,
 )
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference
+from cutlass_moe.ops.grouped_mm import grouped_mm, grouped_mm_reference
 from cutlass_moe.ops.index_group_matmul import index_group_matmul, index_group_matmul_workspace_size
 from cutlass_moe.ops.plan import Plan, plan
 from cutlass_moe.ops.quantize import (
@@ -36,6 +37,8 @@ __all__ = [
     "grouped_matmul_out",
     "grouped_matmul_problem",
     "grouped_matmul_reference",
+    "grouped_mm",
+    "grouped_mm_reference",
     "index_group_matmul",
     "index_group_matmul_workspace_size",
     "pad_experts",

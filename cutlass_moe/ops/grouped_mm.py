@@ -1,0 +1,187 @@
+"""grouped_mm: torch's function of that name, with kernels for tokens times experts' weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cutlass_moe.operands import FLOATS
+from cutlass_moe.ops._types import check_types, typed
+from cutlass_moe.ops.grouped_matmul import grouped_matmul
+from cutlass_moe.runtime import library
+from emitters.spec.arch import DEFAULT_ARCH
+
+_SERVED = (torch.bfloat16, torch.float16)
+
+
+def grouped_mm(
+    mat_a: Tensor,
+    mat_b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`torch.nn.functional.grouped_mm`: one matrix product for each expert; differentiable.
+
+      mat_a       mat_b       offs cuts              result      made by
+      [M, K]      [E, K, N]   M                      [M, N]      `grouped_matmul`
+      [M, K]      [K, N]      K of both              [E, M, N]   torch
+      [E, M, K]   [K, N]      N                      [M, N]      torch
+      [E, M, K]   [E, K, N]   nothing, it is None    [E, M, N]   torch
+
+    offs int32 [E]: cumulative ends of the experts' parts of that dimension, on the device; the
+      host does not read them. In the first form rows past offs[-1] are undefined.
+    mat_a, mat_b: as torch takes them. One of the last two dimensions has stride 1, and all other
+      strides are multiples of 16 bytes; `w.transpose(1, 2)` of a contiguous w [E, N, K] will do.
+    bias: must be None, as in torch. out_dtype: default mat_a's; in the first form bfloat16,
+      float16 or float32, in the others what torch takes.
+
+    Kernels serve the first form in bfloat16 and float16 on an SM90 GPU; CPU tensors of these dtypes
+    take the reference of `grouped_matmul`. Other dtypes, and other GPUs, are torch's. Of the
+    gradients, that of mat_a is a product of the first form, and that of mat_b one of the second.
+
+    Raises ValueError or TypeError that says what must be and what came, and what torch raises for
+    the forms that it computes.
+    """
+    try:
+        if not (mat_a.dim() == 2 and mat_b.dim() == 3 and _has_kernel(mat_a)):
+            return _torch_grouped_mm(mat_a, mat_b, offs, bias, out_dtype)
+        _check(mat_a, mat_b, offs, bias, out_dtype)
+        return _TokensTimesWeights.apply(mat_a, mat_b, offs, out_dtype)
+    except Exception:
+        check_types(grouped_mm, locals())
+        raise
+
+
+@typed
+def grouped_mm_reference(
+    mat_a: Tensor,
+    mat_b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`grouped_mm` in plain PyTorch, unchecked: float64 products, converted once at the end.
+
+    The host reads offs. Rows past offs[-1] become zeros in the first form. Differentiable.
+    """
+    a, b = mat_a.double(), mat_b.double()
+    if offs is None:
+        out = a @ b
+    elif b.dim() == 3:
+        rows = [a[first:end] @ b[e] for e, first, end in _parts(offs)]
+        used = sum(map(len, rows))
+        out = torch.cat([*rows, a.new_zeros(len(a) - used, b.shape[2])])
+    elif a.dim() == 3:
+        out = torch.cat([a[e] @ b[:, first:end] for e, first, end in _parts(offs)], 1)
+    else:
+        out = torch.stack([a[:, first:end] @ b[first:end] for _, first, end in _parts(offs)])
+    return out.to(out_dtype or mat_a.dtype)
+
+
+class _TokensTimesWeights(torch.autograd.Function):
+    """The first form, with its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mat_a: Tensor, mat_b: Tensor, offs: Tensor, out_dtype: torch.dtype | None
+    ) -> Tensor:
+        ctx.save_for_backward(mat_a, mat_b, offs)
+        return grouped_matmul(mat_a, mat_b.transpose(1, 2), offsets=offs, out_dtype=out_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mat_a, mat_b, offs = ctx.saved_tensors
+        grad = grad.to(mat_a.dtype).contiguous()
+        needs_a, needs_b = ctx.needs_input_grad[:2]
+        grad_a = grouped_mm(grad, mat_b.transpose(1, 2), offs) if needs_a else None
+        grad_b = None
+        if needs_b and mat_b.stride(1) == 1:  # the transpose of weights: so is their gradient
+            grad_b = _torch_grouped_mm(grad.T, mat_a, offs).transpose(1, 2)
+        elif needs_b:
+            grad_b = _torch_grouped_mm(mat_a.T, grad, offs)
+        return grad_a, grad_b, None, None
+
+
+def _torch_grouped_mm(
+    mat_a: Tensor,
+    mat_b: Tensor,
+    offs: Tensor | None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    function = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+    if function is None:
+        raise RuntimeError(
+            "torch must have torch._grouped_mm for gradients of weights, for other forms than "
+            f"[M, K] x [E, K, N] and for other dtypes than {_names(_SERVED)}, got torch "
+            f"{torch.__version__}"
+        )
+    return function(mat_a, mat_b, offs=offs, bias=bias, out_dtype=out_dtype)
+
+
+def _has_kernel(mat_a: Tensor) -> bool:
+    if mat_a.dtype not in _SERVED:
+        return False
+    return not mat_a.is_cuda or library.device_arch(mat_a.get_device()) == DEFAULT_ARCH
+
+
+def _check(
+    mat_a: Tensor,
+    mat_b: Tensor,
+    offs: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> None:
+    """Checks the arguments of the first form by torch's rules; `grouped_matmul` checks the rest."""
+    experts, k, _ = mat_b.shape
+    if offs is None:
+        raise ValueError("offs must be given where mat_a is [M, K], got None")
+    if mat_a.shape[1] != k:
+        got = f"{list(mat_a.shape)} and {list(mat_b.shape)}"
+        raise ValueError(f"mat_a must be [M, K] and mat_b [E, K, N], got {got}")
+    if mat_b.dtype != mat_a.dtype:
+        raise TypeError(f"mat_b must be {mat_a.dtype} like mat_a, got {mat_b.dtype}")
+    if offs.dtype != torch.int32:
+        raise TypeError(f"offs must be torch.int32, got {offs.dtype}")
+    if offs.shape != (experts,):
+        raise ValueError(f"offs must be [{experts}], one end per expert, got {list(offs.shape)}")
+    if bias is not None:
+        raise ValueError("bias must be None, as in torch's function, got a tensor")
+    if out_dtype is not None and out_dtype not in FLOATS:
+        raise TypeError(f"out_dtype must be one of {_names(FLOATS)}, got {out_dtype}")
+    for name, matrix in (("mat_a", mat_a), ("mat_b", mat_b)):
+        _check_strides(name, matrix)
+
+
+def _check_strides(name: str, matrix: Tensor) -> None:
+    *outer, rows, columns = matrix.stride()
+    height, width = matrix.shape[-2:]
+    to_16 = 16 // matrix.dtype.itemsize
+    if columns == 1 and rows >= max(1, width):
+        others = [rows, *outer]
+    elif rows == 1 and columns >= max(1, height):
+        others = [columns, *outer]
+    else:
+        others = [1]
+    if any(stride % to_16 for stride in others):
+        raise ValueError(
+            f"{name} must have one of its last two dimensions dense (stride 1) and all other "
+            f"strides in multiples of {to_16} elements (16 bytes), got strides {matrix.stride()}"
+        )
+
+
+def _parts(offs: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Yields (expert, first, end) of each expert's part of a dimension."""
+    first = 0
+    for expert, end in enumerate(offs.tolist()):
+        yield expert, first, end
+        first = end
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(map(str, dtypes))
