@@ -21,7 +21,7 @@ from cutlass_moe.layer.checks import check_layer, layer_addresses, problems_of
 from cutlass_moe.layer.reference import fused_moe_reference
 from cutlass_moe.layer.steps import LayerProblems
 from cutlass_moe.layer.why_not import why_no_layer
-from cutlass_moe.operands import QUANTS, LayerOperands, LayerOptions, Options
+from cutlass_moe.operands import QUANTS, TORCH_DTYPES, LayerOperands, LayerOptions, Options
 from cutlass_moe.ops import dispatch
 from cutlass_moe.ops._copies import writable
 from cutlass_moe.ops._types import check_types
@@ -63,10 +63,11 @@ class LayerWorkspace:
     """The layout of a layer's workspace: the offset in bytes of each of its regions, by name."""
 
     def __init__(self, layer: LayerOperands, options: LayerOptions) -> None:
+        problems = problems_of(layer, options)
         tokens, hidden = layer.hidden.shape
         experts, inter = layer.w2.shape[0], layer.w2.shape[2]
         pairs, quant = layer.topk_ids.numel(), options.quant
-        rows, outside = options.rows(pairs), options.outside(layer.hidden.dtype)
+        rows = options.rows(pairs)
         self.layout = layout = WorkspaceLayout(layer.hidden.device)
         offsets = layout.region((experts,), torch.int32)
         self._offset = {
@@ -76,8 +77,8 @@ class LayerWorkspace:
         self._add("index", (rows,), torch.int32)
         self._add("inverse", (pairs,), torch.int32)
         self._add("histograms", (route_scratch(pairs, experts),), torch.int32)
-        self._add("active", (rows, inter), torch.float16 if quant else outside)
-        self._add("rows", (rows, hidden), outside)
+        self._add("active", (rows, inter), TORCH_DTYPES[problems.up.out])
+        self._add("rows", (rows, hidden), TORCH_DTYPES[problems.down.out])
         if quant:
             if layer.hidden.dtype.itemsize > 1:
                 self._add("hidden_q", (tokens, hidden), QUANTS[quant])

@@ -65,9 +65,9 @@ def fused_moe(
       hidden's dtype, and either dimension of a matrix may be dense: `w.transpose(1, 2)` of a
       contiguous w [E, K, N] will do.
     quant: "fp8" (float8_e4m3fn weights) or "int8". Needs w13_scale float32 [E, 2I or I] or [E], and
-      w2_scale float32 [E, H] or [E]. Tokens, and the activation's float16 results, are quantised
-      as `quantize_per_token` does. Scales of other shapes are converted: [E, N, 1], [E, 1], [E, 2]
-      (one for the gates, one for the ups), [1], and bfloat16 and float16 ones.
+      w2_scale float32 [E, H] or [E]. Tokens, and the activation's results in bfloat16, are
+      quantised as `quantize_per_token` does. Scales of other shapes are converted: [E, N, 1],
+      [E, 1], [E, 2] (one for the gates, one for the ups), [1], and bfloat16 and float16 ones.
     hidden_scale: float32 [T] or [T, 1], the scales of 8-bit hidden, which needs them. With 16-bit
       hidden it is a static scale: one value, or [E], of which the largest serves all tokens.
     active_scale: a static scale of the activation's results, float32, one value or [E], as above.

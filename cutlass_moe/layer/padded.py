@@ -22,14 +22,15 @@ def feed_forward(
     """Applies each expert to its own M rows, in x's dtype: x [E, M, H] -> [E, M, H].
 
     x_scale [E, M]: given if x holds the values of 8-bit numbers; the activation's results are then
-    quantised too, with active_scale if it is given. numbers: as in `activate`.
+    rounded to bfloat16, as kernels store them, and quantised, with active_scale if it is given.
+    numbers: as in `activate`.
     """
     w13, w2, w13_scale, w2_scale, w13_bias, w2_bias = experts
     up = _product(x, x_scale, w13, w13_scale, w13_bias)
     active = activate(up, activation, interleaved, numbers)
     if x_scale is None:
         return _product(active, None, w2, w2_scale, w2_bias)
-    values, scale = quantized(active, w2.dtype, x.dtype, active_scale)
+    values, scale = quantized(active.bfloat16(), w2.dtype, x.dtype, active_scale)
     return _product(values, scale, w2, w2_scale, w2_bias)
 
 

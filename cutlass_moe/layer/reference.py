@@ -34,9 +34,9 @@ def fused_moe_reference(
     """`cutlass_moe.fused_moe` in plain PyTorch, expert by expert, computed in compute_dtype.
 
     Takes the arguments of `fused_moe`, unchecked, and float32 and float64 tensors too. With `quant`
-    tokens, and the activation's results in compute_dtype, are quantised as `quantize_per_token`
-    does. `accumulation`, `workspace` and `pdl` are for kernels and change nothing here. The host
-    reads the routing back. Differentiable, except through a quantisation.
+    tokens, and the activation's results in bfloat16, are quantised as `quantize_per_token` does.
+    `accumulation`, `workspace` and `pdl` are for kernels and change nothing here. The host reads
+    the routing back. Differentiable, except through a quantisation.
 
     Returns [T, H], or [T, k, H] of rows that are not summed, in compute_dtype, or `out`, of any
     floating dtype.

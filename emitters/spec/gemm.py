@@ -106,14 +106,13 @@ NUMBERS = ("limit", "alpha", "beta")  # of SWIGLU_OAI: float32 parameters of its
 
 @dataclass(frozen=True)
 class Activation:
-    """Applies a function to the columns and multiplies by `scale`; it must be the last node.
+    """Applies a function to the columns; it must be the last node.
 
     A gated function turns N columns into N / 2. The host tells the kernel where the gate and up
     columns of an output are in weight, scale and bias.
     """
 
     function: ActivationFunction
-    scale: float = 1.0
     kind: ClassVar[str] = "activation"
     operand: ClassVar[None] = None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import frexp
 from typing import Any, ClassVar, TypeVar
 
 from emitters.spec.dtypes import LARGEST, OUTPUTS, DType
@@ -67,9 +66,8 @@ _WORDS = {  # how `words` shows each field, in this order
     "n": "N {}",
     "top_k": "k {}",
     "weights": "{} weights",
-    "source_scale": "scale {:g}",
 }
-_PLAIN = {"num_groups": 1, "source_scale": 1.0, "weights": "fp32"}  # values that `words` leaves out
+_PLAIN = {"num_groups": 1, "weights": "fp32"}  # values that `words` leaves out
 
 
 @dataclass(frozen=True)
@@ -142,16 +140,12 @@ class RouteLogitsProblem(TopkProblem):
 class QuantizeProblem(Step):
     """Quantises rows [R, K] of `source` to q [R, K] of `target` and scale float32 [R].
 
-      rows * source_scale ~ q * scale
-
-    scale is that of `cutlass_moe.quantize_per_token` times source_scale, a power of two; it is 1
-    for a row of zeros.
+    As `cutlass_moe.quantize_per_token` does: rows ~ q * scale.
     """
 
     source: DType
     target: DType
     k: int
-    source_scale: float = 1.0
     op: ClassVar[str] = "quantize"
 
     def row_threads(self, threads: int) -> int:
@@ -175,11 +169,6 @@ class QuantizeProblem(Step):
             return f"rows must be quantised to one of {', '.join(LARGEST)}, got {self.target}"
         if self.k % ROW_VECTOR or not 0 < self.k <= MAX_ROW:
             return f"K must be a multiple of {ROW_VECTOR} up to {MAX_ROW}, got {self.k}"
-        mantissa, exponent = frexp(self.source_scale)
-        if mantissa != 0.5 or abs(exponent) > 16:
-            return (
-                f"source_scale must be a power of two from 2^-17 to 2^15, got {self.source_scale}"
-            )
         return None
 
 

@@ -122,17 +122,14 @@ class Quantize:
                         values[i * self.words + 4 * half + j] = part[j]
         largest = self.row_maximum(values, thread)
         divisor = largest / LARGEST[self.problem.target]
-        written = divisor * self.problem.source_scale
         beyond = Float32(0.0)  # not 0: magnitudes are clamped to it
         if static_scale.toint() != 0:
-            written = cute.make_tensor(static_scale, cute.make_layout(1))[0]
-            divisor = written * (1.0 / self.problem.source_scale)
+            divisor = cute.make_tensor(static_scale, cute.make_layout(1))[0]
             beyond = divisor * LARGEST[self.problem.target]
         if divisor == 0:  # rows of zeros, or so small that the division gives 0
             divisor = Float32(1.0)
-            written = Float32(1.0)
         if counts and first == 0:
-            cute.make_tensor(scale, cute.make_layout(VECTOR))[row] = written
+            cute.make_tensor(scale, cute.make_layout(VECTOR))[row] = divisor
         power = power_towards_one(divisor)
         near = divisor * power
         inverse = 1.0 / near

@@ -56,7 +56,7 @@ EPILOGUES = (
     (Granularity.TOKEN, Granularity.CHANNEL),
     (Granularity.TOKEN, Granularity.EXPERT, Bias(DType.FP32)),
     (Granularity.TOKEN, Granularity.CHANNEL, Bias(DType.BF16)),
-    (Granularity.TOKEN, Granularity.CHANNEL, Activation(ActivationFunction.GEGLU, 1 / 32)),
+    (Granularity.TOKEN, Granularity.CHANNEL, Activation(ActivationFunction.GEGLU)),
     (Bias(DType.BF16), Activation(ActivationFunction.SWIGLU_OAI)),
     (Granularity.TOKEN, Granularity.CHANNEL, Activation(ActivationFunction.GELU)),
 )

@@ -379,7 +379,9 @@ def definition(layer: Layer, given: dict[str, Any]) -> Tensor:
             up = dense["w13"][e] @ rounded(hidden[t], dtype)
             if layer.bias:
                 up = up + given["w13_bias"][e]
-            down = dense["w2"][e] @ rounded(activation_of(up, layer), dtype)
+            active = activation_of(up, layer)
+            active = active.bfloat16() if layer.quant else active
+            down = dense["w2"][e] @ rounded(active, dtype)
             if layer.bias:
                 down = down + given["w2_bias"][e]
             out[t] += weights[t, j] * down

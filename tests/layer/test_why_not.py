@@ -93,7 +93,7 @@ LAYERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "inter_24_bf16": (layer(inter=24), ()),
     "inter_24_and_hidden_68": (layer(width=68, inter=24, weight=FP8), ("got 68",)),
     "5000_experts": (layer(experts=5000), ("got 5000",)),
-    "33_choices": (layer(experts=64, k=33), ("for bf16, got 33",)),
+    "33_choices": (layer(experts=64, k=33), ("top_k must be 1 to 32, got 33",)),
     "sm_80": (layer(arch="sm_80"), ("arch must be sm_90a", "got sm_80")),
 }
 

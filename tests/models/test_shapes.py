@@ -9,7 +9,6 @@ import torch
 
 from cutlass_moe import grouped_matmul_problem, pad_experts
 from cutlass_moe.choose.heuristics_sm90 import every_config
-from cutlass_moe.layer.steps import ACTIVATION_SCALE
 from cutlass_moe.models.problems import gemm_problems, model_problems
 from cutlass_moe.models.shapes import DTYPES, MODELS, MoeShape, Routed
 from cutlass_moe.operands import NAMED_DTYPES
@@ -53,9 +52,8 @@ def test_problems(dtype):
     expected = {"fp8": Accumulation.FAST, "int8": Accumulation.INT32, "bf16": Accumulation.FP32}
     assert up.accumulation is expected[dtype]
     assert activated.out_columns == down.k
-    assert activated.out is (DType.BF16 if dtype == "bf16" else DType.FP16)
-    scale = 1.0 if dtype == "bf16" else ACTIVATION_SCALE
-    assert activated.activation == Activation(ActivationFunction.SWIGLU, scale)
+    assert activated.out is DType.BF16
+    assert activated.activation == Activation(ActivationFunction.SWIGLU)
 
 
 def test_activations_of_models():
@@ -88,12 +86,7 @@ def test_problems_are_those_that_calls_pose(dtype, bias):
             scale=torch.ones(4, problem.n) if scaled else None,
             bias=torch.ones(4, problem.n, dtype=torch.bfloat16) if bias else None,
             activation=str(problem.activation.function) if problem.activation else None,
-            out_dtype=torch.float16 if problem.out is DType.FP16 else None,
         )
-        if scaled and problem.activation:  # as the layer asks for it
-            *nodes, activation = posed.epilogue
-            scaled_activation = replace(activation, scale=ACTIVATION_SCALE)
-            posed = replace(posed, epilogue=(*nodes, scaled_activation))
         assert posed == problem
 
 
@@ -107,7 +100,7 @@ def test_steps():
         "topk_router bf16": TopkProblem(256, DType.BF16, "sigmoid", 8),
         "topk_router fp32": TopkProblem(256, DType.FP32, "sigmoid", 8),
         "quantize hidden": QuantizeProblem(DType.BF16, DType.E4M3, 7168),
-        "quantize activated": QuantizeProblem(DType.FP16, DType.E4M3, 1024, 32.0),
+        "quantize activated": QuantizeProblem(DType.BF16, DType.E4M3, 1024),
         "quantize inter": QuantizeProblem(DType.BF16, DType.E4M3, 1024),
     }
     whole = model_problems(MODELS["qwen3-30b"], "bf16")

@@ -205,11 +205,8 @@ GOOD = QuantizeProblem(DType.BF16, DType.E4M3, 2048)
         ),
         (QuantizeProblem(DType.BF16, DType.E4M3, 32776), "up to 32768"),
         (QuantizeProblem(DType.BF16, DType.E4M3, 0), "up to 32768, got 0"),
-        (QuantizeProblem(DType.BF16, DType.E4M3, 64, 3.0), "a power of two"),
-        (QuantizeProblem(DType.BF16, DType.E4M3, 64, 2.0**40), "a power of two from"),
-        (QuantizeProblem(DType.BF16, DType.E4M3, 64, -2.0), "a power of two"),
     ],
-    ids=["source", "target", "ragged", "long", "empty", "three", "large", "negative"],
+    ids=["source", "target", "ragged", "long", "empty"],
 )
 def test_illegal_problems_have_a_reason(problem: QuantizeProblem, reason: str) -> None:
     assert why_illegal(GOOD) is None
@@ -217,8 +214,7 @@ def test_illegal_problems_have_a_reason(problem: QuantizeProblem, reason: str) -
 
 
 def test_problems_round_trip() -> None:
-    for problem in (GOOD, QuantizeProblem(DType.FP16, DType.INT8, 768, 32.0)):
-        assert problem_from_json(problem.to_json()) == problem
+    assert problem_from_json(GOOD.to_json()) == GOOD
 
 
 def test_without_an_image_the_torch_path_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:

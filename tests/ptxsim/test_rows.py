@@ -38,13 +38,12 @@ class Quantized:
     threads: int = 64
     end: int | None = None
     early: bool = False
-    source_scale: float = 1.0
     static: float = 0.0  # the scale of all rows, if not 0
     spare: int = 0  # elements between rows
 
     @property
     def problem(self) -> QuantizeProblem:
-        return QuantizeProblem(self.source, self.target, self.k, self.source_scale)
+        return QuantizeProblem(self.source, self.target, self.k)
 
     def stage(self, x: Tensor, edit: tuple[str, str] | None = None) -> Stage:
         built = kernel(self.problem, StepConfig(self.threads))
@@ -77,10 +76,9 @@ class Quantized:
         count, target = stage.written, TORCH_DTYPES[self.target]
         x = x[:count, : self.k]
         if self.static:
-            want, want_scale = quantize_static(x.float() * self.source_scale, target, self.static)
+            want, want_scale = quantize_static(x.float(), target, self.static)
         else:
             want, want_scale = quantize_per_token_reference(x, target)
-            want_scale = want_scale * torch.where(x.any(1), self.source_scale, 1.0)
         torch.testing.assert_close(scale[:count, 0], want_scale, rtol=0, atol=0, equal_nan=True)
         finite = want_scale.isfinite()
         assert same_bits(q[:count][finite], want[finite])
@@ -93,13 +91,11 @@ QUANTIZED = {
     "two_warps": Quantized(BF16, DType.INT8, 1048, rows=3),
     "many_vectors": Quantized(FP16, DType.E4M3, 4104, rows=2),
     "four_warps_of_eight": Quantized(BF16, DType.E4M3, 2056, rows=3, threads=256),
-    "scaled": Quantized(FP16, DType.E4M3, 264, rows=7, source_scale=32.0),
-    "scaled_int8": Quantized(FP16, DType.INT8, 264, rows=7, source_scale=0.125),
     "no_row_counts": Quantized(BF16, DType.INT8, 72, rows=20, end=0),
     "some_rows_count": Quantized(BF16, DType.INT8, 1048, rows=5, end=3),
     "all_rows_count": Quantized(FP32, DType.E4M3, 72, rows=9, end=99),
     "static_fp8": Quantized(BF16, DType.E4M3, 72, rows=9, static=0.25, spare=8),
-    "static_int8": Quantized(FP16, DType.INT8, 264, rows=6, static=0.5, source_scale=32.0),
+    "static_int8": Quantized(FP16, DType.INT8, 264, rows=6, static=0.5),
     "early": Quantized(BF16, DType.E4M3, 72, rows=9, end=5, early=True),
 }
 

@@ -60,7 +60,7 @@ ADDRESS = {  # of any kernel's tensors
     )
 }
 PLAIN = replace(FLOAT, gather=False, epilogue=()).problem
-GATED = Activation(ActivationFunction.SWIGLU, 0.5)
+GATED = Activation(ActivationFunction.SWIGLU)
 FULL = replace(
     BASE.problem,
     epilogue=(Bias(DType.BF16), GATED),

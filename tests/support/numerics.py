@@ -193,8 +193,6 @@ def check(out: Tensor, case: Case, inputs: dict[str, Any], exact: bool = False) 
         torch.testing.assert_close(out[owned], want, rtol=0, atol=0)
         return
     want = grouped_matmul_reference(**{**inputs, "out_dtype": torch.float64})[owned]
-    if case.problem.activation is not None:
-        want *= case.problem.activation.scale
     if case.reads == "outside":
         outside = (inputs["index"][owned] < 0) | (inputs["index"][owned] >= case.tokens)
         assert not out[owned][outside].any(), "rows of an index outside [0, T) must be zeros"

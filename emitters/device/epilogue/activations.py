@@ -32,7 +32,7 @@ def activate(node: Activation, numbers: tuple[Float32, ...], *columns: Float32) 
         value = _UNGATED[function](x)
         if function.gated:
             value = value * columns[1]
-    return value if node.scale == 1.0 else value * node.scale
+    return value
 
 
 def _sigmoid(slope: float | Float32, x: Float32) -> Float32:

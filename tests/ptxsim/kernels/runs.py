@@ -203,14 +203,14 @@ _GATED = replace(
     n=144,
     k=144,
     out=DType.FP16,
-    epilogue=(*SCALES, Activation(ActivationFunction.SWIGLU, 1 / 32)),
+    epilogue=(*SCALES, Activation(ActivationFunction.SWIGLU)),
 )
 _INTERLEAVED = replace(_GATED, interleaved=True)
 _FEW_GATED = replace(_GATED, counts=FEW.counts)
 _WIDE = replace(SMALL, tile_n=128)
 ACTIVATED: dict[str, Run] = {}
 for _i, _activation in enumerate(ActivationFunction):
-    _nodes = (*EPILOGUES[list(EPILOGUES)[_i % len(EPILOGUES)]], Activation(_activation, 1 / 32))
+    _nodes = (*EPILOGUES[list(EPILOGUES)[_i % len(EPILOGUES)]], Activation(_activation))
     _case = replace(_GATED, epilogue=_nodes, operand=DType.FP16, out=OUTPUTS[_i % 3], k=136)
     _case = replace(_case, interleaved=_activation.gated and _i % 2 == 1)
     ACTIVATED[f"{_activation}"] = Run(_case, _WIDE)
@@ -221,7 +221,7 @@ ACTIVATED |= {
     "clamped": Run(
         replace(
             _GATED,
-            epilogue=(Activation(ActivationFunction.SWIGLU_OAI, 1 / 32),),
+            epilogue=(Activation(ActivationFunction.SWIGLU_OAI),),
             operand=DType.BF16,
             numbers=(0.5, 1.0, 0.25),
         ),
