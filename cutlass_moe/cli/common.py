@@ -110,7 +110,9 @@ def padding(shape: MoeShape, dtype: str) -> str:
 
 
 def image_cells(record: LaunchRecord) -> list[str]:
-    """What IMAGE_COLUMNS say of an image."""
-    numbers = (record.registers, record.spill_bytes, record.smem_bytes)
-    problem, config = problem_from_json(record.problem), config_from_json(record.config)
-    return [problem.words, config.words, *map(str, numbers)]
+    """What IMAGE_COLUMNS say of an image; of one that is not of this version, why it is not."""
+    try:
+        words = problem_from_json(record.problem).words, config_from_json(record.config).words
+    except ValueError as error:
+        words = f"{record.symbol}: {error}", ""
+    return [*words, *map(str, (record.registers, record.spill_bytes, record.smem_bytes))]

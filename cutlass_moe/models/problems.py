@@ -52,11 +52,14 @@ def gemm_problems(shape: MoeShape, dtype: str) -> dict[str, GemmProblem]:
 
 def model_problems(shape: MoeShape, dtype: str) -> dict[str, Problem]:
     """All that a model's layer launches by `grouped_matmul`, `fused_moe`, `quantize_per_token` of
-    bf16, and by `route`, `topk_router` and `route_logits` of bf16 or float32 logits, with the
-    model's scoring and groups. What only an activation or a scoring that no kernel has would launch
-    is left out. dtype as in `problems_of_shape`."""
+    bf16, by `combine` with bf16 or float32 weights, `route`, and by `topk_router` and
+    `route_logits` of bf16 or float32 logits, with the model's scoring and groups. What only an
+    activation or a scoring that no kernel has would launch is left out. dtype as in
+    `problems_of_shape`."""
     layer = problems_of_shape(_with_activation(shape), dtype)
-    found: dict[str, Problem] = {**gemm_problems(shape, dtype), "combine": layer.combine}
+    found: dict[str, Problem] = {**gemm_problems(shape, dtype)}
+    for weights in (layer.combine.out, DType.FP32):
+        found[f"combine {weights}"] = replace(layer.combine, weights=weights)
     for bits in (32, 64):
         found[f"route int{bits}"] = replace(layer.route, id_bits=bits)
     for logits in (DType.BF16, DType.FP32):
@@ -68,9 +71,7 @@ def model_problems(shape: MoeShape, dtype: str) -> dict[str, Problem]:
             found[f"route_logits {logits}"] = RouteLogitsProblem(*router)
     if layer.quantize_hidden and layer.quantize_active:
         found["quantize hidden"] = layer.quantize_hidden
-        if shape.activation is not None:
-            found["quantize activated"] = layer.quantize_active
-        found["quantize inter"] = replace(layer.quantize_hidden, k=layer.down.k)
+        found["quantize inter"] = layer.quantize_active
     return found
 
 

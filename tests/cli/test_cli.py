@@ -39,8 +39,8 @@ STEPS = (
     "topk_router E 8 fp32 softmax",
     "route_logits E 8 bf16 softmax",
     "quantize bf16 > e4m3 K 256",
-    "quantize fp16 > e4m3 K 128 scale",
-    "combine bf16 N 256 k 2",
+    "quantize bf16 > e4m3 K 128",
+    "combine bf16 > bf16 N 256 k 2",
 )
 
 

@@ -94,13 +94,13 @@ def test_steps():
     """Of a rank, the router and the sum over a token's rows are those of all ranks."""
     problems = model_problems(MODELS["dsv3"].shard(tp=2, ep=16), "fp8")
     assert {name: p for name, p in problems.items() if name not in ("up", "down", "activated")} == {
-        "combine": CombineProblem(DType.BF16, DType.BF16, 7168, 8),
+        "combine bf16": CombineProblem(DType.BF16, DType.BF16, 7168, 8, DType.BF16),
+        "combine fp32": CombineProblem(DType.BF16, DType.BF16, 7168, 8),
         "route int32": RouteProblem(16, 32),
         "route int64": RouteProblem(16, 64),
         "topk_router bf16": TopkProblem(256, DType.BF16, "sigmoid", 8),
         "topk_router fp32": TopkProblem(256, DType.FP32, "sigmoid", 8),
         "quantize hidden": QuantizeProblem(DType.BF16, DType.E4M3, 7168),
-        "quantize activated": QuantizeProblem(DType.BF16, DType.E4M3, 1024),
         "quantize inter": QuantizeProblem(DType.BF16, DType.E4M3, 1024),
     }
     whole = model_problems(MODELS["qwen3-30b"], "bf16")
