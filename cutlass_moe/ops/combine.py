@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,10 +12,15 @@ from cutlass_moe.operands import DTYPES, FLOATS
 from cutlass_moe.ops._copies import as_int32, at_address, writable
 from cutlass_moe.ops._define import define
 from cutlass_moe.ops._types import check_types, typed
-from cutlass_moe.ops.dispatch import launch_step, step_kernel
-from cutlass_moe.ops.grouped_matmul import wants_gradient
+from cutlass_moe.ops.dispatch import Choice, step_kernel
+from cutlass_moe.ops.grouped_matmul import is_plain_eager, wants_gradient
+from cutlass_moe.runtime.device import on_device
 from cutlass_moe.runtime.parameters import combine_values
+from cutlass_moe.runtime.signatures import Signatures, signature
 from emitters.spec.layer_steps import CombineProblem
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _MAX_ELEMENTS = 2**33  # of out, exclusive: threads are counted in int32 and take 4 or 8 each
 
@@ -53,6 +61,8 @@ def combine(
                 "combine has no gradient and an argument requires one: use combine_reference, or "
                 "call under torch.no_grad()"
             )
+        if is_plain_eager(rows, topk_weights):
+            return _combine(out, rows, topk_weights, inverse, residual)
         if out is None:
             return _combine_op(rows, topk_weights, inverse, residual)
         _combine_out_op(out, rows, topk_weights, inverse, residual)
@@ -81,6 +91,8 @@ def _check(
         got = f"{tuple(rows.shape)} and {tuple(inverse.shape)}"
         raise ValueError(f"rows must be [R, N] and inverse [T, k], got {got}")
     pairs, shape = tuple(inverse.shape), (inverse.shape[0], rows.shape[1])
+    if shape[0] * shape[1] >= _MAX_ELEMENTS:
+        raise ValueError(f"out must have fewer than 2**33 elements, got {list(shape)}")
     if topk_weights.dtype not in FLOATS:
         names = ", ".join(map(str, FLOATS))
         raise TypeError(f"topk_weights must be one of {names}, got {topk_weights.dtype}")
@@ -101,51 +113,88 @@ def _check(
             raise ValueError(f"{name} must be on {rows.device}, got one on {tensor.device}")
 
 
-def _combine_impl(
+class _Call(NamedTuple):
+    """What the signature of a call decides.
+
+    copied: the tensors must be made plain first, so the choice is that of another signature.
+    """
+
+    choice: Choice | None  # None: the reference serves it, unless `copied`
+    copied: bool = False
+
+
+_calls: Signatures[_Call] = Signatures()
+_Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def _find_call(out: Tensor | None, inputs: _Inputs) -> _Call:
+    """Checks arguments and chooses a kernel, once per signature."""
+    key = signature((), (out, *inputs))
+    call = _calls.get(key)
+    if call is None:
+        plain = _plain(*inputs)
+        _check(*plain, out)
+        if out is not None and not out.is_contiguous():
+            return _calls.keep(key, _Call(None, copied=True))
+        if not all(a is b for a, b in zip(plain, inputs, strict=True)):
+            return _calls.keep(key, _Call(None, copied=True))
+        call = _Call(_choose(*inputs))
+        if call.choice is not None or not inputs[0].is_cuda:  # else the fallback is told each time
+            _calls.keep(key, call)
+    return call
+
+
+def _choose(
     rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
-) -> Tensor:
-    inputs = _plain(rows, topk_weights, inverse, residual)
-    _check(*inputs, None)
-    out = _empty(rows, inverse)
-    _into(out, *inputs)
-    return out
-
-
-def _combine_out_impl(
-    out: Tensor, rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
-) -> None:
-    inputs = _plain(rows, topk_weights, inverse, residual)
-    _check(*inputs, out)
-    if out.is_contiguous() and out.data_ptr() % 16 == 0:
-        _into(out, *inputs)
-    else:
-        with writable(out) as room:
-            _into(room, *inputs)
-
-
-def _into(
-    out: Tensor, rows: Tensor, topk_weights: Tensor, inverse: Tensor, residual: Tensor | None
-) -> None:
-    if out.numel() >= _MAX_ELEMENTS:
-        raise ValueError(f"out must have fewer than 2**33 elements, got {out.numel()}")
-    rows, residual = at_address("rows", rows, 16), at_address("residual", residual, 16)
-    kernel = None
-    if rows.is_cuda and out.numel():
-        dtype, weights = DTYPES[rows.dtype], DTYPES[topk_weights.dtype]
-        problem = CombineProblem(dtype, dtype, rows.shape[1], inverse.shape[1], weights)
-        kernel = step_kernel(problem, rows.get_device())
+) -> Choice | None:
+    if not rows.is_cuda or not inverse.shape[0] or not rows.shape[1]:
+        return None
+    dtype, weights = DTYPES[rows.dtype], DTYPES[topk_weights.dtype]
+    problem = CombineProblem(dtype, dtype, rows.shape[1], inverse.shape[1], weights)
+    kernel = step_kernel(problem, rows.get_device())
     if kernel is None:
-        combine_reference(rows, topk_weights, inverse, residual=residual, out=out)
-        return
-    by_name = {
+        return None
+    values = combine_values({}, len(rows), len(inverse), topk_weights.stride(0))
+    return Choice(kernel, problem.ctas(len(inverse), kernel.record.threads), values, {})
+
+
+def _combine(out: Tensor | None, *inputs: Unpack[_Inputs]) -> Tensor:
+    call = _find_call(out, inputs)
+    if call.copied:
+        plain = _plain(*inputs)
+        if out is None:
+            return _combine(None, *plain)
+        with writable(out) as room:
+            _combine(room, *plain)
+        return out
+    rows, topk_weights, inverse, residual = inputs
+    out = _empty(rows, inverse) if out is None else out
+    addresses = {
         "rows": rows.data_ptr(),
         "weights": topk_weights.data_ptr(),
         "inverse": inverse.data_ptr(),
         "residual": 0 if residual is None else residual.data_ptr(),
         "out": out.data_ptr(),
     }
-    values = combine_values(by_name, len(rows), len(out), topk_weights.stride(0))
-    launch_step(kernel, values, problem.ctas(len(out), kernel.record.threads), rows.get_device())
+    if (addresses["rows"] | addresses["residual"] | addresses["out"]) % 16:
+        rows, residual = at_address("rows", rows, 16), at_address("residual", residual, 16)
+        with writable(out) as room:
+            _combine(room, rows, topk_weights, inverse, residual)
+    elif call.choice is not None:
+        on_device(rows.get_device(), partial(call.choice.launch, addresses))
+    else:
+        _check(*inputs, out)  # again: signatures do not tell the CPU from the meta device
+        if not out.is_meta:
+            combine_reference(rows, topk_weights, inverse, residual=residual, out=out)
+    return out
+
+
+def _combine_impl(*inputs: Unpack[_Inputs]) -> Tensor:
+    return _combine(None, *inputs)
+
+
+def _combine_out_impl(out: Tensor, *inputs: Unpack[_Inputs]) -> None:
+    _combine(out, *inputs)
 
 
 def _empty(rows: Tensor, inverse: Tensor) -> Tensor:

@@ -217,3 +217,15 @@ def test_problems_round_trip() -> None:
     problem = CombineProblem(DType.FP32, DType.FP16, 2880, 4)
     assert problem_from_json(problem.to_json()) == problem
     assert why_illegal(problem) is None
+
+
+def test_a_meta_tensor_among_cpu_tensors_is_refused_in_every_call() -> None:
+    """Their signatures are the same as those of CPU tensors alone."""
+    residual = torch.zeros(3, ROWS.shape[1], dtype=ROWS.dtype)
+    arguments = {"topk_weights": WEIGHTS, "inverse": INVERSE}
+    for _ in range(2):
+        assert cm.combine(ROWS, **arguments, residual=residual).shape == residual.shape
+        with pytest.raises(ValueError, match="residual must be on cpu, got one on meta"):
+            cm.combine(ROWS, **arguments, residual=residual.to("meta"))
+    on_meta = {name: tensor.to("meta") for name, tensor in arguments.items()}
+    assert cm.combine(ROWS.to("meta"), **on_meta).is_meta
