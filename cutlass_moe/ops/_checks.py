@@ -7,9 +7,11 @@ from torch import Tensor
 
 from cutlass_moe.operands import DTYPES, FLOATS, Operands, Options, clamped_numbers
 from cutlass_moe.ops.activations import ACTIVATIONS, is_gated
+from cutlass_moe.ops.block_scales import block_shapes, is_block_scaled
 from cutlass_moe.runtime.parameters import reads_rows
 from emitters.spec.config_sm90 import Schedule
 from emitters.spec.dtypes import ACCUMULATIONS
+from emitters.spec.gemm import K_BLOCK
 
 _ACCUMULATIONS = {
     dtype: tuple(map(str, ACCUMULATIONS[operand]))
@@ -17,6 +19,7 @@ _ACCUMULATIONS = {
     if operand in ACCUMULATIONS
 }
 _SCHEDULES = tuple(map(str, Schedule))
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FLOAT32, _INT32 = (torch.float32,), (torch.int32,)
 
 
@@ -42,7 +45,6 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     if x.dim() != 2 or weight.dim() != 3:
         got = f"{tuple(x.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"x must be [T, K] and weight [E, N, K], got {got}")
-    tokens = x.shape[0]
     experts, n, _ = weight.shape
     if not reads_rows(x):
         raise ValueError(
@@ -54,18 +56,9 @@ def check(operands: Operands, options: Options) -> torch.dtype:
         expect("starts", starts, device, _INT32, ((experts,),))
     if index is not None:
         expect("index", index, device, _INT32, ((index.numel(),),))
-    if per_token_scale is not None:
-        shapes = ((tokens,), (tokens, 1))
-        expect("per_token_scale", per_token_scale, device, _FLOAT32, shapes)
-    if scale is not None:
-        expect("scale", scale, device, _FLOAT32, ((experts, n), (experts, n, 1), (experts,)))
+    _check_scales(operands, options)
     if bias is not None:
         expect("bias", bias, device, FLOATS, ((experts, n),))
-    if x.dtype.itemsize == 1 and (per_token_scale is None or scale is None):
-        missing = "per_token_scale" if per_token_scale is None else "scale"
-        raise ValueError(
-            f"{missing} must be given: {x.dtype} operands need per_token_scale and scale, got None"
-        )
     if activation is not None:
         check_activation("weight", weight, activation, interleaved)
     elif interleaved:
@@ -82,6 +75,37 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     if out_dtype not in FLOATS:
         raise TypeError(f"out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
     return out_dtype
+
+
+def _check_scales(operands: Operands, options: Options) -> None:
+    x, weight, _, _, per_token_scale, scale, *_ = operands
+    device, tokens, (experts, n, k) = x.get_device(), x.shape[0], weight.shape
+    if x.dtype.itemsize == 1 and (per_token_scale is None or scale is None):
+        missing = "per_token_scale" if per_token_scale is None else "scale"
+        raise ValueError(
+            f"{missing} must be given: {x.dtype} operands need per_token_scale and scale, got None"
+        )
+    gated = is_gated(options.activation)
+    blocks = is_block_scaled(operands, gated)
+    if blocks and x.dtype not in _FLOAT8:
+        raise TypeError(f"x must be float8 for scales that vary along K, got {x.dtype}")
+    if blocks and options.interleaved:
+        raise ValueError("interleaved must be False for scales that vary along K, got True")
+    if blocks and options.accumulation not in (None, "two_level"):
+        raise ValueError(
+            "accumulation must be None or 'two_level' for scales that vary along K, got "
+            f"{options.accumulation!r}"
+        )
+    if scale is not None:
+        shapes = ((experts, n), (experts, n, 1), (experts,))
+        if x.dtype in _FLOAT8:
+            shapes = (*shapes, *dict.fromkeys(block_shapes(weight, gated)))
+        expect("scale", scale, device, _FLOAT32, shapes)
+    if per_token_scale is not None:
+        dense, shapes = True, ((tokens,), (tokens, 1))
+        if blocks:
+            dense, shapes = False, ((tokens, -(-k // K_BLOCK)),)
+        expect("per_token_scale", per_token_scale, device, _FLOAT32, shapes, dense=dense)
 
 
 def check_accumulation(accumulation: str | None, dtype: torch.dtype) -> None:

@@ -30,7 +30,8 @@ def readable(operands: Operands) -> Operands:
     """The operands of `grouped_matmul` as kernels read them; weight stays what it is.
 
     x as `reads_rows` says; bias contiguous; scales contiguous float32 [T], [T, 1], [E, N],
-    [E, N, 1] or [E]; index, offsets and starts contiguous int32. What can't be made so stays, for
+    [E, N, 1] or [E], or [E, blocks of N, K / 128] beside [T, K / 128], which may have any strides;
+    index, offsets and starts contiguous int32. What can't be made so stays, for
     `check` to refuse. Extents may be symbolic.
     """
     x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
@@ -61,8 +62,13 @@ def as_int32(tensor: Tensor) -> Tensor:
 
 
 def token_scale(scale: Tensor, tokens: int) -> Tensor:
-    """per_token_scale as kernels read it: float32 [T] or [T, 1]; one value stands for all T."""
+    """per_token_scale as kernels read it: float32 [T] or [T, 1]; one value stands for all T.
+
+    [T, K / 128] is read by its strides.
+    """
     scale = _float32(scale)
+    if scale.dim() == 2 and scale.shape[1] > 1:
+        return scale
     if scale.dim() == 0 or (scale.dim() < 3 and scale.numel() == 1 and tokens != 1):
         scale = scale.reshape(1).expand(tokens)
     return scale.contiguous()

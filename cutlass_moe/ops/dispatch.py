@@ -19,6 +19,8 @@ from cutlass_moe.operands import DTYPES, Operands, Options, ProductArguments
 from cutlass_moe.ops._checks import check, check_out, is_n_major, product_shape
 from cutlass_moe.ops._copies import reads_in_place, refuse_misaligned
 from cutlass_moe.ops._types import check_types
+from cutlass_moe.ops.activations import is_gated
+from cutlass_moe.ops.block_scales import block_granularity
 from cutlass_moe.ops.reasons import why_no_product
 from cutlass_moe.runtime import library
 from cutlass_moe.runtime.device import on_device
@@ -120,7 +122,11 @@ def _choose(operands: Operands, dtype: torch.dtype, options: Options) -> Choice 
         return None
     strides = operands.weight.stride()
     tokens, x_stride = len(operands.x), row_stride(operands.x)
-    return choose_launch(problem, device, tokens, operands.rows, strides, options, x_stride)
+    scale = operands.per_token_scale if problem.block_rows else None
+    return choose_launch(
+        problem, device, tokens, operands.rows, strides, options, x_stride,
+        None if scale is None else scale.stride(),
+    )  # fmt: skip
 
 
 def enqueue(choice: Choice, out: Tensor, operands: Operands, maps: Tensor | None = None) -> None:
@@ -162,17 +168,26 @@ def pose(operands: Operands, out_dtype: torch.dtype, options: Options) -> GemmPr
     scale, bias = operands.scale, operands.bias
     dtype = DTYPES[operands.x.dtype]
     experts, n, k = operands.weight.shape
+    x_scale = None if operands.per_token_scale is None else Granularity.TOKEN
+    weight_scale = weight_granularity(0 if scale is None else scale.dim())
+    accumulation = options.accumulation or ACCUMULATIONS[dtype][0]
+    if scale is not None:
+        gated = is_gated(options.activation)
+        blocks = block_granularity(scale, operands.weight, gated)
+        if blocks is not None:
+            x_scale, weight_scale = Granularity.TOKEN_BLOCK, blocks
+            accumulation = Accumulation.TWO_LEVEL
     return GemmProblem(
         x=dtype,
         weight=WeightFormat(dtype, Major.N if is_n_major(operands.weight) else Major.K),
-        accumulation=Accumulation(options.accumulation or ACCUMULATIONS[dtype][0]),
+        accumulation=Accumulation(accumulation),
         out=DTYPES[out_dtype],
         n=n,
         k=k,
         num_experts=experts,
         gather=operands.index is not None,
-        x_scale=None if operands.per_token_scale is None else Granularity.TOKEN,
-        weight_scale=weight_granularity(0 if scale is None else scale.dim()),
+        x_scale=x_scale,
+        weight_scale=weight_scale,
         epilogue=make_epilogue(
             None if bias is None else DTYPES[bias.dtype], options.activation_node
         ),
@@ -206,11 +221,12 @@ def choose_launch(
     weight_strides: tuple[int, ...],
     options: Options,
     x_stride: int | None = None,
+    scale_strides: tuple[int, ...] | None = None,
 ) -> Choice:
     """Chooses a config and the number of CTAs, and loads the kernel.
 
     num_tokens: rows of x; num_rows: rows of the product; weight_strides: as in `gemm_views`;
-    x_stride: as in `gemm_values`. Raises what `library.load` raises.
+    x_stride, scale_strides: as in `gemm_values`. Raises what `library.load` raises.
     """
     experts = problem.num_experts
     per_expert = options.expected_rows or num_rows / experts
@@ -235,6 +251,7 @@ def choose_launch(
             num_tokens,
             num_rows,
             x_stride=x_stride,
+            scale_strides=scale_strides,
             interleaved=options.interleaved,
             numbers=options.numbers or (),
         ),

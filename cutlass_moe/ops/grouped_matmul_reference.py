@@ -15,6 +15,7 @@ from torch import Tensor
 from cutlass_moe.operands import Operands, Options, ProductArguments, split_product
 from cutlass_moe.ops._types import typed
 from cutlass_moe.ops.activations import activate, activate_backward, is_gated
+from cutlass_moe.ops.block_scales import expand_weight_scale, expand_x_scale, is_block_scaled
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,14 +59,20 @@ def fill_product(out: Tensor, operands: Operands, options: Options) -> None:
     """`grouped_matmul_reference_out` for arguments that are split into operands and options."""
     x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
     block = max(1, _BLOCK_ELEMENTS // max(weight.shape[1:]))
+    gated = is_gated(options.activation)
+    blocks = is_block_scaled(operands, gated)
     for expert, first, last in _groups(starts, offsets, len(out)):
         for start in range(first, last, block):
             end = min(start + block, last)
             row, token = _inside(index, start, end, x)
-            result = x[token].double() @ weight[expert].double().T
-            if per_token_scale is not None:
+            if blocks:
+                a, b = _dequantize(operands, gated, token, expert)
+                result = a @ b.T
+            else:
+                result = x[token].double() @ weight[expert].double().T
+            if per_token_scale is not None and not blocks:
                 result *= per_token_scale.flatten().expand(len(x))[token].double()[:, None]
-            if scale is not None:
+            if scale is not None and not blocks:
                 of_expert = scale[expert] if scale.numel() > 1 else scale
                 result *= of_expert.flatten().double()
             if bias is not None:
@@ -74,6 +81,17 @@ def fill_product(out: Tensor, operands: Operands, options: Options) -> None:
                 result = activate(result, options.activation, options.interleaved, options.numbers)
             out[start:end] = 0
             out[row] = result.to(out.dtype)
+
+
+def _dequantize(
+    operands: Operands, gated: bool, token: Tensor, expert: int
+) -> tuple[Tensor, Tensor]:
+    """The values of these tokens and of an expert's weights, whose scales vary along K."""
+    x, weight = operands.x[token].double(), operands.weight[expert, None].double()
+    assert operands.per_token_scale is not None and operands.scale is not None
+    x_scale = expand_x_scale(operands.per_token_scale[token].double(), x.shape[1])
+    scale = expand_weight_scale(operands.scale[expert, None].double(), weight, gated)
+    return x * x_scale, (weight * scale)[0]
 
 
 def grouped_matmul_backward(

@@ -20,6 +20,7 @@ from emitters.spec.weight_map import gate_strides, weight_view
 Addresses = Mapping[str, int]
 _OPERANDS = Operands._fields
 # The alignment of the addresses of a GEMM's tensors, in bytes; 4 for all others.
+X_SCALE_STRIDES = ("per_token_scale_stride", "per_token_scale_k_stride")
 ALIGNMENTS = {"x": 16, "weight": 16, "out": 16, "scale": 8, "bias": 8}
 
 
@@ -30,6 +31,7 @@ def gemm_values(
     num_rows: int,
     *,
     x_stride: int | None = None,
+    scale_strides: tuple[int, ...] | None = None,
     interleaved: bool = False,
     numbers: tuple[float, ...] = (),
     early: bool = False,
@@ -37,7 +39,7 @@ def gemm_values(
     """The values for a grouped GEMM.
 
     num_tokens: rows of x. num_rows: rows of the product. x_stride: elements from a row of x to the
-    next, default K. interleaved: as in `grouped_matmul`. numbers: the values of the activation's
+    next, default K. scale_strides: of a per_token_scale [T, K / 128], default dense. interleaved: as in `grouped_matmul`. numbers: the values of the activation's
     `numbers`. early: in a dependent launch, offsets and starts are already final, so they may be
     read before the previous kernel has ended.
     """
@@ -46,6 +48,11 @@ def gemm_values(
         raise ValueError(
             f"x must span less than 64 GiB, got {num_tokens} rows of {16 * chunks} bytes"
         )
+    if problem.block_rows:
+        strides = scale_strides or (problem.scale_blocks[1], 1)
+        x_scale = dict(zip(X_SCALE_STRIDES, strides, strict=True))
+    else:
+        x_scale = {}
     column_stride, gate_stride = gate_strides(problem.n, interleaved)
     names = problem.activation.numbers if problem.activation else ()
     return {
@@ -56,6 +63,7 @@ def gemm_values(
         "num_tokens": num_tokens,
         "num_rows": num_rows,
         "x_stride": chunks,
+        **x_scale,
         **{name: _float_bits(number) for name, number in zip(names, numbers, strict=True)},
         "early": int(early),
         "column_stride": column_stride,

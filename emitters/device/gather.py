@@ -13,8 +13,8 @@ from emitters.spec.config_sm90 import K_TILE_BYTES, WARPGROUP
 from emitters.spec.gemm import GemmProblem
 
 _CHUNK = 16  # bytes of one cp.async
-_CHUNKS = K_TILE_BYTES // _CHUNK
-_ROWS_PER_PASS = WARPGROUP // _CHUNKS
+ROW_THREADS = K_TILE_BYTES // _CHUNK  # that copy a row
+ROWS_PER_PASS = WARPGROUP // ROW_THREADS  # of copies, a thread's next row being that much further
 
 
 class GatherIterator:
@@ -29,13 +29,13 @@ class GatherIterator:
     def __init__(self, problem: GemmProblem, tile_m: int):
         self.gather = problem.gather
         self.row_bytes = problem.k * problem.x.bytes
-        self.passes = -(-tile_m // _ROWS_PER_PASS)
+        self.passes = -(-tile_m // ROWS_PER_PASS)
 
     def attach(self, gathered: Gathered, thread: Int32):
         """Binds x and its index, and finds this thread's rows. thread: 0 .. 127, in its role."""
         self.x, self.index, self.num_tokens, self.x_stride = gathered
-        self.row = thread // _CHUNKS
-        self.column = thread % _CHUNKS * _CHUNK
+        self.row, self.lane = thread // ROW_THREADS, thread % ROW_THREADS
+        self.column = self.lane * _CHUNK
         # a thread's rows are 16 apart, so its chunk has the same swizzle in all of them
         self.target = self.row * K_TILE_BYTES + (self.column ^ (self.row % 8 * _CHUNK))
         self.tokens = cute.make_rmem_tensor((self.passes,), Int32)
@@ -45,7 +45,7 @@ class GatherIterator:
     def fetch(self, first_row: Int32, rows: Int32):
         """Starts reading the index entries of the tile after this one; -1 marks a row of zeros."""
         for i in range_constexpr(self.passes):
-            row = self.row + i * _ROWS_PER_PASS
+            row = self.row + i * ROWS_PER_PASS
             token = Int32(-1)
             if row < rows:
                 token = first_row + row
@@ -78,7 +78,7 @@ class GatherIterator:
             chunks = Uint32(cutlass.max(token, Int32(0))) * Uint32(self.x_stride)
             source = self.x + (Int64(chunks) * _CHUNK + column)
             prims.cp_async_shared_global(
-                (stage + (self.target + i * (_ROWS_PER_PASS * K_TILE_BYTES))).to_llvm_ptr(),
+                (stage + (self.target + i * (ROWS_PER_PASS * K_TILE_BYTES))).to_llvm_ptr(),
                 source.to_llvm_ptr(),
                 _CHUNK,
                 prims.LoadCacheModifier.CG,

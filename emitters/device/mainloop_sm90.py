@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
-from emitters.spec.dtypes import Accumulation, DType
+from emitters.spec.dtypes import DType
 from emitters.spec.gemm import GemmProblem
 
 
@@ -15,16 +18,21 @@ def sum_type(problem: GemmProblem) -> type:
     return Int32 if problem.x is DType.INT8 else Float32
 
 
-def make_sums(mma, tile: tuple[int, int], thread: Int32, problem: GemmProblem):
+def make_sums(
+    mma, tile: tuple[int, int], part: tuple[int, int], thread: Int32, problem: GemmProblem
+):
     """A thread's accumulators of a tile, and its sums.
 
-    Two-level accumulation adds accumulators to sums; otherwise both are the same registers.
+    Two-level accumulation adds the accumulators of one part of the tile at a time to sums;
+    otherwise both are the same registers, of the whole tile.
     """
-    shape = mma.get_slice(thread).partition_C(cute.make_identity_tensor(tile)).shape
-    acc = cute.make_rmem_tensor(shape, sum_type(problem))
-    if problem.accumulation is Accumulation.TWO_LEVEL:
-        return acc, cute.make_rmem_tensor(shape, sum_type(problem))
-    return acc, acc
+    shape = part if problem.two_level else tile
+    layout = mma.get_slice(thread).partition_C(cute.make_identity_tensor(shape)).shape
+    acc = cute.make_rmem_tensor(layout, sum_type(problem))
+    if not problem.two_level:
+        return acc, acc
+    parts = tile[0] * tile[1] // (part[0] * part[1])
+    return acc, cute.make_rmem_tensor((parts * cute.size(acc),), sum_type(problem))
 
 
 def begin_products():
@@ -44,7 +52,43 @@ def issue(mma, acc: cute.Tensor, tCrA: cute.Tensor, tCrB: cute.Tensor, box: Int3
         mma.set(warpgroup.Field.ACCUMULATE, True)
 
 
-def promote(acc: cute.Tensor, sums: cute.Tensor):
-    """Adds the finished accumulators of 128 bytes of K to the sums."""
-    for i in range(cute.size(acc)):
-        sums[i] = sums[i] + acc[i]
+def add_products(
+    mma,
+    acc: cute.Tensor,
+    sums: cute.Tensor,
+    operands: tuple[cute.Tensor, cute.Tensor],
+    box: Int32,
+    read_factors: Callable[[], Callable[[int], Float32] | None],
+    finished: Callable[[], None],
+):
+    """Adds the products of 128 bytes of K to two-level sums, one part of the tile after the other.
+
+    mma's ACCUMULATE must not be set, and is when this returns.
+
+    acc: the accumulators of a part, 64 rows or columns of WGMMA's M by a share of its N. operands:
+    (tCrA, tCrB). read_factors: called while the tensor core works; it gives the factor of each
+    register of sums, or None if all are 1. finished: called once, when the operands have been read
+    and only registers remain.
+    """
+    tCrA, tCrB = operands
+    parts = tuple(product(*(range(cute.size(t, mode=[1])) for t in operands)))
+    factor = None
+    for i, (m, n) in enumerate(parts):
+        if i > 0:
+            mma.set(warpgroup.Field.ACCUMULATE, False)
+            warpgroup.fence()
+        for k_block in range(cute.size(tCrA, mode=[2])):
+            a = cute.append_ones(tCrA[None, m, k_block, box], up_to_rank=2)
+            b = cute.append_ones(tCrB[None, n, k_block, box], up_to_rank=2)
+            cute.gemm(mma, acc, a, b, acc)
+            mma.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
+        if i == 0:
+            factor = read_factors()
+        warpgroup.wait_group(0)
+        if i == len(parts) - 1:
+            finished()
+        first = i * cute.size(acc)
+        for r in range(cute.size(acc)):
+            value = acc[r] if factor is None else acc[r] * factor(first + r)
+            sums[first + r] = sums[first + r] + value

@@ -35,6 +35,19 @@ class Gathered(NamedTuple):
     x_stride: Int32
 
 
+class Scales(NamedTuple):
+    """Scales that vary along K.
+
+    x: [T, K / 128], with strides in elements, from a token to the next and along K. weight: dense
+    [E, blocks of N, K / 128].
+    """
+
+    x: cute.Pointer
+    x_stride: Int32
+    x_k_stride: Int32
+    weight: cute.Pointer
+
+
 class Gate(NamedTuple):
     """The launch parameters of a gated activation.
 

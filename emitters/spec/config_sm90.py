@@ -1,12 +1,13 @@
-"""The configs of the SM90 GEMMs: choices that change a kernel's speed but not its numbers."""
+"""The config of the SM90 GEMM for many rows: choices that change its speed but not its numbers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import gcd
 from typing import Any, ClassVar
 
 from emitters.spec.arch import SM90, why_no_registers
-from emitters.spec.dtypes import Accumulation, DType, Name
+from emitters.spec.dtypes import DType, Name
 from emitters.spec.gemm import N_MAJOR_BLOCK, GemmProblem, Granularity, Major
 from emitters.spec.plain import to_plain
 
@@ -16,6 +17,7 @@ SLICE_ROWS = 16  # rows of a slice that a warp stores: one box of a TMA store
 SLOTS = 16  # posted units; more than MAX_STAGES + 3, see PostedUnits
 SLOT_WORDS = 8  # int32 per posted unit
 WARPGROUP = 128
+_TWO_LEVEL_OTHERS = 26  # registers per thread for addresses and the scales of a stage
 
 
 class Schedule(Name):
@@ -27,7 +29,7 @@ class Schedule(Name):
 
 
 @dataclass(frozen=True)
-class _Sm90Config:
+class Sm90Config:
     """The fields and derived sizes that the configs of both templates have in common."""
 
     tile_m: int  # rows of an output tile
@@ -59,6 +61,25 @@ class _Sm90Config:
     def weight_bytes(self, problem: GemmProblem) -> int:
         """Bytes of shared memory for one k-tile of a tile's columns of weights."""
         return self.tile_n * self.k_tile(problem) * problem.weight.dtype.bytes
+
+    def scale_columns(self, problem: GemmProblem) -> int:
+        """Columns of the output, in a tile, that share a scale of the weights along K."""
+        assert problem.block_rows is not None
+        return gcd(self.tile_n // 2 if problem.gated else self.tile_n, problem.block_rows)
+
+    def weight_scales(self, problem: GemmProblem) -> int:
+        """The scales of a k-tile of a tile's columns of weights."""
+        outputs = self.tile_n // 2 if problem.gated else self.tile_n
+        return (2 if problem.gated else 1) * outputs // self.scale_columns(problem)
+
+    def scale_words(self, problem: GemmProblem) -> int:
+        """The float32 of shared memory for the scales of one k-tile: of x, then of the weights.
+
+        Those of the weights are rounded up to a multiple of four, a vector.
+        """
+        if not problem.block_rows:
+            return 0
+        return self.tile_m + -(-self.weight_scales(problem) // 4) * 4
 
     def stage_bytes(self, problem: GemmProblem) -> int:
         """Bytes of shared memory per stage."""
@@ -107,7 +128,7 @@ class _Sm90Config:
 
 
 @dataclass(frozen=True)
-class GemmSm90Config(_Sm90Config):
+class GemmSm90Config(Sm90Config):
     """The config of `GemmSm90`, the persistent grouped GEMM with one producer warpgroup.
 
     tile_m / 64 consumer warpgroups share a tile, 64 rows each. With pingpong, two consumers take
@@ -172,7 +193,8 @@ class GemmSm90Config(_Sm90Config):
         return -(-problem.k // self.k_tile(problem))
 
     def stage_bytes(self, problem: GemmProblem) -> int:
-        return self.x_bytes(problem) + self.weight_bytes(problem)
+        scales = 4 * self.scale_words(problem)
+        return self.x_bytes(problem) + self.weight_bytes(problem) + scales
 
     def table_words(self, problem: GemmProblem) -> int:
         """The int32 of the scheduler's table: three per expert, and the slots of posted units."""
@@ -187,10 +209,26 @@ class GemmSm90Config(_Sm90Config):
         """Bytes of shared memory except the stages: staging rows, scheduler table, barriers."""
         return self.staging_bytes + 4 * self.table_words(problem) + 16 * self.MAX_STAGES
 
+    def parts(self, problem: GemmProblem) -> int:
+        """The parts of a tile's columns that are multiplied one after the other.
+
+        They are two where two-level accumulation has no registers for the products of all columns
+        beside their sums.
+        """
+        return 2 if problem.two_level and self._accumulators(problem, 1) > self._free else 1
+
     def accumulator_registers(self, problem: GemmProblem) -> int:
-        """Accumulators per consumer thread; two-level accumulation keeps a second set of them."""
-        levels = 2 if problem.accumulation is Accumulation.TWO_LEVEL else 1
-        return levels * self.warpgroup_rows * self.tile_n // WARPGROUP
+        """Accumulators per consumer thread; two-level accumulation also keeps a part's products."""
+        return self._accumulators(problem, self.parts(problem))
+
+    def _accumulators(self, problem: GemmProblem, parts: int) -> int:
+        sums = self.warpgroup_rows * self.tile_n // WARPGROUP
+        return sums + (64 * self.tile_n // parts // WARPGROUP if problem.two_level else 0)
+
+    @property
+    def _free(self) -> int:
+        """Registers of a consumer thread that two-level accumulation may take."""
+        return self.consumer_registers - _TWO_LEVEL_OTHERS
 
     @property
     def cluster_tiles(self) -> int:
@@ -224,6 +262,11 @@ class GemmSm90Config(_Sm90Config):
             return (
                 f"tile_m must be 64, 128 or 192 (64 rows per consumer warpgroup), got {self.tile_m}"
             )
+        if problem.block_rows and self.tile_m > 128:
+            return (
+                "tile_m must be at most 128 with scales that vary along K (a thread copies one "
+                f"row's scale), got {self.tile_m}"
+            )
         multiple = SLICE_BYTES // DType.BF16.bytes
         if problem.gated and (problem.out is not DType.FP32 or problem.weight.major is Major.N):
             multiple *= 2  # a slice of outputs takes twice its columns; or a gate and an up box
@@ -255,7 +298,8 @@ class GemmSm90Config(_Sm90Config):
         return None
 
     def _why_registers(self, problem: GemmProblem) -> str | None:
-        needed = self.tile_n // 2 + 26  # by one WGMMA, before setmaxnreg passes registers on
+        width = self.tile_n // self.parts(problem)
+        needed = width // 2 + 26  # by one WGMMA, before setmaxnreg passes registers on
         if needed > self.launch_registers:
             return (
                 f"one WGMMA needs about {needed} registers per thread, "
@@ -263,137 +307,13 @@ class GemmSm90Config(_Sm90Config):
             )
         others = 80  # for addresses, scales and one slice to store
         kinds = {node.kind for node in problem.epilogue}
-        if problem.weight_scale is Granularity.CHANNEL and "bias" in kinds:
-            tail = problem.n % self.tile_n  # a tail of N takes registers for predicates
+        tail = problem.n % self.tile_n  # a tail of N takes registers for predicates
+        per_channel = problem.weight_scale is Granularity.CHANNEL
+        if problem.two_level:  # the products' registers are free again when the epilogue starts
+            others = _TWO_LEVEL_OTHERS
+            if per_channel and (tail or self.warpgroup_rows > 64):
+                others += 30
+        elif per_channel and "bias" in kinds:
             others = 112 if tail else 100 if problem.gated else 80
         accumulators = self.accumulator_registers(problem)
         return why_no_registers(accumulators, others, self.consumer_registers, "consumer thread")
-
-
-@dataclass(frozen=True)
-class GemmSwapSm90Config(_Sm90Config):
-    """The config of `GemmSwapSm90`, for few rows per expert: weights are WGMMA's M, rows its N."""
-
-    tile_m: int = 8  # rows of an output tile, WGMMA's N
-    tile_n: int = 64  # columns of weights that an output tile takes, WGMMA's M
-    k_boxes: int = 1  # weight boxes, of 128 bytes of K, per stage
-    split_k: int = 1  # CTAs of a cluster, which share a tile's K
-    evict_first: bool = False  # whether weights leave L2 before older contents
-    template: ClassVar[str] = "gemm_swap_sm90"
-
-    MAX_STAGES: ClassVar[int] = 32
-    l2_promotion: ClassVar[int] = 128  # bytes that a read of weights brings into L2
-
-    @property
-    def gather_threads(self) -> int:
-        """Threads that copy x; each copies 16 of the 128 bytes of a row."""
-        return min(WARPGROUP, self.tile_m * K_TILE_BYTES // 16)
-
-    @property
-    def threads(self) -> int:
-        """Threads per CTA: a consumer warpgroup, the gather's warps, one warp for the weights."""
-        return WARPGROUP + 32 + self.gather_threads
-
-    @property
-    def cluster(self) -> int:
-        """CTAs per cluster."""
-        return self.split_k
-
-    def k_stages(self, problem: GemmProblem) -> int:
-        """The number of times that a stage is filled for all of K."""
-        return -(-problem.k // (self.k_tile(problem) * self.k_boxes))
-
-    def stage_bytes(self, problem: GemmProblem) -> int:
-        return (self.x_bytes(problem) + self.weight_bytes(problem)) * self.k_boxes
-
-    def table_words(self, problem: GemmProblem) -> int:
-        """The int32 of the scheduler's table: three per expert."""
-        return 3 * self.table_entries(problem)
-
-    def warp_columns(self, problem: GemmProblem) -> int:
-        """Output columns per warp, of every 64 columns of weights in a tile."""
-        return 8 if problem.gated else 16
-
-    @property
-    def part_rows(self) -> int:
-        """Rows of a tile that the epilogue stages and stores at a time."""
-        return min(self.tile_m, 16)
-
-    def staging_pitch(self, problem: GemmProblem) -> int:
-        """Bytes per staging row: a warp's columns; odd multiples of 16 avoid bank conflicts."""
-        return (self.warp_columns(problem) * problem.out.bytes // 16 | 1) * 16
-
-    def staging_bytes(self, problem: GemmProblem) -> int:
-        """Bytes of staging memory of the four consumer warps."""
-        return 4 * self.part_rows * self.staging_pitch(problem)
-
-    @property
-    def partial_bytes(self) -> int:
-        """Bytes for the sums of a tile that a cluster's other CTAs send to its CTA 0."""
-        return (self.split_k - 1) * self.tile_m * self.tile_n * 4
-
-    def fixed_smem_bytes(self, problem: GemmProblem) -> int:
-        """Bytes of shared memory for staging rows, sums, table, number of tiles and barriers."""
-        buffers = self.staging_bytes(problem) + self.partial_bytes
-        barriers = 16 * (self.MAX_STAGES + 1)
-        return buffers + 4 * self.table_words(problem) + 16 + barriers
-
-    @property
-    def registers(self) -> int:
-        """Registers per thread: a multiple of 8 with which ctas_per_sm CTAs fit on an SM."""
-        return min(SM90.registers_per_sm // (self.threads * self.ctas_per_sm) // 8 * 8, 248)
-
-    @property
-    def thread_registers(self) -> str:
-        """Registers per thread, for people to read."""
-        return str(self.registers)
-
-    def accumulator_registers(self, problem: GemmProblem) -> int:
-        """Accumulators per consumer thread; two-level accumulation keeps a second set of them."""
-        levels = 2 if problem.accumulation is Accumulation.TWO_LEVEL else 1
-        return levels * self.tile_m * self.tile_n // WARPGROUP
-
-    @property
-    def cluster_tiles(self) -> int:
-        """Tiles that a cluster computes at a time."""
-        return 1
-
-    def scheduled(self, schedule: Schedule) -> GemmSwapSm90Config | None:
-        """This config if the schedule is TILE, the only one it has; else None."""
-        return self if schedule is Schedule.TILE else None
-
-    @property
-    def words(self) -> str:
-        """A short description, for lists that people read."""
-        tile = f"{self.tile_m}x{self.tile_n}"
-        return f"swap {tile} K/{self.split_k} {self.ctas_per_sm}/SM"
-
-    def why_illegal(self, problem: GemmProblem) -> str | None:
-        """Why no kernel can be built with this config for a legal problem, or None."""
-        return (
-            self._why_tile(problem)
-            or why_no_registers(self.accumulator_registers(problem), 64, self.registers, "thread")
-            or self.why_no_memory(problem)
-        )
-
-    def _why_tile(self, problem: GemmProblem) -> str | None:
-        if self.tile_m != 8 and (self.tile_m % 16 or not 16 <= self.tile_m <= 96):
-            return f"tile_m must be 8 or a multiple of 16 up to 96 (WGMMA's N), got {self.tile_m}"
-        if self.tile_n not in (64, 128):
-            return f"tile_n must be 64 or 128 (blocks of 64 columns, WGMMA's M), got {self.tile_n}"
-        by_blocks = problem.gated and problem.weight.major is Major.N
-        if by_blocks and self.tile_n == N_MAJOR_BLOCK:
-            return (
-                "tile_n must be 128 for gated N-major weights (a box of gate and one of up "
-                f"columns), got {self.tile_n}"
-            )
-        if self.k_boxes not in (1, 2, 4):
-            return f"k_boxes must be 1, 2 or 4, got {self.k_boxes}"
-        if self.split_k not in (1, 2, 4, 8):
-            return f"split_k must be 1, 2, 4 or 8 (CTAs per cluster), got {self.split_k}"
-        if self.split_k > self.k_stages(problem):
-            return (
-                f"split_k must be at most {self.k_stages(problem)}, the number of stages that "
-                f"K = {problem.k} fills, got {self.split_k}"
-            )
-        return None

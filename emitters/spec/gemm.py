@@ -11,6 +11,7 @@ from emitters.spec.plain import from_plain, to_plain
 MAX_EXPERTS = 1024  # 32 lanes x 32 experts: two ballots of a warp find an expert
 GATE_BLOCK = 8  # a tile of a gated problem alternates 8 gate columns and 8 up columns
 N_MAJOR_BLOCK = 64  # columns (128 bytes) per box of N-major weights; gate and up boxes alternate
+K_BLOCK = 128  # elements of K that share a scale, where scales vary along K
 
 
 class WeightStorage(Name):
@@ -42,6 +43,20 @@ class Granularity(Name):
     TOKEN = "token"  # one per row of x: per_token_scale [T], read through the same index as x
     CHANNEL = "channel"  # one per row of an expert's weights: scale [E, N]
     EXPERT = "expert"  # one per expert: scale [E]
+    # these vary along K: one per row of x and 128 of K, per_token_scale [T, K / 128];
+    TOKEN_BLOCK = "1x128"
+    # one per so many rows of an expert's weights and 128 of K, scale [E, N / rows, K / 128]
+    BLOCK_128 = "128x128"
+    BLOCK_64 = "64x128"
+    BLOCK_32 = "32x128"
+
+    @property
+    def rows(self) -> int | None:
+        """The rows of weights that share a scale which varies along K; None for other groups."""
+        return _BLOCK_ROWS.get(self)
+
+
+_BLOCK_ROWS = {Granularity.BLOCK_128: 128, Granularity.BLOCK_64: 64, Granularity.BLOCK_32: 32}
 
 
 class EpilogueNode(Protocol):
@@ -133,8 +148,9 @@ class GemmProblem:
 
     for the rows r of expert e; rows are sorted by expert. x is [T, K], weight [E, N, K] and out
     [rows, out_columns]. In float32, a sum is multiplied by the scale of x, then by that of weight,
-    if there are any; then the epilogue's nodes follow in order, then the conversion to `out`. T,
-    the number of rows and the routing are not part of a problem.
+    if there are any; then the epilogue's nodes follow in order, then the conversion to `out`.
+    Scales that vary along K multiply the sum of each 128 of K instead. T, the number of rows and
+    the routing are not part of a problem.
     """
 
     x: DType
@@ -173,6 +189,24 @@ class GemmProblem:
         return self.n // 2 if self.gated else self.n
 
     @property
+    def two_level(self) -> bool:
+        return self.accumulation is Accumulation.TWO_LEVEL
+
+    @property
+    def block_rows(self) -> int | None:
+        """The rows of weights that share a scale, if scales vary along K; else None."""
+        return self.weight_scale.rows if self.weight_scale else None
+
+    @property
+    def scale_blocks(self) -> tuple[int, int]:
+        """The scales along N and along K of an expert's weights, if they vary along K.
+
+        The gates and the ups of a gated problem have blocks of their own.
+        """
+        assert self.block_rows is not None
+        return block_count(self.n, self.block_rows, self.gated), -(-self.k // K_BLOCK)
+
+    @property
     def words(self) -> str:
         """A short description, for lists that people read."""
         size = f"E {self.num_experts} N {self.n} K {self.k}"
@@ -183,7 +217,9 @@ class GemmProblem:
 
     def why_illegal(self) -> str | None:
         """Why no config can be legal for this problem, or None."""
-        return self._why_numbers() or self._why_weight() or self._why_epilogue()
+        return (
+            self._why_numbers() or self._why_weight() or self._why_scales() or self._why_epilogue()
+        )
 
     def _why_numbers(self) -> str | None:
         if self.x not in ACCUMULATIONS:
@@ -226,7 +262,9 @@ class GemmProblem:
             return f"N must be {_16_bytes(weight.dtype)} for N-major weights, got {self.n}"
         return None
 
-    def _why_epilogue(self) -> str | None:
+    def _why_scales(self) -> str | None:
+        if self.x_scale is Granularity.TOKEN_BLOCK or self.block_rows:
+            return self._why_block_scales()
         if self.x_scale not in (None, Granularity.TOKEN):
             return f"x must have one scale per token or none, got one per {self.x_scale}"
         if self.weight_scale not in (None, Granularity.CHANNEL, Granularity.EXPERT):
@@ -234,6 +272,22 @@ class GemmProblem:
                 "weights must have one scale per channel, one per expert or none, "
                 f"got one per {self.weight_scale}"
             )
+        return None
+
+    def _why_block_scales(self) -> str | None:
+        if self.x_scale is not Granularity.TOKEN_BLOCK or not self.block_rows:
+            return (
+                "x and weights must both have scales that vary along K or neither, got one per "
+                f"{self.x_scale} and one per {self.weight_scale}"
+            )
+        if not self.two_level:
+            return (
+                f"accumulation must be {Accumulation.TWO_LEVEL} with scales that vary along K, "
+                f"got {self.accumulation}"
+            )
+        return None
+
+    def _why_epilogue(self) -> str | None:
         kinds = [node.kind for node in self.epilogue]
         if len(set(kinds)) < len(kinds):
             return f"each epilogue node must come at most once, got {', '.join(kinds)}"
@@ -266,6 +320,11 @@ def make_epilogue(bias: DType | None, activation: Activation | None) -> tuple[Ep
     """The epilogue's nodes, in order, of a product with this bias and activation, if any."""
     nodes: list[EpilogueNode] = [] if bias is None else [Bias(bias)]
     return (*nodes, activation) if activation is not None else tuple(nodes)
+
+
+def block_count(n: int, rows: int, gated: bool) -> int:
+    """The scales along N, each of so many rows, of an expert's weights [N, K]."""
+    return 2 * -(-n // 2 // rows) if gated else -(-n // rows)
 
 
 def weight_granularity(scale_dims: int) -> Granularity | None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from emitters.spec.arch import DEFAULT_ARCH, SM90
-from emitters.spec.config_sm90 import GemmSm90Config, GemmSwapSm90Config
+from emitters.spec.config_sm90 import GemmSm90Config
+from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.layer_steps import (
     CombineProblem,

@@ -1,10 +1,12 @@
 """The SM90 grouped GEMM template: persistent CTAs, warps with roles, rows gathered by index."""
 
+from functools import partial
+
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Int16, Int32, Int64, Uint8, const_expr, range_constexpr
+from cutlass import Float32, Int16, Int32, Int64, Uint8, const_expr, range_constexpr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from emitters.device.dependent import launch_next, wait_for_previous
@@ -12,14 +14,14 @@ from emitters.device.epilogue.fragment import RowsFragment
 from emitters.device.epilogue.nodes import Epilogue
 from emitters.device.epilogue.store import SliceStore, make_out_map
 from emitters.device.gather import GatherIterator
-from emitters.device.mainloop_sm90 import begin_products, issue, make_sums, promote, sum_type
+from emitters.device.mainloop_sm90 import add_products, begin_products, issue, make_sums, sum_type
 from emitters.device.memory import ELEMENT
-from emitters.device.parameters import Gate, Gathered, Output, Rows
+from emitters.device.parameters import Gate, Gathered, Output, Rows, Scales
 from emitters.device.ring import Ring
+from emitters.device.scales import BlockScales
 from emitters.device.scheduler import PostedUnits
 from emitters.device.weights import OPERAND_MAJOR, WEIGHT_LAYOUT, WeightLoader
 from emitters.spec.config_sm90 import WARPGROUP, GemmSm90Config, Schedule
-from emitters.spec.dtypes import Accumulation
 from emitters.spec.gemm import GemmProblem
 from emitters.templates.parameters import gemm_arguments, gemm_tensor_maps
 
@@ -71,6 +73,7 @@ class GemmSm90:
         self.k_tiles = config.k_tiles(problem)
         self.stages = config.pipeline_stages(problem)
         self.x_bytes, self.weight_bytes = config.x_bytes(problem), config.weight_bytes(problem)
+        self.parts = config.parts(problem)
         self.smem_bytes, self.cluster = config.smem_bytes(problem), config.cluster
         self.units = PostedUnits(problem, config)
         self.gather = GatherIterator(problem, config.tile_m)
@@ -78,6 +81,7 @@ class GemmSm90:
         self.ring = Ring(
             self.stages, 1 + WARPGROUP, 4 * config.warpgroups_per_tile, sharers=self.cluster
         )
+        self.scales = BlockScales(problem, config) if problem.block_rows else None
         self.epilogue = Epilogue(problem, config, RowsFragment, SliceStore(problem))
 
     def arguments(self):
@@ -89,11 +93,14 @@ class GemmSm90:
         return gemm_tensor_maps(self.problem, columns, k, self.config.l2_promotion)
 
     @cute.jit
-    def __call__(self, weight, rows, gathered, output, gate, node_tensors, counters, grid, stream):
+    def __call__(
+        self, weight, rows, gathered, output, gate, scales, node_tensors, counters, grid, stream
+    ):
         """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps.
 
-        None unless needed: gate (for a gated activation), node_tensors (for scales, and nodes that
-        read a tensor), counters (for a dynamic schedule).
+        None unless needed: gate (for a gated activation), scales (if they vary along K),
+        node_tensors (for other scales, and nodes that read a tensor), counters (for a dynamic
+        schedule).
         """
         _, layout = self.stage_layouts()
         one_stage = cute.slice_(layout, (None, None, 0))
@@ -103,6 +110,7 @@ class GemmSm90:
             gathered,
             Output(output.out, make_out_map(self.problem, output.out_map)),
             gate,
+            scales,
             node_tensors,
             counters,
         ).launch(
@@ -126,6 +134,7 @@ class GemmSm90:
         tile_m, tile_n, tile_k = self.tile
         per_stage_row = tile_k * self.stages
         words = self.config.table_words(self.problem)
+        scale_words = self.config.scale_words(self.problem) * self.stages
 
         @cute.struct
         class Storage:
@@ -137,6 +146,7 @@ class GemmSm90:
             full: cute.struct.MemRange[Int64, self.stages]
             empty: cute.struct.MemRange[Int64, self.stages]
             table: cute.struct.MemRange[Int32, words]
+            scales: cute.struct.Align[cute.struct.MemRange[Float32, scale_words], 16]
 
         return Storage
 
@@ -148,6 +158,7 @@ class GemmSm90:
         gathered: Gathered,
         output: Output,
         gate: Gate | None,
+        scales: Scales | None,
         node_tensors: tuple | None,
         counters: cute.Pointer | None,
     ):
@@ -157,6 +168,8 @@ class GemmSm90:
         storage = utils.SmemAllocator().allocate(self.storage())
         self.ring.attach(storage.full.data_ptr(), storage.empty.data_ptr())
         self.units.attach(storage.table.data_ptr(), counters)
+        if const_expr(self.scales is not None):
+            self.scales.attach(storage.scales.data_ptr())
 
         if warp == 0:
             with cute.arch.elect_one():
@@ -177,6 +190,8 @@ class GemmSm90:
         if group == 0:
             cute.arch.setmaxregister_decrease(self.config.producer_registers)
             self.gather.attach(gathered, thread)
+            if const_expr(self.scales is not None):
+                self.scales.attach_copies(scales, self.gather)
             self.load(weight, storage, warp)
         else:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
@@ -206,6 +221,8 @@ class GemmSm90:
         j = Int32(1)  # the CTA's unit after this one
         while expert >= 0:
             self.gather.advance()
+            if const_expr(self.scales is not None):
+                self.scales.advance()
             next_expert, row, rows, next_column, next_shared = self.units.read(j)
             self.gather.fetch(row, rows)
             j += 1
@@ -222,6 +239,8 @@ class GemmSm90:
                         corner = (k_tile * self.tile[2], column, expert)
                         self.load_weight(stage, weight_map, corner, barrier, shared)
                 self.gather.copy(x_stages + state.index * self.x_bytes, k_tile)
+                if const_expr(self.scales is not None):
+                    self.scales.copy(state.index, k_tile, expert, column)
                 self.ring.arrive_when_copied(state)
                 state.advance()
             expert, column, shared = next_expert, next_column, next_shared
@@ -258,7 +277,7 @@ class GemmSm90:
         split = self.config.warpgroups_per_tile
         mma = sm90.make_trivial_tiled_mma(
             self.element, self.element, k_major, weight_major, sum_type(self.problem),
-            (split, 1, 1), tiler_mn=(64, self.config.tile_n),
+            (split, 1, 1), tiler_mn=(64, self.config.tile_n // self.parts),
         )  # fmt: skip
         x_layout, weight_layout = self.stage_layouts()
         sA = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
@@ -275,9 +294,11 @@ class GemmSm90:
         consumer: its number; thread: counted over all consumers.
         """
         mma, tCrA, tCrB = self.operands(storage, consumer)
-        thread = thread % (self.config.warpgroups_per_tile * WARPGROUP)
-        acc, sums = make_sums(mma, self.tile[:2], thread, self.problem)
-        two_level = self.problem.accumulation is Accumulation.TWO_LEVEL
+        split = self.config.warpgroups_per_tile
+        part = (64 * split, self.config.tile_n // self.parts)
+        thread = thread % (split * WARPGROUP)
+        acc, sums = make_sums(mma, self.tile[:2], part, thread, self.problem)
+        two_level = self.problem.two_level
 
         last = self.k_tiles - 1
         runs = (0, max(last - LOAD_AHEAD, 0), last)  # the last k-tile follows after the loops
@@ -294,38 +315,39 @@ class GemmSm90:
             self.epilogue.begin(row, rows)
             if const_expr(self.config.pingpong):
                 cute.arch.barrier(barrier_id=1 + consumer, number_of_threads=2 * WARPGROUP)
-            behind = state.clone()  # the stage of the previous k-tile, which WGMMA still reads
+            mma.set(warpgroup.Field.ACCUMULATE, False)
             if const_expr(two_level):
                 sums.fill(0)
-            mma.set(warpgroup.Field.ACCUMULATE, False)
-            for run in range_constexpr(2):
-                for k_tile in cutlass.range(runs[run], runs[run + 1], unroll=1):
+                for _ in cutlass.range(last, unroll=1):
                     self.ring.wait_full(state)
-                    self.issue(mma, acc, tCrA, tCrB, state.index)
-                    if const_expr(two_level):
-                        warpgroup.wait_group(0)
-                        self.ring.release(state.index)
-                        promote(acc, sums)
-                        mma.set(warpgroup.Field.ACCUMULATE, False)
-                    else:
+                    self.add(mma, acc, sums, (tCrA, tCrB), state.index)
+                    mma.set(warpgroup.Field.ACCUMULATE, False)
+                    state.advance()
+                self.ring.wait_full(state)
+                self.add(mma, acc, sums, (tCrA, tCrB), state.index, (consumer, j + 1))
+                self.epilogue.load(expert, column)
+            else:
+                behind = state.clone()  # the stage of the previous k-tile, which WGMMA still reads
+                for run in range_constexpr(2):
+                    for k_tile in cutlass.range(runs[run], runs[run + 1], unroll=1):
+                        self.ring.wait_full(state)
+                        self.issue(mma, acc, tCrA, tCrB, state.index)
                         warpgroup.wait_group(1)
                         if k_tile > 0:
                             self.ring.release(behind.index)
                             behind.advance()
-                    state.advance()
-                if const_expr(run == 0):
-                    self.epilogue.load(expert, column)
-            self.ring.wait_full(state)
-            self.issue(mma, acc, tCrA, tCrB, state.index)
-            if const_expr(self.config.pingpong):
-                self.pass_turn(consumer, j + 1)
-            if const_expr(not two_level and self.k_tiles > 1):
-                warpgroup.wait_group(1)
-                self.ring.release(behind.index)
-            warpgroup.wait_group(0)
-            if const_expr(two_level):
-                promote(acc, sums)
-            self.ring.release(state.index)
+                        state.advance()
+                    if const_expr(run == 0):
+                        self.epilogue.load(expert, column)
+                self.ring.wait_full(state)
+                self.issue(mma, acc, tCrA, tCrB, state.index)
+                if const_expr(self.config.pingpong):
+                    self.pass_turn(consumer, j + 1)
+                if const_expr(self.k_tiles > 1):
+                    warpgroup.wait_group(1)
+                    self.ring.release(behind.index)
+                warpgroup.wait_group(0)
+                self.ring.release(state.index)
             state.advance()
             if const_expr(self.config.pingpong):
                 state.advance(self.k_tiles)
@@ -333,6 +355,24 @@ class GemmSm90:
             j += turn
             expert, row, rows, column, _ = self.units.read(j)
         self.epilogue.finish()
+
+    def add(self, mma, acc, sums, operands, stage, then=None):
+        """Adds a stage to two-level sums. then: (consumer, j), for `pass_turn` after the last."""
+
+        def finished():
+            cute.arch.sync_warp()  # all lanes have read their scales
+            self.ring.release(stage)
+            if then is not None and self.config.pingpong:
+                self.pass_turn(*then)
+
+        begin_products()
+        add_products(mma, acc, sums, operands, stage, partial(self.factors, stage), finished)
+
+    def factors(self, stage):
+        """The scales of a stage's products, register by register; None if all are 1."""
+        if self.scales is None:
+            return None
+        return self.epilogue.fragment.factors(self.scales.read(stage), self.scales.columns)
 
     @cute.jit
     def pass_turn(self, consumer, j):

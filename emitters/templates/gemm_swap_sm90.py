@@ -1,11 +1,13 @@
 """The SM90 grouped GEMM template for few rows per expert: weights are WGMMA's M operand."""
 
+from functools import partial
+
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 import cutlass.utils as utils
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Int32, Int64, Uint8, const_expr, range_constexpr
+from cutlass import Float32, Int32, Int64, Uint8, const_expr, range_constexpr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.pipeline import PipelineUserType
 
@@ -14,14 +16,15 @@ from emitters.device.epilogue.fragment import ColumnsFragment
 from emitters.device.epilogue.nodes import Epilogue
 from emitters.device.epilogue.store import TransposedStore, make_out_map
 from emitters.device.gather import GatherIterator
-from emitters.device.mainloop_sm90 import begin_products, issue, make_sums, promote, sum_type
+from emitters.device.mainloop_sm90 import add_products, begin_products, issue, make_sums, sum_type
 from emitters.device.memory import ELEMENT, SMEM, vector
-from emitters.device.parameters import Gate, Gathered, Output, Rows
+from emitters.device.parameters import Gate, Gathered, Output, Rows, Scales
 from emitters.device.ring import Ring
+from emitters.device.scales import BlockScales
 from emitters.device.scheduler import ExpertTable
 from emitters.device.weights import OPERAND_MAJOR, WEIGHT_LAYOUT, WeightLoader
-from emitters.spec.config_sm90 import WARPGROUP, GemmSwapSm90Config
-from emitters.spec.dtypes import Accumulation
+from emitters.spec.config_sm90 import WARPGROUP
+from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem
 from emitters.templates.parameters import gemm_arguments, gemm_tensor_maps
 
@@ -74,6 +77,7 @@ class GemmSwapSm90:
         self.gather = GatherIterator(problem, config.tile_m)
         self.weights = WeightLoader(problem, config.evict_first)
         self.ring = Ring(self.stages, 1 + config.gather_threads, 4)
+        self.scales = BlockScales(problem, config) if problem.block_rows else None
         store = TransposedStore(problem, config)
         self.epilogue = Epilogue(problem, config, ColumnsFragment, store)
 
@@ -86,11 +90,14 @@ class GemmSwapSm90:
         return gemm_tensor_maps(self.problem, columns, k, self.config.l2_promotion)
 
     @cute.jit
-    def __call__(self, weight, rows, gathered, output, gate, node_tensors, counters, grid, stream):
+    def __call__(
+        self, weight, rows, gathered, output, gate, scales, node_tensors, counters, grid, stream
+    ):
         """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps.
 
-        None unless needed: gate (for a gated activation), node_tensors (for scales, and nodes that
-        read a tensor). counters is always None: no schedule here is dynamic.
+        None unless needed: gate (for a gated activation), scales (if they vary along K),
+        node_tensors (for other scales, and nodes that read a tensor). counters is always None: no
+        schedule here is dynamic.
         """
         layout, _ = self.stage_layouts()
         one_box = cute.slice_(layout, (None, None, 0))
@@ -100,6 +107,7 @@ class GemmSwapSm90:
             gathered,
             Output(output.out, make_out_map(self.problem, output.out_map)),
             gate,
+            scales,
             node_tensors,
         ).launch(
             grid=[grid, 1, 1],
@@ -125,6 +133,7 @@ class GemmSwapSm90:
         words = self.config.table_words(self.problem)
         staging_bytes = self.config.staging_bytes(self.problem)
         partial_bytes = self.config.partial_bytes
+        scale_words = self.config.scale_words(self.problem) * self.stages * self.config.k_boxes
 
         @cute.struct
         class Storage:
@@ -137,6 +146,7 @@ class GemmSwapSm90:
             sums: cute.struct.MemRange[Int64, 2]
             table: cute.struct.MemRange[Int32, words]
             tiles: cute.struct.MemRange[Int32, 1]
+            scales: cute.struct.Align[cute.struct.MemRange[Float32, scale_words], 16]
 
         return Storage
 
@@ -148,6 +158,7 @@ class GemmSwapSm90:
         gathered: Gathered,
         output: Output,
         gate: Gate | None,
+        scales: Scales | None,
         node_tensors: tuple | None,
     ):
         thread, _, _ = cute.arch.thread_idx()
@@ -157,6 +168,8 @@ class GemmSwapSm90:
         sums = storage.sums.data_ptr()
         self.experts.attach(storage.table.data_ptr())
         tiles = storage.tiles.get_tensor(cute.make_layout(1))
+        if const_expr(self.scales is not None):
+            self.scales.attach(storage.scales.data_ptr())
 
         weight_warp = (WARPGROUP + self.config.gather_threads) // 32
         if warp == weight_warp:
@@ -185,6 +198,8 @@ class GemmSwapSm90:
             self.mma(storage, sums, thread)
         elif warp < weight_warp:
             self.gather.attach(gathered, thread % WARPGROUP)
+            if const_expr(self.scales is not None):
+                self.scales.attach_copies(scales, self.gather)
             self.load_x(storage)
         else:
             self.load_weights(weight, storage)
@@ -243,18 +258,24 @@ class GemmSwapSm90:
         tile, end, stride = self.share(storage)
         first_k, end_k = self.k_range()
         state = self.ring.producer()
-        _, row, rows, _, _ = self.experts.locate(tile, end, Int32(0))
+        next_expert, row, rows, next_column, _ = self.experts.locate(tile, end, Int32(0))
         self.gather.fetch(row, rows)
         while tile < end:
             self.gather.advance()
+            if const_expr(self.scales is not None):
+                self.scales.advance()
             tile += stride
-            _, row, rows, _, _ = self.experts.locate(tile, end, Int32(0))
+            expert, column = next_expert, next_column
+            next_expert, row, rows, next_column, _ = self.experts.locate(tile, end, Int32(0))
             self.gather.fetch(row, rows)
             for k in cutlass.range(first_k, end_k, unroll=1):
                 self.ring.wait_empty(state)
                 for i in range_constexpr(boxes):
                     stage = stages + (state.index * boxes + i) * self.x_bytes
                     self.gather.copy(stage, k * boxes + i)
+                    if const_expr(self.scales is not None):
+                        box = state.index * boxes + i
+                        self.scales.copy(box, k * boxes + i, expert, column)
                 self.ring.arrive_when_copied(state)
                 state.advance()
 
@@ -278,8 +299,9 @@ class GemmSwapSm90:
     def mma(self, storage, sums_full, thread):
         """The loop over tiles of the consumer warpgroup: main loop and epilogue."""
         mma, tCrA, tCrB = self.operands(storage)
-        acc, sums = make_sums(mma, self.tile[:2], thread, self.problem)
-        two_level = self.problem.accumulation is Accumulation.TWO_LEVEL
+        part = (64, self.tile[1])
+        acc, sums = make_sums(mma, self.tile[:2], part, thread, self.problem)
+        two_level = self.problem.two_level
 
         tile, end, stride = self.share(storage)
         first_k, end_k = self.k_range()
@@ -318,19 +340,28 @@ class GemmSwapSm90:
 
         With two-level accumulation it waits for each 128 bytes of K and adds them to sums.
         """
-        two_level = self.problem.accumulation is Accumulation.TWO_LEVEL
         begin_products()
         for i in range(self.config.k_boxes):
-            issue(mma, acc, tCrA, tCrB, stage * self.config.k_boxes + i)
-            if two_level:
-                warpgroup.commit_group()
-                warpgroup.wait_group(0)
-                promote(acc, sums)
+            box = stage * self.config.k_boxes + i
+            if self.problem.two_level:
+                factors = partial(self.factors, box)
+                if i > 0:
+                    warpgroup.fence()
+                add_products(mma, acc, sums, (tCrA, tCrB), box, factors, lambda: None)
                 mma.set(warpgroup.Field.ACCUMULATE, False)
-                warpgroup.fence()
-        if not two_level:
+            else:
+                issue(mma, acc, tCrA, tCrB, box)
+        if self.problem.two_level:
+            cute.arch.sync_warp()  # all lanes have read their scales
+        else:
             warpgroup.commit_group()
             warpgroup.wait_group(0)
+
+    def factors(self, box):
+        """The scales of a box's products, register by register; None if all are 1."""
+        if self.scales is None:
+            return None
+        return self.epilogue.fragment.factors(self.scales.read(box), self.scales.columns)
 
     @cute.jit
     def send_sums(self, sums, partial, sums_full, phase, rank, thread):

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Int32, Uint8
+from cutlass import Float32, Int32, Uint8
 from cutlass.cute.runtime import make_fake_compact_tensor, make_ptr
 
 from emitters.device.epilogue.nodes import applied
 from emitters.device.memory import ELEMENT
-from emitters.device.parameters import Gate, Gathered, Output, Rows
+from emitters.device.parameters import Gate, Gathered, Output, Rows, Scales
 from emitters.spec.config_sm90 import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import NUMBERS, EpilogueNode, GemmProblem, Granularity, Major, WeightStorage
@@ -89,6 +89,7 @@ def gemm_arguments(problem: GemmProblem, dynamic: bool = False) -> tuple[Argumen
             kind=Output,
         ),
         _gate(problem),
+        _scales(problem),
         several(*map(_applied, applied(problem))),
         pointer("counters", Int32, 8) if dynamic else ABSENT,
     )
@@ -100,6 +101,18 @@ def _gate(problem: GemmProblem) -> Argument:
         return ABSENT
     numbers = [integer(n) if n in activation.numbers else ABSENT for n in NUMBERS]
     return several(integer("column_stride"), integer("gate_stride"), *numbers, kind=Gate)
+
+
+def _scales(problem: GemmProblem) -> Argument:
+    if not problem.block_rows:
+        return ABSENT
+    return several(
+        pointer("per_token_scale", Float32, 4),
+        integer("per_token_scale_stride"),
+        integer("per_token_scale_k_stride"),
+        pointer("scale", Float32, 4),
+        kind=Scales,
+    )
 
 
 def _weight(problem: GemmProblem) -> Argument:

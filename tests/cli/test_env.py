@@ -20,7 +20,8 @@ from cutlass_moe.images.compiler import compile_image
 from cutlass_moe.images.toolchains import default_build
 from cutlass_moe.models.problems import gemm_problems
 from cutlass_moe.models.shapes import MoeShape
-from emitters.spec.config_sm90 import GemmSm90Config, GemmSwapSm90Config
+from emitters.spec.config_sm90 import GemmSm90Config
+from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.image import IMAGE_ABI, image_key
 from tests.support.fake_images import ARCH, image_for
 

@@ -17,7 +17,8 @@ from cutlass_moe.models import shapes
 from cutlass_moe.models.problems import model_problems
 from emitters.compile.cubin import read_cubin
 from emitters.compile.emit import param_kinds
-from emitters.spec.config_sm90 import GemmSm90Config, GemmSwapSm90Config, Schedule
+from emitters.spec.config_sm90 import GemmSm90Config, Schedule
+from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType
 from emitters.spec.gemm import (
     Activation,

@@ -14,7 +14,8 @@ from cutlass_moe.choose.heuristics_sm90 import choose
 from cutlass_moe.operands import Operands, Options
 from cutlass_moe.ops import dispatch
 from cutlass_moe.runtime.parameters import operand_addresses
-from emitters.spec.config_sm90 import GemmSm90Config, GemmSwapSm90Config, Schedule
+from emitters.spec.config_sm90 import GemmSm90Config, Schedule
+from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.registry import GemmConfig
 from tests.support.cases import CASES, FLOAT, Case, make_inputs, skewed

@@ -51,6 +51,7 @@ def build(one: Instruction, operands: Operands) -> Op | None:
         return _convert_address(one, operands)
     others = {
         "cp.async.cg.shared.global": _copy_async,
+        "cp.async.ca.shared.global": _copy_async,
         "cp.async.mbarrier.arrive.noinc.shared.b64": _arrive_noinc,
         "cp.async.commit_group": lambda *_: _commit,
         "cp.async.wait_group": _wait_group,
@@ -155,18 +156,20 @@ def _convert_address(one: Instruction, operands: Operands) -> Op:
 
 
 def _copy_async(one: Instruction, operands: Operands) -> Op:
-    """16 bytes a lane, of which the first `size` come from global memory and the rest are zeros."""
+    """16 bytes a lane (.ca: or 4 or 8), of which the first `size` come from global memory and the
+    rest are zeros."""
     to, source = operands.address(one.operands[0]), operands.address(one.operands[1], U64)
-    if integer(one.operands[2]) != 16:
-        raise ValueError(f"{one.where()}: cp.async.cg copies 16 bytes")
-    size = operands.source(one.operands[3] if len(one.operands) > 3 else "16", U32)
+    width = integer(one.operands[2])
+    if width not in ((16,) if ".cg." in one.opcode else (4, 8, 16)):
+        raise ValueError(f"{one.where()}: cp.async can't copy {width} bytes")
+    size = operands.source(one.operands[3] if len(one.operands) > 3 else str(width), U32)
 
     def copy(f: Any) -> Any:
         where, count = to(f)[f.lanes], size(f)[f.lanes].astype(np.int64)
-        if (count > 16).any():
-            raise Fault(f"cp.async of {int(count.max())} bytes of 16")
+        if (count > width).any():
+            raise Fault(f"cp.async of {int(count.max())} bytes of {width}")
         origin = source(f)[f.lanes]
-        f.warp.cta.shared.begin_write(f.threads, where, 16, GENERIC)
+        f.warp.cta.shared.begin_write(f.threads, where, width, GENERIC)
         none = np.full(len(where), -1)
         f.warp.copies.append(Copies(f.lanes, where, origin, count, none, f.access(), one))
         return YIELD
@@ -244,10 +247,11 @@ def _wait_group(one: Instruction, operands: Operands) -> Op:
 
 
 def _gathered(memory: GlobalMemory, copies: Copies) -> np.ndarray:
-    data = np.zeros((len(copies.to), 16), np.uint8)
+    width = integer(copies.issued.operands[2])
+    data = np.zeros((len(copies.to), width), np.uint8)
     for size in np.unique(copies.count[copies.count > 0]):
         rows = copies.count == size
-        if (copies.origin[rows] % 16 != 0).any():
+        if (copies.origin[rows] % width != 0).any():
             raise Fault("misaligned cp.async source")
         data[rows, :size] = memory.read_bytes(copies.by, copies.origin[rows], int(size))
     return data

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cutlass_moe.choose.heuristics_sm90 import candidates, choose
 from cutlass_moe.operands import TORCH_DTYPES
-from emitters.spec.config_sm90 import GemmSm90Config, GemmSwapSm90Config, Schedule
+from emitters.spec.config_sm90 import GemmSm90Config, Schedule
+from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import ACCUMULATIONS, Accumulation, DType
 from emitters.spec.gemm import (
     NUMBERS,
@@ -31,6 +32,8 @@ from emitters.spec.registry import GemmConfig, why_illegal
 E4M3, E5M2, INT8, BF16, FP16, FP32 = DType
 Epilogue = tuple[Granularity | EpilogueNode, ...]  # scales, then nodes
 SCALES: Epilogue = (Granularity.TOKEN, Granularity.CHANNEL)
+BLOCK_SCALES: Epilogue = (Granularity.TOKEN_BLOCK, Granularity.BLOCK_128)
+_OF_X = (Granularity.TOKEN, Granularity.TOKEN_BLOCK)
 Counts = tuple[int, ...]
 
 
@@ -63,8 +66,8 @@ def scales_and_nodes(epilogue: Epilogue) -> dict[str, Any]:
     """These as fields of a GemmProblem."""
     scales = [scale for scale in epilogue if isinstance(scale, Granularity)]
     return {
-        "x_scale": Granularity.TOKEN if Granularity.TOKEN in scales else None,
-        "weight_scale": next((s for s in scales if s is not Granularity.TOKEN), None),
+        "x_scale": next((s for s in scales if s in _OF_X), None),
+        "weight_scale": next((s for s in scales if s not in _OF_X), None),
         "epilogue": tuple(node for node in epilogue if not isinstance(node, Granularity)),
     }
 
@@ -237,6 +240,10 @@ for _i, _activation in enumerate(ActivationFunction):
             reads=("any", "outside")[_i % 2],
             interleaved=_activation.gated and (_i + _j) % 2 == 1,
         )
+BLOCKS = replace(BASE, accumulation=Accumulation.TWO_LEVEL, epilogue=BLOCK_SCALES)
+BLOCK_SWIGLU = replace(
+    BLOCKS, epilogue=(*BLOCK_SCALES, Bias(BF16), Activation(ActivationFunction.SWIGLU))
+)
 SWIGLU = replace(BASE, epilogue=(*SCALES, Activation(ActivationFunction.SWIGLU)))
 CASES |= {
     "swiglu": replace(SWIGLU, counts=RAGGED, n=272),
@@ -288,6 +295,35 @@ CASES |= {
         reads="outside",
         n=272,
     ),
+    # Scales that vary along K.
+    "blocks": replace(BLOCKS, counts=RAGGED, n=264, k=400),
+    "blocks_outside": replace(BLOCKS, reads="outside", k=1040),
+    "blocks_few_rows": replace(BLOCKS, tokens=5, counts=even(8, 16), k=2048),
+    "blocks_one_token": replace(BLOCKS, tokens=1, counts=hot(8, 1), k=7168, n=272),
+    "blocks_many_rows": replace(BLOCKS, tokens=4096, counts=skewed(8, 16384), n=1536, k=768),
+    "blocks_64": replace(
+        BLOCKS, epilogue=(Granularity.TOKEN_BLOCK, Granularity.BLOCK_64), n=352, k=352, out=FP16
+    ),
+    "blocks_32": replace(
+        BLOCKS, epilogue=(Granularity.TOKEN_BLOCK, Granularity.BLOCK_32), n=96, k=96, out=FP32
+    ),
+    "blocks_e5m2": replace(BLOCKS, operand=E5M2, epilogue=(*BLOCK_SCALES, Bias(FP32)), n=136),
+    "blocks_swiglu": replace(BLOCK_SWIGLU, counts=RAGGED, n=512, k=528),
+    "blocks_swiglu_cut": replace(BLOCK_SWIGLU, n=2 * 192, reads="outside"),
+    "blocks_swiglu_64": replace(
+        BLOCK_SWIGLU,
+        epilogue=(Granularity.TOKEN_BLOCK, Granularity.BLOCK_64, *BLOCK_SWIGLU.epilogue[2:]),
+        n=2 * 352,
+    ),
+    "blocks_swiglu_32_few_rows": replace(
+        BLOCK_SWIGLU,
+        epilogue=(Granularity.TOKEN_BLOCK, Granularity.BLOCK_32, *BLOCK_SWIGLU.epilogue[2:]),
+        tokens=5,
+        counts=even(8, 16),
+        n=2 * 96,
+    ),
+    "blocks_no_index": replace(BLOCKS, gather=False, counts=RAGGED, n=2048, k=768),
+    "blocks_starts": replace(BLOCKS, counts=RAGGED, apart=37),
     # First rows of experts that are not the ends before.
     "starts": replace(BASE, counts=RAGGED, apart=37),
     "starts_few_rows": replace(BASE, counts=even(8, 16), apart=3, reads="outside"),
@@ -306,6 +342,9 @@ EVERY_CANDIDATE = (
     "e4m3_two_level_bf16",
     "bf16_fp32_bf16",
     "swiglu_interleaved",
+    "blocks",
+    "blocks_64",
+    "blocks_swiglu_cut",
     "swiglu_tokens_16384",
     "swiglu_gpt_oss",
     "starts",
@@ -313,9 +352,11 @@ EVERY_CANDIDATE = (
     "n_major_swiglu",
 )
 # Run with every legal config.
-EVERY_LEGAL = ("n_264", "n_264_two_level", "swiglu", "n_major_swiglu")
+EVERY_LEGAL = (
+    "n_264", "n_264_two_level", "swiglu", "n_major_swiglu", "blocks_32", "blocks_swiglu"
+)  # fmt: skip
 # Run with CTAs that share a tile's K.
-SPLIT = ("k_7168", "k_7168_two_level", "k_2064")
+SPLIT = ("k_7168", "k_7168_two_level", "k_2064", "blocks_outside")
 SPLIT_CONFIGS = tuple(GemmSwapSm90Config(tile_m=16, split_k=split) for split in (2, 4, 8))
 
 
@@ -394,6 +435,10 @@ def make_inputs(case: Case, device: str, exact: bool = False, seed: int = 0) -> 
         inputs["per_token_scale"] = data.scale((tokens,), 1 / _SPREAD.get(case.operand, 1.0))
     if Granularity.CHANNEL in case.epilogue:
         inputs["scale"] = data.scale((experts, n), k**-0.5 / spread_w)
+    if case.problem.block_rows:
+        n_blocks, k_blocks = case.problem.scale_blocks
+        inputs["per_token_scale"] = data.scale((tokens, k_blocks), 1 / _SPREAD[case.operand])
+        inputs["scale"] = data.scale((experts, n_blocks, k_blocks), k**-0.5 / spread_w)
     if Granularity.EXPERT in case.epilogue:
         inputs["scale"] = data.scale((experts,), k**-0.5 / spread_w)
     bias = next((node for node in case.epilogue if isinstance(node, Bias)), None)

@@ -80,11 +80,16 @@ def naive(
             out.append(torch.zeros(columns, dtype=torch.float64))
             continue
         expert = owners[0]
-        result = weight[expert].double() @ x[token].double()
-        if per_token_scale is not None:
-            result = result * per_token_scale[token].double()
-        if scale is not None:
-            result = result * scale[expert].double().reshape(-1)
+        a, b = x[token].double(), weight[expert].double()
+        if scale is not None and scale.dim() == 3 and scale.shape[2] > 1:
+            a, b = _scaled_blocks(a, per_token_scale[token], b, scale[expert], activation in GATES)
+            result = b @ a
+        else:
+            result = b @ a
+            if per_token_scale is not None:
+                result = result * per_token_scale[token].double()
+            if scale is not None:
+                result = result * scale[expert].double().reshape(-1)
         if bias is not None:
             result = result + bias[expert].double()
         if activation in GATES:
@@ -95,6 +100,19 @@ def naive(
             result = FUNCTIONS[activation](result)
         out.append(result)
     return torch.stack(out) if out else torch.zeros(0, columns, dtype=torch.float64)
+
+
+def _scaled_blocks(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, gated: bool
+) -> tuple[Tensor, Tensor]:
+    """A token [K] and an expert's weights [N, K] times their scales, one per 128 of K."""
+    of_k = torch.arange(len(a)) // 128
+    halves = b.chunk(2) if gated else (b,)
+    blocks = b_scale.chunk(2) if gated else (b_scale,)
+    rows = next(r for r in (128, 64, 32) if -(-len(halves[0]) // r) == len(blocks[0]))
+    of_n = torch.arange(len(halves[0])) // rows
+    scaled = [w * s.double()[of_n][:, of_k] for w, s in zip(halves, blocks, strict=True)]
+    return a * a_scale.double()[of_k], torch.cat(scaled)
 
 
 # NaNs of a payload that no arithmetic produces: what has them was not written.

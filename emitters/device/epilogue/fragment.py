@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr, range_constexpr
+from cutlass import Float32, Int32, const_expr, range_constexpr
 
 from emitters.device.memory import GMEM, VECTOR, vector
-from emitters.spec.config_sm90 import SLICE_BYTES, GemmSm90Config, GemmSwapSm90Config
+from emitters.spec.config_sm90 import SLICE_BYTES, GemmSm90Config
+from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import N_MAJOR_BLOCK, GemmProblem, Major
+
+_FEW_SUMS = 128  # columns of 64 rows each, up to which a thread has registers to spare
 
 
 class Fragment(Protocol):
@@ -27,6 +31,7 @@ class Fragment(Protocol):
     token_count: int  # rows per thread, for which it reads tokens
     channel_count: int  # columns per thread and tile
     part_channels: int  # columns per thread and part
+    few_registers: bool  # whether a value per column of the tile is too much beside the sums
     out_columns: int  # columns of the output
     has_n_tail: bool  # whether the last tile has columns past N
 
@@ -41,6 +46,12 @@ class Fragment(Protocol):
 
     def by_channel(self, values: cute.Tensor, m: int, part: int) -> list:
         """Spreads values[channel_count] over a part: for each register, the value of its column."""
+
+    def factors(self, words: cute.Tensor, columns: int) -> Callable[[int], Float32]:
+        """Reads a box of `BlockScales`; gives the scale of each register of two-level sums.
+
+        words: its float32. columns: of the output, that share a scale of the weights.
+        """
 
     def gate_pairs(self, count: int) -> list[tuple[int, int]]:
         """The (gate, up) registers of each output, among `count` registers of a part."""
@@ -83,6 +94,7 @@ class RowsFragment:
         """
         # the first of the warp's 16 rows, in the tile or in every 64 rows of it
         self.warp_row = warp % (4 * config.warpgroups_per_tile) * 16
+        self.tile_m = config.tile_m
         self.row = self.warp_row + lane // 4
         self.m_blocks = config.warpgroup_rows // 64
         self.column = lane % 4 * 2
@@ -98,6 +110,7 @@ class RowsFragment:
         self.token_count = 2 * self.m_blocks
         self.channel_count = 2 * self.blocks
         self.part_channels = 2 * self.part_blocks
+        self.few_registers = problem.two_level and self.m_blocks * config.tile_n > _FEW_SUMS
 
     def register(self, i: int) -> int:
         if not self.by_blocks:
@@ -118,6 +131,24 @@ class RowsFragment:
         if self.gated:
             return [self.gate_or_up(values, first, i) for i in range(4 * self.part_blocks)]
         return [values[first + i // 4 * 2 + i % 2] for i in range(4 * self.part_blocks)]
+
+    def factors(self, words: cute.Tensor, columns: int) -> Callable[[int], Float32]:
+        per_block = 4 * self.blocks  # registers of 64 rows
+        groups = 8 * self.blocks // columns // (2 if self.gated else 1)  # of gates or ups
+        of_x = [words[self.token_row(i)] for i in range(self.token_count)]
+        of_weight = [words[self.tile_m + i] for i in range(groups * (2 if self.gated else 1))]
+        products = {}
+
+        def factor(register: int) -> Float32:
+            m, rest = divmod(register, per_block)
+            block, half = divmod(rest // 2, 2)
+            column, up = (block // 2 * 8, block % 2) if self.gated else (block * 8, 0)
+            pair = 2 * m + half, up * groups + column // columns
+            if pair not in products:
+                products[pair] = of_x[pair[0]] * of_weight[pair[1]]
+            return products[pair]
+
+        return factor
 
     def gate_pairs(self, count: int) -> list[tuple[int, int]]:
         return [(i, i + 4) for block in range(0, count, 8) for i in range(block, block + 4)]
@@ -231,7 +262,7 @@ class ColumnsFragment:
         self.by_blocks = problem.gated and problem.weight.major is Major.N  # gate and up
         self.warp_column = warp * (16 if self.by_blocks else config.warp_columns(problem))
         self.block_columns = (1 if self.by_blocks else 4) * config.warp_columns(problem)
-        self.m_registers = config.tile_m // 2
+        self.tile_m, self.m_registers = config.tile_m, config.tile_m // 2
         self.strides = strides
         self.m_blocks = config.tile_n // 64  # WGMMA's M is 64 columns
         self.part_rows = config.part_rows
@@ -242,6 +273,7 @@ class ColumnsFragment:
         self.has_n_tail = problem.n % config.tile_n != 0
         self.token_count = -(-config.tile_m // 32)
         self.channel_count = self.part_channels = config.tile_n // 32
+        self.few_registers = False
 
     def register(self, i: int) -> int:
         if not self.by_blocks:
@@ -266,6 +298,28 @@ class ColumnsFragment:
 
     def by_channel(self, values: cute.Tensor, m: int, part: int):
         return [values[2 * m + i // 2 % 2] for i in range(4 * self.part_blocks)]
+
+    def factors(self, words: cute.Tensor, columns: int) -> Callable[[int], Float32]:
+        groups = self.m_blocks * self.block_columns // columns  # of gates or ups
+        rows = range(2 * (self.tile_m // 8))
+        of_x = [words[8 * (i // 2) + self.lane % 4 * 2 + i % 2] for i in rows]
+        products = {}
+
+        def factor(register: int) -> Float32:
+            m, rest = divmod(register, self.m_registers)
+            row, up = rest // 4 * 2 + rest % 2, rest // 2 % 2 if self.gated else 0
+            if (m, up, row) not in products:
+                products[m, up, row] = of_x[row] * of_weight[m, up]
+            return products[m, up, row]
+
+        of_weight = {
+            (m, up): words[
+                self.tile_m + up * groups + (m * self.block_columns + self.warp_column) // columns
+            ]
+            for m in range(self.m_blocks)
+            for up in range(2 if self.gated else 1)
+        }
+        return factor
 
     def gate_pairs(self, count: int) -> list[tuple[int, int]]:
         return [(i, i + 2) for block in range(0, count, 4) for i in range(block, block + 2)]

@@ -35,13 +35,17 @@ _FEW_CHANNELS = 8  # up to this many values of a bias a thread keeps in register
 
 
 class Multiply:
-    """Multiplies by scales: one per row's token, one per column or one for the expert."""
+    """Multiplies by scales: one per row's token, one per column or one for the expert.
+
+    Those of columns are read part by part if registers can't hold a tile's beside two-level sums.
+    """
 
     def __init__(self, granularity: Granularity, fragment: Fragment, scale: cute.Pointer):
         self.granularity, self.fragment, self.scale = granularity, fragment, scale
+        self.late = granularity is Granularity.CHANNEL and fragment.few_registers
         count = {
             Granularity.TOKEN: fragment.token_count,
-            Granularity.CHANNEL: fragment.channel_count,
+            Granularity.CHANNEL: fragment.part_channels if self.late else fragment.channel_count,
             Granularity.EXPERT: 1,
         }[granularity]
         self.values = cute.make_rmem_tensor((count,), Float32)
@@ -55,12 +59,16 @@ class Multiply:
                 if tokens[i] >= 0:
                     value = scale[tokens[i]]
                 self.values[i] = value
-        elif const_expr(self.granularity is Granularity.CHANNEL):
-            self.fragment.read_channels(self.scale, self.values, 0, expert, first_column)
-        else:
+        elif const_expr(self.granularity is Granularity.EXPERT):
             self.values[0] = scale[expert]
+        elif const_expr(not self.late):
+            self.fragment.read_channels(self.scale, self.values, 0, expert, first_column)
 
     def apply(self, m: int, part: int, values: cute.Tensor, expert: Int32, first_column: Int32):
+        if self.late:
+            first = part * self.fragment.part_channels
+            self.fragment.read_channels(self.scale, self.values, first, expert, first_column)
+            part = 0
         for i, factor in enumerate(self.factors(m, part)):
             values[i] = values[i] * factor
         return values
@@ -104,8 +112,12 @@ NODES = {Bias: AddBias}
 
 
 def applied(problem: GemmProblem) -> list[Granularity | EpilogueNode]:
-    """The scales, and the nodes that read a tensor, in the order in which they are applied."""
-    scales = [scale for scale in (problem.x_scale, problem.weight_scale) if scale]
+    """The scales, and the nodes that read a tensor, in the order in which they are applied.
+
+    Scales that vary along K are applied in the main loop instead.
+    """
+    scales = [] if problem.block_rows else [problem.x_scale, problem.weight_scale]
+    scales = [scale for scale in scales if scale]
     return [*scales, *(node for node in problem.epilogue if node.operand)]
 
 

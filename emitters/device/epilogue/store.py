@@ -13,7 +13,8 @@ from cutlass.experimental import primitives as prims
 from emitters.device.epilogue.fragment import ColumnsFragment, Fragment, RowsFragment
 from emitters.device.memory import ELEMENT, GMEM, SMEM, tensor_map_address, vector
 from emitters.device.parameters import Output
-from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS, GemmSwapSm90Config
+from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS
+from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import GemmProblem
 

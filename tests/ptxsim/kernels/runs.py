@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from emitters.spec.config_sm90 import GemmSm90Config, GemmSwapSm90Config, Schedule
+from emitters.spec.config_sm90 import GemmSm90Config, Schedule
+from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType
 from emitters.spec.gemm import (
     Activation,
@@ -28,7 +29,7 @@ from emitters.spec.registry import GemmConfig
 from tests.ptxsim import schedule
 from tests.ptxsim.kernels import launch
 from tests.ptxsim.ptx import Fault
-from tests.support.cases import SCALES, Case, make_inputs
+from tests.support.cases import BLOCK_SCALES, SCALES, Case, make_inputs
 from tests.support.numerics import check
 
 SMALL = GemmSm90Config(tile_m=64, tile_n=64, stages=2)
@@ -304,7 +305,59 @@ N_MAJOR: dict[str, Run] = {
         _k(_N_FEW_GATED, 4), replace(_SWAP_128, split_k=2, tile_m=16, k_boxes=2), grid=4
     ),
 }
-RUNS = NUMBERS | SHAPES | SWAPPED | ACTIVATED | N_MAJOR
+_BLOCKS = _k(replace(BASE, accumulation=Accumulation.TWO_LEVEL, epilogue=BLOCK_SCALES), 3.125)
+_FEW_BLOCKS = replace(_BLOCKS, counts=FEW.counts)
+_BLOCK_GATED = replace(
+    _BLOCKS, n=176, k=272, epilogue=(*BLOCK_SCALES, Activation(ActivationFunction.SWIGLU))
+)
+
+
+def _blocks_of(rows: Granularity, case: Case) -> Case:
+    return replace(case, epilogue=(Granularity.TOKEN_BLOCK, rows, *case.epilogue[2:]))
+
+
+BLOCKS: dict[str, Run] = {  # scales that vary along K
+    "blocks": Run(replace(_BLOCKS, n=136)),
+    "blocks_halves": Run(
+        replace(_BLOCKS, counts=(134, 0, 3), n=264, k=272),
+        GemmSm90Config(tile_m=128, tile_n=256, stages=2),
+    ),
+    "blocks_192": Run(
+        replace(_BLOCKS, n=200, k=144), GemmSm90Config(tile_m=128, tile_n=192, stages=3)
+    ),
+    "blocks_pingpong": Run(
+        replace(_BLOCKS, counts=(200, 0, 140), k=272), replace(PINGPONG, tile_m=128, tile_n=128)
+    ),
+    "blocks_cluster": Run(
+        replace(_BLOCKS, counts=PAIRS.counts, n=136), replace(CLUSTER, tile_n=128)
+    ),
+    "blocks_table": Run(replace(_BLOCKS, n=136), storage=WeightStorage.TABLE),
+    "blocks_64": Run(_blocks_of(Granularity.BLOCK_64, replace(_BLOCKS, n=136)), _WIDE),
+    "blocks_32": Run(_blocks_of(Granularity.BLOCK_32, replace(_BLOCKS, n=72)), _WIDE),
+    "blocks_dynamic": Run(_BLOCKS, replace(SMALL, schedule=Schedule.DYNAMIC)),
+    "blocks_one_step": Run(replace(_BLOCKS, k=80, n=136)),
+    "blocks_gated": Run(_BLOCK_GATED, _WIDE),
+    "blocks_gated_256": Run(
+        replace(_BLOCK_GATED, n=528, gather=False, reads="any"), replace(SMALL, tile_n=256)
+    ),
+    "blocks_gated_32": Run(_blocks_of(Granularity.BLOCK_32, _BLOCK_GATED), _WIDE),
+    "swap_blocks": Run(replace(_FEW_BLOCKS, n=136), SWAP),
+    "swap_blocks_128": Run(
+        replace(_FEW_BLOCKS, n=264), replace(SWAP, tile_n=128, tile_m=48, k_boxes=2)
+    ),
+    "swap_blocks_32": Run(
+        _blocks_of(Granularity.BLOCK_32, replace(_FEW_BLOCKS, n=136)),
+        replace(SWAP, tile_m=16, tile_n=128),
+    ),
+    "swap_blocks_split": Run(_k(_FEW_BLOCKS, 4), replace(SWAP, split_k=2, k_boxes=2), grid=4),
+    "swap_blocks_gated": Run(
+        replace(_BLOCK_GATED, counts=FEW.counts), replace(SWAP, tile_m=32, tile_n=128)
+    ),
+    "swap_blocks_gated_64": Run(
+        _blocks_of(Granularity.BLOCK_64, replace(_BLOCK_GATED, counts=FEW.counts)), SWAP
+    ),
+}
+RUNS = NUMBERS | SHAPES | SWAPPED | ACTIVATED | N_MAJOR | BLOCKS
 _ASKED = environ.get("PTXSIM_SCHEDULES")
 SCHEDULES = int(_ASKED or 3)  # of runs that differ in their waits
 FEWER = int(_ASKED or 2)  # of runs that differ in arithmetic and addresses
