@@ -1,15 +1,13 @@
-"""`python -m perf.bench_moe_layer`: one layer, as a user calls it, four ways.
+"""`python -m perf.bench_moe_layer`: one layer, as a user calls it, three ways.
 
 padded_bmm: the module with use_grouped_gemm=False. torch: its grouped_mm between a gather and a
-weighted sum. triton: the pipeline of `perf.layer.triton`, its weights laid out beforehand.
-cutlass_moe: the module. All of them include the router, the choice of experts and the shared
-experts, and allocate what they need in the call. Without a GPU nothing is timed, and errors alone
-are printed.
+weighted sum. cutlass_moe: the module. All of them include the router, the choice of experts and the
+shared experts, and allocate what they need in the call. Without a GPU nothing is timed, and errors
+alone are printed.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -22,14 +20,15 @@ from torch.nn.functional import silu
 import cutlass_moe
 from cutlass_moe import nn
 from cutlass_moe.models.shapes import MoeShape
-from cutlass_moe.tune.timing import batch_us, flush_buffer
-from perf.layer.operands import LayerWeights
+from cutlass_moe.tune.timing import flush_buffer
+from perf.peers.prepared import Absent
 from perf.report import text_table
 from perf.rows import number
-from perf.systems import OURS, TRITON, Absent, Admission, relative_error, require, sample_rows
+from perf.systems import OURS
 from perf.timing import interleaved
 
 PADDED = "padded_bmm"
+SAMPLE = 512  # tokens whose output is checked
 SECONDS = 2.0  # of timing, all systems together
 HEADER = ("system", "error", "us", "peak MB", f"us / {PADDED}", f"peak / {PADDED}")
 Call = Callable[[], torch.Tensor]
@@ -58,7 +57,6 @@ class Bench:
         return {
             PADDED: lambda: partial(self.by_module, use_grouped_gemm=False),
             "torch": self.torch_grouped,
-            TRITON: self.triton,
             OURS: lambda: partial(self.by_module, use_grouped_gemm=True),
         }
 
@@ -83,12 +81,13 @@ class Bench:
         w1, w2 = self.module.shared_w1.to(x.dtype), self.module.shared_w2.to(x.dtype)
         return torch.matmul(self.activate(torch.matmul(x, w1)), w2).sum(0)
 
-    def weights(self) -> LayerWeights:
+    def weights(self) -> dict[str, Any]:
         """K-major, as `fused_moe` takes them."""
         m = self.module
         if self.dtype == "bf16":
-            return LayerWeights(m.w1.mT.contiguous(), m.w2.mT.contiguous(), None, None)
-        return LayerWeights(m.w1_quantized, m.w2_quantized, m.w1_scale, m.w2_scale)
+            return {"w13": m.w1.mT.contiguous(), "w2": m.w2.mT.contiguous()}
+        scales = {"w13_scale": m.w1_scale, "w2_scale": m.w2_scale}
+        return {"w13": m.w1_quantized, "w2": m.w2_quantized, **scales}
 
     def torch_grouped(self) -> Call:
         if self.dtype != "bf16":
@@ -109,35 +108,13 @@ class Bench:
 
         return call
 
-    def triton(self) -> Call:
-        require("triton")
-        if self.x.device.type != "cuda":
-            raise Absent("needs a GPU")
-        from perf.layer.triton import TritonLayer, tilings
-        from perf.product.triton import Tiling
-
-        weights, tokens = self.weights(), len(self.x)
-
-        def call(tiling: Tiling) -> torch.Tensor:
-            layer = TritonLayer(self.shape, self.dtype, tokens, tiling, self.x.device, self.gated)
-            out = torch.empty_like(self.x)
-            layer(self.x, weights, *self.choice(), out, self.shared(self.x))
-            return out
-
-        rows = tokens * self.shape.top_k / self.shape.num_experts
-        calls = [partial(call, tiling) for tiling in tilings(rows)]
-        for each in calls:
-            each()  # compiles
-        return min(calls, key=lambda each: min(batch_us(each, 5, None)))
-
     def expected(self, sample: torch.Tensor) -> torch.Tensor:
         """The sampled tokens' output in float64."""
-        weights, x = self.weights(), self.x[sample]
-        shared = self.shared(x.double())
+        x, (topk_weights, topk_ids) = self.x[sample], (each[sample] for each in self.choice())
         return cutlass_moe.fused_moe_reference(
-            x, weights.w13, weights.w2, *(each[sample] for each in self.choice()),
+            x, topk_weights=topk_weights, topk_ids=topk_ids, **self.weights(),
             quant=None if self.dtype == "bf16" else self.dtype, activation=self.activation,
-            residual=shared, compute_dtype=torch.float64, **weights.options,
+            residual=self.shared(x.double()), compute_dtype=torch.float64,
         )  # fmt: skip
 
 
@@ -194,17 +171,21 @@ def main(dtype: str, gated: bool, **size: int) -> None:
 
 def measured(bench: Bench, timed: bool) -> tuple[list[list[str]], dict[str, str]]:
     """Lines under HEADER, and why systems are missing."""
-    sample = sample_rows(len(bench.x), torch.Generator(bench.x.device).manual_seed(0))
+    sample = torch.randperm(len(bench.x), device=bench.x.device)[:SAMPLE].sort().values
     right = bench.expected(sample)
-    systems: Admission[Call] = Admission(math.inf)  # its error is shown, whatever it is
-
-    def attempt(prepare: Callable[[], Call]) -> tuple[Call, float]:
-        call = prepare()
-        return call, relative_error(call()[sample], right)
-
+    calls: dict[str, Call] = {}
+    errors: dict[str, float] = {}
+    absent: dict[str, str] = {}
     for name, prepare in bench.systems().items():
-        systems.admit(name, partial(attempt, prepare))
-    calls = systems.admitted
+        try:
+            call = prepare()
+            difference = call()[sample].double() - right
+            errors[name] = float(difference.norm() / right.norm())
+            calls[name] = call
+        except Absent as reason:
+            absent[name] = str(reason)
+        except Exception as failure:  # shown, not fatal: others are still measured
+            absent[name] = f"FAILED: {type(failure).__name__}: {failure}"
     us: dict[str, float] = {}
     peak: dict[str, float] = {}
     if timed:
@@ -214,7 +195,7 @@ def measured(bench: Bench, timed: bool) -> tuple[list[list[str]], dict[str, str]
     lines = [
         [
             name,
-            f"{systems.errors[name]:.1e}",
+            f"{errors[name]:.1e}",
             number(us.get(name)),
             number(peak.get(name)),
             over_padded(us, name),
@@ -222,7 +203,7 @@ def measured(bench: Bench, timed: bool) -> tuple[list[list[str]], dict[str, str]
         ]
         for name in calls
     ]
-    return lines, systems.absent
+    return lines, absent
 
 
 def over_padded(figures: dict[str, float], name: str) -> str:

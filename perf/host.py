@@ -25,8 +25,9 @@ from cutlass_moe.images.compiler import compile_image
 from cutlass_moe.operands import Operands, Options
 from cutlass_moe.ops import _checks, dispatch
 from cutlass_moe.runtime.kernel import Kernel
-from perf.product.cases import ProductCase, seed_cases
-from perf.product.operands import ProductTensors, ProductWeights
+from perf.cases import select
+from perf.images import problem_of
+from perf.operands import ProductInputs, weights_of
 
 CALLS = 100  # in a row, of a kernel shorter than its call: the launch queue never fills
 BATCHES = 50
@@ -57,21 +58,27 @@ def host_time(call: Callable[[], object]) -> HostTime:
 
 def call_parts() -> dict[str, float]:
     """Microseconds of a warm call of both forms, of its parts, and of what eager calls skip."""
-    case = next(case for case in seed_cases(["fp8"], ["balanced"]))
-    inputs = ProductTensors.of(case, ProductWeights.of(case))
-    optional: dict[str, Any] = {name: inputs.options.get(name) for name in Operands._fields[2:]}
-    tensors = Operands(inputs.x, inputs.weight, **optional)
-    shape, device = (case.rows, case.n), inputs.x.device
+    case = select(suites=["seed"], dtypes=["fp8"])[0]
+    inputs = ProductInputs(case, weights_of(case))
+    given: dict[str, Any] = {
+        "index": inputs.token_of.int(),
+        "offsets": inputs.ends,
+        "per_token_scale": inputs.x_scale,
+        "scale": inputs.weight.scale,
+    }
+    optional: dict[str, Any] = {name: given.get(name) for name in Operands._fields[2:]}
+    tensors = Operands(inputs.x, inputs.weight.w, **optional)
+    shape, device = (case.rows, inputs.n), inputs.x.device
     out = torch.empty(shape, dtype=torch.bfloat16, device=device)
-    into = partial(cutlass_moe.grouped_matmul_out, out, *tensors[:2], **inputs.options)
+    into = partial(cutlass_moe.grouped_matmul_out, out, *tensors[:2], **given)
     options = Options()
     choice = dispatch.choose_launch(
-        case.problem, device.index, case.x_rows, case.rows, inputs.weight.stride(), options
+        problem_of(case), device.index, len(inputs.x), case.rows, tensors.weight.stride(), options
     )
     enqueue = partial(dispatch.enqueue, choice, out, tensors)
-    whole = host_time(partial(cutlass_moe.grouped_matmul, *tensors[:2], **inputs.options))
+    whole = host_time(partial(cutlass_moe.grouped_matmul, *tensors[:2], **given))
     enqueued = host_time(enqueue)
-    plan = cutlass_moe.plan(*tensors[:2], **inputs.options, out=out)
+    plan = cutlass_moe.plan(*tensors[:2], **given, out=out)
     return {
         "grouped_matmul": whole.us,
         "least": whole.least,
@@ -125,13 +132,13 @@ def load_ms() -> dict[str, float]:
     return {"median": round(median, 2), "worst": round(worst, 2), "images": len(warm)}
 
 
-def jit_seconds(cases: list[ProductCase]) -> dict[str, float]:
+def jit_seconds() -> dict[str, float]:
     """Seconds a cache miss takes: a worker's start, the compile, the write to an empty cache.
 
     Raises CompilerNotInstalled without the DSL. Needs no GPU.
     """
     times = []
-    for problem in dict.fromkeys(case.problem for case in cases):
+    for problem in dict.fromkeys(map(problem_of, select(suites=["seed"]))):
         for config in heuristics.candidates(problem):
             with tempfile.TemporaryDirectory() as root:
                 start = time.perf_counter()

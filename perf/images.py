@@ -1,54 +1,67 @@
-"""The kernel images that a run of cases may launch."""
+"""The kernel images that a run of cases launches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
+import cutlass_moe
 from cutlass_moe.choose import heuristics_sm90 as heuristics
 from cutlass_moe.models.problems import problems_of_shape
-from emitters.spec.dtypes import DType
-from emitters.spec.layer_steps import TopkProblem
-from perf.cases import BenchCase
-from perf.layer.cases import MoeLayerCase
-from perf.product.cases import SCHEDULES, ProductCase
+from cutlass_moe.models.shapes import MoeShape
+from emitters.spec.gemm import GemmProblem
+from perf.cases import BLOCK, Case
 
 Image = tuple[Any, Any]  # problem and config
 
 
-def images_of(cases: Iterable[BenchCase]) -> list[Image]:
-    """Each image once."""
-    return list(dict.fromkeys(image for case in cases for image in KINDS[type(case)](case)))
+def images_of(cases: Iterable[Case], gpu: str = heuristics.GPU) -> list[Image]:
+    """Those that are chosen on a GPU, each once."""
+    found: dict[Image, None] = {}
+    for case in cases:
+        found |= dict.fromkeys((layer_images if case.is_layer else product_images)(case, gpu))
+    return list(found)
 
 
-def product_images(case: ProductCase) -> Iterator[Image]:
-    """The images among which an op may choose, and those of schedules that are named."""
-    problem = case.problem
-    yield from ((problem, config) for config in heuristics.candidates(problem))
-    if case.suite == "schedules":
-        rows = case.rows / case.num_experts
-        for schedule in SCHEDULES:
-            yield problem, heuristics.choose(problem, case.x_rows, rows, schedule=schedule)
+def product_images(case: Case, gpu: str) -> Iterator[Image]:
+    problem = problem_of(case)
+    x_rows = case.rows // case.slots
+    yield problem, heuristics.choose(problem, x_rows, case.rows / case.num_experts, gpu=gpu)
 
 
-def layer_images(case: MoeLayerCase) -> Iterator[Image]:
-    """The images of `fused_moe`, of its steps as `perf.layer.steps` calls them, whose activations
-    are not scaled, and of `topk_router`."""
-    # of tokens that choose among this rank's experts
-    problems = problems_of_shape(replace(case.shape, all_ranks=None), case.dtype)
-    nodes, activation = problems.up.epilogue, problems.up.activation
-    assert activation is not None
-    up = replace(problems.up, epilogue=(*nodes[:-1], replace(activation, scale=1.0)))
-    router = TopkProblem(case.shape.num_experts, DType.FP32, "softmax", 1)
-    found: set[Any] = {*problems, up, router}
-    if problems.quantize_active:
-        found.add(replace(problems.quantize_active, source_scale=1.0))
-    for problem in found - {None}:
-        yield from ((problem, config) for config in heuristics.every_config(problem))
+def problem_of(case: Case) -> GemmProblem:
+    """What a call of the product asks for: without a gather where x has a row a pair."""
+    ((n, k),) = case.products.values()
+    e, x_rows = case.num_experts, case.rows // case.slots
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    scales = {}
+    if case.dtype == "fp8_block":
+        blocks = new(e, -(-n // BLOCK), -(-k // BLOCK))
+        scales = {"per_token_scale": new(x_rows, blocks.shape[2]), "scale": blocks}
+    elif case.dtype != "bf16":
+        scales = {"per_token_scale": new(x_rows), "scale": new(e, n)}
+    return cutlass_moe.grouped_matmul_problem(
+        new(x_rows, k, dtype=case.torch_dtype),
+        new(e, n, k, dtype=case.torch_dtype),
+        index=new(case.rows, dtype=torch.int32) if case.part == "up" else None,
+        offsets=new(e, dtype=torch.int32),
+        out_dtype=torch.bfloat16,
+        **scales,
+    )
 
 
-KINDS: dict[type, Callable[[Any], Iterator[Image]]] = {
-    ProductCase: product_images,
-    MoeLayerCase: layer_images,
-}
+def layer_images(case: Case, gpu: str) -> Iterator[Image]:
+    shape = MoeShape(case.model, case.num_experts, case.top_k, case.hidden, case.inter)
+    problems = problems_of_shape(shape, case.dtype)
+    for problem in filter(None, problems):
+        if isinstance(problem, GemmProblem):
+            x_rows = case.tokens if problem.gather else case.rows
+            per_expert = case.rows / case.num_experts
+            yield problem, heuristics.choose(problem, x_rows, per_expert, gpu=gpu)
+        else:
+            yield from ((problem, config) for config in heuristics.every_config(problem))

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from cutlass_moe.images.cache import default_cache
+from perf.peers import unpacked
 from perf.timing import interleaved
 
 STREAM_BYTES = 4 << 30
 DENSE = 8192  # rows, columns and depth of the dense products
-SECONDS = 3.0
+SECONDS = 1.5
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,17 @@ class Ceilings:
 
 def versions() -> dict[str, str | list[str]]:
     """What a figure depends on besides the code. images: build identities of the cache's images."""
+    peers = {name: installed(name) for name in ("triton", "vllm", "humming-kernels", "deep_gemm")}
     return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "driver": said_by(
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
         ),
         "cuda": str(torch.version.cuda),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        **{
-            name: installed(name)
-            for name in ("triton", "cuda-bindings", "deep_gemm", "quack-kernels")
-        },
+        "cuda-bindings": installed("cuda-bindings"),
+        **peers,
+        **unpacked.versions(),
         "images": sorted({entry.record.build for entry in default_cache().entries()}),
     }
 

@@ -1,11 +1,4 @@
-"""The timing method: CUDA events around each launch, L2 flushed before it, systems in turn.
-
-Two readings of a system's time:
-- `interleaved`: what one launch takes on the GPU with nothing of its operands in L2. Every system
-  of a case gets several rounds, each in another order, so that they share the clocks' drift.
-- `captured`: launches in a row inside a CUDA graph, over distinct weights, divided by their
-  number. For work so short that starting a kernel is a good part of it.
-"""
+"""The timing method: CUDA events around each launch, L2 flushed before it, systems in turn."""
 
 from __future__ import annotations
 
@@ -20,8 +13,9 @@ from cutlass_moe.tune.timing import FLUSH_BYTES, batch_us
 
 ROUNDS = 5
 WARM_UP = 3
-MAX_BATCH = 50  # timed launches in a row: events and kernels of one batch fit the launch queue
-GRAPH_LAUNCHES = 24  # in a graph, at least
+MAX_BATCH = 20  # timed launches in a row
+HEAD_START = 8_000_000  # cycles, some 4 ms: slower hosts' launches than ours stay ahead as well
+QUICK = 4  # launches to choose among variants of one kernel
 
 Call = Callable[[], object]
 
@@ -49,11 +43,11 @@ def summarise(rounds: Sequence[Sequence[float]]) -> Timing:
     samples = sorted(us for samples in rounds for us in samples)
 
     def quantile(q: float) -> float:
-        return round(samples[round(q * (len(samples) - 1))], 3)
+        return round(samples[round(q * (len(samples) - 1))], 2)
 
-    medians = tuple(round(statistics.median(samples), 3) for samples in rounds)
+    medians = tuple(round(statistics.median(samples), 2) for samples in rounds)
     return Timing(
-        us=round(statistics.median(samples), 3),
+        us=round(statistics.median(samples), 2),
         p20=quantile(0.2),
         p80=quantile(0.8),
         rounds=medians,
@@ -61,11 +55,10 @@ def summarise(rounds: Sequence[Sequence[float]]) -> Timing:
     )
 
 
-def quick_us(call: Call, flush: torch.Tensor, seconds: float = 0.01) -> float:
+def quick_us(call: Call, flush: torch.Tensor | None) -> float:
     """Median of a few launches: enough to choose among variants of one kernel."""
     call()
-    estimate = statistics.median(batch_us(call, WARM_UP, flush))
-    return statistics.median(batch_us(call, launches_within(seconds, estimate), flush))
+    return statistics.median(batch_us(call, QUICK, flush))
 
 
 def launches_within(seconds: float, us: float) -> int:
@@ -81,46 +74,20 @@ def interleaved(
     share = seconds / (ROUNDS * max(1, len(calls)))
     launches = {}
     for name, call in calls.items():
-        for _ in range(WARM_UP):
-            call()
-        launches[name] = launches_within(share, statistics.median(batch_us(call, 3, flush)))
+        us = statistics.median(batch_us(call, WARM_UP, flush))
+        launches[name] = launches_within(share, us)
     rounds: dict[str, list[list[float]]] = {name: [] for name in calls}
     order = random.Random(0)
     for _ in range(ROUNDS):
         for name in order.sample(list(calls), len(calls)):
-            rounds[name].append(batch_us(calls[name], launches[name], flush))
+            rounds[name].append(batch_us(calls[name], launches[name], flush, HEAD_START))
     return {name: summarise(samples) for name, samples in rounds.items()}
 
 
-def capture(launches: Sequence[Call], number: int) -> Call:
-    """Replays a graph of `number` launches, taken in turn. Each of them runs once before."""
-    for launch in launches:
-        launch()
+def capture(launch: Call) -> Call:
+    """Replays a graph of one launch, which has run once before."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for i in range(number):
-            launches[i % len(launches)]()
+        launch()
     return graph.replay
-
-
-def launches_captured(distinct: int) -> int:
-    """Launches in a graph of `distinct` ones: each as often as the others."""
-    return distinct * max(1, -(-GRAPH_LAUNCHES // distinct))
-
-
-def captured(replays: Mapping[str, Call], launches: int, seconds: float) -> dict[str, Timing]:
-    """Timing of one of the `launches` inside each graph, graphs replayed in turns."""
-    timings = interleaved(replays, seconds, None)
-    return {name: divided(timing, launches) for name, timing in timings.items()}
-
-
-def divided(timing: Timing, parts: int) -> Timing:
-    """The timing of one of `parts` equal parts."""
-    return Timing(
-        us=round(timing.us / parts, 3),
-        p20=round(timing.p20 / parts, 3),
-        p80=round(timing.p80 / parts, 3),
-        rounds=tuple(round(us / parts, 3) for us in timing.rounds),
-        samples=timing.samples,
-    )

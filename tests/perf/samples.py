@@ -1,45 +1,47 @@
-"""What several tests of the benchmarks need: ceilings, small cases, a run, a layer by torch."""
+"""What several tests of the benchmarks need: ceilings, small cases, records of a run."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
-import pytest
-import torch
-
-from cutlass_moe.models.shapes import MoeShape
-from perf.layer.cases import MoeLayerCase
+from perf.cases import Case
 from perf.machine import Ceilings
-from perf.product.cases import ProductCase
-from perf.suites import LAYER_SUITES, SUITES
+from perf.routing import draw_topk_ids, load_of
+from perf.store import empty
 
 H200 = Ceilings(4424, 4255, 1365, 906, 689, 2.0)
+GPU = "Some GPU"
+RUN = "2026-01-02T03:04:05+00:00"
 ABOUT = {
     "commit": "0123456789ab",
     "command": "python -m perf run",
-    "versions": {"gpu": "Some GPU", "driver": "1", "cuda": "13.0", "torch": "2", "triton": "3"},
+    "versions": {"driver": "1", "cuda": "13.0", "torch": "2", "vllm": "0.1", "images": ["x"]},
     "ceilings": asdict(H200),
 }
-PRODUCTS = [suite for suite in SUITES if suite not in LAYER_SUITES]
-SMALL = ProductCase("gemm", "m", "fp8", 37, "up", num_experts=5, top_k=2, n=48, k=32)
-
-SHAPE = MoeShape("small", num_experts=5, top_k=2, hidden=32, inter=48)  # one of MODELS: conftest
-LAYERS = [MoeLayerCase("layer", SHAPE.name, dtype, 37) for dtype in ("fp8", "int8", "bf16")]
-CHAIN = MoeLayerCase("chain", SHAPE.name, "int8", 3, layers=3)
-each_case = pytest.mark.parametrize("case", [*LAYERS, CHAIN], ids=lambda case: case.id)
+UP = Case("models", "m", "up", "fp8", 37, num_experts=5, top_k=2, hidden=128, inter=64)
 
 
-def dense(
-    hidden, w13, w2, topk_weights, topk_ids, *, residual=None, w13_scale=None, w2_scale=None, **_
-) -> torch.Tensor:
-    """Every expert on every token, in float64; quantises weights alone."""
-    up, down = (
-        w.double() * (1 if scale is None else scale[..., None].double())
-        for w, scale in ((w13, w13_scale), (w2, w2_scale))
-    )
-    gate, up = torch.einsum("th,enh->etn", hidden.double(), up).chunk(2, -1)
-    each = torch.einsum("eti,ehi->eth", torch.nn.functional.silu(gate) * up, down)
-    shares = torch.zeros(len(hidden), len(w13), dtype=torch.float64)
-    shares.scatter_(1, topk_ids.long(), topk_weights.double())
-    out = torch.einsum("te,eth->th", shares, each)
-    return out if residual is None else out + residual.double()
+def record_of(case: Case, us: dict[str, float], run: str = RUN) -> dict[str, Any]:
+    """A case's record in which systems took so many microseconds."""
+    return {
+        "run": run,
+        "case": asdict(case),
+        "load": asdict(load_of(case, draw_topk_ids(case))),
+        "systems": {
+            name: {
+                "us": t, "p20": t, "p80": t, "rounds": [t, 1.01 * t], "samples": 5,
+                "error": 1e-3, "note": "",
+            }
+            for name, t in us.items()
+        },
+        "absent": {} if "humming" in us else {"humming": "not importable: humming"},
+    }  # fmt: skip
+
+
+def contents_of(measured: list[tuple[Case, dict[str, float]]], gpu: str = GPU) -> dict[str, Any]:
+    """A results file of one run."""
+    contents = empty(gpu)
+    contents["runs"][RUN] = {"date": RUN, **ABOUT}
+    contents["cases"] = {case.id: record_of(case, us) for case, us in measured}
+    return contents

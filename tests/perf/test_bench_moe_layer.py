@@ -38,7 +38,7 @@ def test_every_way_computes_the_layer(options: str) -> None:
     for system in ("padded_bmm", "torch", "cutlass_moe"):
         assert 0 < float(printed[system][0]) < 1e-2
         assert printed[system][1:] == ["-"] * 4
-    assert "triton:" in printed
+    assert "triton:" not in printed
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "int8"])

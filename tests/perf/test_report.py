@@ -1,323 +1,282 @@
-"""Results on disk, what is made of them, and the command line of the benchmarks."""
+"""Results: the file, how runs are merged, the tables and claims made of it, the commands."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-from emitters.spec.config_sm90 import GemmSm90Config
-from perf import report
-from perf.__main__ import README, main
-from perf.images import images_of
-from perf.product.cases import SCHEDULES, ProductCase
-from perf.product.figures import product_figures
-from perf.product.routing import draw_topk_ids, workload
-from perf.product.rows import RIVALS, ProductRow, product_row_of
-from perf.rows import PUBLISHED, load_published
-from perf.store import RESULTS, ResultFile, default_path, load
-from perf.suites import SUITES, select
-from tests.perf.samples import ABOUT, H200, PRODUCTS, SMALL
+from perf import report, store
+from perf.__main__ import main
+from perf.cases import FIGURE_MODELS, FIGURE_TOKENS, of_shape, select
+from perf.images import images_of, problem_of
+from perf.measure import Broken
+from perf.rows import claims_of, rows_of
+from perf.store import RESULTS, ResultFile, load
+from perf.systems import LAYERS, OURS, PRODUCTS
+from tests.perf.samples import ABOUT, GPU, H200, RUN, UP, contents_of, record_of
+from tests.test_house import ROOT
 
-ROOT = Path(__file__).parents[2]
-
-
-def record_of(
-    case: ProductCase, us: dict[str, float], absent: dict[str, str] | None = None
-) -> dict:
-    figures = {
-        name: {"us": value, "rounds": [value, 1.1 * value], "graph_us": 0.9 * value}
-        for name, value in us.items()
-    }
-    load_ = workload(case, draw_topk_ids(case))
-    return {
-        "case": asdict(case),
-        "workload": asdict(load_),
-        "systems": figures,
-        "absent": absent or {},
-    }
+LATER = "2026-02-02T03:04:05+00:00"
+FEW, SOME, MANY = (of_shape("mixtral", "up", "fp8", t) for t in (4, 64, 4096))
+SEED = select(suites=["seed"], dtypes=["fp8"])[0]
+LAYERS_OF_FIGURE = [of_shape(m, "layer", "fp8", t) for m in FIGURE_MODELS for t in FIGURE_TOKENS]
+MEASURED = contents_of(
+    [
+        (FEW, {OURS: 10.0, "vllm_best": 12.0, "humming": 11.0}),
+        (SOME, {OURS: 10.0, "vllm_best": 9.0, "humming": 11.0}),
+        (MANY, {OURS: 100.0, "vllm_best": 130.0, "deepgemm": 125.0}),
+        (replace(MANY, routing="zipf"), {OURS: 100.0, "vllm_best": 150.0}),
+        (SEED, {OURS: 10.0, "vllm": 8.0}),
+        (of_shape("mixtral", "up", "int8", 4), {OURS: 10.0}),
+        (of_shape("mixtral", "up", "bf16", 4), {"torch": 10.0}),
+        *((case, {OURS: 10.0, "vllm": 20.0, "humming": 15.0}) for case in LAYERS_OF_FIGURE),
+    ]
+)
 
 
-@pytest.fixture
-def results(tmp_path):
-    """A results file with one model's fp8 and bf16 products and the shapes of another suite."""
-    store = ResultFile(tmp_path / "some-gpu.json", ABOUT)
-    suites = [suite for suite in PRODUCTS if suite != "decode"]
-    for case in select(suites, ["qwen3-30b"], ["fp8", "bf16"], (1, 1024)):
-        case = replace(case, tokens=min(case.tokens, 1024))
-        us = {"cutlass_moe": 10.0, "triton": 20.0, "torch": 15.0}
-        store.add_case(case.id, record_of(case, us, {"quack": "not importable"}))
-    store.add_host("call", {"call": 9.5, "rest": 1.5})
-    return store.path
+def claims(contents: dict) -> dict:
+    return {one.name: one for one in claims_of(rows_of(contents))}
 
 
-def test_store_keeps_the_latest_record_of_a_case_and_the_runs_in_use(tmp_path) -> None:
-    path = tmp_path / "deep" / "gpu.json"
-    other = replace(SMALL, dtype="bf16")
-    assert default_path("NVIDIA H200").name == "nvidia-h200.json"
-    first = ResultFile(path, {**ABOUT, "commit": "first"})
-    first.run = "2000-01-01"
-    first.contents["runs"] = {"2000-01-01": {"commit": "first"}}
-    first.add_case(SMALL.id, record_of(SMALL, {"triton": 1.0}))
-    first.add_case(other.id, record_of(other, {"triton": 2.0}))
-
-    second = ResultFile(path, {**ABOUT, "commit": "second"})
-    second.add_case(SMALL.id, record_of(SMALL, {"triton": 3.0}))
-    contents = load(path)
-    assert contents["cases"][SMALL.id]["systems"]["triton"]["us"] == 3.0
-    assert {run["commit"] for run in contents["runs"].values()} == {"first", "second"}
-    second.add_case(other.id, record_of(other, {"triton": 4.0}))
-    assert [run["commit"] for run in load(path)["runs"].values()] == ["second"]
-    assert [file.name for file in path.parent.iterdir()] == ["gpu.json"]
+# The file
 
 
-def test_store_refuses_other_files(tmp_path) -> None:
-    path = tmp_path / "x.json"
-    path.write_text("[]")
+def test_a_run_goes_on_where_it_stopped_and_another_commit_begins_anew(tmp_path) -> None:
+    path = tmp_path / "gpu.json"
+    first = ResultFile(path, GPU, ABOUT)
+    cases = [FEW, SOME, MANY]
+    assert first.left(cases) == cases
+    first.add_case(SOME.id, record_of(SOME, {OURS: 1.0}))
+    first.add_broken(MANY.id, "humming", "FAILED")
+    again = ResultFile(path, GPU, ABOUT)
+    assert again.left(cases) == [FEW, MANY]
+    assert again.contents["broken"] == {MANY.id: {"humming": "FAILED"}}
+    assert ResultFile(path, GPU, {**ABOUT, "commit": "other"}).left(cases) == cases
+    with pytest.raises(ValueError, match="must hold results of Other GPU, got Some GPU"):
+        ResultFile(path, "Other GPU", ABOUT)
+
+
+def test_a_case_is_replaced_as_a_whole_and_runs_without_cases_are_dropped(tmp_path) -> None:
+    path = tmp_path / "gpu.json"
+    store.write(path, MEASURED)
+    assert load(path) == MEASURED
+    results = ResultFile(path, GPU, {**ABOUT, "commit": "new"})
+    for case_id in MEASURED["cases"]:
+        results.add_case(case_id, {"systems": {}, "absent": {}})
+    assert list(load(path)["runs"]) == [results.run]
+    assert load(path)["cases"][FEW.id] == {"systems": {}, "absent": {}, "run": results.run}
+    lines = path.read_text().splitlines()
+    assert len(lines) < len(MEASURED["cases"]) + 20  # a case on a line
+    (tmp_path / "no.json").write_text('{"cases": {}}')
     with pytest.raises(ValueError, match="must hold results"):
-        load(path)
+        load(tmp_path / "no.json")
 
 
-def test_row_compares_with_the_best_other_system() -> None:
-    case = replace(SMALL, tokens=4096)
-    published = {"deepgemm": {"tflops": 1.0}, "triton": {"us": 1.0}}
-    record = record_of(case, {"cutlass_moe": 4.0, "triton": 12.0, "torch_gemm": 2.0})
-    row = product_row_of(record, ABOUT, published)
-    flops_us = 2 * case.rows * case.n * case.k / 1e6
-    assert row.us["deepgemm"] == pytest.approx(flops_us)
-    assert row.published == {"deepgemm"}  # triton was measured: the run's own figure stands
-    assert (row.best_rival, row.speedup) == ("triton", 3.0)
-    assert row.tflops("cutlass_moe") == pytest.approx(flops_us / 4)
-    lonely = product_row_of(record_of(case, {"triton": 12.0}), ABOUT, {})
-    assert (lonely.speedup, lonely.spread) == (None, None)
-    assert report.cells(lonely)[-1] == "-"
+def test_merged_results_say_which_run_gave_what() -> None:
+    other = contents_of([(SOME, {OURS: 5.0}), (UP, {OURS: 6.0})])
+    other["runs"] = {LATER: {**ABOUT, "date": LATER}}
+    for record in other["cases"].values():
+        record["run"] = LATER
+    for merged in (store.merge(MEASURED, other), store.merge(other, MEASURED)):
+        assert set(merged["runs"]) == {RUN, LATER}
+        assert merged["cases"][SOME.id] == other["cases"][SOME.id]
+        assert merged["cases"][UP.id]["run"] == LATER
+        assert merged["cases"][FEW.id]["run"] == RUN
+    with pytest.raises(ValueError, match="must be of one GPU"):
+        store.merge(MEASURED, {**other, "gpu": "Other"})
 
 
-def rows_with(
-    cases: list[ProductCase], us: dict[str, float], **published: dict
-) -> list[ProductRow]:
-    return [product_row_of(record_of(case, us), ABOUT, published) for case in cases]
+# Claims and tables
 
 
-def figures_of(rows: list[ProductRow]) -> dict:
-    return {figure.name: figure for figure in product_figures(rows)}
-
-
-def test_figures_of_prefill_against_peers() -> None:
-    one, two = select(["gemm"], ["mixtral"], ["fp8"], (1, 1024, 8192))[1:3]
-    rows = rows_with([one], {"cutlass_moe": 10.0, "triton": 20.0, "torch": 9.0})
-    rows += rows_with([two], {"cutlass_moe": 10.0, "triton": 45.0, "torch_gemm": 5.0})
-    rows += rows_with(select(["gemm"], ["mixtral"], ["fp8"], (1, 32768)), {"cutlass_moe": 1.0})
-    found = figures_of(rows)
-    assert found["fp8: triton / ours"].cells[1:6] == ["3.000", "2.000", "-", "2", "2"]
-    assert found["fp8: best peer / ours"].ratios == {one_name(one): 0.9, one_name(two): 4.5}
-    assert found["fp8: best peer / ours"].cells[5:] == ["1", one_name(one)]
-    assert found["fp8: torch_gemm / ours"].ratios == {one_name(two): 0.5}
+def test_claims_name_mean_worst_losses_and_leaders() -> None:
+    found = claims(MEASURED)
+    products = found["fp8 products"]
+    assert products.mean == pytest.approx((1.1 * 0.9 * 1.25) ** (1 / 3))
+    assert (products.worst, products.slower, len(products.rows)) == (0.9, 1, 3)
+    assert products.leaders == [("humming", 1), ("vllm_best", 1), ("deepgemm", 1)]
+    assert found["fp8 products, 1 to 8 tokens"].worst == pytest.approx(1.1)
+    assert found["fp8 products, 16 to 256 tokens"].slower == 1
+    assert found["fp8 products, 512 to 16,384 tokens"].mean == pytest.approx(1.25)
+    assert found["products, skewed routing"].mean == pytest.approx(1.5)
+    assert found["products, other shapes"].mean == pytest.approx(0.8)
+    assert found["fp8 layers"].mean == pytest.approx(1.5)
+    # a case without ours, or without another, has no ratio
     assert not any(name.startswith(("int8", "bf16")) for name in found)
 
 
-def one_name(case: ProductCase) -> str:
-    return f"{case.model} {case.gemm} {case.dtype} {case.tokens}"
+def test_floor_is_the_longer_of_bytes_and_arithmetic() -> None:
+    rows = {row.case.id: row for row in rows_of(MEASURED)}
+    few, many = rows[FEW.id], rows[MANY.id]
+    read = few.load.active_experts * 28672 * 4096 + 4 * 4096 + 8 * 28672 * 2
+    assert few.floor == pytest.approx(read / 4424e3)
+    assert many.floor == pytest.approx(2 * 8192 * 28672 * 4096 / 1365e6)
+    assert H200.tflops("int8") == H200.tflops("fp8_block") == 1365
 
 
-def test_figures_mark_published_peers() -> None:
-    (case,) = select(["deepgemm"])[:1]
-    (row,) = rows_with([case], {"cutlass_moe": 1e3}, deepgemm={"tflops": 1000.0})
-    ((name, ratio),) = figures_of([row])["deepgemm / ours, its own shapes"].ratios.items()
-    assert name.endswith("32768†")
-    assert ratio == pytest.approx(2 * 32768 * 6144 * 7168 / 1e18 * 1e6)
+def test_full_report_names_the_best_in_every_case() -> None:
+    text = report.full_report(MEASURED)
+    peers = [name for name in PRODUCTS if name != OURS]
+    assert f"| ours | +-% | {' | '.join(peers)} | best | / ours |" in text
+    lines = [line for line in text.splitlines() if line.startswith("| mixtral up | ")]
+    assert [line.split(" | ")[-2] for line in lines[:3]] == ["humming", "vllm_best", "deepgemm"]
+    assert [line.split(" | ")[-1] for line in lines[:3]] == ["1.10 |", "0.90 |", "1.25 |"]
+    assert "## fp8, layers" in text and "## int8, products" in text
+    assert "humming: not importable: humming (cases: 5, first models/mixtral/up/fp8/4096" in text
+    assert "vllm 0.1" in text and "0123456789ab" in text and "22 cases" in text
 
 
-def test_figures_against_floors_and_dense_rate() -> None:
-    cases = select(["gemm"], ["mixtral"], ["fp8", "bf16"], (1024, 8192))
-    rows = rows_with(cases, {"cutlass_moe": 5000.0})
-    found = figures_of(rows)
-    dense_rate = "bf16: dense / ours, 512 rows an expert, the run's ceilings"
-    above, below = (f"{span}, published ceilings" for span in ("T >= 8192", "T < 8192"))
-    assert len(found[f"all: floor64 / ours, {above}"].ratios) == 4
-    assert len(found[f"bf16: floor64 / ours, {below}"].ratios) == 2
-    up = next(r for r in rows if (r.case.dtype, r.case.gemm, r.case.tokens) == ("bf16", "up", 8192))
-    dense = found[dense_rate].ratios
-    assert set(dense) == {"mixtral up bf16 8192", "mixtral down bf16 8192"}
-    flops64 = 2 * up.load.rows64 * 28672 * 4096
-    assert dense[up.name] == pytest.approx(flops64 / 689e6 / 5000.0)
-    slow = replace(H200, bf16_tflops=344.5, fp8_tflops=1, read_gbs=1)
-    slower = figures_of([replace(row, ceilings=slow) for row in rows])
-    assert slower[dense_rate].ratios[up.name] == pytest.approx(2 * dense[up.name])
-    published = f"all: floor64 / ours, {above}"
-    assert slower[published].ratios == found[published].ratios
+def test_readme_has_a_column_of_each_gpu_and_says_where_others_are_faster() -> None:
+    other = contents_of([(FEW, {OURS: 10.0, "vllm": 30.0})], "Other GPU")
+    text = report.readme_part([MEASURED, other])
+    assert "| best of the others / ours | Some GPU | Other GPU |" in text
+    assert "| fp8 products | 1.07 (0.90; 1 of 3) | 3.00 (3.00; 0 of 1) |" in text
+    assert "| fp8 layers | 1.50 (1.50; 0 of 15) | - |" in text
+    assert "Where others are faster on an Some GPU: 2 cases." in text
+    assert "| seed e8 up | fp8 | 64 | 10.0 | vllm | 8.0 | 0.80 |" in text
+    front = report.front_part([MEASURED, other])
+    assert "| fp8 layers | 1.50 (1.50; 0 of 15) | - |" in front and "tokens |" not in front
 
 
-def test_figures_of_int8_and_of_skew_take_the_slowest() -> None:
-    rows = []
-    for case in select(["gemm", "schedules"], ["mixtral"], tokens=(8192,)):
-        up = case.gemm == "up"
-        us = {"fp8": 100.0, "int8": 104.0 if up else 98.0, "bf16": 200.0}[case.dtype]
-        us *= {"balanced": 1.0, "zipf": 1.2 if up else 1.1, "half": 0.9}[case.routing]
-        rows += rows_with([case], {"cutlass_moe": us})
-    found = figures_of(rows)
-    assert found["int8 / fp8, ours"].ratios == {
-        "mixtral up int8 8192": 1.04,
-        "mixtral down int8 8192": 0.98,
+def test_reasons_come_once_and_failures_first() -> None:
+    records = {
+        "one": {"absent": {"humming": "not\nimportable", "torch": "FAILED: x"}},
+        "two": {"absent": {"humming": "not importable"}},
     }
-    assert found["int8 / fp8, ours"].cells[2] == "1.040"
-    assert found["zipf / balanced, ours"].cells[1:5] == ["1.149", "1.200", "-", "6"]
-    assert found["half / balanced, ours"].cells[2] == "0.900"
-
-
-def test_figures_of_few_tokens_and_whether_they_meet_their_targets() -> None:
-    cases = select(["decode"], ["mixtral"], ["fp8"])
-    us = {"triton": 11.6, "torch": 20.0, "stream": 9.5}
-    rows = [
-        *rows_with([c for c in cases if c.tokens <= 4], {**us, "cutlass_moe": 10.0}),
-        *rows_with([c for c in cases if 4 < c.tokens <= 8], {**us, "cutlass_moe": 11.7}),
-        *rows_with([c for c in cases if c.tokens > 8], {**us, "cutlass_moe": 9.8}),
+    assert report.reasons(records) == [
+        "torch: FAILED: x (cases: 1, first one)",
+        "humming: not importable (cases: 2, first one)",
     ]
-    found = figures_of(rows)
-    verdicts = {name.removeprefix("fp8: "): figure.verdict for name, figure in found.items()}
-    assert verdicts["best peer / ours, T <= 4"] == ">= 1.15 met"
-    assert verdicts["best peer / ours, T 8..512"] == ">= 1.03 met"
-    assert verdicts["ours / stream, T < 16"] == "<= 1.10 met"
-    assert verdicts["ours / stream, T >= 16"] == "<= 1.04 met"
-    assert verdicts["ours / stream, zipf"] == "<= 1.05 met"
-    assert verdicts["best peer / stream, T <= 512"] == ">= 1.00 each met"
-    within = found["fp8: best peer, with our spread / ours, T <= 512"]
-    assert within.verdict == ">= 1.00 each met"  # 1% slower, with a spread of 10%
-    slower = [replace(row, us={**row.us, "cutlass_moe": 13.0}) for row in rows]
-    assert all("MISSED" in f.verdict for n, f in figures_of(slower).items() if "/ ours, T" in n)
 
 
-def test_bf16_is_held_against_the_best_of_triton_and_torch() -> None:
-    cases = select(["decode"], ["mixtral"], ["bf16"])
-    rows = rows_with(cases, {"cutlass_moe": 10.0, "triton": 10.4, "torch": 11.0, "quack": 9.0})
-    figure = figures_of(rows)["bf16: best of triton, torch / ours, T <= 512"]
-    assert figure.verdict == ">= 1.03 met"
-    assert set(figure.ratios.values()) == {1.04}
-
-
-def test_figures_of_the_tutorial() -> None:
-    cases = select(["tutorial"], dtypes=["fp8"])
-    found = figures_of(rows_with(cases, {"cutlass_moe": 400.0, "padded_bmm": 600.0}))
-    padded = found["fp8: padded_bmm / ours, tutorial, ragged"]
-    assert padded.ratios == {f"e8 4096x2048 fp8 {t} ragged": 1.5 for t in (1060, 33920)}
-    (ratio,) = found["fp8: dense / ours, tutorial"].ratios.values()
-    assert 1.0 < ratio / (2 * 32768 * 4096 * 2048 / 1365e6 / 400.0) < 1.02
-
-
-def test_schedules_stand_side_by_side() -> None:
-    cases = select(["schedules"], ["mixtral"])[:3]
-    rows = rows_with(cases[:1], {"cutlass_moe": 10.0, "static": 11.0})
-    rows += rows_with(cases[1:], {"cutlass_moe": 12.0, "static": 13.0})
-    lines = [report.schedule_lines(rows)[i] for i in (0, 1, 2)]
-    static = report.SCHEDULES_HEADER.index("static")
-    assert [line[static] for line in lines] == ["11.0", "13.0", "13.0"]
-    assert [line[-1] for line in lines] == ["-", "1.20", "1.20"]
-    assert [header[0] for header, _ in report.tables(rows, [])] == ["schedules", "figure"]
-
-
-def test_published_figures_name_cases_and_systems() -> None:
-    published = load_published()["cases"]
-    assert set(published) <= {case.id for case in select(SUITES)}
-    assert {name for systems in published.values() for name in systems} <= set(RIVALS)
-
-
-def test_the_full_table_fits_what_is_kept_of_a_long_output() -> None:
-    us = dict.fromkeys(("cutlass_moe", "triton", "torch", "torch_gemm", "deepgemm"), 3456.7)
-    tokens = (1, 16, 128, 1024, 1024)
-    cases = [c for t in tokens for c in select(["gemm"], tokens=(t,))]
-    (table, *_) = report.tables([product_row_of(record_of(c, us), ABOUT, {}) for c in cases], [])
-    table = report.text_table(*table)
-    assert len(table.splitlines()) == 91
-    assert len(table) < 11_000
-
-
-def test_summary_says_loudly_what_failed_and_ends_with_the_table(results) -> None:
-    contents = load(results)
-    ids = list(contents["cases"])[:3]
-    contents["cases"][ids[1]]["absent"]["torch"] = "WRONG: relative error 0.5"
-    lines = report.summary(contents, ids, 5).splitlines()
-    assert lines[0] == f"WRONG: relative error 0.5: torch (cases: 1, first {ids[1]})"
-    assert lines[1].startswith("not importable: quack (cases: 3")
-    assert [line.split()[0] for line in lines[-5:-1]] == ["model", "e8", "e64", "e8"]
-    assert lines[-1].startswith("3 of 5 cases, STOPPED by the budget, 1 kinds of FAILED")
-
-
-def test_readme_table_goes_between_the_markers() -> None:
+def test_part_goes_between_the_markers() -> None:
     text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     assert report.insert(text, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
     with pytest.raises(ValueError, match="markers"):
         report.insert("nothing here", "new")
 
 
-def test_report_writes_readme_table_and_plots(results, tmp_path) -> None:
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_tables_are_of_the_committed_results(path: Path) -> None:
+    """`python -m perf report` wrote them."""
+    assert path.with_suffix(".md").read_text() == report.full_report(load(path))
+    files = [load(each) for each in sorted(RESULTS.glob("*.json"))]
+    text = (ROOT / "perf/README.md").read_text()
+    assert report.insert(text, report.readme_part(files)) == text
+
+
+# Commands
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(main, arguments)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty perf/results, and pages to write to."""
+    for module in ("perf.store", "perf.__main__"):
+        monkeypatch.setattr(f"{module}.RESULTS", tmp_path / "results")
+    pages = {tmp_path / "perf.md": report.readme_part, tmp_path / "front.md": report.front_part}
+    for page in pages:
+        page.write_text(f"# Title\n{report.BEGIN}\n{report.END}\nend\n")
+    monkeypatch.setattr("perf.__main__.PAGES", pages)
+    return tmp_path
+
+
+def test_merge_and_report_write_all_pages(folder) -> None:
     pytest.importorskip("matplotlib")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n{report.BEGIN}\n{report.END}\nend\n")
-    answer = CliRunner().invoke(
-        main, ["report", "--results", str(results), "--readme", str(readme)]
-    )
+    assert "there must be results in" in invoke("report").output
+    part = folder / "part.json"
+    store.write(part, MEASURED)
+    assert "22 cases" in invoke("merge", str(part), str(part)).output
+    answer = invoke("report")
     assert answer.exit_code == 0, answer.output
-    text = readme.read_text()
-    assert text.startswith("# Title\n") and text.endswith("end\n")
-    assert "| qwen3-30b up | 10.0 (1.50) | 10.0 (1.50) |" in text
-    assert "torch 15.0 | 1.50 |" in text
-    full = results.with_suffix(".md").read_text()
-    assert "qwen3-30b up fp8 1024" in full
-    assert "| bf16: torch / ours | 1.500 | 1.500 | - | 2 | 2 |" in full
-    assert "| qwen3-30b up fp8 1024 half |" in full
-    assert "not importable: quack (cases: 44" in full
-    assert "call 9.5" in full
-    assert not list(tmp_path.glob("*.svg"))  # no layers
-    plots = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert plots == ["some-gpu-qwen3-30b-bf16.png", "some-gpu-qwen3-30b-fp8.png"]
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in plots)
+    assert {path.name for path in (folder / "results").iterdir()} == {
+        "some-gpu.json", "some-gpu.md", "some-gpu-layer.svg", "some-gpu-ratios.svg",
+    }  # fmt: skip
+    for page in ("perf.md", "front.md"):
+        text = (folder / page).read_text()
+        assert text.startswith("# Title\n") and text.endswith("end\n")
+        assert "| fp8 products | 1.07 (0.90; 1 of 3) |" in text
+    assert "1.50x" in (folder / "results/some-gpu-layer.svg").read_text()
+    (folder / "front.md").write_text("no markers")
+    assert "markers" in invoke("report").output
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> None:
+    """A run without a GPU: measuring gives the sample's record."""
+
+    def measure_all(cases, systems, broken, budget):
+        for case in cases:
+            if "torch" not in broken.get(case.id, {}) and case == SOME:
+                raise Broken(case, "torch", "FAILED: illegal address")
+            yield case, record_of(case, {OURS: 10.0, "vllm": 20.0})
+
+    monkeypatch.setattr("perf.__main__.need_gpu", lambda: None)
+    monkeypatch.setattr("perf.__main__.ceilings", lambda: H200)
+    monkeypatch.setattr("perf.__main__.measure_all", measure_all)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: GPU)
+
+
+def test_run_resumes_after_a_peer_broke_it(gpu, tmp_path) -> None:
+    out = tmp_path / "out.json"
+    words = "--model mixtral --part up --dtype fp8 --tokens 64,4 --commit abc --out"
+    options = words.split(" ")
+    first = invoke("run", *options, str(out))
+    assert first.exit_code == 3, first.output
+    assert "torch: FAILED: illegal address" in first.output
+    done = set(load(out)["cases"])
+    second = invoke("run", *options, str(out))
+    assert second.exit_code == 0, second.output
+    assert set(load(out)["cases"]) == {FEW.id, SOME.id}
+    assert f"{2 - len(done)} of {2 - len(done)} cases" in second.output
+    assert load(out)["runs"].popitem()[1]["commit"] == "abc"
+    assert "0 of 0 cases" in invoke("run", *options, str(out)).output
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["run", "--suite", "nope"], "got 'nope'"),
+        (["run", "--system", "nope"], "got 'nope'"),
         (["build", "--tokens", "many"], "many"),
-        (["report"], "results"),
+        (["merge", "none.json"], "none.json"),
     ],
     ids=" ".join,
 )
-def test_command_line_says_what_is_wrong(arguments, message, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr("perf.__main__.need_gpu", lambda: None)
-    monkeypatch.setattr("perf.store.RESULTS", tmp_path)
-    answer = CliRunner().invoke(main, arguments)
+def test_commands_say_what_is_wrong(gpu, arguments, message, tmp_path) -> None:
+    answer = invoke(*arguments)
     assert answer.exit_code != 0
     assert message in answer.output
 
 
-def test_build_compiles_what_each_schedule_launches(monkeypatch) -> None:
-    config = GemmSm90Config(64, 64)
-    monkeypatch.setattr("cutlass_moe.choose.heuristics_sm90.candidates", lambda problem: (config,))
-    monkeypatch.setattr(
-        "cutlass_moe.choose.heuristics_sm90.choose",
-        lambda problem, tokens, rows, schedule: replace(config, group_m=SCHEDULES.index(schedule)),
-    )
-    case = select(["schedules"])[0]
-    assert images_of([replace(case, suite="gemm")]) == [(case.problem, config)]
-    groups = [config.group_m for _, config in images_of([case])]
-    assert groups == [config.group_m, *range(len(SCHEDULES))]
+# Images
 
 
-def test_committed_tables_are_of_the_committed_results() -> None:
-    """`python -m perf report` wrote them."""
-    (path,) = RESULTS.glob("*.json")
-    contents = load(path)
-    rows = report.rows_of(contents)
-    text = README.read_text()
-    assert report.insert(text, report.readme_table(contents, *rows)) == text
-    assert path.with_suffix(".md").read_text() == report.full_report(contents, *rows)
-    assert path.with_name(f"{path.stem}-layer.svg").name in (ROOT / "README.md").read_text()
+def test_images_are_those_that_are_launched() -> None:
+    up, down = problem_of(FEW), problem_of(of_shape("mixtral", "down", "fp8", 4))
+    assert (up.n, up.k, up.gather, down.gather) == (28672, 4096, True, False)
+    assert (up.x_scale, up.weight_scale) == ("token", "channel")
+    assert problem_of(of_shape("mixtral", "up", "bf16", 4)).x_scale is None
+    assert len(images_of([FEW])) == len(images_of([FEW, FEW])) == 1
+    layer = images_of([of_shape("mixtral", "layer", "int8", 4)])
+    ops = {type(problem).__name__ for problem, _ in layer}
+    assert ops == {"RouteProblem", "QuantizeProblem", "GemmProblem", "CombineProblem"}
+    assert sum(type(problem).__name__ == "GemmProblem" for problem, _ in layer) == 2
 
 
-def test_published_json_states_its_source() -> None:
-    contents = json.loads(PUBLISHED.read_text())
-    assert "H200" in contents["source"]
-    assert contents["ceilings"]["read_gbs"] == 4424
+def test_summary_ends_with_the_number_of_cases() -> None:
+    lines = report.summary(MEASURED, [FEW.id, SOME.id], 5).splitlines()
+    assert lines[0].split()[:2] == ["case", "tokens"]
+    assert lines[1].split()[:4] == ["mixtral", "up", "fp8", "4"]
+    assert lines[-1] == "2 of 5 cases"
+    assert set(LAYERS) <= set(PRODUCTS)
+    assert json.loads(json.dumps(MEASURED)) == MEASURED

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from perf.product.cases import RAGGED_ROWS, WGMMA_ROWS, ProductCase, Workload
+from perf.cases import RAGGED_ROWS, WGMMA_ROWS, Case, Load
 
 
-def draw_topk_ids(case: ProductCase) -> torch.Tensor:
+def draw_topk_ids(case: Case) -> torch.Tensor:
     """int64 [tokens, top_k] on the CPU, the same on every machine.
 
     A token's experts are distinct, but for half. balanced: every expert as likely as another. zipf:
@@ -36,7 +36,7 @@ def draw_topk_ids(case: ProductCase) -> torch.Tensor:
     return ids
 
 
-def workload(case: ProductCase, topk_ids: torch.Tensor) -> Workload:
+def load_of(case: Case, topk_ids: torch.Tensor) -> Load:
     counts = torch.bincount(topk_ids.flatten(), minlength=case.num_experts)
     rounded = (counts + WGMMA_ROWS - 1) // WGMMA_ROWS * WGMMA_ROWS
-    return Workload(int((counts > 0).sum()), int(counts.max()), int(rounded.sum()))
+    return Load(int((counts > 0).sum()), int(counts.max()), int(rounded.sum()))

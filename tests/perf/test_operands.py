@@ -1,0 +1,72 @@
+"""What a case must come to, against the library's own references."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cutlass_moe
+from perf.cases import DTYPES, Case
+from perf.operands import LayerInputs, ProductInputs, weights_of
+from tests.perf.samples import UP
+
+PRODUCTS = [
+    replace(UP, dtype=dtype, part=part, hidden=256, inter=128)
+    for dtype in DTYPES
+    for part in ("up", "down")
+]
+LAYERS = [replace(UP, dtype=dtype, part="layer") for dtype in DTYPES[:3]]
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=lambda case: case.id)
+def test_expected_rows_are_the_product(case: Case) -> None:
+    inputs = ProductInputs(case, weights_of(case, "cpu"))
+    x, w, scale = inputs.x.double(), inputs.weight.w.double(), inputs.weight.scale
+    if inputs.x_scale is not None and scale is not None:
+        if case.dtype == "fp8_block":
+            x = x * inputs.x_scale.repeat_interleave(128, 1)[:, : inputs.k]
+            w = w * scale.repeat_interleave(128, 1).repeat_interleave(128, 2)[:, : inputs.n]
+        else:
+            x, w = x * inputs.x_scale[:, None], w * scale[..., None]
+    pairs = torch.einsum("rk,rnk->rn", x[inputs.token_of], w[inputs.expert_of])
+    want = pairs[inputs.picked][:, inputs.columns]
+    assert relative(inputs.expected(), want) < 1e-12
+    assert torch.equal(inputs.ids.flatten()[inputs.order].long(), inputs.expert_of)
+    assert 0.1 < want.std() < 10
+
+
+@pytest.mark.parametrize("case", PRODUCTS[:6], ids=lambda case: case.id)
+def test_expected_rows_are_the_references(case: Case) -> None:
+    inputs = ProductInputs(case, weights_of(case, "cpu"))
+    rows = cutlass_moe.grouped_matmul_reference(
+        inputs.x, inputs.weight.w, index=inputs.token_of.int(), offsets=inputs.ends,
+        per_token_scale=inputs.x_scale, scale=inputs.weight.scale, out_dtype=torch.float32,
+    )  # fmt: skip
+    assert relative(rows[inputs.picked][:, inputs.columns], inputs.expected()) < 1e-5
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.id)
+def test_expected_tokens_are_the_layers(case: Case) -> None:
+    inputs = LayerInputs(case, weights_of(case, "cpu"))
+    out = cutlass_moe.fused_moe_reference(
+        inputs.hidden, inputs.up.w, inputs.down.w, inputs.topk_weights, inputs.ids,
+        quant=None if case.dtype == "bf16" else case.dtype, w13_scale=inputs.up.scale,
+        w2_scale=inputs.down.scale, compute_dtype=torch.float64,
+    )  # fmt: skip
+    # which rounds the activation to bf16 first: some of its 8-bit values are the neighbouring ones
+    worst = {"fp8": 2e-2, "int8": 1e-2, "bf16": 1e-6}[case.dtype]
+    assert relative(out[inputs.picked], inputs.expected()) < worst
+    assert 0.01 < inputs.expected().std() < 10
+
+
+def test_scales_are_exact_in_bf16() -> None:
+    inputs = ProductInputs(UP, weights_of(UP, "cpu"))
+    for scale in (inputs.x_scale, inputs.weight.scale):
+        assert scale is not None
+        assert torch.equal(scale.bfloat16().float(), scale)

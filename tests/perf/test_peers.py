@@ -1,0 +1,195 @@
+"""Other people's kernels, as far as a CPU can tell: where they are found, what they are asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from perf.cases import of_shape
+from perf.operands import LayerInputs, ProductInputs, weights_of
+from perf.peers import deepgemm, prepared, unpacked, vllm
+from perf.peers.prepared import Absent, fastest, require
+from tests.perf.samples import UP
+
+KERNELS = """
+import json
+import os
+import vllm.envs as envs
+from vllm import _custom_ops as ops
+from vllm.platforms import current_platform
+from vllm.server import Engine, decorate
+from vllm.triton_utils import triton
+
+@decorate
+def get_moe_configs(E, N, dtype, block_n=None, block_k=None):
+    name = f"E={E},N={N},device_name=NVIDIA_H200"
+    name += f",dtype={dtype}" if dtype else ""
+    name += f",block_shape=[{block_n},{block_k}]" if block_n else ""
+    path = os.path.join(os.path.dirname(__file__), "configs", name + ".json")
+    return json.load(open(path)) if os.path.exists(path) else None
+
+def try_get_optimal_moe_config(w1, w2, top_k, dtype, M, block_shape=None):
+    from vllm.model_executor.layers.fused_moe import get_config
+    assert envs.VLLM_BATCH_INVARIANT is False and envs.VLLM_TUNED_CONFIG_FOLDER is None
+    assert ops.here and current_platform.is_cuda() and not current_platform.is_rocm()
+    return get_config() or config(16)
+
+def config(block):
+    return dict(BLOCK_SIZE_M=block, BLOCK_SIZE_N=64, BLOCK_SIZE_K=128, GROUP_SIZE_M=1,
+                num_warps=4, num_stages=3)
+
+class Derived(Engine):
+    pass
+"""
+TRITON = {
+    "__init__.py": "",
+    "language.py": "bfloat16 = None",
+    "runtime/__init__.py": "",
+    "runtime/errors.py": "class OutOfResources(Exception): pass",
+}
+
+
+@pytest.fixture
+def peers(tmp_path, monkeypatch) -> Path:
+    """A folder with a small vLLM and a small triton; what was imported is forgotten afterwards."""
+    moe = tmp_path / "src" / vllm.MOE.replace(".", "/")
+    (moe / "configs").mkdir(parents=True)
+    (moe / "fused_moe.py").write_text(KERNELS)
+    (tmp_path / "src/vllm/_custom_ops.py").write_text("here = True")
+    for name, text in TRITON.items():
+        path = tmp_path / "site/triton" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    before = set(sys.modules), list(sys.path), list(sys.meta_path)
+    monkeypatch.setenv(unpacked.FOLDER, str(tmp_path))
+    for variable in ("DG_JIT_CACHE_DIR", "TRITON_CACHE_DIR", "HUMMING_CACHE_DIR", "CUDA_HOME"):
+        monkeypatch.setenv(variable, "x")
+    saved = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in ("triton", "vllm")}
+    for name in saved:
+        del sys.modules[name]
+    caches = (unpacked.make_importable, vllm.vllm, vllm.shipped_configs)
+    for cached in caches:
+        cached.cache_clear()
+    yield tmp_path
+    for name in set(sys.modules) - before[0]:
+        if name.partition(".")[0] in ("triton", "vllm"):
+            del sys.modules[name]
+    sys.modules.update(saved)
+    sys.path[:], sys.meta_path[:] = before[1:]
+    for cached in caches:
+        cached.cache_clear()
+
+
+def ship(peers: Path, name: str, table: dict[str, dict]) -> None:
+    folder = peers / "src" / vllm.MOE.replace(".", "/") / "configs"
+    (folder / f"{name}.json").write_text(json.dumps(table))
+
+
+def config(block: int) -> dict[str, int]:
+    sizes = {"BLOCK_SIZE_M": block, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128}
+    return {**sizes, "GROUP_SIZE_M": 1, "num_warps": 4, "num_stages": 3}
+
+
+def test_files_are_real_and_the_rest_of_vllm_is_stubbed(peers) -> None:
+    module = vllm.vllm().fused_moe
+    assert module.__file__.startswith(str(peers))
+    assert module.get_moe_configs(8, 2, None) is None  # what a stub decorates is as it was
+    assert isinstance(module.Derived, type)
+    with pytest.raises(AttributeError):
+        _ = sys.modules["vllm.server"].__wrapped__
+
+
+def test_without_the_folder_and_without_vllm_it_is_absent(monkeypatch) -> None:
+    monkeypatch.delenv(unpacked.FOLDER, raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    vllm.vllm.cache_clear()
+    with pytest.raises(Absent, match="not importable"):
+        vllm.vllm()
+
+
+def test_vllms_own_choice_comes_before_eight_shipped_ones(peers) -> None:
+    case = of_shape("mixtral", "up", "fp8", 16)
+    assert vllm.own_config(case) == (config(16), "default")
+    for block in range(10):
+        table = {"1": config(100 + block), "16": config(32 + block), "4096": config(256)}
+        table["triton_version"] = {}
+        ship(peers, f"E=9,N={block},device_name=NVIDIA_H200,dtype=fp8_w8a8", table)
+    ship(peers, "E=9,N=1,device_name=NVIDIA_A100,dtype=fp8_w8a8", {"16": config(7)})
+    ship(peers, "E=9,N=1,device_name=NVIDIA_H200", {"16": config(8)})
+    for _ in range(2):  # two H100 tables weigh as much as one of an H200
+        ship(
+            peers, f"E=9,N={_},device_name=NVIDIA_H100_80GB_HBM3,dtype=fp8_w8a8", {"16": config(41)}
+        )
+    found = vllm.candidates(case)
+    assert found[0] == {**config(16), "SPLIT_K": 1}
+    assert found[1] == {**config(41), "SPLIT_K": 1}
+    assert len(found) == 9 and len({vllm.words(one) for one in found}) == 9
+    assert all(32 <= one["BLOCK_SIZE_M"] < 42 for one in found[1:])
+
+
+def test_a_layers_config_is_forced_and_let_go(peers) -> None:
+    calls = []
+    module = vllm.vllm().fused_moe
+
+    def impl(*tensors, **options):
+        shapes = (8, 4, 2), (8, 2, 2)
+        calls.append(module.try_get_optimal_moe_config(*shapes, 2, "fp8_w8a8", 16))
+        return torch.zeros(1)
+
+    module.fused_experts_impl = impl
+    case = replace(UP, part="layer")
+    inputs = LayerInputs(case, weights_of(case, "cpu"))
+    vllm.layer_call(inputs, [], config(77))()
+    assert calls == [config(77)]
+    assert module.try_get_optimal_moe_config((8, 4, 2), (8, 2, 2), 2, None, 16) == config(16)
+
+
+def test_the_fastest_variant_that_runs_is_taken(peers) -> None:
+    resources = require("triton.runtime.errors").OutOfResources
+    times = {"a": 3.0, "b": 1.0, "c": 2.0}
+
+    def quick(call) -> float:
+        name = call()
+        if name == "b":
+            raise resources
+        return times[name]
+
+    variants = {name: (lambda name=name: name) for name in times}
+    call, name = fastest(variants, quick)
+    assert (call(), name) == ("c", "c")
+    with pytest.raises(Absent, match="no variant runs"):
+        fastest({"b": variants["b"]}, quick)
+
+
+def test_versions_are_read_from_the_folder(peers) -> None:
+    assert unpacked.versions() == {}
+    (peers / unpacked.VERSIONS).write_text("vllm 0.33.0\n\ndeep_gemm 2.8.1\n")
+    assert unpacked.versions() == {"vllm": "0.33.0", "deep_gemm": "2.8.1"}
+
+
+def test_padded_rows_of_deepgemm_are_apart(monkeypatch) -> None:
+    inputs = ProductInputs(UP, weights_of(UP, "cpu"))
+    monkeypatch.setattr(deepgemm, "DEVICE", "cpu")
+    padded = (inputs.counts + 127) // 128 * 128
+    targets = deepgemm._targets(inputs, padded.cumsum(0) - padded)
+    x, x_scale, w_scale = deepgemm._operands(inputs, targets, int(padded.sum()))
+    rows, scale = inputs.gathered()
+    assert torch.equal(x.view(torch.uint8)[targets], rows.view(torch.uint8))
+    assert scale is not None and x_scale is not None and w_scale is not None
+    assert torch.equal(x_scale[targets], scale[:, None])
+    assert int((x_scale != 0).sum()) == UP.rows
+    experts = targets // 128
+    assert torch.equal(experts, inputs.expert_of)  # each has at most 128 rows
+    assert w_scale.shape == (5, 1, 1)
+
+
+def test_a_module_that_asserts_is_absent(tmp_path, monkeypatch) -> None:
+    (tmp_path / "asserting_peer.py").write_text("assert False, 'needs nvcc'")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Absent, match="needs nvcc"):
+        prepared.require("asserting_peer")
