@@ -1,4 +1,9 @@
-"""The choice of a config for a call: from a tuning table, else an estimate. It asks no GPU."""
+"""The choice of a config for a call: from a tuning table, else an estimate.
+
+Estimates were made on an H200. For another GPU they follow its number of SMs, its L2 and how many
+operations it does per byte, which nobody has measured; what they give is still one of the configs
+that are built for an H200, so that the same images serve every GPU of an architecture.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,10 @@ from math import ceil
 from typing import Any
 
 from cutlass_moe.choose import tuned
-from emitters.spec.arch import SM90
-from emitters.spec.config_sm90 import GemmSm90Config, GemmSwapSm90Config, Schedule
+from cutlass_moe.choose.gpus import gpu_of
+from emitters.spec.arch import H200, Gpu
+from emitters.spec.config_sm90 import GemmSm90Config, Schedule
+from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.layer_steps import (
     MAX_ROW,
@@ -23,7 +30,7 @@ from emitters.spec.layer_steps import (
 )
 from emitters.spec.registry import Config, GemmConfig, Problem, as_gemm, why_illegal
 
-GPU = "NVIDIA H200"  # the GPU to choose for where none is named
+GPU = H200.name  # the GPU to choose for where none is named, as in a build
 
 # Measured on an H200 (perf/README.md) at powers of two; the limits lie between them.
 _SWAP_ROWS = ((2.5, 8), (10, 16), (20, 32), (40, 48))  # (rows per expert up to, tile_m)
@@ -33,7 +40,7 @@ _MANY_ROWS = {192: 180, 256: 768}  # by tile_n: with more rows per expert, CTA p
 FEW_PAIRS = 1024  # up to this many pairs, 256 threads route faster than 1024
 # (elements per row up to, threads per CTA) for quantisation
 _ROW_THREADS = ((8192, 128), (16_384, 256), (MAX_ROW, 512))
-_EVICT_FIRST_BYTES = 300e6  # with more active weights than this, they would evict one another
+_EVICT_FIRST_BYTES = 300e6  # with more active weights, an H200's L2 had them evict one another
 
 
 def _first_legal(problem: GemmProblem, *configs: GemmConfig) -> tuple[GemmConfig, ...]:
@@ -125,9 +132,9 @@ def candidates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 def _estimates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """Every config that `estimate` may return."""
     families = [*_one_wave(problem), _swap(problem, 8, 64, True), _swap(problem, 8, 64, False)]
-    evict_first = _evict_first(problem, problem.num_experts)
-    for rows in (*(rows for rows, _ in _SWAP_ROWS[1:]), _swap_rows(problem)):
-        families.append(_swap(problem, *_swap_tile(problem, rows), evict_first))
+    evict_first = _evict_first(problem, problem.num_experts, H200)
+    for rows in (*(rows for rows, _ in _SWAP_ROWS[1:]), _swap_rows(problem, H200)):
+        families.append(_swap(problem, *_swap_tile(problem, rows, H200), evict_first))
     families += [_one_tile(problem), _some_rows(problem), _many_rows(problem)]
     return tuple(dict.fromkeys(config for family in families for config in family))
 
@@ -162,7 +169,7 @@ def choose(
     config is legal.
     """
     config = tuned.lookup(problem, gpu, rows_per_expert)
-    config = config or estimate(problem, num_tokens, rows_per_expert)
+    config = config or estimate(problem, num_tokens, rows_per_expert, gpu)
     if schedule is None:
         return config
     scheduled = config.scheduled(Schedule(schedule))
@@ -178,45 +185,50 @@ def origin(problem: GemmProblem, rows_per_expert: float, gpu: str) -> str:
     return "tuning table" if tuned.lookup(problem, gpu, rows_per_expert) else "estimate"
 
 
-def estimate(problem: GemmProblem, num_tokens: int, rows_per_expert: float) -> GemmConfig:
+def estimate(
+    problem: GemmProblem, num_tokens: int, rows_per_expert: float, gpu: str = GPU
+) -> GemmConfig:
     """The config that `choose` returns without a tuning table."""
-    family = _family(problem, rows_per_expert) or _estimates(problem)[-1:]
-    if not family:
+    built = _estimates(problem)
+    if not built:
         raise ValueError(
             why_illegal(problem) or f"a problem must fit a config of some template, got {problem}"
         )
-    return family[0]
+    families = (_family(problem, rows_per_expert, one) for one in (gpu_of(gpu), H200))
+    return next((family[0] for family in families if family and family[0] in built), built[-1])
 
 
-def _family(problem: GemmProblem, rows_per_expert: float) -> tuple[GemmConfig, ...]:
+def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[GemmConfig, ...]:
     experts = problem.num_experts
-    if rows_per_expert > _swap_rows(problem):
-        if rows_per_expert <= _ONE_TILE_ROWS:
+    if rows_per_expert > _swap_rows(problem, gpu):
+        # Half of the rows of one large tile may be empty: that costs nothing only as long as
+        # reading the weights takes longer than the arithmetic.
+        if rows_per_expert <= _ONE_TILE_ROWS * min(1.0, gpu.balance / H200.balance):
             return _one_tile(problem)
         many = rows_per_expert > _MANY_ROWS[_wide(problem)]
         return _many_rows(problem) if many else _some_rows(problem)
     if rows_per_expert > _SWAP_ROWS[0][0]:
-        tile = _swap_tile(problem, rows_per_expert)
-        return _swap(problem, *tile, _evict_first(problem, experts))
+        tile = _swap_tile(problem, rows_per_expert, gpu)
+        return _swap(problem, *tile, _evict_first(problem, experts, gpu))
     rows = rows_per_expert * experts
     tiles = min(experts, rows) * -(-problem.n // 64)
     quarter, whole = _one_wave(problem)
-    if tiles <= SM90.sms:
-        return quarter if tiles <= SM90.sms / 4 else whole
+    if tiles <= gpu.sms:
+        return quarter if tiles <= gpu.sms / 4 else whole
     active = experts * (1 - (1 - 1 / experts) ** rows)  # experts with rows, if routing is uniform
-    return _swap(problem, 8, 64, _evict_first(problem, active))
+    return _swap(problem, 8, 64, _evict_first(problem, active, gpu))
 
 
-def _swap_rows(problem: GemmProblem) -> float:
+def _swap_rows(problem: GemmProblem, gpu: Gpu) -> float:
     """The rows per expert up to which swap-AB is used.
 
     They are more if tiles of 256 columns would leave SMs idle.
     """
-    idle = problem.num_experts * -(-problem.n // 256) <= SM90.sms
+    idle = problem.num_experts * -(-problem.n // 256) <= gpu.sms
     return _SWAP_ROWS[-1][0] * (2 if idle else 1)
 
 
-def _swap_tile(problem: GemmProblem, rows_per_expert: float) -> tuple[int, int]:
+def _swap_tile(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[int, int]:
     """The (tile_m, tile_n) of a swap-AB config.
 
     Tiles have 128 columns, but 64 if all the wide ones would run in a single wave. Then the
@@ -225,13 +237,13 @@ def _swap_tile(problem: GemmProblem, rows_per_expert: float) -> tuple[int, int]:
     """
     tile_m = next((m for rows, m in _SWAP_ROWS if rows_per_expert <= rows), _SWAP_ROWS[-1][1])
     tiles = problem.num_experts * ceil(rows_per_expert / tile_m) * -(-problem.n // 128)
-    if tiles <= 2 * SM90.sms:
+    if tiles <= 2 * gpu.sms:
         return min(tile_m, 32), 64
     long_rows = problem.k * problem.x.bytes >= _LONG_ROW_BYTES
     return tile_m, 64 if tile_m == 16 and long_rows else 128
 
 
-def _evict_first(problem: GemmProblem, experts: float) -> bool:
+def _evict_first(problem: GemmProblem, experts: float, gpu: Gpu) -> bool:
     """Whether weights should leave L2 first. experts: those that have rows."""
     weight_bytes = experts * problem.n * problem.k * problem.x.bytes
-    return weight_bytes <= _EVICT_FIRST_BYTES
+    return weight_bytes <= _EVICT_FIRST_BYTES * gpu.l2 / H200.l2

@@ -38,7 +38,11 @@ Sample = Callable[[GemmConfig, int], list[float]]  # (config, launches) -> micro
 
 
 class Measured(NamedTuple):
-    """The microseconds of each config at one number of tokens."""
+    """The microseconds of each config at one number of tokens.
+
+    They are the geometric mean of two routings of these tokens, a balanced and a skewed one: a call
+    gets its config by its number of rows alone, whatever their routing.
+    """
 
     tokens: int
     rows_per_expert: float
@@ -120,18 +124,21 @@ def measure(
 ) -> Iterator[Measured]:
     """Times configs at each number of tokens, in ascending order, on the current device.
 
-    Operands are random, and so is the routing, with equal chances for all experts. Results may lack
-    configs that are far from the fastest.
+    Operands are random, and so are both routings: one with equal chances for all experts, and one
+    by Zipf's law. Results may lack configs that are far from the fastest.
     """
     operands = RandomOperands.of(problem, top_k, max(tokens))
     flush = flush_buffer()
     hopeless: set[GemmConfig] = set()
     for count in sorted(tokens):
-        run = operands.product(count)
+        runs = [operands.product(count, skewed) for skewed in (False, True)]
 
-        def sample(config: GemmConfig, launches: int, run: Callable[[], None] = run) -> list[float]:
+        def sample(
+            config: GemmConfig, launches: int, runs: Sequence[Callable[[], None]] = runs
+        ) -> list[float]:
             with dispatch.forced_config(config):
-                return batch_us(run, launches, flush)
+                samples = [batch_us(run, launches, flush) for run in runs]
+            return [statistics.geometric_mean(pair) for pair in zip(*samples, strict=True)]
 
         us = time_configs([c for c in configs if c not in hopeless], sample)
         hopeless = {c for c in us if us[c] > HOPELESS * min(us.values())}
@@ -199,10 +206,10 @@ class RandomOperands:
         scale = torch.rand(rows, device="cuda") if problem.x.quantized else None
         return cls(problem, top_k, _values(dtype, rows, k).to(dtype), fixed, scale)
 
-    def product(self, tokens: int) -> Callable[[], None]:
+    def product(self, tokens: int, skewed: bool) -> Callable[[], None]:
         """A function that launches the product for this many tokens, with a random routing."""
         problem = self.problem
-        ids = torch.rand(tokens, problem.num_experts, device="cuda").topk(self.top_k).indices
+        ids = random_ids(tokens, problem.num_experts, self.top_k, skewed, self.x.device)
         table = route(ids, problem.num_experts)
         rows = tokens if problem.gather else tokens * self.top_k
         call: dict[str, Any] = {**self.fixed, "x": self.x[:rows], "offsets": table.offsets}
@@ -213,6 +220,21 @@ class RandomOperands:
         shape = (tokens * self.top_k, problem.n)
         out = torch.empty(shape, dtype=TORCH_DTYPES[problem.out], device="cuda")
         return partial(grouped_matmul_out, out, **call)
+
+
+def random_ids(
+    tokens: int, experts: int, top_k: int, skewed: bool, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The distinct experts of each token, int64 [tokens, top_k].
+
+    skewed: the i-th expert is drawn 1 / i as often as the first, else all equally often.
+    """
+    chances = torch.ones(experts, device=device)
+    if skewed:
+        chances /= torch.arange(1, experts + 1, device=device)
+    # the largest of log(u) / chance are a draw without replacement (Efraimidis and Spirakis, 2006)
+    draws = torch.rand(tokens, experts, device=device).log() / chances
+    return draws.topk(top_k).indices
 
 
 def _values(dtype: torch.dtype, rows: int, columns: int) -> Tensor:

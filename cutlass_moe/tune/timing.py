@@ -15,11 +15,19 @@ def flush_buffer() -> torch.Tensor:
     return torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
 
-def batch_us(call: Callable[[], object], launches: int, flush: torch.Tensor | None) -> list[float]:
-    """Times a number of calls; returns the microseconds of each. `flush` is written before each."""
+def batch_us(
+    call: Callable[[], object],
+    launches: int,
+    flush: torch.Tensor | None,
+    head_start: int = HEAD_START_CYCLES,
+) -> list[float]:
+    """Times a number of calls; returns the microseconds of each. `flush` is written before each.
+
+    head_start: cycles that the GPU sleeps first, enough for the host to stay ahead of it.
+    """
     starts = [torch.cuda.Event(enable_timing=True) for _ in range(launches)]
     stops = [torch.cuda.Event(enable_timing=True) for _ in range(launches)]
-    torch.cuda._sleep(HEAD_START_CYCLES)
+    torch.cuda._sleep(head_start)
     for start, stop in zip(starts, stops, strict=True):
         if flush is not None:
             flush.zero_()

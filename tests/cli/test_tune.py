@@ -183,17 +183,31 @@ def test_hopeless_configs_miss_one_size(monkeypatch):
     class Fake:
         of = classmethod(lambda cls, *_: cls())
 
-        def product(self, tokens):
-            return tokens
+        def product(self, tokens, skewed):
+            return tokens, skewed
 
     monkeypatch.setattr(measure, "RandomOperands", Fake)
     monkeypatch.setattr(measure, "flush_buffer", lambda: None)
-    monkeypatch.setattr(
-        measure, "batch_us", lambda tokens, launches, _: [us[tokens][dispatch.forced]] * launches
-    )
+
+    def batch_us(run, launches, _):
+        tokens, skewed = run
+        return [us[tokens][dispatch.forced] * (4.0 if skewed else 1.0)] * launches
+
+    monkeypatch.setattr(measure, "batch_us", batch_us)
     found = list(measure.measure(PROBLEM, 2, (NARROW, WIDE), (4, 1, 2)))
-    assert [one.us for one in found] == [us[1], {NARROW: 2.0}, us[4]]
+    doubled = [{c: pytest.approx(2 * t) for c, t in one.items()} for one in us.values()]
+    assert [one.us for one in found] == [doubled[0], {NARROW: pytest.approx(4.0)}, doubled[2]]
     assert [one.rows_per_expert for one in found] == [0.25, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_routing_to_tune_for(skewed):
+    torch.manual_seed(0)
+    ids = measure.random_ids(4000, 8, 2, skewed)
+    assert ids.shape == (4000, 2) and bool((ids[:, 0] != ids[:, 1]).all())
+    counts = torch.bincount(ids.flatten(), minlength=8)
+    assert (counts[0] > 2.5 * counts[7]) == skewed
+    assert bool((counts.diff() < 150).all())  # none is more popular than one before it
 
 
 def test_choices_are_few():
@@ -242,7 +256,7 @@ def test_operands_pose_the_problem(monkeypatch, dtype, bias, name):
             torch, maker, lambda *a, _make=make, **k: _make(*a, **{**k, "device": "cpu"})
         )
     problem = gemm_problems(dataclasses.replace(SHAPE, bias=bias), dtype)[name]
-    run = measure.RandomOperands.of(problem, 2, 16).product(8)
+    run = measure.RandomOperands.of(problem, 2, 16).product(8, skewed=True)
     (out,) = run.args
     assert grouped_matmul_problem(**run.keywords) == problem
     assert out.shape == (16, problem.n)

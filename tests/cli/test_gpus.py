@@ -1,0 +1,109 @@
+"""What configs are chosen on GPUs that nobody tuned for, and that an H200's did not change."""
+
+from __future__ import annotations
+
+import hashlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cutlass_moe.choose import gpus
+from cutlass_moe.choose import heuristics_sm90 as heuristics
+from cutlass_moe.choose.gpus import gpu_of
+from cutlass_moe.models.problems import gemm_problems
+from cutlass_moe.models.shapes import MODELS
+from emitters.spec.arch import GPUS, H200
+
+H20, H100 = GPUS["NVIDIA H20"], GPUS["NVIDIA H100 80GB HBM3"]
+ROWS = [2 ** (i / 2) for i in range(-8, 24)]  # per expert
+PROBLEMS = [
+    problem
+    for shape in MODELS.values()
+    for dtype in ("fp8", "int8", "bf16")
+    for problem in gemm_problems(shape, dtype).values()
+]
+
+
+def chosen(gpu: str, choose=heuristics.choose) -> list[str]:
+    return [
+        choose(p, max(1, int(rows * p.num_experts)), rows, gpu=gpu).words
+        for p in PROBLEMS
+        for rows in ROWS
+    ]
+
+
+def test_choices_for_an_h200_are_those_that_were_measured() -> None:
+    """A digest of 3,168 choices by table and by estimate: change it with what you measured."""
+    words = "\n".join(chosen(H200.name) + chosen(H200.name, heuristics.estimate))
+    assert len(PROBLEMS) * len(ROWS) == 3168
+    assert hashlib.sha256(words.encode()).hexdigest()[:16] == "4f7e9ca31c1f97b9"
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_one_build_serves_every_gpu(gpu: str) -> None:
+    for problem in PROBLEMS[::3]:
+        for rows in ROWS:
+            config = heuristics.estimate(problem, 1, rows, gpu)
+            assert config in heuristics.candidates(problem)
+
+
+def test_a_gpu_with_much_bandwidth_per_operation_fills_no_half_empty_tiles() -> None:
+    problem = gemm_problems(MODELS["qwen3-30b"], "fp8")["up"]
+    one_tile = heuristics.estimate(problem, 1, 64, H200.name)
+    assert one_tile.tile_m == 128
+    assert heuristics.estimate(problem, 1, 64, H100.name) == one_tile
+    assert heuristics.estimate(problem, 1, 64, H20.name).tile_m == 64
+    # and fewer SMs are full with fewer tiles
+    few = gemm_problems(MODELS["mixtral"], "fp8")["down"]
+    assert heuristics.estimate(few, 1, 0.25, H20.name) != heuristics.estimate(few, 1, 0.25)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A device of a name, so many SMs and, of its memory, clock in kHz and bits."""
+
+    def pretend(name: str, sms: int, **more: int) -> None:
+        found = SimpleNamespace(
+            name=name, multi_processor_count=sms, L2_cache_size=48 << 20, **more
+        )
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+
+    gpus.gpu_of.cache_clear()
+    yield pretend
+    gpus.gpu_of.cache_clear()
+
+
+def test_known_gpus_are_not_asked(device) -> None:
+    device("NVIDIA H200", 7)
+    assert gpu_of("NVIDIA H200") is H200
+
+
+def test_an_unknown_device_is_asked(device) -> None:
+    name = "NVIDIA H100 NVL"
+    device(name, 120, memory_clock_rate=2_619_000, memory_bus_width=6144)
+    gpu = gpu_of(name)
+    assert (gpu.name, gpu.sms, gpu.l2) == (name, 120, 48 << 20)
+    assert gpu.bandwidth == pytest.approx(4.02e12, rel=0.01)
+    assert gpu.flops == pytest.approx(H200.flops * 120 / 132)
+
+
+def test_without_a_memory_clock_bandwidth_goes_with_the_sms(device) -> None:
+    device("NVIDIA H800", 66)
+    assert gpu_of("NVIDIA H800").bandwidth == pytest.approx(H200.bandwidth / 2)
+
+
+def test_a_slice_is_the_share_of_its_gpu_that_its_sms_are(device) -> None:
+    name = "NVIDIA H20 MIG 3g.48gb"
+    device(name, 39, memory_clock_rate=2_619_000, memory_bus_width=6144)
+    gpu = gpu_of(name)
+    assert (gpu.sms, gpu.bandwidth, gpu.l2) == (39, H20.bandwidth / 2, H20.l2 // 2)
+    assert gpu.balance == pytest.approx(H20.balance)
+
+
+def test_a_gpu_that_is_not_here_is_taken_for_an_h200(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpus.gpu_of.cache_clear()
+    assert gpu_of("NVIDIA H300") is H200
