@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from operator import itemgetter
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -30,9 +31,10 @@ from cutlass_moe.ops.route import route_phases, route_scratch, row_capacity
 from cutlass_moe.runtime import library
 from cutlass_moe.runtime.device import on_device
 from cutlass_moe.runtime.fallback import announce_fallback
+from cutlass_moe.runtime.launch import Launch
 from cutlass_moe.runtime.parameters import combine_values, quantize_values, route_values
 from cutlass_moe.runtime.signatures import Signatures, signature
-from cutlass_moe.runtime.workspace import WorkspaceLayout
+from cutlass_moe.runtime.workspace import ALIGNMENT, WorkspaceLayout
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.layer_steps import CombineProblem, QuantizeProblem
 
@@ -46,17 +48,30 @@ class Link:
     """One launch of a chain, with the names of the tensors that it reads and writes.
 
     reads, writes: map each parameter that is an address to the name of a tensor: a field of
-    LayerOperands, "out", or a region of the layer's workspace.
+    LayerOperands, "out", or a region of the layer's workspace. Not thread-safe.
     """
 
     def __init__(self, choice: Choice, reads: dict[str, str], writes: dict[str, str]) -> None:
         self.choice, self.reads, self.writes = choice, reads, writes
-        self._params = (*reads, *writes)
-        self._find = itemgetter(*reads.values(), *writes.values())
+        known = {param.name for param in choice.kernel.record.params}
+        named = {param: name for param, name in {**reads, **writes}.items() if param in known}
+        self._params, self._find = tuple(named), itemgetter(*named.values())
+        self._launch: Launch | None = None
+        self._found: tuple[int, ...] = ()  # the addresses that `_launch` has
 
     def launch(self, addresses: dict[str, int], stream: int) -> None:
         """Enqueues the launch on a stream. addresses: by the name of the tensor."""
-        self.choice.launch(zip(self._params, self._find(addresses), strict=True), stream)
+        found = self._find(addresses)
+        launch, self._launch = self._launch, None  # after an error it is made anew
+        if launch is None:
+            launch = self.choice.prepare(dict(zip(self._params, found, strict=True)))
+        elif found != self._found:
+            kernel, views = self.choice.kernel, self.choice.views
+            for param, address, before in zip(self._params, found, self._found, strict=True):
+                if address != before and param != "out_map":  # which moves with out
+                    kernel.move(launch, param, address, views)
+        launch(stream)
+        self._launch, self._found = launch, found
 
 
 class LayerWorkspace:
@@ -93,6 +108,19 @@ class LayerWorkspace:
         """The addresses of the regions, by name, in an aligned workspace at address `base`."""
         return {name: base + offset for name, offset in self._offset.items()}
 
+    def base(self, workspace: Tensor) -> int:
+        """The address of the aligned part of a workspace. Raises ValueError for one too small."""
+        layout, address = self.layout, workspace.data_ptr()
+        if (
+            workspace.dtype is not torch.uint8
+            or workspace.dim() != 1
+            or workspace.numel() < layout.size
+            or not workspace.is_contiguous()
+            or workspace.device != layout.device
+        ):
+            layout.aligned(workspace)  # says what is wrong
+        return address + -address % ALIGNMENT
+
 
 class Chain:
     """The launches of one layer on one device.
@@ -128,6 +156,7 @@ class Chain:
         self.rows = layer.topk_ids.numel()
         self.why_not: str | None = None
         self.links: list[Link] = []
+        self._lock = Lock()
         if layer.hidden.is_cuda and self.rows:
             problems = problems_of(layer, options)
             arch = library.device_arch(layer.hidden.get_device())
@@ -171,8 +200,9 @@ class Chain:
         on_device(device, partial(self._enqueue, addresses))
 
     def _enqueue(self, addresses: dict[str, int], stream: int) -> None:
-        for link in self.links:
-            link.launch(addresses, stream)
+        with self._lock:
+            for link in self.links:
+                link.launch(addresses, stream)
 
 
 def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProblems) -> list[Link]:
@@ -289,7 +319,7 @@ class _LinkMaker:
         )
 
 
-_chains: Signatures[Chain] = Signatures()
+_chains: Signatures[Chain] = Signatures(limit=2048)  # a chain takes tens of kB
 
 
 def find_chain(

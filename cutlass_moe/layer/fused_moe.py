@@ -164,10 +164,9 @@ def _run(
         check_layer(convert(layer, conversions(layer, options)), options, out)
         return
     chain = find_chain(layer, options, out, workspace)
-    layout = chain.workspace.layout
     if workspace is None:
-        workspace = out.new_empty(layout.size, dtype=torch.uint8)
-    chain.launch(layer, out, layout.aligned(workspace).data_ptr())
+        workspace = out.new_empty(chain.workspace.layout.size, dtype=torch.uint8)
+    chain.launch(layer, out, chain.workspace.base(workspace))
 
 
 def _fused_moe_out_impl(out: Tensor, workspace: Tensor | None, *arguments: Any) -> None:

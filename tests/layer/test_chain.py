@@ -53,7 +53,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(library, "device_name", lambda device: "a GPU without a table")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
-    def launch(layer: LayerOperands, options: LayerOptions) -> tuple[dict[str, int], list[Any]]:
+    def launch(
+        layer: LayerOperands, options: LayerOptions, again: bool = False
+    ) -> tuple[dict[str, int], list[Any]]:
         links = layer_links(layer, options, problems_of(layer, options))
         tensors = layer_addresses(layer, torch.empty_like(layer.hidden))
         tensors |= LayerWorkspace(layer, options).addresses(BASE)
@@ -61,6 +63,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
         for link in links:
             assert set(link.reads.values()) - {"last_end"} <= known, "read before it is written"
             known |= set(link.writes.values())
+            if again:  # first with other tensors, each at an address of its own
+                link.launch({name: 256 * (at + 1) for at, name in enumerate(tensors)}, 7)
+                fake.launches.pop()
             link.launch(tensors, 7)
         assert "out" in links[-1].writes
         several = len(fake.launches) - len(problems)  # of one kernel: route
@@ -69,10 +74,11 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     return launch
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["first", "again"])
 @pytest.mark.parametrize("quant", [None, "fp8", "int8"])
-def test_every_kernel_finds_its_tensors(run: Any, quant: str | None) -> None:
+def test_every_kernel_finds_its_tensors(run: Any, quant: str | None, again: bool) -> None:
     layer = make_layer(quant, residual=torch.zeros(5, HIDDEN).bfloat16())
-    tensors, launches = run(layer, LayerOptions(quant))
+    tensors, launches = run(layer, LayerOptions(quant), again)
     ops = [problem.op for problem, _ in launches]
     assert ops == (OPS if quant else [op for op in OPS if op != "quantize"])
     seen: list[Seen] = [one for _, one in launches]
