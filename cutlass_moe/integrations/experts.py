@@ -1,0 +1,179 @@
+"""Modules of experts as transformers builds them: their weights, activation and quantisation.
+
+They have the marks that its decorator sets (`has_gate`, `has_bias`, `is_transposed`,
+`is_concatenated`) and parameters named
+
+  gate_up_proj [E, 2I, H]   with a gate: gates, then ups; gate, up, gate, up if not concatenated
+  up_proj      [E, I, H]    without
+  down_proj    [E, H, I]
+
+or, if transposed, with the last two dimensions swapped; with biases NAME_bias, and with scales
+NAME_scale_inv if the weights have 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import cutlass_moe as cm
+
+Experts = Any  # a module of experts: its classes are made by a decorator
+QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "down_proj")
+# Of values whose pairs tell activations apart: around zero, bends, clamps near and far.
+_SIZES = (0.0, 0.01, 0.3, 1.0, 1.7, 2.3, 3.0, 6.0, 12.0, 90.0, 1e4, 1e15)
+
+
+class ActivationArguments(NamedTuple):
+    """What names an activation among the arguments of `fused_moe`."""
+
+    activation: str
+    limit: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
+
+
+GATED = tuple(map(ActivationArguments, ("swiglu", "geglu", "geglu_tanh", "reglu")))
+NOT_GATED = tuple(map(ActivationArguments, ("silu", "gelu", "gelu_tanh", "relu", "relu2")))
+
+
+def experts_of(model: nn.Module) -> Iterator[Experts]:
+    """The modules of a model whose forward transformers looks up in one of its interfaces."""
+    for module in model.modules():
+        if all(hasattr(module, mark) for mark in _MARKS):
+            yield module
+
+
+def quant_of(module: Experts) -> str | None:
+    """What `quantize` made of a module: "fp8", "int8" or None."""
+    return getattr(module, "_cutlass_moe_quant", None)
+
+
+def is_interleaved(module: Experts) -> bool:
+    return module.has_gate and not module.is_concatenated
+
+
+def weights_of(module: Experts) -> dict[str, Tensor]:
+    """Weights, scales and biases of a module, by their names in `fused_moe`; views."""
+    found = {}
+    for ours, name in _names(module).items():
+        weight = getattr(module, name)
+        found[ours] = weight.transpose(1, 2) if module.is_transposed else weight
+        if module.has_bias:
+            found[f"{ours}_bias"] = getattr(module, f"{name}_bias")
+        if weight.dtype.itemsize == 1:
+            scale = getattr(module, f"{name}_scale_inv")
+            found[f"{ours}_scale"] = scale.squeeze(-1) if scale.dim() == 3 else scale
+    return found
+
+
+def make_readable(module: Experts) -> None:
+    """Copies 16-bit weights, under the same shapes, to where and how kernels read them best.
+
+    That is with K dense, and at addresses that are multiples of 16 bytes, which weights on the CPU
+    that are mapped from a file may not have. Not while a CUDA graph is captured, and not of what is
+    no plain parameter (a shard).
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return
+    for name in _names(module).values():
+        weight = getattr(module, name)
+        turn = module.is_transposed and weight.stride(1) != 1
+        if type(weight) is nn.Parameter and (turn or weight.data_ptr() % 16):
+            with torch.inference_mode(False), torch.no_grad():  # else it can't be trained later
+                weight.data = weight.data.mT.contiguous().mT if turn else weight.data.clone()
+
+
+def find_activation(module: Experts) -> ActivationArguments | None:
+    """The activation whose definition gives what the module's own code gives, or None.
+
+    The code runs, on the CPU, with every pair of some values as gate and up of two channels.
+    Another function, clamp, slope or order of channels shows.
+    """
+    limit, alpha = _number(module, "limit"), _number(module, "alpha")
+    candidates = list(GATED if module.has_gate else NOT_GATED)
+    if module.has_gate and (limit or alpha):
+        clamped = [ActivationArguments("swiglu", limit, alpha or 1.0, beta) for beta in (0.0, 1.0)]
+        candidates = clamped + candidates
+    sizes = [*_SIZES, *(limit * part for part in (0.9, 1.1) if limit)]
+    values = torch.tensor(sizes, dtype=torch.float64, device="cpu")
+    values = torch.cat([values, -values])
+    pairs = torch.cartesian_prod(values, values)
+    x = torch.cat([pairs, pairs.roll(7, 0)], 1)  # of each channel gate and up
+    if not is_interleaved(module):
+        x = x[:, [0, 2, 1, 3]].contiguous()
+    try:
+        with torch.no_grad():
+            want = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+    except Exception:  # code of its own may need anything: another width, a GPU
+        return None
+    rows: Any = {"offsets": torch.tensor([len(x)], dtype=torch.int32, device="cpu")}
+    rows |= {"interleaved": is_interleaved(module), "out_dtype": torch.float64}
+    unit = torch.eye(4, dtype=torch.float64, device="cpu")[None]
+    for candidate in candidates:
+        got = cm.grouped_matmul_reference(x, unit, **candidate._asdict(), **rows)
+        if got.shape == want.shape and torch.allclose(got, want.double(), rtol=1e-5, atol=1e-6):
+            return candidate
+    return None
+
+
+def quantize(module: Experts, quant: str) -> None:
+    """Replaces a module's weights by 8-bit buffers with one scale per output channel."""
+    before, found = weights_of(module), dict[str, Any]()
+    for ours, name in _names(module).items():
+        weight, blocks = _local(before[ours]), before.get(f"{ours}_scale")
+        values = torch.empty(weight.shape, dtype=QUANTS[quant], device=weight.device)
+        scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
+        for e, expert in enumerate(weight.detach()):  # a float32 copy of all may not fit
+            wide = expert if blocks is None else _dequantize(expert, _local(blocks)[e])
+            values[e], scale[e] = cm.quantize_per_token(wide.contiguous(), QUANTS[quant])
+        found |= {ours: values, f"{ours}_scale": scale}
+        delattr(module, name)
+        if blocks is not None:
+            delattr(module, f"{name}_scale_inv")
+    bias = before.get("w13_bias")
+    padded = cm.pad_experts(
+        **found,
+        w13_bias=None if bias is None else _local(bias.detach()),
+        interleaved=is_interleaved(module),
+    )
+    for ours, name in _names(module).items():
+        values = getattr(padded, ours)
+        module.register_buffer(name, values.transpose(1, 2) if module.is_transposed else values)
+        module.register_buffer(f"{name}_scale_inv", getattr(padded, f"{ours}_scale"))
+    if bias is not None and padded.w13_bias is not None and padded.w13_bias.shape != bias.shape:
+        setattr(module, f"{_names(module)['w13']}_bias", nn.Parameter(padded.w13_bias))
+    module._cutlass_moe_quant = quant
+    module.requires_grad_(False)
+
+
+def _names(module: Experts) -> dict[str, str]:
+    """The names of a module's two weights, by those in `fused_moe`."""
+    return {"w13": "gate_up_proj" if module.has_gate else "up_proj", "w2": "down_proj"}
+
+
+def _number(module: Experts, name: str) -> float | None:
+    """A number of a clamped SwiGLU, which models call by one of two names."""
+    for attribute in (f"swiglu_{name}", name):
+        value = getattr(module, attribute, None)
+        if isinstance(value, int | float):
+            return float(value)
+    return None
+
+
+def _dequantize(values: Tensor, scale: Tensor) -> Tensor:
+    """float32 values [N, K] times scales of blocks [N / n, K / k], or [N / n] of whole rows."""
+    scale = scale.detach().float()
+    scale = scale if scale.dim() == 2 else scale[:, None]
+    rows, columns = (-(-a // b) for a, b in zip(values.shape, scale.shape, strict=True))
+    scale = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    return values.float() * scale[: values.shape[0], : values.shape[1]]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

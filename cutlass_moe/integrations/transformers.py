@@ -1,0 +1,275 @@
+"""transformers: importing this registers `experts_implementation="cutlass_moe"`.
+
+transformers calls a registered function in place of the forward of each module of experts. Ours
+takes one of three ways, module by module and once for all calls of the same kind:
+
+  fused_moe       bfloat16, float16 or quantised experts whose gate is one that kernels have
+  two products    the same with another gate or a norm after the experts: the module's own gate
+                  runs between two grouped products
+  transformers'   where no kernel serves a call, and where a gradient is wanted: its `grouped_mm`
+
+README.md in this folder says how to see which one was taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers.integrations.finegrained_fp8 import (
+    FP8ExpertsInterface,
+    fp8_grouped_mm_experts_forward,
+)
+from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
+from transformers.utils.logging import tqdm
+
+import cutlass_moe as cm
+from cutlass_moe.environment import STRICT
+from cutlass_moe.integrations.experts import (
+    GATED,
+    NOT_GATED,
+    QUANTS,
+    ActivationArguments,
+    Experts,
+    experts_of,
+    find_activation,
+    is_interleaved,
+    make_readable,
+    quant_of,
+    quantize,
+    weights_of,
+)
+
+NAME = "cutlass_moe"
+OLDEST, NEWER = Version("5.17"), Version("5.25")  # tested from the one to below the other
+_DTYPES = {dtype: quant for quant, dtype in QUANTS.items()}
+_NO_GRADIENT = "kernels have no gradient and one may be asked for: call under torch.no_grad()"
+_logger = logging.getLogger("cutlass_moe")
+
+Forward = Callable[..., Tensor]
+
+
+class _Found(NamedTuple):
+    """What is found out about a module of experts once, and kept in it."""
+
+    activation: ActivationArguments | None  # None: kernels have none that computes the same
+    reasons: dict[tuple[Any, ...], str | None]  # by kind of call: why no kernel serves it
+
+
+def prepare_(model: nn.Module) -> nn.Module:
+    """Readies all experts of a model for kernels, in place; returns the model.
+
+    Each module's gate is compared with those that kernels have. Weights that are stored transposed
+    (gpt-oss, Aria) are copied to K dense, once, under the same logical shape: kernels need that if
+    gate and up are interleaved, and images that are built for a model have it.
+    The first call of a module outside torch.compile and CUDA graphs does the same. A module whose
+    first call is compiled or captured works without, but more slowly.
+    """
+    for experts in experts_of(model):
+        _find_out(experts)
+    return model
+
+
+def quantize_(model: transformers.PreTrainedModel, quant: str) -> transformers.PreTrainedModel:
+    """Quantises the experts of a loaded model, in place, with a progress bar; returns the model.
+
+    quant: "fp8" (float8_e4m3fn) or "int8", with one float32 scale per output channel. Tokens, and
+    the activation's results, are then quantised one by one in every call. Experts that are FP8 with
+    block scales already are quantised again, from their values.
+
+      parameter               buffers that replace it, of the same name and logical shape
+      gate_up_proj, up_proj   8-bit, K dense; and NAME_scale_inv float32 [E, 2I] or [E, I]
+      down_proj               8-bit, K dense; and down_proj_scale_inv float32 [E, H]
+
+    I is padded to a multiple of 16 where it is none. Biases, routers, shared experts and attention
+    stay as they are. The model selects `experts_implementation="cutlass_moe"`; its experts run
+    under no other and have no gradient. Cast the model before, not after; `save_pretrained` is
+    refused from then on, since no loader would understand the files, but the state dict loads into
+    a model that was quantised in the same way.
+
+    Raises ValueError for another `quant`, for a model without experts of this kind, for one that is
+    quantised already or whose weights are not loaded, and TypeError for other objects.
+    """
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model)}")
+    if quant not in QUANTS:
+        raise ValueError(f"quant must be {' or '.join(map(repr, QUANTS))}, got {quant!r}")
+    experts = list(experts_of(model))
+    done = [module for module in experts if quant_of(module)]
+    if not experts or done:
+        got = f"one that is {quant_of(done[0])} already" if done else type(model).__name__
+        raise ValueError(f"model must contain experts that are not quantised, got {got}")
+    if any(parameter.is_meta for module in experts for parameter in module.parameters()):
+        raise ValueError("the weights of model must be loaded, got some on the meta device")
+    model.set_experts_implementation(NAME)
+    for module in tqdm(experts, desc=f"Experts to {quant}", unit="layer"):
+        _find_out(module)
+        quantize(module, quant)
+    model.save_pretrained = _refuse_to_save
+    return model
+
+
+# The forward of a module of experts. transformers passes the arguments by position or name.
+
+
+def experts_forward(
+    self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The function that `ExpertsInterface` has under our name.
+
+    hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k]: returns [T, H] of the
+    dtype of hidden_states. Ids outside [0, E) add nothing.
+    """
+    return _forward(grouped_mm_experts_forward, self, hidden_states, top_k_index, top_k_weights)
+
+
+def fp8_experts_forward(
+    self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The same for `FP8ExpertsInterface`, whose modules hold float8_e4m3fn weights."""
+    return _forward(fp8_grouped_mm_experts_forward, self, hidden_states, top_k_index, top_k_weights)
+
+
+def _forward(
+    library: Forward, self: Experts, hidden: Tensor, ids: Tensor, weights: Tensor
+) -> Tensor:
+    if torch.is_grad_enabled() and _wants_gradient(self, hidden, weights):
+        if quant_of(self):
+            raise RuntimeError(f"experts are quantised to {quant_of(self)}; {_NO_GRADIENT}")
+        _announce(self, _NO_GRADIENT, strict=not self.training)
+        return library(self, hidden, ids, weights)
+    found = getattr(self, "_cutlass_moe", None)
+    if not torch.compiler.is_compiling():
+        found = _find_out(self)
+    experts = weights_of(self)
+    quant: str | None = _DTYPES.get(experts["w13"].dtype)
+    ours = quant_of(self)
+    if ours and quant != ours:
+        raise RuntimeError(
+            f"experts must have the {ours} weights that quantize_ gave them, got "
+            f"{experts['w13'].dtype}: cast a model before it is quantised, not after"
+        )
+    if quant and torch.is_grad_enabled():
+        experts = {name: tensor.detach() for name, tensor in experts.items()}
+    interleaved = is_interleaved(self)
+    activation = found.activation if found else None
+    if _has_norm(self) or (interleaved and experts["w13"].stride(2) != 1):
+        activation = None
+    call = {
+        "hidden": hidden if quant else hidden.to(experts["w13"].dtype),
+        **{"topk_weights": weights, "topk_ids": ids, "quant": quant, **experts},
+        # two products have kernels where a layer with a plain activation has
+        **(activation or (GATED if self.has_gate else NOT_GATED)[0])._asdict(),
+        "interleaved": interleaved and activation is not None,
+    }
+    reason = None if ours else _why_not(self, found, call)
+    if reason is not None:
+        _announce(self, reason)
+        return library(self, hidden, ids, weights)
+    out = cm.fused_moe(**call) if activation else _two_products(self, call)
+    return out.to(hidden.dtype)
+
+
+def _two_products(self: Experts, call: dict[str, Any]) -> Tensor:
+    """A layer with the module's own gate, and norm, between and after two grouped products."""
+    table = cm.route(call["topk_ids"], len(call["w13"]))
+
+    def multiply(x: Tensor, name: str, index: Tensor | None = None) -> Tensor:
+        rows: Any = {"index": index, "offsets": table.offsets, "bias": call.get(f"{name}_bias")}
+        dtype = x.dtype
+        if call["quant"]:
+            x, rows["per_token_scale"] = cm.quantize_per_token(x, QUANTS[call["quant"]])
+            scale, columns = call[f"{name}_scale"], call[name].shape[1]
+            rows["scale"] = scale.repeat_interleave(columns // scale.shape[1], 1)
+        return cm.grouped_matmul(x, call[name], out_dtype=dtype, **rows)
+
+    up = multiply(call["hidden"], "w13", table.index)
+    down = multiply(self._apply_gate(up) if self.has_gate else self.act_fn(up), "w2")
+    if _has_norm(self):
+        down = self.post_expert_norm(down)
+    return cm.combine(down, call["topk_weights"], table.inverse)
+
+
+def _why_not(self: Experts, found: _Found | None, call: dict[str, Any]) -> str | None:
+    """Why no kernel serves a call; asked once for each kind of call of a module."""
+    if getattr(self, "activation_scheme", "dynamic") != "dynamic":
+        return f"tokens must be quantised by scales of their own, got {self.activation_scheme} ones"
+    if found is None or torch.compiler.is_compiling():
+        return cm.why_not(**call)
+    x, w13, weights, ids = (call[name] for name in ("hidden", "w13", "topk_weights", "topk_ids"))
+    key: tuple[Any, ...] = (x.dtype, x.device, w13.dtype, w13.shape, w13.stride())
+    key += (weights.dtype, ids.dtype, ids.shape[1])
+    if key not in found.reasons:
+        found.reasons[key] = cm.why_not(**call)
+    return found.reasons[key]
+
+
+def _wants_gradient(self: Experts, hidden: Tensor, weights: Tensor) -> bool:
+    """Whether a gradient may be asked for; 8-bit weights and their scales have none."""
+    experts = weights_of(self)
+    trained = () if experts["w13"].dtype in _DTYPES else experts.values()
+    return any(tensor.requires_grad for tensor in (hidden, weights, *trained))
+
+
+def _has_norm(self: Experts) -> bool:
+    return getattr(self, "has_post_expert_norm", False)  # transformers 5.17 has no such mark
+
+
+def _find_out(self: Experts) -> _Found:
+    """What is kept in a module, found out at its first call; makes its weights readable."""
+    found = getattr(self, "_cutlass_moe", None)
+    if found is None:
+        found = self._cutlass_moe = _Found(find_activation(self), {})
+        gate = found.activation.activation if found.activation else "a gate of its own"
+        _logger.info("experts of %s: %s", type(self).__name__, gate)
+    if not quant_of(self):
+        make_readable(self)
+    return found
+
+
+def _refuse_to_save(*args: Any, **options: Any) -> None:
+    raise NotImplementedError(
+        "a model must be saved before quantize_: no loader understands its quantised experts; "
+        "its state_dict() loads into a model that was quantised in the same way"
+    )
+
+
+# What falls back.
+
+
+def _announce(self: Experts, reason: str, strict: bool = True) -> None:
+    """Says, once per module class and reason, that transformers' own function is taken.
+
+    strict: raises RuntimeError instead if CUTLASS_MOE_STRICT=1.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if strict and STRICT.on():
+        raise RuntimeError(f"no kernel for these experts (CUTLASS_MOE_STRICT=1): {reason}")
+    _warn_once(f"transformers' own function runs the experts of {type(self).__name__}: {reason}")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _logger.info(message)
+    warnings.warn(message, stacklevel=2)
+
+
+def _register() -> None:
+    version = Version(transformers.__version__)
+    if version < OLDEST:
+        raise ImportError(f"transformers must be {OLDEST} or later, got {version}")
+    if version >= NEWER:
+        _warn_once(f"transformers {version} is newer than those tested, which are below {NEWER}")
+    ExpertsInterface.register(NAME, experts_forward)
+    FP8ExpertsInterface.register(NAME, fp8_experts_forward)
+
+
+_register()

@@ -1,0 +1,533 @@
+"""transformers' models with our experts, on the CPU: tiny random ones of seven families.
+
+A token that takes another expert because of a rounding moves its logits far: models are compared by
+their median token, modules with the experts given.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+pytest.importorskip("transformers", reason="needs transformers")
+
+import transformers
+from transformers.activations import ACT2FN
+from transformers.integrations import finegrained_fp8
+from transformers.integrations.moe import use_experts_implementation
+
+import cutlass_moe as cm
+from cutlass_moe.integrations import transformers as ours
+from cutlass_moe.integrations.experts import find_activation
+from tests.integrations.tiny_models import (
+    FAMILIES,
+    HIDDEN,
+    INTER,
+    TOP_K,
+    VOCAB,
+    E,
+    experts_of,
+    make,
+)
+
+families = pytest.mark.parametrize("family", FAMILIES)
+SHAPES = ["qwen3-moe", "gpt-oss", "nemotron-h"]  # one of each layout
+ACTIVATIONS = {"gpt-oss": ("swiglu", 7.0, 1.702, 1.0), "nemotron-h": ("relu2", None, None, None)}
+LIMITS = {None: 6e-3, "int8": 2e-2, "fp8": 7e-2}  # of a module, from float32
+
+
+@pytest.fixture(autouse=True)
+def each_warning_anew() -> None:
+    ours._warn_once.cache_clear()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Of tensors as small as these, more threads cost more than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def routing(tokens: int, seed: int = 0, experts: int = E // 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, ids and weights; half of the experts get no token."""
+    torch.manual_seed(seed)
+    hidden = torch.randn(tokens, HIDDEN).bfloat16()
+    ids = torch.rand(tokens, experts).topk(TOP_K, 1).indices
+    return hidden, ids, torch.rand(tokens, TOP_K).bfloat16()
+
+
+def eager(module: Any, *arguments: Tensor) -> Tensor:
+    """What the model's own code computes, in float32."""
+    wide = copy.deepcopy(module).float()
+    hidden, ids, weights = arguments
+    own = type(module).forward.__wrapped__
+    return own(wide, hidden.float(), ids, weights.float())
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-9))
+
+
+def per_token(got: Tensor, want: Tensor) -> Tensor:
+    got, want = got.double(), want.double()
+    return ((got - want).norm(dim=-1) / want.norm(dim=-1)).flatten()
+
+
+def tokens_of(batch: int = 2, length: int = 17) -> Tensor:
+    return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+# Models
+
+
+@families
+def test_model(family: str, tmp_path: Path) -> None:
+    """Selection, logits, greedy generation, saving and loading."""
+    model = make(family)
+    assert model.config._experts_implementation == "cutlass_moe"
+    ids = tokens_of()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("error", message=".*experts.*")
+        logits = model(ids).logits
+        longer = model.generate(ids, max_new_tokens=4, do_sample=False)
+    want = ACTIVATIONS.get(family, ("swiglu", None, None, None))
+    assert all(tuple(experts._cutlass_moe.activation) == want for experts in experts_of(model))
+    assert longer.shape == (2, 21)
+
+    model.save_pretrained(tmp_path)
+    assert "cutlass_moe" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, experts_implementation="cutlass_moe"
+    )
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, logits)
+
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        assert per_token(logits, model(ids).logits).median() <= 2e-2
+        right = model(longer).logits[:, 16:-1]
+    chosen = right.gather(2, longer[:, 17:, None])[..., 0]
+    spread = right.float().std(dim=-1)
+    assert (right.max(dim=-1).values - chosen <= 0.1 * spread).float().mean() >= 0.75
+
+
+@families
+@pytest.mark.parametrize("quant", LIMITS)
+def test_module(family: str, quant: str | None) -> None:
+    model = make(family)
+    before = copy.deepcopy(experts_of(model)[0])
+    if quant:
+        ours.quantize_(model, quant)
+        assert not any(p.requires_grad for p in experts_of(model)[0].parameters())
+    experts = experts_of(model)[0]
+    for tokens in (0, 1, 333):
+        hidden, ids, weights = routing(tokens)
+        with torch.no_grad():
+            out = experts(hidden, ids, weights)
+        assert out.shape == hidden.shape and out.dtype == hidden.dtype
+        if tokens:
+            few = 1.6 if tokens == 1 else 1  # of rows: their errors scatter
+            assert relative(out, eager(before, hidden, ids, weights)) <= few * LIMITS[quant]
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_ids_of_other_ranks_add_nothing(family: str) -> None:
+    experts = experts_of(make(family))[0]
+    hidden, ids, weights = routing(40)
+    elsewhere = torch.rand(40, TOP_K) < 0.5
+    with torch.no_grad():
+        got = experts(hidden, ids.masked_fill(elsewhere, E), weights.masked_fill(elsewhere, 0))
+        want = experts(hidden, ids, weights.masked_fill(elsewhere, 0))
+        assert not experts(hidden, torch.full_like(ids, E), weights).any()
+    assert relative(got, want) <= 1e-3
+
+
+def test_float32_hidden_with_narrower_weights() -> None:
+    """As under autocast, and after a norm that is kept in float32."""
+    experts = experts_of(make("qwen3-moe"))[0]
+    hidden, ids, weights = routing(20)
+    with torch.no_grad():
+        out = experts(hidden.float(), ids, weights)
+        assert torch.equal(out, experts(hidden, ids, weights).float())
+
+
+@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize("called", [True, False], ids=["called", "not_called"])
+def test_compiled(family: str, called: bool) -> None:
+    """A module that was not called before has no known gate, and takes the way that needs none."""
+    experts = experts_of(make(family))[0]
+    arguments = routing(21)
+    torch.compiler.reset()
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        want = eager(experts, *arguments)
+        if called:
+            assert torch.equal(experts(*arguments), compiled(*arguments))
+        assert relative(compiled(*arguments), want) <= 1.5 * LIMITS[None]
+
+
+def test_a_model_compiled() -> None:
+    model = ours.prepare_(make("qwen3-moe", num_hidden_layers=1))
+    ids = tokens_of()
+    torch.compiler.reset()
+    with torch.no_grad():
+        want = model(ids).logits
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(ids).logits
+    assert per_token(got, want).median() <= 2e-2
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_gradients_are_transformers(family: str) -> None:
+    experts = experts_of(make(family))[0]
+    arguments = routing(50)
+    with torch.no_grad():
+        experts(*arguments)  # moves gpt-oss's weights
+
+    def gradients(implementation: str) -> list[Tensor]:
+        experts.config._experts_implementation = implementation
+        hidden = arguments[0].clone().requires_grad_()
+        out = experts(hidden, *arguments[1:])
+        return list(torch.autograd.grad(out.sum(), [hidden, *experts.parameters()]))
+
+    with pytest.warns(UserWarning, match="call under torch.no_grad()"):
+        got = gradients("cutlass_moe")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        gradients("cutlass_moe")
+    for mine, right in zip(got, gradients("grouped_mm"), strict=True):
+        assert torch.equal(mine, right)
+
+
+def test_a_gradient_under_strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUTLASS_MOE_STRICT", "1")
+    experts = experts_of(make("qwen3-moe"))[0]
+    with pytest.raises(RuntimeError, match="no kernel for these experts"):
+        experts(*routing(3))
+    experts.train()
+    with pytest.warns(UserWarning, match="transformers' own function runs the experts of Qwen3"):
+        assert experts(*routing(3)).requires_grad
+
+
+# Storage
+
+
+def test_weights_of_gpt_oss_move_once() -> None:
+    experts = experts_of(make("gpt-oss"))[0]
+    before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
+    hidden, ids, weights = routing(5)
+    want = eager(experts, hidden, ids, weights)
+    with torch.inference_mode():
+        experts(hidden, ids, weights)
+        address = experts.gate_up_proj.data_ptr()
+        experts(hidden, ids, weights)
+    assert experts.gate_up_proj.stride(1) == experts.down_proj.stride(1) == 1
+    assert experts.gate_up_proj.data_ptr() == address
+    assert isinstance(experts.gate_up_proj, nn.Parameter)
+    assert not experts.gate_up_proj.is_inference()
+    for name, tensor in experts.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert relative(eager(experts, hidden, ids, weights), want) <= 1e-6
+
+
+# Gates
+
+
+def module(gate: Any, concatenated: bool = True, act: Any = functional.silu, **own: Any) -> Any:
+    """As much of a module of experts as its gate needs."""
+    found = SimpleNamespace(has_gate=gate is not None, is_concatenated=concatenated, act_fn=act)
+    vars(found).update(own)
+    if gate is not None:
+        found._apply_gate = lambda x: gate(found, x)
+    return found
+
+
+def halves(self: Any, x: Tensor) -> Any:
+    return x.chunk(2, -1) if self.is_concatenated else (x[..., ::2], x[..., 1::2])
+
+
+def plain(self: Any, x: Tensor) -> Tensor:
+    gate, up = halves(self, x)
+    return self.act_fn(gate) * up
+
+
+def clamped(self: Any, x: Tensor) -> Tensor:
+    gate, up = halves(self, x)
+    gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+    return gate * torch.sigmoid(gate * self.alpha) * (up + self.beta)
+
+
+def late_clamp(self: Any, x: Tensor) -> Tensor:  # Step3.7
+    gate, up = halves(self, x)
+    return self.act_fn(gate).clamp(max=self.limit) * up.clamp(-self.limit, self.limit)
+
+
+def far_clamp(self: Any, x: Tensor) -> Tensor:
+    gate, up = halves(self, x)
+    return self.act_fn(gate) * up.clamp(-1e5, 1e5)
+
+
+def wrong_halves(self: Any, x: Tensor) -> Tensor:
+    gate, up = x[..., ::2], x[..., 1::2]
+    return self.act_fn(gate) * up
+
+
+def of_a_width(self: Any, x: Tensor) -> Tensor:
+    return plain(self, x) * torch.ones(INTER)
+
+
+OAI = {"limit": 7.0, "alpha": 1.702, "beta": 1.0}
+GATES: dict[str, tuple[Any, tuple[Any, ...] | None]] = {
+    "silu": (module(plain), ("swiglu",)),
+    "interleaved": (module(plain, False), ("swiglu",)),
+    "gelu": (module(plain, act=ACT2FN["gelu"]), ("geglu",)),
+    "gelu_tanh": (module(plain, act=ACT2FN["gelu_pytorch_tanh"]), ("geglu_tanh",)),
+    "relu": (module(plain, act=ACT2FN["relu"]), ("reglu",)),
+    "oai": (module(clamped, False, **OAI), ("swiglu", 7.0, 1.702, 1.0)),
+    "other_numbers": (
+        module(clamped, swiglu_limit=10.0, limit=10.0, alpha=1.0, beta=0.0),
+        ("swiglu", 10.0, 1.0, 0.0),
+    ),
+    "other_beta": (module(clamped, limit=7.0, alpha=1.702, beta=0.5), None),
+    "numbers_of_nothing": (module(plain, **OAI), ("swiglu",)),
+    "late_clamp": (module(late_clamp, limit=7.0), None),
+    "far_clamp": (module(far_clamp), None),
+    "quick_gelu": (module(plain, act=ACT2FN["quick_gelu"]), None),
+    "clipped": (module(plain, act=ACT2FN["gelu_10"]), None),
+    "wrong_halves": (module(wrong_halves), None),
+    "of_a_width": (module(of_a_width), None),
+    "random": (module(lambda self, x: functional.dropout(plain(self, x))), None),
+    **{
+        f"no_gate_{name}": (module(None, act=ACT2FN[act]), None if name is None else (name,))
+        for act, name in (
+            *(("silu", "silu"), ("gelu", "gelu"), ("gelu_new", "gelu_tanh"), ("relu", "relu")),
+            *(("relu2", "relu2"), ("relu6", None)),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize(("experts", "want"), GATES.values(), ids=GATES.keys())
+def test_gates(experts: Any, want: tuple[Any, ...] | None) -> None:
+    found = find_activation(experts)
+    assert (found and tuple(part for part in found if part is not None)) == want
+
+
+@pytest.mark.parametrize("quant", LIMITS)
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_gate_of_its_own(family: str, quant: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two products, with the module's own code between them; its norm, if it has one, behind."""
+    model = make(family)
+    experts = experts_of(model)[0]
+    if experts.has_gate:
+        monkeypatch.setattr(
+            type(experts), "_apply_gate", lambda self, x: torch.tanh(halves(self, x)[0])
+        )
+    else:
+        experts.act_fn = nn.Tanh()
+    arguments = routing(60)
+    elsewhere = arguments[1] == 1
+    arguments[2][elsewhere] = 0
+    want = grouped_definition(experts, *arguments)
+    arguments[1][elsewhere] = E
+    before = copy.deepcopy(experts)
+    if quant:
+        ours.quantize_(model, quant)
+    called = []
+    monkeypatch.setattr(cm, "combine", lambda *given, do=cm.combine: called.append(1) or do(*given))
+    with torch.no_grad():
+        assert relative(experts(*arguments), want) <= 1.5 * LIMITS[quant]
+        assert called and experts._cutlass_moe.activation is None
+        experts.has_post_expert_norm = before.has_post_expert_norm = True
+        experts.post_expert_norm = before.post_expert_norm = nn.Tanh()
+        assert relative(experts(*arguments), grouped_definition(before, *arguments)) <= (
+            1.5 * LIMITS[quant]
+        )
+
+
+def grouped_definition(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """A layer pair by pair, in float32, with the module's own gate and norm."""
+    wide = copy.deepcopy(experts).float()
+    up_proj = wide.gate_up_proj if wide.has_gate else wide.up_proj
+    up_proj, down_proj = (
+        w if wide.is_transposed else w.transpose(1, 2) for w in (up_proj, wide.down_proj)
+    )
+    out = torch.zeros(len(hidden), HIDDEN)
+    for token, choice in (ids < E).nonzero().tolist():
+        e = int(ids[token, choice])
+        up = hidden[token, None].float() @ up_proj[e]
+        up = up + (wide.gate_up_proj_bias[e] if wide.has_bias else 0)
+        down = (wide._apply_gate(up) if wide.has_gate else wide.act_fn(up)) @ down_proj[e]
+        down = down + (wide.down_proj_bias[e] if wide.has_bias else 0)
+        if getattr(wide, "has_post_expert_norm", False):
+            down = wide.post_expert_norm(down)
+        out[token] += weights[token, choice].float() * down[0]
+    return out.detach()
+
+
+# Quantised
+
+
+@pytest.mark.parametrize("quant", ["int8", "fp8"])
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_quantised_model(family: str, quant: str) -> None:
+    model, ids = make(family), tokens_of()
+    with torch.no_grad():
+        want = model(ids).logits
+    assert ours.quantize_(model, quant) is model
+    with torch.no_grad():
+        got = model(ids).logits
+    assert per_token(got, want).median() <= (0.05 if quant == "int8" else 0.15)
+
+    other = ours.quantize_(make(family), quant)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(ids).logits, got)
+
+
+def test_an_inner_size_that_needs_padding() -> None:
+    model = make("gpt-oss", intermediate_size=24)
+    before = copy.deepcopy(experts_of(model)[0])
+    ours.quantize_(model, "int8")
+    experts = experts_of(model)[0]
+    assert experts.down_proj.shape == (E, 32, HIDDEN)
+    with torch.no_grad():
+        got = experts(*routing(30))
+    assert relative(got, eager(before, *routing(30))) <= LIMITS["int8"]
+
+
+def test_what_quantised_experts_refuse() -> None:
+    model = ours.quantize_(make("qwen3-moe"), "fp8")
+    hidden, ids, weights = routing(4)
+    with pytest.raises(RuntimeError, match="quantised to fp8; kernels have no gradient"):
+        experts_of(model)[0](hidden.requires_grad_(), ids, weights)
+    with pytest.raises(NotImplementedError, match="saved before quantize_"):
+        model.save_pretrained("nowhere")
+    with pytest.raises(ValueError, match="got one that is fp8 already"):
+        ours.quantize_(model, "int8")
+    with pytest.raises(RuntimeError, match="must have the fp8 weights .* got torch.bfloat16: cast"):
+        experts_of(model.to(torch.bfloat16))[0](hidden.detach(), ids, weights)
+
+
+def test_what_cannot_be_quantised() -> None:
+    with pytest.raises(TypeError, match="must be a transformers.PreTrainedModel"):
+        ours.quantize_(nn.Linear(2, 2), "int8")
+    model = make("qwen3-moe")
+    with pytest.raises(ValueError, match="quant must be 'fp8' or 'int8', got 'fp4'"):
+        ours.quantize_(model, "fp4")
+    with pytest.raises(ValueError, match="must be loaded, got some on the meta device"):
+        ours.quantize_(make("qwen3-moe", device="meta"), "int8")
+    dense = transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(
+            vocab_size=8,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )  # fmt: skip
+    )
+    with pytest.raises(ValueError, match="must contain experts that are not quantised, got Llama"):
+        ours.quantize_(dense, "int8")
+
+
+# FP8 checkpoints as transformers holds them
+
+
+def fp8_experts(block_size: tuple[int, int] | None, **options: Any) -> tuple[Any, Any]:
+    """FP8 experts, and the same in float32 by what their values stand for."""
+    config = make("qwen3-moe", device="meta").config
+    config.hidden_act, config._experts_implementation = "silu", "cutlass_moe"
+
+    class Experts(finegrained_fp8.FP8Experts):
+        pass
+
+    decorated = use_experts_implementation(
+        experts_class=Experts, experts_interface=finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS
+    )
+    experts = decorated(config=config, block_size=block_size, **options)
+    wide = copy.deepcopy(experts_of(make("qwen3-moe"))[0]).float()
+    torch.manual_seed(1)
+    for name in ("gate_up_proj", "down_proj"):
+        weight, scale = getattr(experts, name), getattr(experts, f"{name}_scale_inv")
+        weight.data = (torch.randn(weight.shape) * 100).to(torch.float8_e4m3fn)
+        scale.data = (torch.rand(scale.shape) + 0.5) * weight.shape[2] ** -0.5 / 100
+        blocks = [-(-a // b) for a, b in zip(weight.shape, scale.shape, strict=True)]
+        for dim, times in enumerate(blocks):
+            scale = scale.repeat_interleave(times, dim)
+        getattr(wide, name).data = weight.float() * scale
+    return experts, wide
+
+
+@pytest.mark.parametrize("block_size", [(1, HIDDEN), None], ids=["channel", "tensor"])
+def test_fp8_experts_in_place(block_size: tuple[int, int] | None) -> None:
+    experts, wide = fp8_experts(block_size)
+    arguments = routing(100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = experts(*arguments)  # no gradient is lost: 8-bit weights have none
+    assert relative(out, eager(wide, *arguments)) <= LIMITS["fp8"]
+
+
+@pytest.mark.parametrize(
+    ("block_size", "options", "reason"),
+    [
+        ((16, 16), {}, "w13_scale must have shape"),
+        ((1, HIDDEN), {"activation_scheme": "static"}, "scales of their own, got static ones"),
+    ],
+    ids=["block", "static"],
+)
+def test_fp8_experts_that_fall_back(
+    block_size: tuple[int, int],
+    options: dict[str, Any],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    experts, _ = fp8_experts(block_size, **options)
+    theirs = torch.ones(3, HIDDEN)
+    monkeypatch.setattr(ours, "fp8_grouped_mm_experts_forward", lambda *given: theirs)
+    with pytest.warns(UserWarning, match=reason):
+        assert experts(*routing(3)) is theirs
+
+
+@pytest.mark.parametrize("quant", ["int8", "fp8"])
+def test_block_scales_are_quantised_again(quant: str) -> None:
+    experts, wide = fp8_experts((16, 32))
+    model = make("qwen3-moe")
+    model.model.layers[0].mlp.experts = experts
+    ours.quantize_(model, quant)
+    arguments = routing(100)
+    with torch.no_grad():
+        out = experts(*arguments)
+    assert relative(out, eager(wide, *arguments)) <= 1.5 * LIMITS[quant]
+
+
+# Versions
+
+
+@pytest.mark.parametrize(("version", "message"), [("5.16.2", "5.17 or later, got 5.16.2")])
+def test_an_old_transformers(version: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(ImportError, match=message):
+        ours._register()
+
+
+def test_a_new_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "6.1.0")
+    with pytest.warns(UserWarning, match="6.1.0 is newer than those tested"):
+        ours._register()

@@ -1,0 +1,93 @@
+"""Tiny random models of the families that transformers' integration is tested with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+E, TOP_K, HIDDEN, INTER, VOCAB = 8, 2, 64, 32, 128
+_SHARED: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": TOP_K,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_DEEPSEEK = {
+    "moe_intermediate_size": INTER,
+    "n_routed_experts": E,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # transformers' model type, and its options
+    "mixtral": ("mixtral", {"num_local_experts": E}),
+    "qwen3-moe": ("qwen3_moe", {"num_experts": E, "moe_intermediate_size": INTER, "head_dim": 16}),
+    "deepseek-v3": (
+        "deepseek_v3",
+        {
+            **_DEEPSEEK,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+        },
+    ),
+    "gpt-oss": ("gpt_oss", {"num_local_experts": E, "head_dim": 16, "sliding_window": 64}),
+    "olmoe": ("olmoe", {"num_experts": E}),
+    "glm-4-moe": ("glm4_moe", {**_DEEPSEEK, "head_dim": 16}),
+    "nemotron-h": (
+        "nemotron_h",
+        {
+            **_DEEPSEEK,
+            "hybrid_override_pattern": "ME*E",
+            "num_hidden_layers": 4,
+            "moe_shared_expert_intermediate_size": INTER,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "n_groups": 2,
+            "ssm_state_size": 16,
+            "head_dim": 16,
+        },
+    ),
+}
+
+
+def config(family: str, **options: Any) -> Any:
+    model_type, own = FAMILIES[family]
+    return transformers.AutoConfig.for_model(model_type, **{**_SHARED, **own, **options})
+
+
+def make(
+    family: str, device: str = "cpu", implementation: str = "cutlass_moe", **options: Any
+) -> Any:
+    """A model in bfloat16 whose weights spread enough for experts to matter."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config(family, **options),
+            dtype=torch.bfloat16,
+            experts_implementation=implementation,
+        ).eval()
+        for experts in experts_of(model):
+            for name, parameter in experts.named_parameters():
+                nn.init.normal_(
+                    parameter, std=0.5 if "bias" in name else parameter.shape[-1] ** -0.5
+                )
+    return model
+
+
+def experts_of(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "is_concatenated")]
