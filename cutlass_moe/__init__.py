@@ -19,6 +19,11 @@ from cutlass_moe.ops.quantize import (
     quantize_per_token,
     quantize_per_token_reference,
 )
+from cutlass_moe.ops.quantize_groups import (
+    quantize_per_block,
+    quantize_per_token_group,
+    quantize_per_token_group_reference,
+)
 from cutlass_moe.ops.route import RoutingTable, renormalize_kept, route, route_reference
 from cutlass_moe.ops.router import route_logits, topk_router, topk_router_reference
 from cutlass_moe.warmup import warmup
@@ -43,8 +48,11 @@ __all__ = [
     "index_group_matmul_workspace_size",
     "pad_experts",
     "plan",
+    "quantize_per_block",
     "quantize_per_channel",
     "quantize_per_token",
+    "quantize_per_token_group",
+    "quantize_per_token_group_reference",
     "quantize_per_token_reference",
     "renormalize_kept",
     "route",

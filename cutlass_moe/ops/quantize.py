@@ -38,7 +38,7 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype, pad_to: int = 1) -> tuple[
     try:
         if x.dim() != 2:
             raise ValueError(f"x must be [T, K], got {list(x.shape)}")
-        _check(x, dtype)
+        check_values(x, dtype)
         return _quantize_op(_pad(x, pad_to), dtype)
     except Exception:
         check_types(quantize_per_token, locals())
@@ -56,7 +56,7 @@ def quantize_per_channel(
     """
     if weight.dim() != 3:
         raise ValueError(f"weight must be [E, N, K], got {list(weight.shape)}")
-    _check(weight, dtype)
+    check_values(weight, dtype)
     weight = _pad(weight, pad_to)
     q, scale = _quantize_op(weight.flatten(0, 1), dtype)
     return q.view(weight.shape), scale.view(weight.shape[:2])
@@ -93,7 +93,8 @@ def quantize_static(x: Tensor, dtype: torch.dtype, scale: float | Tensor) -> tup
     return scaled.to(dtype), scale.expand(x.shape[:-1]).contiguous()
 
 
-def _check(x: Tensor, dtype: torch.dtype) -> None:
+def check_values(x: Tensor, dtype: torch.dtype) -> None:
+    """Raises TypeError or ValueError if x can't be quantised to this dtype."""
     if dtype not in LARGEST:
         raise TypeError(f"dtype must be one of {_names(LARGEST)}, got {dtype}")
     if x.dtype not in FLOATS:

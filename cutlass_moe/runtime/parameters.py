@@ -193,6 +193,31 @@ def quantize_values(
     }
 
 
+def quantize_groups_values(
+    addresses: Addresses,
+    num_rows: int,
+    source_stride: int,
+    scale_strides: tuple[int, ...],
+    *,
+    power_of_two: bool = False,
+    early: bool = False,
+) -> dict[str, int]:
+    """The values of a kernel that quantises with a scale per group.
+
+    addresses, source_stride, early: as in `quantize_values`. scale_strides: elements from a row's
+    scale to the next row's, and to the next of the same row."""
+    return {
+        "end": 0,
+        **addresses,
+        "num_rows": num_rows,
+        "source_stride": source_stride,
+        "scale_stride": scale_strides[0],
+        "scale_k_stride": scale_strides[1],
+        "power_of_two": int(power_of_two),
+        "early": int(early),
+    }
+
+
 def combine_values(
     addresses: Addresses, num_rows: int, num_tokens: int, weight_stride: int
 ) -> dict[str, int]:

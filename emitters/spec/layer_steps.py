@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from emitters.spec.dtypes import LARGEST, OUTPUTS, DType
-from emitters.spec.gemm import MAX_EXPERTS
+from emitters.spec.gemm import K_BLOCK, MAX_EXPERTS
 from emitters.spec.plain import from_plain, to_plain
 
 ROW_VECTOR = 8  # elements of a row that a thread reads at a time: 16 bytes if they have 16 bits
 MAX_ROW = 32_768  # elements
+GROUPS_PER_THREAD = 4  # of `quantize_groups`, read before the first is used
 MAX_TOP_K = 32
 SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 MAX_FUSED_EXPERTS = 512  # for route_logits: it needs a thread per expert and 128 registers each
@@ -63,11 +64,12 @@ _WORDS = {  # how `words` shows each field, in this order
     "rows": "{} >",
     "out": "{}",
     "k": "K {}",
+    "padded": "padded",
     "n": "N {}",
     "top_k": "k {}",
     "weights": "{} weights",
 }
-_PLAIN = {"num_groups": 1, "weights": "fp32"}  # values that `words` leaves out
+_PLAIN = {"num_groups": 1, "padded": False, "weights": "fp32"}  # values that `words` leaves out
 
 
 @dataclass(frozen=True)
@@ -140,13 +142,20 @@ class RouteLogitsProblem(TopkProblem):
 class QuantizeProblem(Step):
     """Quantises rows [R, K] of `source` to q [R, K] of `target` and scale float32 [R].
 
-    As `cutlass_moe.quantize_per_token` does: rows ~ q * scale.
+    As `cutlass_moe.quantize_per_token` does: rows ~ q * scale. padded: each row of q ends with 8
+    zeros, because K is no multiple of 16.
     """
 
     source: DType
     target: DType
     k: int
+    padded: bool = False
     op: ClassVar[str] = "quantize"
+
+    @property
+    def q_vectors(self) -> int:
+        """The number of ROW_VECTOR values in a row of q."""
+        return self.k // ROW_VECTOR + self.padded
 
     def row_threads(self, threads: int) -> int:
         """The number of threads that share a row: a power of two, with about 32 elements each.
@@ -169,6 +178,39 @@ class QuantizeProblem(Step):
             return f"rows must be quantised to one of {', '.join(LARGEST)}, got {self.target}"
         if self.k % ROW_VECTOR or not 0 < self.k <= MAX_ROW:
             return f"K must be a multiple of {ROW_VECTOR} up to {MAX_ROW}, got {self.k}"
+        if self.padded and self.k % 16 == 0:
+            return f"K must be no multiple of 16 where rows of q are padded, got {self.k}"
+        return None
+
+
+@dataclass(frozen=True)
+class QuantizeGroupsProblem(Step):
+    """Quantises rows [R, K] to q [R, K] with a float32 scale per 128 of K.
+
+    As `cutlass_moe.quantize_per_token_group` does.
+    """
+
+    source: DType
+    target: DType
+    k: int
+    op: ClassVar[str] = "quantize_groups"
+
+    @property
+    def groups(self) -> int:
+        """The groups of a row."""
+        return -(-self.k // K_BLOCK)
+
+    def ctas(self, rows: int, threads: int) -> int:
+        """The number of CTAs for this many rows, with this many threads per CTA."""
+        return -(-rows * self.groups * K_BLOCK // (threads * ROW_VECTOR * GROUPS_PER_THREAD))
+
+    def why_illegal(self) -> str | None:
+        if self.source not in OUTPUTS:
+            return f"rows must be one of {', '.join(OUTPUTS)}, got {self.source}"
+        if self.target not in LARGEST:
+            return f"rows must be quantised to one of {', '.join(LARGEST)}, got {self.target}"
+        if self.k % ROW_VECTOR or self.k < 1:
+            return f"K must be a positive multiple of {ROW_VECTOR}, got {self.k}"
         return None
 
 

@@ -14,6 +14,7 @@ from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.layer_steps import (
     CombineProblem,
+    QuantizeGroupsProblem,
     QuantizeProblem,
     RouteLogitsProblem,
     RouteProblem,
@@ -49,6 +50,13 @@ TEMPLATES = (
     Template("route_logits", RouteLogitsProblem, StepConfig, _SM90, "route:RouteLogits"),
     Template("topk_router", TopkProblem, StepConfig, _SM90, "router:TopkRouter"),
     Template("quantize", QuantizeProblem, StepConfig, _SM90, "quantize:Quantize"),
+    Template(
+        "quantize_groups",
+        QuantizeGroupsProblem,
+        StepConfig,
+        _SM90,
+        "quantize_groups:QuantizeGroups",
+    ),
     Template("combine", CombineProblem, StepConfig, _SM90, "combine:Combine"),
 )
 _PROBLEMS = {template.problem.op: template.problem for template in TEMPLATES}

@@ -6,15 +6,13 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
 from cutlass import Float32, Int32, Int64, Uint8, const_expr, range_constexpr
-from cutlass.cute.math import fma
 
 from emitters.device.dependent import launch_next, wait_for_previous
 from emitters.device.memory import ELEMENT, GMEM, VECTOR, vector
-from emitters.spec.dtypes import LARGEST, DType
+from emitters.device.rounding import Divisor, narrow
+from emitters.spec.dtypes import LARGEST
 from emitters.spec.layer_steps import ROW_VECTOR, QuantizeProblem, StepConfig
 from emitters.templates.parameters import integer, pointer
-
-_MAGIC = 12582912.0  # 1.5 * 2^23: adding it puts the rounded integer in a float32's low bits
 
 
 class Quantize:
@@ -22,26 +20,16 @@ class Quantize:
 
     A power of two of neighbouring threads reads a row once and keeps it in registers. If they are
     more than one warp, they exchange their maxima through shared memory.
-
-    q = x / scale is rounded correctly, without a division per element (Markstein, 1990):
-
-      s = scale * p, y = x * p     p: the power of two that brings the scale near 1
-      r = 1 / s, rounded           one division per row
-      q = y * r                    at most two units in the last place off
-      q = q - (q * s - y) * r      at most one unit off
-      q = q - (q * s - y) * r      the correctly rounded quotient
-
-    This also keeps the sign of zeros.
     """
 
     cluster = 1
 
     def __init__(self, problem: QuantizeProblem, config: StepConfig):
         self.problem, self.config = problem, config
-        self.source, self.target = ELEMENT[problem.source], ELEMENT[problem.target]
+        self.source = ELEMENT[problem.source]
         self.row_threads = threads = problem.row_threads(config.threads)
         self.row_vectors = problem.k // ROW_VECTOR
-        self.vectors = -(-self.row_vectors // threads)  # per thread
+        self.vectors = -(-problem.q_vectors // threads)  # per thread
         self.words = ROW_VECTOR * problem.source.bytes // 4  # int32 per vector
         self.rows = config.threads // threads  # per CTA
         self.smem_bytes = 4 * config.threads // 32 if threads > 32 else 0
@@ -113,7 +101,7 @@ class Quantize:
         values.fill(0)
         for i in range_constexpr(self.vectors):
             at = first + i * self.row_threads
-            if counts and self.inside(i, at):
+            if counts and self.inside(i, at, self.row_vectors):
                 offset = Int64(row) * source_stride + at * (4 * self.words)
                 for half in range_constexpr(self.words // 4):
                     part = cute.make_rmem_tensor((4,), Int32)
@@ -130,9 +118,7 @@ class Quantize:
             divisor = Float32(1.0)
         if counts and first == 0:
             cute.make_tensor(scale, cute.make_layout(VECTOR))[row] = divisor
-        power = power_towards_one(divisor)
-        near = divisor * power
-        inverse = 1.0 / near
+        by = Divisor(divisor)
         for i in range_constexpr(self.vectors):
             at = first + i * self.row_threads
             elements = self.elements(values, i)
@@ -140,19 +126,16 @@ class Quantize:
                 for j in range_constexpr(ROW_VECTOR):
                     less = cute.arch.fmin(elements[j], beyond, nan=True)
                     elements[j] = cute.arch.fmax(less, -beyond, nan=True)
-            for j in range_constexpr(ROW_VECTOR):
-                y = elements[j] * power
-                quotient = y * inverse
-                for _ in range_constexpr(2):
-                    quotient = fma(-fma(quotient, near, -y), inverse, quotient)
-                elements[j] = quotient
-            if counts and self.inside(i, at):
-                target = q + (Int64(row) * self.problem.k + at * ROW_VECTOR)
-                cute.autovec_copy(self.narrow(elements), vector(target, Int32, 2, GMEM))
+            by.divide(elements)
+            if counts and self.inside(i, at, self.problem.q_vectors):
+                target = q + (Int64(row) * self.problem.q_vectors + at) * ROW_VECTOR
+                cute.autovec_copy(
+                    narrow(elements, self.problem.target), vector(target, Int32, 2, GMEM)
+                )
 
-    def inside(self, i: int, at: Int32):
-        """Whether the thread's i-th vector, which is number `at` of the row, is in the row."""
-        return True if (i + 1) * self.row_threads <= self.row_vectors else at < self.row_vectors
+    def inside(self, i: int, at: Int32, count: int):
+        """Whether the thread's i-th vector, number `at` of the row, is among the row's first."""
+        return True if (i + 1) * self.row_threads <= count else at < count
 
     def elements(self, values: cute.Tensor, i: int):
         """The thread's i-th vector, converted to float32."""
@@ -186,28 +169,3 @@ class Quantize:
             for i in range_constexpr(self.row_threads // 32):
                 largest = cute.arch.fmax(largest, maxima[first_warp + i], nan=True)
         return largest
-
-    def narrow(self, elements: cute.Tensor):
-        """Rounds eight quotients to the target's dtype, ties to even: two words."""
-        words = cute.make_rmem_tensor((2,), Int32)
-        if self.problem.target is DType.INT8:
-            for j in range(ROW_VECTOR):
-                elements[j] = elements[j] + _MAGIC
-            bits = cute.recast_tensor(elements, Int32)
-            for j in range(2):
-                low = cute.arch.prmt(bits[4 * j], bits[4 * j + 1], 0x0040)
-                high = cute.arch.prmt(bits[4 * j + 2], bits[4 * j + 3], 0x0040)
-                words[j] = Int32(cute.arch.prmt(low, high, 0x5410))
-        else:
-            cute.recast_tensor(words, self.target).store(elements.load().to(self.target))
-        return words
-
-
-def power_towards_one(value: Float32):
-    """The power of two that brings a normal number into [1, 2), a subnormal one into [2^-22, 2)."""
-    bits = cute.make_rmem_tensor((1,), Float32)
-    bits[0] = value
-    exponent = cute.recast_tensor(bits, Int32)[0] >> 23
-    power = cute.make_rmem_tensor((1,), Int32)
-    power[0] = (254 - exponent) << 23
-    return cute.recast_tensor(power, Float32)[0]
