@@ -6,10 +6,20 @@ A new family is one entry of FAMILIES, and a file in tests/models/configs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cutlass_moe.models import moe_layers
 from cutlass_moe.models.moe_layers import Rule
+from cutlass_moe.models.tensor_names import (
+    BLOCK_SPARSE,
+    ERNIE_BIAS,
+    FEED_FORWARD,
+    MIXER,
+    MLP,
+    ROUTER_BIAS,
+    STEP,
+    TensorNames,
+)
 
 Names = tuple[str, ...]  # of fields: the first with a value counts; dots lead into objects
 
@@ -48,6 +58,7 @@ class Family:
       supported where they ask for something, in words with a {} for the value; always: the same of
       all such models.
     known: fields that change nothing here.
+    tensors: their names in its checkpoints, or None where no reader has their layout.
 
     A field that speaks of experts, their router or their activation, and is not named by the entry,
     is told to the user as one that is not understood.
@@ -78,6 +89,7 @@ class Family:
     notes: Mapping[str, str] = field(default_factory=dict)
     always: Names = ()
     known: Names = ()
+    tensors: TensorNames | None = MLP
 
     @property
     def names(self) -> set[str]:
@@ -95,7 +107,7 @@ _DEEPSEEK_GROUPS = {
 _STEP_KNOWN = ("norm_expert_weight", "use_moe", "use_moe_router_bias", "need_fp32_gate")
 
 FAMILIES = (
-    Family(("mixtral",), inter=("intermediate_size",)),
+    Family(("mixtral",), inter=("intermediate_size",), tensors=BLOCK_SPARSE),
     Family(
         ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "qwen3_5_moe")
         + ("qwen3_vl_moe_text", "qwen3_vl_moe"),
@@ -145,6 +157,7 @@ FAMILIES = (
             "without a router's choice"
         },
         known=("expert_dtype",),  # read with the quantisation
+        tensors=None,
     ),
     Family(
         ("BailingMoeV2ForCausalLM", "BailingMoeV2_5ForCausalLM", "bailing_moe_v2")
@@ -155,6 +168,7 @@ FAMILIES = (
         shared=("num_shared_experts",),
         shared_inter=("moe_shared_expert_intermediate_size", "moe_intermediate_size"),
         needs=_DEEPSEEK_GROUPS,
+        tensors=replace(MLP, correction_bias="mlp.gate.expert_bias"),
     ),
     Family(
         ("bailing_moe", "BailingMoeForCausalLM"),
@@ -172,6 +186,7 @@ FAMILIES = (
         shared=("num_shared_experts",),
         shared_inter=("moe_intermediate_size",),
         known=("route_norm", "route_scale"),
+        tensors=replace(MLP, router="mlp.router.gate", correction_bias="mlp.expert_bias"),
     ),
     Family(
         ("nemotron_h",),
@@ -189,6 +204,7 @@ FAMILIES = (
             "back are the caller's, the router and the shared expert see hidden itself"
         },
         known=("moe_shared_expert_overlap",),
+        tensors=MIXER,
     ),
     Family(
         ("gpt_oss",),
@@ -201,6 +217,7 @@ FAMILIES = (
         bias=True,
         needs={"hidden_act": (None, "silu")},
         known=("experts_per_token",),
+        tensors=replace(MLP, router="mlp.router", interleaved=True),
     ),
     Family(
         ("llama4_text", "llama4"),
@@ -213,6 +230,7 @@ FAMILIES = (
             "a router's weight is multiplied with the experts' input: multiply hidden, and give "
             "fused_moe weights of one",
         ),
+        tensors=FEED_FORWARD,
     ),
     Family(
         ("minimax_m2",),
@@ -220,6 +238,7 @@ FAMILIES = (
         default_scoring="sigmoid",
         shared_inter=("shared_intermediate_size",),
         known=("shared_moe_mode", "use_routing_bias"),
+        tensors=BLOCK_SPARSE,
     ),
     Family(
         ("Grok1ForCausalLM",),  # its model_type is another model's
@@ -234,6 +253,7 @@ FAMILIES = (
             "which topk_router does not do: give it those"
         },
         known=("hidden_act",),
+        tensors=None,
     ),
     Family(
         ("phimoe",),
@@ -241,6 +261,7 @@ FAMILIES = (
         inter=("intermediate_size",),
         default_scoring=SPARSEMIXER,
         known=("input_jitter_noise",),
+        tensors=BLOCK_SPARSE,
     ),
     Family(
         ("ernie4_5_moe",),
@@ -251,6 +272,7 @@ FAMILIES = (
         shared_inter=("moe_intermediate_size",),
         needs={"use_bias": (None,), "moe_gate": (None, "topk", "topk_fused")},
         known=("moe_capacity", "moe_use_aux_free", "moe_norm_min"),
+        tensors=replace(MLP, correction_bias=ERNIE_BIAS),
     ),
     Family(
         ("ernie4_5_moe_vl",),  # its lists hold a value for the text's experts, one for the images'
@@ -266,6 +288,7 @@ FAMILIES = (
             "own, which is not among these: build --shapes takes it"
         },
         known=("moe_capacity", "moe_use_aux_free", "moe_norm_min"),
+        tensors=replace(MLP, correction_bias=ERNIE_BIAS, more_experts=True),
     ),
     Family(
         ("hunyuan_v1_moe",),
@@ -277,12 +300,14 @@ FAMILIES = (
         shared_inter=("moe_intermediate_size", "intermediate_size"),
         needs={"mlp_bias": (None,), "group_limited_greedy": (None,)},
         known=("use_mixed_mlp_moe",),
+        tensors=replace(MLP, router="mlp.gate.wg", shared="mlp.shared_mlp"),
     ),
     Family(
         ("jamba",),
         experts=("num_experts",),
         inter=("intermediate_size",),
         layers=moe_layers.periodic("expert_layer_period", "expert_layer_offset"),
+        tensors=FEED_FORWARD,
     ),
     Family(("olmoe",), experts=("num_experts",), inter=("intermediate_size",)),
     Family(
@@ -295,6 +320,7 @@ FAMILIES = (
         needs={"ffn_config.moe_normalize_expert_weights": (None, 1)},
         known=("ffn_config.model_type", "ffn_config.moe_jitter_eps", "ffn_config.moe_loss_weight")
         + ("ffn_config.ffn_act_fn",),
+        tensors=None,
     ),
     Family(
         ("step3_text", "step3_vl"),
@@ -303,6 +329,7 @@ FAMILIES = (
         layers=moe_layers.enumerated("moe_layers_enum"),
         shared_inter=("share_expert_dim",),
         known=_STEP_KNOWN,
+        tensors=STEP,
     ),
     Family(
         ("step3p5", "step3p7"),
@@ -315,6 +342,7 @@ FAMILIES = (
         shared_inter=("share_expert_dim", "share_expert_dims"),
         needs={"moe_every_n_layer": (None, 1), "moe_layer_offset": (None, 0)},
         known=(*_STEP_KNOWN, "moe_router_scaling_factor", "swiglu_limits_shared"),
+        tensors=STEP,
     ),
     Family(
         ("longcat_flash", "longcat_flash_ngram", "LongcatFlashNgramForCausalLM"),
@@ -328,6 +356,7 @@ FAMILIES = (
             "nothing for them, the token times their weights is the caller's"
         },
         known=("ffn_hidden_size",),  # of the dense layers
+        tensors=replace(MLP, router="mlp.router.classifier", correction_bias=ROUTER_BIAS),
     ),
     Family(
         ("gemma4_text", "gemma4"),
@@ -341,6 +370,7 @@ FAMILIES = (
             "its router normalises hidden before the logits, and multiplies the weights with a "
             "number an expert: both are the caller's, around topk_router",
         ),
+        tensors=replace(MLP, experts="experts", router="router.proj", shared="mlp."),
     ),
 )
 _BY_TYPE = {name: family for family in FAMILIES for name in family.types}

@@ -33,12 +33,16 @@ class Model(NamedTuple):
 
     dtype: "fp8", "int8" or "bf16", as its quantization_config asks, else "fp8". notes: sentences
     about what the model does and the kernels do not. words: which layers it is, and what is beside.
+    family: the entry by which its file was read. why_not: what its quantization_config asks for and
+    no kernel has.
     """
 
     shape: MoeShape
     dtype: str = DEFAULT_DTYPE
     notes: tuple[str, ...] = ()
     words: str = ""
+    family: Family = OTHER
+    why_not: str | None = None
 
 
 def find_model(name: str) -> Model:
@@ -132,6 +136,7 @@ class _Reader:
         self.family: Family = found or OTHER
         self.fields = Fields(inside)
         self.notes: list[str] = []
+        self.why_not: str | None = None
         if found is None:
             self.notes.append(
                 f"model type {types[-1] if types else None!r} is in no table: its layer is read by "
@@ -171,7 +176,7 @@ class _Reader:
         words = self._words(layers)
         dtype = self._dtype()
         self._note_fields()
-        return Model(shape, dtype, tuple(self.notes), words)
+        return Model(shape, dtype, tuple(self.notes), words, family, self.why_not)
 
     def _check_needs(self) -> None:
         for name, allowed in self.family.needs.items():
@@ -259,6 +264,7 @@ class _Reader:
         found = read_quantization(asked)
         if found is None:
             return DEFAULT_DTYPE
+        self.why_not = found.why_not
         if found.dtype is None:
             self.notes.append(
                 f"its quantization_config asks for {found.why_not}, which no kernel takes: the "

@@ -338,7 +338,10 @@ def test_named_shapes_are_those_of_files() -> None:
 
 # The manual's table
 
-HEAD = "| model_type or architecture | fields of experts, k, hidden, inter | activation | router |"
+HEAD = (
+    "| model_type or architecture | fields of experts, k, hidden, inter | activation | router "
+    "| experts' tensors |"
+)
 
 
 def row(family: Family) -> str:
@@ -350,8 +353,11 @@ def row(family: Family) -> str:
     gated = act if family.gated else f"{act}, no gate"
     scoring = " or ".join(f"`{name}`" for name in family.scoring)
     router = f"{scoring}, else {family.default_scoring}"
-    names = ", ".join(family.types)
-    return f"| {names} | {shown} | {gated} | {router} | {', '.join(tested)} |"
+    names, tensors = ", ".join(family.types), "not read"
+    if family.tensors is not None:
+        ends = ", ".join(family.tensors.projections[0 if family.gated else 1 :])
+        tensors = f"`{family.tensors.experts}`: {ends}"
+    return f"| {names} | {shown} | {gated} | {router} | {tensors} | {', '.join(tested)} |"
 
 
 def is_of(one: Case, family: Family) -> bool:

@@ -1,0 +1,186 @@
+"""The weights of one layer's experts, as a checkpoint or one rank's share of it has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutlass_moe.layer.pad import pad_experts
+from cutlass_moe.operands import NAMED_DTYPES, Experts
+from cutlass_moe.ops.quantize import quantize_per_channel
+
+BLOCK = 128  # rows and columns of a weight that share a scale
+FP8_BLOCK = "fp8_block"
+# What names the weights' dtype in `ExpertWeights.quant`.
+STORED = {**NAMED_DTYPES, "fp16": torch.float16, FP8_BLOCK: torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Weights, scales and biases of E experts, whose intermediate size is I, or a rank's part of I.
+
+    w13 [E, 2I, H]: gate, then up; interleaved: gate, up, gate, up, ... A model without a gate has
+      w13 [E, I, H]. w2 [E, H, I]. Both are contiguous.
+    quant: "bf16", "fp16", "fp8", "int8" or "fp8_block", which says what w13 and w2 are:
+      bf16, fp16        values in that dtype, no scales
+      fp8, int8         float8_e4m3fn or int8; w13_scale float32 [E, 2I or I], w2_scale [E, H]
+      fp8_block         float8_e4m3fn; a float32 scale per block of block_inter x 128:
+                        w13_scale [E, 2 ceil(I / block_inter), ceil(H / 128)], w2_scale
+                        [E, ceil(H / 128), ceil(I / block_inter)]
+    block_inter: how many of the intermediate size share a scale: 128, or 64 or 32 where the shares
+      of tensor parallelism cut blocks, whose scales are then repeated. Along H it is always 128.
+      gate and up have ceil(I / block_inter) rows of scales each, so where I is no multiple of 128,
+      the scales of up do not begin in the middle of a block. Without a gate, and interleaved, there
+      is one part: ceil(rows of w13 / block_inter) rows of scales.
+    w13_bias [E, 2I or I], w2_bias [E, H]: in the dtype of the checkpoint. With tensor parallelism
+      w2_bias is that of the model on rank 0 and zeros elsewhere: it is added once in the sum.
+    expert_map: int32 [experts of all ranks], the index of each here, or -1; None without expert
+      parallelism.
+    """
+
+    w13: Tensor
+    w2: Tensor
+    w13_scale: Tensor | None
+    w2_scale: Tensor | None
+    quant: str
+    block_inter: int | None = None
+    interleaved: bool = False
+    w13_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
+    expert_map: Tensor | None = None
+
+    @property
+    def experts(self) -> Experts:
+        """The tensors alone, as `pad_experts` takes and gives them."""
+        return Experts(
+            self.w13, self.w2, self.w13_scale, self.w2_scale, self.w13_bias, self.w2_bias
+        )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `fused_moe` that the weights are."""
+        options = {"interleaved": self.interleaved, "expert_map": self.expert_map}
+        quant = None if self.w13_scale is None else self.quant
+        return {**self.experts._asdict(), **options, "quant": quant}
+
+    def padded(self) -> ExpertWeights:
+        """With the intermediate size that kernels take, as `pad_experts` makes it."""
+        padded = pad_experts(**self.experts._asdict(), interleaved=self.interleaved)
+        return replace(self, **padded._asdict())
+
+    @property
+    def parts(self) -> int:
+        """How many parts of w13 have rows of scales of their own: 2 for gate and up."""
+        gated = self.w13.shape[1] == 2 * self.w2.shape[2]
+        return 2 if gated and not self.interleaved else 1
+
+    def dense(self, expert: int) -> tuple[Tensor, Tensor]:
+        """w13 [2I or I, H] and w2 [H, I] of an expert, in float32, scales applied."""
+        w13, w2 = self.w13[expert].float(), self.w2[expert].float()
+        if self.w13_scale is None or self.w2_scale is None:
+            return w13, w2
+        scale13, scale2 = self.w13_scale[expert], self.w2_scale[expert]
+        if self.block_inter is None:
+            return w13 * scale13[:, None], w2 * scale2[:, None]
+        rows = [
+            _repeat(part, self.block_inter, BLOCK, (len(w13) // self.parts, w13.shape[1]))
+            for part in scale13.chunk(self.parts)
+        ]
+        return w13 * torch.cat(rows), w2 * _repeat(scale2, BLOCK, self.block_inter, w2.shape)
+
+    def store(self, index: int, other: ExpertWeights, other_index: int) -> None:
+        """Copies an expert of other weights here, which have 16 bits or a scale per channel: it is
+        quantised again."""
+        for values, weight, scale in zip(
+            other.dense(other_index), (self.w13, self.w2), (self.w13_scale, self.w2_scale),
+            strict=True,
+        ):  # fmt: skip
+            if scale is None:
+                weight[index] = values
+            else:
+                quantized, channel_scale = quantize_per_channel(values[None], weight.dtype)
+                weight[index], scale[index] = quantized[0], channel_scale[0]
+        if self.w13_bias is not None and other.w13_bias is not None:
+            self.w13_bias[index] = other.w13_bias[other_index]
+        if self.w2_bias is not None and other.w2_bias is not None:
+            self.w2_bias[index] = other.w2_bias[other_index]
+
+    def empty_like(self, experts: int, quant: str) -> ExpertWeights:
+        """So many experts of the same sizes, not filled. quant: "bf16", "fp8" or "int8"."""
+        bias = None if self.w13_bias is None else self.w13_bias.dtype
+        sizes = (*self.w13.shape[1:], self.w2.shape[2])
+        return allocate(
+            experts, sizes, quant, self.w13.device, interleaved=self.interleaved, bias=bias
+        )
+
+    def requantized(self, quant: str) -> ExpertWeights:
+        """The same experts as "bf16", or quantised again as "fp8" or "int8" with a scale per
+        channel, one expert after the other.
+
+        Weights that were quantised already become less exact by it, those of "fp8_block" too.
+        Raises ValueError for another quant.
+        """
+        if quant == self.quant:
+            return self
+        check_requantized(quant)
+        new = self.empty_like(len(self.w13), quant)
+        for expert in range(len(self.w13)):
+            new.store(expert, self, expert)
+        return replace(new, expert_map=self.expert_map)
+
+
+def check_requantized(quant: str) -> None:
+    """Raises ValueError unless weights can be quantised again as this."""
+    if quant not in NAMED_DTYPES:
+        raise ValueError(f"quant must be one of {', '.join(NAMED_DTYPES)}, got {quant!r}")
+
+
+def allocate(
+    experts: int,
+    sizes: tuple[int, ...],
+    quant: str,
+    device: torch.device,
+    block_inter: int | None = None,
+    interleaved: bool = False,
+    bias: torch.dtype | None = None,
+) -> ExpertWeights:
+    """Experts that are not filled. sizes: rows of w13, H and I. bias: the dtype of biases."""
+    rows, hidden, inter = sizes
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty((experts, *shape), dtype=dtype, device=device)
+
+    weights = ExpertWeights(
+        w13=empty(STORED[quant], rows, hidden),
+        w2=empty(STORED[quant], hidden, inter),
+        w13_scale=None,
+        w2_scale=None,
+        quant=quant,
+        block_inter=block_inter,
+        interleaved=interleaved,
+        w13_bias=None if bias is None else empty(bias, rows),
+        w2_bias=None if bias is None else empty(bias, hidden),
+    )
+    if STORED[quant].itemsize > 1:
+        return weights
+    shape13: tuple[int, ...] = (rows,)
+    shape2: tuple[int, ...] = (hidden,)
+    if block_inter is not None:
+        blocks = weights.parts * ceil_div(rows // weights.parts, block_inter)
+        shape13 = (blocks, ceil_div(hidden, BLOCK))
+        shape2 = (ceil_div(hidden, BLOCK), ceil_div(inter, block_inter))
+    scales = empty(torch.float32, *shape13), empty(torch.float32, *shape2)
+    return replace(weights, w13_scale=scales[0], w2_scale=scales[1])
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _repeat(scale: Tensor, rows: int, columns: int, shape: tuple[int, ...]) -> Tensor:
+    """Scales of blocks [ceil(N / rows), ceil(K / columns)] for each value of [N, K]."""
+    wide = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    return wide[: shape[0], : shape[1]]
