@@ -1,4 +1,7 @@
-"""What `cutlass-moe demo` runs: a model's two projections, and its layer, on one routing."""
+"""What `cutlass-moe demo` runs: a model's two projections, and its layer, on one routing.
+
+Weights are random, or those of a layer of the directory that holds the model.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from cutlass_moe.layer.fused_moe import fused_moe
 from cutlass_moe.layer.why_not import why_not
-from cutlass_moe.models.shapes import MoeShape
-from cutlass_moe.operands import NAMED_DTYPES, Experts
+from cutlass_moe.models.checkpoints import Checkpoint
+from cutlass_moe.models.expert_weights import ExpertWeights
+from cutlass_moe.models.shapes import MODELS, MoeShape
+from cutlass_moe.models.shards import has_weights
+from cutlass_moe.operands import NAMED_DTYPES
 from cutlass_moe.ops.activations import activate
 from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.grouped_matmul import grouped_matmul
@@ -83,12 +90,17 @@ def run(
     tokens: int | None = None,
     topk_ids: Path | None = None,
     seed: int = 0,
+    model: str | None = None,
+    layer: int | None = None,
 ) -> bool:
-    """Runs up, activation, down on random data, each by itself and as one layer: kernels on an SM90
-    GPU, else the reference on the CPU.
+    """Runs up, activation, down on random tokens, each by itself and as one layer: kernels on an
+    SM90 GPU, else the reference on the CPU.
+
+    model: what shape is of. If it is a directory with safetensors files, the weights are those of
+    one of its layers, default the first with experts; else they are random.
 
     Prints a table, returns whether the results are right. Raises ValueError where the file of
-    topk_ids holds no routing.
+    topk_ids holds no routing, and what `Checkpoint` raises.
     """
     activation = shape.activation
     if activation is None:
@@ -101,39 +113,48 @@ def run(
     count = tokens or (GPU_TOKENS if gpu else CPU_TOKENS)
     ids = saved_routing(topk_ids) if topk_ids else skewed_routing(shape, count)
     ids = ids.to("cuda" if gpu else "cpu")
-    routing = route(ids, shape.num_experts)
-    if not int(routing.offsets[-1]):
-        raise ValueError(f"expected ids in [0, {shape.num_experts}), got none")
+    routing, rows = route_rows(ids, shape.num_experts)
     hidden = torch.randn(len(ids), shape.hidden, device=ids.device, dtype=torch.bfloat16)
     topk_weights = torch.rand(ids.shape, device=ids.device)
     topk_weights /= topk_weights.sum(1, keepdim=True)
+    if model in (None, *MODELS) or not has_weights(Path(str(model))):
+        if layer is not None:
+            raise ValueError(f"--layer needs a directory with weights, got {model}")
+        weights = random_weights(shape, dtype, routing.offsets)
+    else:
+        weights = read_weights(Path(str(model)), layer, dtype, ids.device, console)
 
     table = Table("", "tokens", "rows", "time", "TFLOP/s", "GB/s", "relative error")
-    up = _up_product(shape, NAMED_DTYPES[dtype], hidden, routing)
+    x = _operand(hidden, NAMED_DTYPES[dtype])
+    w13, w2 = Operand(weights.w13, weights.w13_scale), Operand(weights.w2, weights.w2_scale)
+    up = Product(x, w13, weights.w13_bias, rows, routing.offsets, routing.index)
     gates, up_error = _measure_product("up", up, table)
-    active = activate(gates.float(), activation).bfloat16()
-    down = _down_product(shape, NAMED_DTYPES[dtype], active, routing.offsets)
-    rows, down_error = _measure_product("down", down, table)
+    active = activate(gates.float(), activation, weights.interleaved).bfloat16()
+    x = _operand(active, NAMED_DTYPES[dtype])
+    down = Product(x, w2, weights.w2_bias, rows, routing.offsets)
+    results, down_error = _measure_product("down", down, table)
 
-    experts = Experts(
-        up.weight.values, down.weight.values, up.weight.scale, down.weight.scale, up.bias, down.bias
-    )
     call: dict[str, Any] = {
-        **experts._asdict(),
+        **weights.arguments,
         **{"hidden": hidden, "topk_weights": topk_weights, "topk_ids": ids},
-        **{"activation": activation, "quant": None if dtype == "bf16" else dtype},
+        "activation": activation,
     }
     if reason := why_not(**call):
         console.print(f"No kernel for the layer: {reason}", markup=False)
-    out, seconds = _run_timed(lambda: fused_moe(**call), gpu)
-    layer_error = _relative_error(out, combine_reference(rows, topk_weights, routing.inverse))
-    weights = up.moved_weights() + down.moved_weights()
-    moved = weights + hidden.nbytes + out.nbytes
-    flops = up.flops() + down.flops()
-    table.add_row("layer", *_cells(len(hidden), up.rows, seconds, flops, moved, layer_error, gpu))
+    expected = combine_reference(results, topk_weights, routing.inverse)
+    layer_error = _measure_layer(call, (up, down), expected, table)
     console.print(table)
     right = max(up_error, down_error) <= ERROR_LIMIT
     return right and layer_error <= LAYER_ERROR_LIMIT
+
+
+def route_rows(ids: Tensor, experts: int) -> tuple[RoutingTable, int]:
+    """The routing and its number of rows. Raises ValueError where there are none."""
+    routing = route(ids, experts)
+    rows = int(routing.offsets[-1])
+    if not rows:
+        raise ValueError(f"expected ids in [0, {experts}), got none")
+    return routing, rows
 
 
 def skewed_routing(shape: MoeShape, tokens: int) -> Tensor:
@@ -156,19 +177,38 @@ def saved_routing(path: Path) -> Tensor:
     return torch.from_numpy(ids)
 
 
-def _up_product(
-    shape: MoeShape, dtype: torch.dtype, hidden: Tensor, routing: RoutingTable
-) -> Product:
-    weight = _random_weight(shape, "up", dtype, routing.offsets)
-    bias = _random_bias(shape, "up", hidden.device)
-    rows = int(routing.offsets[-1])
-    return Product(_operand(hidden, dtype), weight, bias, rows, routing.offsets, routing.index)
+def read_weights(
+    directory: Path, layer: int | None, dtype: str, device: torch.device, console: Console
+) -> ExpertWeights:
+    """Those of a layer of a checkpoint, quantised again if they are stored in another way."""
+    with Checkpoint(directory) as checkpoint:
+        layer = checkpoint.layers[0] if layer is None else layer
+        stored, words = checkpoint.stored(layer), f"Reading layer {layer}"
+        weights = checkpoint.read(
+            layer,
+            device=device,
+            quant=dtype,
+            track=lambda experts: track(experts, words, console=console, transient=True),
+        )
+    again = "" if stored == dtype else f", stored as {stored} and converted to {dtype}"
+    console.print(f"Weights: layer {layer} of {directory}{again}", markup=False)
+    return weights.padded()
 
 
-def _down_product(shape: MoeShape, dtype: torch.dtype, active: Tensor, offsets: Tensor) -> Product:
-    weight = _random_weight(shape, "down", dtype, offsets)
-    bias = _random_bias(shape, "down", active.device)
-    return Product(_operand(active, dtype), weight, bias, len(active), offsets)
+def random_weights(shape: MoeShape, dtype: str, offsets: Tensor) -> ExpertWeights:
+    up = _random_weight(shape, "up", NAMED_DTYPES[dtype], offsets)
+    up_bias = _random_bias(shape, "up", offsets.device)
+    down = _random_weight(shape, "down", NAMED_DTYPES[dtype], offsets)
+    down_bias = _random_bias(shape, "down", offsets.device)
+    return ExpertWeights(
+        up.values,
+        down.values,
+        up.scale,
+        down.scale,
+        dtype,
+        w13_bias=up_bias,
+        w2_bias=down_bias,
+    )
 
 
 def _operand(x: Tensor, dtype: torch.dtype) -> Operand:
@@ -212,6 +252,20 @@ def _measure_product(name: str, product: Product, table: Table) -> tuple[Tensor,
     moved += product.x.values.nbytes + out.nbytes
     table.add_row(name, *_cells(tokens, product.rows, seconds, product.flops(), moved, error, gpu))
     return out, error
+
+
+def _measure_layer(
+    call: dict[str, Any], products: tuple[Product, Product], expected: Tensor, table: Table
+) -> float:
+    """Runs the layer and adds its row to the table. Returns its relative error."""
+    hidden: Tensor = call["hidden"]
+    out, seconds = _run_timed(lambda: fused_moe(**call), hidden.is_cuda)
+    error = _relative_error(out, expected)
+    flops = sum(product.flops() for product in products)
+    moved = sum(product.moved_weights() for product in products) + hidden.nbytes + out.nbytes
+    sizes = (len(hidden), products[0].rows, seconds, flops, moved)
+    table.add_row("layer", *_cells(*sizes, error, hidden.is_cuda))
+    return error
 
 
 def _cells(

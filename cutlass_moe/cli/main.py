@@ -82,7 +82,8 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--model", default="qwen3-30b", show_default=True)
+@click.option("--model", default="qwen3-30b", show_default=True, help="A name or a directory.")
+@click.option("--layer", type=click.IntRange(0), help="Whose weights to take from a directory.")
 @click.option("--dtype", type=dtype_choice, help=DTYPE_DEFAULT)
 @click.option("--tokens", type=click.IntRange(1), help="[default: 4096 on a GPU, 4 without]")
 @click.option(
@@ -94,6 +95,7 @@ def main() -> None:
 @_jobs
 def demo(
     model: str,
+    layer: int | None,
     dtype: str | None,
     tokens: int | None,
     topk_ids: Path | None,
@@ -113,8 +115,11 @@ def demo(
         console.print(f"Nothing compiled: {error}", markup=False)
         built = True
     try:
-        right = run(layers[0].shape, dtype, console, tokens=tokens, topk_ids=topk_ids, seed=seed)
-    except (ValueError, TypeError, LookupError) as error:
+        right = run(
+            layers[0].shape, dtype, console, tokens=tokens, topk_ids=topk_ids, seed=seed,
+            model=model, layer=layer,
+        )  # fmt: skip
+    except (ValueError, TypeError, LookupError, ModuleNotFoundError) as error:
         raise click.ClickException(str(error)) from error
     if not (built and right):
         raise SystemExit(1)
