@@ -205,8 +205,9 @@ GOOD = QuantizeProblem(DType.BF16, DType.E4M3, 2048)
         ),
         (QuantizeProblem(DType.BF16, DType.E4M3, 32776), "up to 32768"),
         (QuantizeProblem(DType.BF16, DType.E4M3, 0), "up to 32768, got 0"),
+        (QuantizeProblem(DType.BF16, DType.E4M3, 64, padded=True), "no multiple of 16"),
     ],
-    ids=["source", "target", "ragged", "long", "empty"],
+    ids=["source", "target", "ragged", "long", "empty", "padded"],
 )
 def test_illegal_problems_have_a_reason(problem: QuantizeProblem, reason: str) -> None:
     assert why_illegal(GOOD) is None

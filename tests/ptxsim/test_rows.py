@@ -40,17 +40,18 @@ class Quantized:
     early: bool = False
     static: float = 0.0  # the scale of all rows, if not 0
     spare: int = 0  # elements between rows
+    padded: bool = False
 
     @property
     def problem(self) -> QuantizeProblem:
-        return QuantizeProblem(self.source, self.target, self.k)
+        return QuantizeProblem(self.source, self.target, self.k, self.padded)
 
     def stage(self, x: Tensor, edit: tuple[str, str] | None = None) -> Stage:
         built = kernel(self.problem, StepConfig(self.threads))
         arguments: dict[str, Tensor | int] = {
             "source": x,
             "end": 0 if self.end is None else torch.tensor([self.end], dtype=torch.int32),
-            "q": torch.full((self.rows, self.k), 0x55, dtype=torch.uint8),
+            "q": torch.full((self.rows, 8 * self.problem.q_vectors), 0x55, dtype=torch.uint8),
             "scale": poisoned(self.rows, 1, torch.float32, "cpu"),
             "static_scale": torch.tensor([self.static]) if self.static else 0,
             "num_rows": self.rows,
@@ -81,7 +82,8 @@ class Quantized:
             want, want_scale = quantize_per_token_reference(x, target)
         torch.testing.assert_close(scale[:count, 0], want_scale, rtol=0, atol=0, equal_nan=True)
         finite = want_scale.isfinite()
-        assert same_bits(q[:count][finite], want[finite])
+        assert same_bits(q[:count, : self.k][finite], want[finite])
+        assert not q[:count, self.k :].any() and (q[count:] == 0x55).all()
 
 
 QUANTIZED = {
@@ -96,6 +98,9 @@ QUANTIZED = {
     "all_rows_count": Quantized(FP32, DType.E4M3, 72, rows=9, end=99),
     "static_fp8": Quantized(BF16, DType.E4M3, 72, rows=9, static=0.25, spare=8),
     "static_int8": Quantized(FP16, DType.INT8, 264, rows=6, static=0.5),
+    "padded": Quantized(BF16, DType.E4M3, 72, rows=9, end=5, spare=8, padded=True),
+    "padded_alone": Quantized(FP16, DType.INT8, 8, rows=70, padded=True),
+    "padded_two_warps": Quantized(BF16, DType.INT8, 1048, rows=3, padded=True),
     "early": Quantized(BF16, DType.E4M3, 72, rows=9, end=5, early=True),
 }
 
