@@ -34,7 +34,7 @@ ENDED_EARLY = 3  # exit status of a run that a peer broke: run again, it goes on
 def case_options(command: Any) -> Any:
     """The options that select cases."""
     for option in (
-        click.option("--first", type=int, help="how many cases, from the first of the order"),
+        click.option("--first", type=int, help="at most so many cases, in their order"),
         click.option("--tokens", default="", help="numbers"),
         click.option("--dtype", default="", help=f"of {', '.join(DTYPES)}"),
         click.option("--part", default="", help="of up, down, layer"),
@@ -48,13 +48,11 @@ def case_options(command: Any) -> Any:
 commit_option = click.option("--commit", default="", help="name it where this is no git checkout")
 
 
-def selected(
-    suite: str, model: str, part: str, dtype: str, tokens: str, first: int | None
-) -> list[Case]:
+def selected(suite: str, model: str, part: str, dtype: str, tokens: str) -> list[Case]:
     """The cases of the options, each a list separated by commas; without one, all."""
     try:
         counts = tuple(map(int, split(tokens)))
-        return select(split(suite), split(model), split(part), split(dtype), counts)[:first]
+        return select(split(suite), split(model), split(part), split(dtype), counts)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
@@ -80,9 +78,9 @@ def main() -> None:
 @case_options
 @click.option("--gpu", default=GPU, show_default=True, help="what to choose configs for")
 @click.option("--jobs", type=int, help="compile workers; default: one a core")
-def build(gpu: str, jobs: int | None, **choice: Any) -> None:
+def build(gpu: str, jobs: int | None, first: int | None, **choice: Any) -> None:
     """Compile every image that a run of these cases launches. Needs the DSL, no GPU."""
-    requests = [Request(*image) for image in images_of(selected(**choice), gpu)]
+    requests = [Request(*image) for image in images_of(selected(**choice)[:first], gpu)]
     failed = 0
     for number, result in enumerate(build_images(default_cache(), requests, jobs), 1):
         failed += result.error is not None
@@ -96,10 +94,19 @@ def build(gpu: str, jobs: int | None, **choice: Any) -> None:
 @case_options
 @click.option("--processes", default=os.cpu_count(), show_default=True)
 @click.option("--budget", default=120.0, help="seconds after which no further case is begun")
-def prepare(processes: int, budget: float, **choice: Any) -> None:
-    """Compile what the peers compile at their first launch, many processes at a time."""
+@commit_option
+@click.option("--out", type=click.Path(path_type=Path), help="results file of the run to come")
+def prepare(
+    processes: int, budget: float, commit: str, out: Path | None, first: int | None, **choice: Any
+) -> None:
+    """Compile what the peers compile at their first launch in a run with the same options.
+
+    Many processes do so at a time.
+    """
     need_gpu()
-    cases, start = selected(**choice), time.monotonic()
+    start = time.monotonic()
+    results = open_results(out, about("", commit))
+    cases = results.left(selected(**choice))[:first]
     done, failures = prepare_cases(cases, processes, budget)
     for line in failures:
         click.echo(line)
@@ -113,7 +120,9 @@ def prepare(processes: int, budget: float, **choice: Any) -> None:
 @click.option("--budget", default=290.0, help="seconds after which no further case is begun")
 @commit_option
 @click.option("--out", type=click.Path(path_type=Path), help="results file")
-def run(system: str, budget: float, commit: str, out: Path | None, **choice: Any) -> None:
+def run(
+    system: str, budget: float, commit: str, out: Path | None, first: int | None, **choice: Any
+) -> None:
     """Measure cases with all systems, and merge the results into perf/results/<gpu>.json.
 
     The cases come in a fixed order that is fair to all wherever the budget ends it; those that the
@@ -126,9 +135,10 @@ def run(system: str, budget: float, commit: str, out: Path | None, **choice: Any
         if name not in PRODUCTS | LAYERS:
             raise click.UsageError(f"system must be one of {', '.join(PRODUCTS)}, got {name!r}")
     limits = ceilings()
-    command = command_line("run", {**choice, "system": system, "budget": budget})
+    options = {**choice, "first": first, "system": system, "budget": budget}
+    command = command_line("run", options)
     results = open_results(out, {**about(command, commit), "ceilings": asdict(limits)})
-    cases, done = results.left(selected(**choice)), []
+    cases, done = results.left(selected(**choice))[:first], []
     left = budget - (time.monotonic() - start)
     try:
         for case, record in measure_all(cases, split(system), results.contents["broken"], left):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from perf.cases import Case
-from perf.measure import alive
+from perf.measure import MESSAGE, alive
 from perf.operands import inputs_of, weights_of
 from perf.peers.prepared import Absent, Call
 from perf.systems import COMPILING, systems_of
@@ -76,11 +76,12 @@ def prepare(cases: Sequence[Case], processes: int, budget: float) -> tuple[int, 
         with suppress(queue.Empty):
             done += count(messages.get(timeout=0.5))
     for worker in workers:
+        failures[f"a process ended with status {worker.exitcode}"] += bool(worker.exitcode)
         worker.kill()
     with suppress(queue.Empty):
         while True:
             done += count(messages.get(timeout=0.5))
-    return done, [f"{text} ({number} times)" for text, number in failures.most_common()]
+    return done, [f"{text} ({number} times)" for text, number in failures.most_common() if number]
 
 
 def _work(
@@ -94,8 +95,8 @@ def _work(
         with memory.reserved(needed):
             try:
                 weights = weights_of(unit[0])
-            except torch.OutOfMemoryError as failure:
-                messages.put(f"{unit[0].model}: {failure}"[:200])
+            except RuntimeError as failure:  # too little memory, above all
+                messages.put(f"weights: {failure}"[:MESSAGE])
                 continue
             for case in (*unit[first:], *unit[:first]):
                 if time.time() >= deadline:
@@ -111,7 +112,11 @@ def _work(
 
 def launch_all(case: Case, weights: Any) -> Iterator[str]:
     """Launches every variant of every compiling system; yields why some could not be."""
-    inputs = inputs_of(case, weights)
+    try:
+        inputs = inputs_of(case, weights)
+    except RuntimeError as failure:
+        yield f"inputs: {failure}"[:MESSAGE]
+        return
 
     def once(call: Call) -> float:
         call()
@@ -125,4 +130,4 @@ def launch_all(case: Case, weights: Any) -> Iterator[str]:
             except Absent as reason:
                 yield f"{name}: {reason}"
             except Exception as failure:  # the run says so as well, and of which case
-                yield f"{name}: {type(failure).__name__}: {str(failure)[:200]}"
+                yield f"{name}: {type(failure).__name__}: {failure}"[:MESSAGE]
