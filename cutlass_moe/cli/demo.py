@@ -111,18 +111,17 @@ def run(
         console.print("No SM90 GPU here: all runs through the reference, on the CPU.")
     torch.manual_seed(seed)
     count = tokens or (GPU_TOKENS if gpu else CPU_TOKENS)
-    ids = saved_routing(topk_ids) if topk_ids else skewed_routing(shape, count)
-    ids = ids.to("cuda" if gpu else "cpu")
-    routing, rows = route_rows(ids, shape.num_experts)
+    ids, routing, rows = route_tokens(shape, count, topk_ids, "cuda" if gpu else "cpu")
     hidden = torch.randn(len(ids), shape.hidden, device=ids.device, dtype=torch.bfloat16)
     topk_weights = torch.rand(ids.shape, device=ids.device)
     topk_weights /= topk_weights.sum(1, keepdim=True)
-    if model in (None, *MODELS) or not has_weights(Path(str(model))):
-        if layer is not None:
-            raise ValueError(f"--layer needs a directory with weights, got {model}")
-        weights = random_weights(shape, dtype, routing.offsets)
+    stored = model if model and model not in MODELS and has_weights(Path(model)) else None
+    if stored:
+        weights = read_weights(Path(stored), layer, dtype, ids.device, console)
+    elif layer is not None:
+        raise ValueError(f"--layer needs a directory with weights, got {model}")
     else:
-        weights = read_weights(Path(str(model)), layer, dtype, ids.device, console)
+        weights = random_weights(shape, dtype, routing.offsets)
 
     table = Table("", "tokens", "rows", "time", "TFLOP/s", "GB/s", "relative error")
     x = _operand(hidden, NAMED_DTYPES[dtype])
@@ -134,11 +133,8 @@ def run(
     down = Product(x, w2, weights.w2_bias, rows, routing.offsets)
     results, down_error = _measure_product("down", down, table)
 
-    call: dict[str, Any] = {
-        **weights.arguments,
-        **{"hidden": hidden, "topk_weights": topk_weights, "topk_ids": ids},
-        "activation": activation,
-    }
+    call = {**weights.arguments, "activation": activation}
+    call |= {"hidden": hidden, "topk_weights": topk_weights, "topk_ids": ids}
     if reason := why_not(**call):
         console.print(f"No kernel for the layer: {reason}", markup=False)
     expected = combine_reference(results, topk_weights, routing.inverse)
@@ -148,13 +144,17 @@ def run(
     return right and layer_error <= LAYER_ERROR_LIMIT
 
 
-def route_rows(ids: Tensor, experts: int) -> tuple[RoutingTable, int]:
-    """The routing and its number of rows. Raises ValueError where there are none."""
-    routing = route(ids, experts)
+def route_tokens(
+    shape: MoeShape, tokens: int, saved: Path | None, device: str
+) -> tuple[Tensor, RoutingTable, int]:
+    """topk_ids, saved ones or so many skewed ones, their routing and its number of rows. Raises
+    ValueError where there are none."""
+    ids = (saved_routing(saved) if saved else skewed_routing(shape, tokens)).to(device)
+    routing = route(ids, shape.num_experts)
     rows = int(routing.offsets[-1])
     if not rows:
-        raise ValueError(f"expected ids in [0, {experts}), got none")
-    return routing, rows
+        raise ValueError(f"expected ids in [0, {shape.num_experts}), got none")
+    return ids, routing, rows
 
 
 def skewed_routing(shape: MoeShape, tokens: int) -> Tensor:
