@@ -230,10 +230,14 @@ def cutlass_product(inputs: ProductInputs, quick: Quick) -> Prepared:
 def layer_call(inputs: LayerInputs, result: list[torch.Tensor], config: Config) -> Call:
     """Its whole layer; `config` is what its lookup answers."""
     case, impl = inputs.case, vllm().fused_moe.fused_experts_impl
-    quantized = case.dtype != "bf16"
-    scales = {
-        name: weights.scale[..., None] if weights.scale is not None else None
-        for name, weights in (("w1_scale", inputs.up), ("w2_scale", inputs.down))
+    scales = {}
+    for name, scale in (("w1_scale", inputs.up.scale), ("w2_scale", inputs.down.scale)):
+        scales[name] = scale[..., None] if scale is not None and scale.dim() == 2 else scale
+    options = {
+        "use_fp8_w8a8": case.dtype.startswith("fp8"),
+        "use_int8_w8a8": case.dtype == "int8",
+        "per_channel_quant": case.dtype in ("fp8", "int8"),
+        "block_shape": block_shape(case),
     }
 
     def launch() -> None:
@@ -242,8 +246,7 @@ def layer_call(inputs: LayerInputs, result: list[torch.Tensor], config: Config) 
             result[:] = [
                 impl(
                     inputs.hidden, inputs.up.w, inputs.down.w, inputs.topk_weights, inputs.ids,
-                    use_fp8_w8a8=case.dtype == "fp8", use_int8_w8a8=case.dtype == "int8",
-                    per_channel_quant=quantized, **scales,
+                    **options, **scales,
                 )
             ]  # fmt: skip
         finally:

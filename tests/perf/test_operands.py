@@ -70,3 +70,15 @@ def test_scales_are_exact_in_bf16() -> None:
     for scale in (inputs.x_scale, inputs.weight.scale):
         assert scale is not None
         assert torch.equal(scale.bfloat16().float(), scale)
+
+
+def test_block_scales_quantise_each_group_by_itself() -> None:
+    case = replace(UP, part="layer", dtype="fp8_block")
+    block, whole = (
+        LayerInputs(c, weights_of(c, "cpu")) for c in (case, replace(case, dtype="fp8"))
+    )
+    row = torch.randn(300, dtype=torch.float64) * torch.tensor([1.0] * 128 + [1e6] * 172)
+    got = block.quantized(row)
+    for group in (slice(0, 128), slice(128, 256), slice(256, 300)):
+        assert torch.equal(got[group], whole.quantized(row[group]))
+    assert relative(got, row) < 5e-2 < relative(whole.quantized(row)[:128], row[:128])
