@@ -16,7 +16,6 @@ from cutlass_moe.operands import NAMED_DTYPES
 BLOCK = 128  # values that share a scale in fp8_block: of a row of x, and of both sides of a weight
 DTYPES = ("fp8", "int8", "bf16", "fp8_block")
 PARTS = ("up", "down", "layer")
-ROUTINGS = ("balanced", "zipf", "half", "hot", "ragged")
 WGMMA_ROWS = 64  # rows that a WGMMA works on, whether an expert fills them or not
 OUT_BYTES = 2  # bf16: outputs, and a layer's hidden states
 

@@ -20,6 +20,7 @@ from perf.timing import capture, interleaved, quick_us
 
 SECONDS = 0.3  # of timing a case, all its systems together
 MESSAGE = 300  # characters of a failure's message that are kept
+TIMING = "timing"  # in place of a system: it was not seen which broke, and the case is left out
 
 
 class Broken(Exception):
@@ -50,7 +51,10 @@ class Measurement:
                 self.absent[name] = broken[name]
             elif not systems or name in systems:
                 self.admit(name, partial(make, self.inputs, self.quick))
-        timings = interleaved(self.calls, SECONDS, self.flush)
+        try:
+            timings = interleaved(self.calls, SECONDS, self.flush)
+        except RuntimeError as failure:
+            raise Broken(self.case, TIMING, f"FAILED: {failure}"[:MESSAGE]) from failure
         return {
             "case": asdict(self.case),
             "load": asdict(load_of(self.case, self.inputs.ids.cpu())),
@@ -68,9 +72,9 @@ class Measurement:
             self.absent[name] = str(reason)
         except Exception as failure:  # a peer's failure must not end the run
             self.absent[name] = f"FAILED: {type(failure).__name__}: {str(failure)[:MESSAGE]}"
-            torch.cuda.empty_cache()
             if not alive():
                 raise Broken(self.case, name, self.absent[name]) from failure
+            torch.cuda.empty_cache()
         else:
             worst = WORST_ERROR["layer" if self.case.is_layer else "product"][self.case.dtype]
             if error <= worst:  # not so where it is NaN
@@ -138,6 +142,8 @@ def measure_all(
     for case in cases:
         if time.monotonic() - start >= budget:
             return
+        if TIMING in broken.get(case.id, {}):
+            continue
         if case.unit != unit:
             weights.clear()  # freed before the next ones are made
             unit, weights = case.unit, weights_of(case)

@@ -15,8 +15,8 @@ from perf.routing import draw_topk_ids
 # K 7168 and grows with K. In a layer, values that the rounding to bf16 moves across the midpoint of
 # two 8-bit ones change by a whole step: up to 1.9e-2 with fp8, 1.4e-2 with int8.
 WORST_ERROR = {
-    "product": {"fp8": 1e-2, "int8": 4e-3, "bf16": 4e-3, "fp8_block": 1e-2},
-    "layer": {"fp8": 3e-2, "int8": 2e-2, "bf16": 8e-3, "fp8_block": 3e-2},
+    "product": {"fp8": 1.5e-2, "int8": 4e-3, "bf16": 4e-3, "fp8_block": 1.5e-2},
+    "layer": {"fp8": 4e-2, "int8": 3e-2, "bf16": 1e-2, "fp8_block": 4e-2},
 }
 CHECKED_ROWS, CHECKED_COLUMNS, CHECKED_TOKENS = 48, 512, 6
 UNITS = {"int8": 40}  # standard deviation of values, where it is not 1

@@ -11,10 +11,9 @@ def draw_topk_ids(case: Case) -> torch.Tensor:
     """int64 [tokens, top_k] on the CPU, the same on every machine.
 
     A token's experts are distinct, but for half. balanced: every expert as likely as another. zipf:
-    the i-th most popular expert 1/i as likely as the first. hot: every token takes one and the same
-    expert, its others are balanced. half: one expert has half of the (token, expert) pairs, several
-    of some tokens, the rest are balanced. ragged: one of 8 experts a token, their rows in the
-    proportion of RAGGED_ROWS.
+    the i-th most popular expert 1/i as likely as the first. half: one expert has half of the
+    (token, expert) pairs, several of some tokens, the rest are balanced. ragged: one of 8 experts a
+    token, their rows in the proportion of RAGGED_ROWS.
     """
     generator = torch.Generator().manual_seed(case.seed)
     if case.routing == "ragged":
@@ -25,14 +24,14 @@ def draw_topk_ids(case: Case) -> torch.Tensor:
     if case.routing == "zipf":
         popularity = torch.randperm(case.num_experts, generator=generator)
         weights = 1.0 / (popularity + 1.0)
-    if case.routing in ("hot", "half"):
-        hot = torch.randint(case.num_experts, (1,), generator=generator)
-        weights[hot] = 1e9 if case.routing == "hot" else 1e-9
+    if case.routing == "half":
+        crowded = torch.randint(case.num_experts, (1,), generator=generator)
+        weights[crowded] = 1e-9
     chances = weights.expand(case.tokens, -1).contiguous()
     ids = torch.multinomial(chances, case.top_k, generator=generator)
     if case.routing == "half":
         pairs = torch.randperm(case.rows, generator=generator)[: case.rows // 2]
-        ids.view(-1)[pairs] = hot
+        ids.view(-1)[pairs] = crowded
     return ids
 
 

@@ -95,7 +95,7 @@ class Selected:
 
         def step() -> None:
             self.select()(ids[:, -1:], past_key_values=cache, logits_to_keep=1)
-            cache.crop(CONTEXT)
+            cache.crop(-1)
 
         return step
 

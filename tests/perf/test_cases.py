@@ -15,7 +15,6 @@ from perf.cases import (
     FIGURE_TOKENS,
     MODELS,
     RAGGED_ROWS,
-    ROUTINGS,
     Case,
     Load,
     all_cases,
@@ -109,7 +108,7 @@ def test_moved_bytes_count_each_thing_once() -> None:
 # Routing
 
 
-@pytest.mark.parametrize("routing", ROUTINGS[:4])
+@pytest.mark.parametrize("routing", ["balanced", "zipf", "half"])
 def test_routing_is_what_its_name_says(routing: str) -> None:
     case = replace(UP, num_experts=64, top_k=1, tokens=4096, routing=routing)
     ids = draw_topk_ids(case)
@@ -118,7 +117,6 @@ def test_routing_is_what_its_name_says(routing: str) -> None:
         "balanced": (64, 128),
         "zipf": (700, 1000),
         "half": (2048, 2048),
-        "hot": (4096, 4096),
     }[routing]
     assert least <= load_of(case, ids).max_rows <= most
 

@@ -140,6 +140,17 @@ def test_a_peer_that_breaks_the_gpu_ends_the_run_and_is_not_run_again(run, monke
     assert records[UP.id]["absent"] == broken[UP.id]
 
 
+def test_a_case_that_breaks_while_it_is_timed_is_left_out(run, monkeypatch) -> None:
+    def breaking(*_):
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(measure, "interleaved", breaking)
+    with pytest.raises(Broken, match="timing: FAILED: illegal") as raised:
+        run([UP], OURS)
+    broken = {UP.id: {raised.value.system: raised.value.reason}}
+    assert run([UP], OURS, broken=broken)[0] == {}
+
+
 def test_padded_products_are_right(run, monkeypatch) -> None:
     scaled = torch._scaled_mm
 
