@@ -13,7 +13,7 @@ NAME_scale_inv if the weights have 8 bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -124,12 +124,13 @@ def find_activation(module: Experts) -> ActivationArguments | None:
 def quantize(module: Experts, quant: str) -> None:
     """Replaces a module's weights by 8-bit buffers with one scale per output channel."""
     before, found = weights_of(module), dict[str, Any]()
+    block_size = getattr(module, "block_size", None)
     for ours, name in _names(module).items():
         weight, blocks = _local(before[ours]), before.get(f"{ours}_scale")
         values = torch.empty(weight.shape, dtype=QUANTS[quant], device=weight.device)
         scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
         for e, expert in enumerate(weight.detach()):  # a float32 copy of all may not fit
-            wide = expert if blocks is None else _dequantize(expert, _local(blocks)[e])
+            wide = expert if blocks is None else dequantize(expert, _local(blocks)[e], block_size)
             values[e], scale[e] = cm.quantize_per_token(wide.contiguous(), QUANTS[quant])
         found |= {ours: values, f"{ours}_scale": scale}
         delattr(module, name)
@@ -165,11 +166,18 @@ def _number(module: Experts, name: str) -> float | None:
     return None
 
 
-def _dequantize(values: Tensor, scale: Tensor) -> Tensor:
-    """float32 values [N, K] times scales of blocks [N / n, K / k], or [N / n] of whole rows."""
+def dequantize(values: Tensor, scale: Tensor, block_size: Sequence[int] | None = None) -> Tensor:
+    """float32 values [N, K] times their scales: one, one per row, or one per block.
+
+    scale: of any number of dimensions if it is [1] or [N], else [ceil(N / n), ceil(K / k)].
+    block_size: n and k; default what divides N and K evenly.
+    """
     scale = scale.detach().float()
-    scale = scale if scale.dim() == 2 else scale[:, None]
-    rows, columns = (-(-a // b) for a, b in zip(values.shape, scale.shape, strict=True))
+    scale = scale if scale.dim() == 2 else scale.reshape(-1, 1)
+    if block_size is None:
+        rows, columns = (-(-a // b) for a, b in zip(values.shape, scale.shape, strict=True))
+    else:
+        rows, columns = block_size
     scale = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     return values.float() * scale[: values.shape[0], : values.shape[1]]
 

@@ -36,6 +36,7 @@ from tests.integrations.tiny_models import (
     TOP_K,
     VOCAB,
     E,
+    definition,
     experts_of,
     make,
 )
@@ -342,7 +343,7 @@ def test_a_gate_of_its_own(family: str, quant: str | None, monkeypatch: pytest.M
     arguments = routing(60)
     elsewhere = arguments[1] == 1
     arguments[2][elsewhere] = 0
-    want = grouped_definition(experts, *arguments)
+    want = definition(experts, *arguments)
     arguments[1][elsewhere] = E
     before = copy.deepcopy(experts)
     if quant:
@@ -354,29 +355,9 @@ def test_a_gate_of_its_own(family: str, quant: str | None, monkeypatch: pytest.M
         assert called and experts._cutlass_moe.activation is None
         experts.has_post_expert_norm = before.has_post_expert_norm = True
         experts.post_expert_norm = before.post_expert_norm = nn.Tanh()
-        assert relative(experts(*arguments), grouped_definition(before, *arguments)) <= (
+        assert relative(experts(*arguments), definition(before, *arguments)) <= (
             1.5 * LIMITS[quant]
         )
-
-
-def grouped_definition(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """A layer pair by pair, in float32, with the module's own gate and norm."""
-    wide = copy.deepcopy(experts).float()
-    up_proj = wide.gate_up_proj if wide.has_gate else wide.up_proj
-    up_proj, down_proj = (
-        w if wide.is_transposed else w.transpose(1, 2) for w in (up_proj, wide.down_proj)
-    )
-    out = torch.zeros(len(hidden), HIDDEN)
-    for token, choice in (ids < E).nonzero().tolist():
-        e = int(ids[token, choice])
-        up = hidden[token, None].float() @ up_proj[e]
-        up = up + (wide.gate_up_proj_bias[e] if wide.has_bias else 0)
-        down = (wide._apply_gate(up) if wide.has_gate else wide.act_fn(up)) @ down_proj[e]
-        down = down + (wide.down_proj_bias[e] if wide.has_bias else 0)
-        if getattr(wide, "has_post_expert_norm", False):
-            down = wide.post_expert_norm(down)
-        out[token] += weights[token, choice].float() * down[0]
-    return out.detach()
 
 
 # Quantised
@@ -467,10 +448,9 @@ def fp8_experts(block_size: tuple[int, int] | None, **options: Any) -> tuple[Any
         weight, scale = getattr(experts, name), getattr(experts, f"{name}_scale_inv")
         weight.data = (torch.randn(weight.shape) * 100).to(torch.float8_e4m3fn)
         scale.data = (torch.rand(scale.shape) + 0.5) * weight.shape[2] ** -0.5 / 100
-        blocks = [-(-a // b) for a, b in zip(weight.shape, scale.shape, strict=True)]
-        for dim, times in enumerate(blocks):
-            scale = scale.repeat_interleave(times, dim)
-        getattr(wide, name).data = weight.float() * scale
+        n, k = block_size or (-(-weight.shape[1] // scale.shape[1]), weight.shape[2])
+        every = scale.repeat_interleave(n, 1).repeat_interleave(k, 2)
+        getattr(wide, name).data = weight.float() * every[:, : weight.shape[1], : weight.shape[2]]
     return experts, wide
 
 
@@ -507,7 +487,7 @@ def test_fp8_experts_that_fall_back(
 
 @pytest.mark.parametrize("quant", ["int8", "fp8"])
 def test_block_scales_are_quantised_again(quant: str) -> None:
-    experts, wide = fp8_experts((16, 32))
+    experts, wide = fp8_experts((24, 48))  # which do not divide the sizes
     model = make("qwen3-moe")
     model.model.layers[0].mlp.experts = experts
     ours.quantize_(model, quant)

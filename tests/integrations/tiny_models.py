@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-import transformers
-from torch import nn
+from torch import Tensor, nn
 
 E, TOP_K, HIDDEN, INTER, VOCAB = 8, 2, 64, 32, 128
 _SHARED: dict[str, Any] = {
@@ -66,6 +66,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # transformers' model type,
 
 
 def config(family: str, **options: Any) -> Any:
+    import transformers  # here: what only needs the tables above does without
+
     model_type, own = FAMILIES[family]
     return transformers.AutoConfig.for_model(model_type, **{**_SHARED, **own, **options})
 
@@ -74,6 +76,8 @@ def make(
     family: str, device: str = "cpu", implementation: str = "cutlass_moe", **options: Any
 ) -> Any:
     """A model in bfloat16 whose weights spread enough for experts to matter."""
+    import transformers
+
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -91,3 +95,24 @@ def make(
 
 def experts_of(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "is_concatenated")]
+
+
+def definition(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """A layer pair by pair, in float32, with the module's own gate and norm."""
+    wide = copy.deepcopy(experts).float()
+    name = "gate_up_proj" if wide.has_gate else "up_proj"
+    up_proj, down_proj = (
+        w if wide.is_transposed else w.transpose(1, 2)
+        for w in (getattr(wide, name), wide.down_proj)
+    )
+    out = torch.zeros_like(hidden, dtype=torch.float32)
+    for token, choice in (ids < len(up_proj)).nonzero().tolist():
+        e = int(ids[token, choice])
+        up = hidden[token, None].float() @ up_proj[e]
+        up = up + (getattr(wide, f"{name}_bias")[e] if wide.has_bias else 0)
+        down = (wide._apply_gate(up) if wide.has_gate else wide.act_fn(up)) @ down_proj[e]
+        down = down + (wide.down_proj_bias[e] if wide.has_bias else 0)
+        if getattr(wide, "has_post_expert_norm", False):
+            down = wide.post_expert_norm(down)
+        out[token] += weights[token, choice].float() * down[0]
+    return out.detach()
