@@ -332,6 +332,7 @@ class GemmSm90:
                     for k_tile in cutlass.range(runs[run], runs[run + 1], unroll=1):
                         self.ring.wait_full(state)
                         self.issue(mma, acc, tCrA, tCrB, state.index)
+                        mma.set(warpgroup.Field.ACCUMULATE, True)  # in this loop's own text
                         warpgroup.wait_group(1)
                         if k_tile > 0:
                             self.ring.release(behind.index)

@@ -16,7 +16,7 @@ from emitters.spec.layer_steps import (
     QuantizeGroupsProblem,
     StepConfig,
 )
-from emitters.templates.parameters import integer, pointer
+from emitters.templates.parameters import integer, pointer, several
 
 _THREADS = K_BLOCK // ROW_VECTOR  # per group
 
@@ -44,11 +44,11 @@ class QuantizeGroups:
             pointer("source", Uint8, 16),
             pointer("end", Int32, 4),
             pointer("q", Uint8, ROW_VECTOR),
-            pointer("scale", Float32, 4),
+            several(
+                pointer("scale", Float32, 4), integer("scale_stride"), integer("scale_k_stride")
+            ),
             integer("num_rows"),
             integer("source_stride"),
-            integer("scale_stride"),
-            integer("scale_k_stride"),
             integer("power_of_two"),
             integer("early"),
         )
@@ -58,19 +58,17 @@ class QuantizeGroups:
 
     @cute.jit
     def __call__(
-        self, source, end, q, scale, num_rows, source_stride, scale_stride, scale_k_stride,
-        power_of_two, early, grid, stream,
-    ):  # fmt: skip
-        """end, early, source_stride: as in `Quantize`. scale_stride, scale_k_stride: elements from
-        a row's scale to the next row's, and to the same row's next. power_of_two: nonzero to round
+        self, source, end, q, scales, num_rows, source_stride, power_of_two, early, grid, stream
+    ):
+        """end, early, source_stride: as in `Quantize`. scales: their address, and the elements from
+        a row's scale to the next row's and to the same row's next. power_of_two: nonzero to round
         scales up to powers of two.
 
         grid: `QuantizeGroupsProblem.ctas`.
         """
-        self.kernel(
-            source, end, q, (scale, scale_stride, scale_k_stride), num_rows, source_stride,
-            power_of_two, early,
-        ).launch(grid=[grid, 1, 1], block=[self.config.threads, 1, 1], stream=stream)  # fmt: skip
+        self.kernel(source, end, q, scales, num_rows, source_stride, power_of_two, early).launch(
+            grid=[grid, 1, 1], block=[self.config.threads, 1, 1], stream=stream
+        )
 
     @cute.kernel
     def kernel(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emitters.spec.layer_steps import QuantizeProblem
+from emitters.spec.layer_steps import QuantizeGroupsProblem, QuantizeProblem
 from tests.ptxsim.kernels.routing import StepKernel
 from tests.ptxsim.machine import Launch, Machine
 from tests.ptxsim.memory import GlobalMemory
@@ -74,7 +74,7 @@ def _launch(stage: Stage, address: dict[int, int]) -> Launch:
         record.smem_bytes,
         record.registers,
         bytes(packed),
-        triggers_at_once=record.problem["op"] == QuantizeProblem.op,
+        triggers_at_once=record.problem["op"] in (QuantizeProblem.op, QuantizeGroupsProblem.op),
     )
 
 
