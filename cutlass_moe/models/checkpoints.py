@@ -122,12 +122,12 @@ class Checkpoint:
         share = share or Share()
         experts = share.experts(self.model.shape.num_experts)
         start, stop = share.inter(self.model.shape.inter)
-        if quant is not None:
-            check_requantized(quant)
         layout = self._layout(layer, experts)
+        as_stored = quant in (None, layout.quant)
+        if not as_stored:
+            check_requantized(str(quant))
         reader = _ExpertReader(self._shards, layout, start, stop)
         block_inter = _block_inter(stop - start, share.tp) if layout.quant == FP8_BLOCK else None
-        as_stored = quant is None or quant == layout.quant
         stored = reader.allocate(experts if as_stored else experts[:1], device, block_inter)
         weights = stored if as_stored else stored.empty_like(len(experts), str(quant))
         for slot, expert in enumerate(track(experts)):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cutlass_moe.layer.pad import pad_experts
 from cutlass_moe.operands import NAMED_DTYPES, Experts
-from cutlass_moe.ops.quantize import quantize_per_channel
+from cutlass_moe.ops.quantize import quantize_per_token_reference
 
 BLOCK = 128  # rows and columns of a weight that share a scale
 FP8_BLOCK = "fp8_block"
@@ -18,7 +18,7 @@ FP8_BLOCK = "fp8_block"
 STORED = {**NAMED_DTYPES, "fp16": torch.float16, FP8_BLOCK: torch.float8_e4m3fn}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors are not compared
 class ExpertWeights:
     """Weights, scales and biases of E experts, whose intermediate size is I, or a rank's part of I.
 
@@ -92,8 +92,8 @@ class ExpertWeights:
         return w13 * torch.cat(rows), w2 * _repeat(scale2, BLOCK, self.block_inter, w2.shape)
 
     def store(self, index: int, other: ExpertWeights, other_index: int) -> None:
-        """Copies an expert of other weights here, which have 16 bits or a scale per channel: it is
-        quantised again."""
+        """Writes an expert of other weights here, from its values in float32. quant is "bf16",
+        "fp16", "fp8" or "int8"; the last two are quantised with a scale per channel."""
         for values, weight, scale in zip(
             other.dense(other_index), (self.w13, self.w2), (self.w13_scale, self.w2_scale),
             strict=True,
@@ -101,8 +101,8 @@ class ExpertWeights:
             if scale is None:
                 weight[index] = values
             else:
-                quantized, channel_scale = quantize_per_channel(values[None], weight.dtype)
-                weight[index], scale[index] = quantized[0], channel_scale[0]
+                # in plain torch, with the kernel's bits: at load there may be no image for float32
+                weight[index], scale[index] = quantize_per_token_reference(values, weight.dtype)
         if self.w13_bias is not None and other.w13_bias is not None:
             self.w13_bias[index] = other.w13_bias[other_index]
         if self.w2_bias is not None and other.w2_bias is not None:

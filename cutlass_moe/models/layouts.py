@@ -12,6 +12,7 @@ from cutlass_moe.models.expert_weights import BLOCK, FP8_BLOCK, STORED, ceil_div
 from cutlass_moe.models.shapes import MoeShape
 from cutlass_moe.models.shards import Shards, some
 from cutlass_moe.models.tensor_names import TensorNames
+from cutlass_moe.operands import FLOATS
 
 JOINT = "gate_up_proj"
 # How the name of a scale goes on after that of its weight; one form a layer.
@@ -244,7 +245,7 @@ def _wrong(layout: Layout, matrix: Matrix, expert: int, shards: Shards) -> dict[
             wrong[scale] = f"must be floats {expected}, got {dtype} {list(shape)}"
     if layout.bias:
         shape, dtype = shards.header(matrix.bias(expert))
-        if shape != (*lead, matrix.rows) or dtype not in (torch.bfloat16, torch.float16):
-            expected = f"bfloat16 or float16 {[*lead, matrix.rows]}"
+        if shape != (*lead, matrix.rows) or dtype not in FLOATS:
+            expected = f"bfloat16, float16 or float32 {[*lead, matrix.rows]}"
             wrong[matrix.bias(expert)] = f"must be {expected}, got {dtype} {list(shape)}"
     return wrong
