@@ -67,8 +67,7 @@ class Case:
         """What tables call it under a heading of its dtype."""
         prefix = "" if self.suite == "models" else f"{self.suite} "
         skew = f" {self.routing}" if self.skewed else ""
-        part = "" if self.part == "layer" else f" {self.part}"
-        return f"{prefix}{self.model}{part}{skew}"
+        return f"{prefix}{self.model} {self.part}{skew}"
 
     @property
     def is_layer(self) -> bool:

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
-from perf.cases import DTYPES, FIGURE_MODELS
+from perf.cases import DTYPES, FIGURE_MODELS, FIGURE_TOKENS
 from perf.rows import Row
 from perf.systems import LAYERS, OURS, PRODUCTS
 
@@ -40,6 +40,7 @@ def write_plots(rows: Sequence[Row], results: Path) -> list[Path]:
         for row in rows
         if (row.case.part, row.case.dtype, row.case.routing) == ("layer", "fp8", "balanced")
         and row.case.model in FIGURE_MODELS
+        and row.case.tokens in FIGURE_TOKENS
         and OURS in row.us
     ]
     drawn = {"ratios": plot_ratios([row for row in rows if row.ratio is not None])}
