@@ -164,8 +164,7 @@ def test_joint_blocks(inter: int, tmp_path: Path) -> None:
 
 def test_scales_of_powers_of_two(tmp_path: Path) -> None:
     """In 8 bits, as some block checkpoints have them."""
-    written = write_checkpoint(tmp_path, QWEN3, "fp8_block", **WIDE, shards=0)
-    del written
+    write_checkpoint(tmp_path, QWEN3, "fp8_block", **WIDE, shards=0)
     e8m0 = torch.float8_e8m0fnu
     edit(tmp_path, "_scale_inv", lambda _, tensor: tensor.log2().round().exp2().to(e8m0))
     scale = read(tmp_path).w13_scale
@@ -376,15 +375,15 @@ def change_config(directory: Path, **changes: Any) -> None:
 E3 = "model.layers.3.mlp.experts"
 GONE: Any = lambda name, tensor: None  # noqa: E731
 CHANGES = [
-    ("missing", "3.mlp.experts.5.up_proj.weight", GONE, f"missing: {E3}.5.up_proj.weight$"),
+    ("missing", "3.mlp.experts.5.up_proj.weight", GONE, f"missing: {E3}.5.up_proj.weight"),
     (
         "missing_scales",
         "3.mlp.experts.2.down_proj.weight_scale_inv",
         GONE,
-        f"missing: {E3}.2.down_proj.weight_scale_inv$",
+        f"missing: {E3}.2.down_proj.weight_scale_inv",
     ),
     ("no_scales", "_scale_inv", GONE, "must have scales, .*down_proj.weight_scale is missing"),
-    ("many_missing", "3.mlp.experts.5.", GONE, f"missing: {E3}.5.down_proj.weight, .* and 3 more$"),
+    ("many_missing", "3.mlp.experts.5.", GONE, f"missing: {E3}.5.down_proj.weight, .* and 3 more"),
     (
         "shape",
         "3.mlp.experts.5.up_proj.weight",
@@ -442,7 +441,7 @@ CHANGES = [
 def test_tensors_that_are_wrong(part: str, change: Any, message: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, QWEN3, "fp8_block", **WIDE)
     edit(tmp_path, part, change)
-    with pytest.raises(ValueError, match=message.removesuffix("$")) as raised:
+    with pytest.raises(ValueError, match=message) as raised:
         read(tmp_path)
     assert f"{tmp_path}, layer 3: " in str(raised.value)
     assert str(raised.value).endswith("asks for fp8 with a scale a block of 128 x 128")

@@ -212,9 +212,9 @@ def _layer(form: Form, quant: str, hidden: int, inter: int) -> Written:
     stored = {name: [one[1] for one in each] for name, each in kept.items()}
     biased = form.file.startswith("gpt-oss")
     biases = [torch.randn(EXPERTS, n).bfloat16() for n in (inter, inter, hidden)]
-    tensors = _each(form, stored) if form.style == "each" else _stacks(form, stored)
     if form.style == "ungated":
-        tensors = _each(form, {"up": stored["up"], "down": stored["down"]})
+        del stored["gate"]
+    tensors = _each(form, stored) if form.style in ("each", "ungated") else _stacks(form, stored)
     if biased:
         rows = torch.stack(biases[:2], 2).flatten(1)  # gate, up, gate, up, ...
         tensors |= {f"{form.experts}.gate_up_proj_bias": rows}
