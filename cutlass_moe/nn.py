@@ -223,7 +223,7 @@ class MoeFeedForward(nn.Module):
         return Experts(w1.transpose(1, 2), w2.transpose(1, 2), w13_bias=b1, w2_bias=b2)
 
     def _quantize(self, quant: str) -> None:
-        found: dict[str, Any] = {"w13_bias": getattr(self, "b1")}  # noqa: B009  # may be None
+        found: dict[str, Any] = {"w13_bias": self.b1, "w2_bias": self.b2}  # may be None
         for name, into in (("w1", "w13"), ("w2", "w2")):
             weight = getattr(self, name).detach().transpose(1, 2)
             values = torch.empty(weight.shape, dtype=QUANTS[quant], device=weight.device)
@@ -232,11 +232,12 @@ class MoeFeedForward(nn.Module):
                 values[e], scale[e] = quantize_per_token(expert.contiguous().float(), values.dtype)
             found |= {into: values, f"{into}_scale": scale}
             setattr(self, name, None)
-        q1, q2, scale1, scale2, b1, _ = cm.pad_experts(**found)
+        q1, q2, scale1, scale2, b1, b2 = cm.pad_experts(**found)
         for name, buffer in zip(_QUANTIZED, (q1, scale1, q2, scale2), strict=True):
             setattr(self, name, buffer)
-        if b1 is not None and b1 is not found["w13_bias"]:
-            setattr(self, "b1", nn.Parameter(b1))  # noqa: B010
+        for name, old, wide in (("b1", self.b1, b1), ("b2", self.b2, b2)):
+            if wide is not None and wide is not old:
+                setattr(self, name, nn.Parameter(wide))
         self.quant = quant
         self.requires_grad_(False)
 
@@ -284,8 +285,8 @@ def quantize_(module: nn.Module, quant: str) -> nn.Module:
       w1 [E, D, F]   w1_quantized [E, F, D], w1_scale float32 [E, F]
       w2 [E, H, D]   w2_quantized [E, D, H], w2_scale float32 [E, D]
 
-    Where H is no multiple of 16, it is padded with zeros in these buffers and in b1, as kernels
-    need it (`cutlass_moe.pad_experts`).
+    Where H or D is no multiple of 16, it is padded with zeros in these buffers, b1 and b2, as
+    kernels need it (`cutlass_moe.pad_experts`); inputs and outputs keep their D.
 
     quant: "fp8" (float8_e4m3fn) or "int8". From then on inputs and activations are quantised per
     token, and nothing in the layers requires a gradient. Biases, routers and shared experts stay as

@@ -13,6 +13,7 @@ from rich.console import Console
 from cutlass_moe.models.files import Model, find_model, read_shapes
 from cutlass_moe.models.problems import model_problems
 from cutlass_moe.models.shapes import DEFAULT_DTYPE, DTYPES, MODELS, MoeShape
+from cutlass_moe.operands import padded
 from emitters.spec.image import LaunchRecord
 from emitters.spec.registry import Problem, config_from_json, problem_from_json
 
@@ -100,11 +101,14 @@ def posed(layers: Sequence[Layer], dtypes: Sequence[str] = ()) -> list[Posed]:
 
 def padding(shape: MoeShape, dtype: str) -> str:
     """What must be padded for a layer's kernels, in words; "" if nothing must be."""
-    inter = shape.padded(dtype).inter
-    if inter == shape.inter:
+    sizes = {name: getattr(shape, name) for name in ("inter", "hidden")}
+    wide = {name: padded(size, DTYPES[dtype]) for name, size in sizes.items()}
+    said = [f"{name} {sizes[name]} is padded with zeros to {wide[name]}" for name in wide]
+    said = [words for words, name in zip(said, wide, strict=True) if wide[name] != sizes[name]]
+    if not said:
         return ""
     return (
-        f"{shape.name}: inter {shape.inter} is padded with zeros to {inter} for {dtype} weights; "
+        f"{shape.name}: {' and '.join(said)} for {dtype} weights; "
         "cutlass_moe.pad_experts does it, once at load"
     )
 

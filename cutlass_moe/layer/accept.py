@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from cutlass_moe.operands import LayerOperands, LayerOptions
+from cutlass_moe.operands import DTYPES, LayerOperands, LayerOptions, padded
 from cutlass_moe.ops._copies import as_int32, at_address
 from cutlass_moe.ops.activations import is_gated
 from cutlass_moe.runtime.parameters import misaligned
@@ -64,6 +65,20 @@ def convert(layer: LayerOperands, found: list[tuple[str, Conversion]]) -> LayerO
     for name, conversion in found:
         layer = layer._replace(**{name: conversion(getattr(layer, name))})
     return layer
+
+
+def widened(layer: LayerOperands) -> LayerOperands:
+    """The arguments with hidden and residual as wide as `pad_experts` made the weights."""
+    hidden, residual, w13, w2 = layer.hidden, layer.residual, layer.w13, layer.w2
+    if w13.dim() != 3 or w2.dim() != 3 or hidden.dtype not in DTYPES:
+        return layer
+    width = w13.shape[2] if hidden.dtype.itemsize == 1 else w2.shape[1]
+    if width == hidden.shape[-1] or width != padded(hidden.shape[-1], DTYPES[hidden.dtype]):
+        return layer  # the usual case, or one that check_layer refuses
+    if residual is not None:
+        residual = functional.pad(residual, (0, w2.shape[1] - residual.shape[-1]))
+    hidden = functional.pad(hidden, (0, width - hidden.shape[-1]))
+    return layer._replace(hidden=hidden, residual=residual)
 
 
 def weigh_input(layer: LayerOperands) -> LayerOperands:

@@ -79,8 +79,7 @@ class LayerWorkspace:
 
     def __init__(self, layer: LayerOperands, options: LayerOptions) -> None:
         problems = problems_of(layer, options)
-        tokens, hidden = layer.hidden.shape
-        experts, inter = layer.w2.shape[0], layer.w2.shape[2]
+        tokens, (experts, hidden, inter) = len(layer.hidden), layer.w2.shape
         pairs, quant = layer.topk_ids.numel(), options.quant
         rows = options.rows(pairs)
         self.layout = layout = WorkspaceLayout(layer.hidden.device)
@@ -96,7 +95,7 @@ class LayerWorkspace:
         self._add("rows", (rows, hidden), TORCH_DTYPES[problems.down.out])
         if quant:
             if layer.hidden.dtype.itemsize > 1:
-                self._add("hidden_q", (tokens, hidden), QUANTS[quant])
+                self._add("hidden_q", (tokens, layer.w13.shape[2]), QUANTS[quant])
                 self._add("hidden_q_scale", (tokens,), torch.float32)
             self._add("active_q", (rows, inter), QUANTS[quant])
             self._add("active_q_scale", (rows,), torch.float32)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.layer.steps import Forms, LayerProblems, LayerSizes, Projection, layer_problems
-from cutlass_moe.operands import DTYPES, FLOATS, IDS, QUANTS, LayerOperands, LayerOptions
+from cutlass_moe.operands import DTYPES, FLOATS, IDS, QUANTS, LayerOperands, LayerOptions, padded
 from cutlass_moe.ops._checks import (
     check_accumulation,
     check_activation,
@@ -17,6 +17,7 @@ from cutlass_moe.ops._checks import (
 from cutlass_moe.ops.activations import is_gated
 from cutlass_moe.ops.route import check_capacity
 from cutlass_moe.runtime.parameters import misaligned
+from emitters.spec.dtypes import DType
 
 _HIDDEN = (torch.bfloat16, torch.float16)
 REDUCES = ("sum", "weighted", "none")
@@ -27,7 +28,7 @@ _ALIGNMENTS = {  # bytes that addresses must be multiples of
 
 
 def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None = None) -> None:
-    """Checks the arguments of `fused_moe`, converted as accept.py says.
+    """Checks the arguments of `fused_moe`, widened and converted as accept.py says.
 
     Extents may be symbolic. Raises ValueError or TypeError that says what must be and what came.
     """
@@ -47,6 +48,7 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
     experts, _, inter = w2.shape
     choices = (tokens, layer.topk_ids.shape[1])
     dtype = QUANTS[options.quant] if options.quant else hidden.dtype
+    read, columns = _widths(layer, dtype)
     allowed = (*_HIDDEN, dtype) if options.quant else _HIDDEN
     expect("hidden", hidden, device, allowed, (hidden.shape,), dense=False)
     expect("topk_ids", layer.topk_ids, device, IDS, (choices,))
@@ -56,8 +58,8 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
     outside = options.outside(hidden.dtype)
     check_accumulation(options.accumulation, dtype)
     for name, weight, shape in (
-        ("w13", w13, (experts, gates * inter, width)),
-        ("w2", w2, (experts, width, inter)),
+        ("w13", w13, (experts, gates * inter, read)),
+        ("w2", w2, (experts, columns, inter)),
     ):
         check_weight(name, weight, hidden, shape, dtype)
         scale, bias = getattr(layer, f"{name}_scale"), getattr(layer, f"{name}_bias")
@@ -76,17 +78,29 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
         count = layer.expert_map.numel()
         expect("expert_map", layer.expert_map, device, (torch.int32,), ((count,),))
     if layer.residual is not None:
-        expect("residual", layer.residual, device, (outside,), (hidden.shape,))
+        expect("residual", layer.residual, device, (outside,), ((tokens, columns),))
     if out is not None:
         expect("out", out, device, (outside,), (out_shape(layer, options),))
 
 
+def _widths(layer: LayerOperands, dtype: torch.dtype) -> tuple[int, int]:
+    """K of w13 and N of w2: the width of hidden, or that and what `pad_experts` makes of it.
+
+    dtype: of the weights.
+    """
+    width, read, columns = layer.hidden.shape[1], layer.w13.shape[2], layer.w2.shape[1]
+    if layer.hidden.dtype.itemsize == 1 and padded(columns, DTYPES[dtype]) == width:
+        return width, columns
+    if padded(width, DTYPES.get(dtype, DType.BF16)) == read:
+        return read, width
+    return width, width
+
+
 def out_shape(layer: LayerOperands, options: LayerOptions) -> tuple[int, ...]:
     """The shape of the layer's output: [T, H], or [T, k, H] of rows that are not summed."""
-    tokens, hidden = layer.hidden.shape
-    if options.reduce == "sum":
-        return (tokens, hidden)
-    return (tokens, layer.topk_ids.shape[1], hidden)
+    tokens, choices = layer.topk_ids.shape
+    columns = layer.w2.shape[1]
+    return (tokens, columns) if options.reduce == "sum" else (tokens, choices, columns)
 
 
 def _check_scales(layer: LayerOperands, options: LayerOptions) -> None:
@@ -156,7 +170,7 @@ def problems_of(layer: LayerOperands, options: LayerOptions) -> LayerProblems:
 
     num_experts, hidden, inter = layer.w2.shape
     return layer_problems(
-        LayerSizes(num_experts, layer.topk_ids.shape[1], hidden, inter),
+        LayerSizes(num_experts, layer.topk_ids.shape[1], hidden, inter, layer.w13.shape[2]),
         DTYPES[layer.w2.dtype],
         DTYPES[options.outside(layer.hidden.dtype)],
         options.function,

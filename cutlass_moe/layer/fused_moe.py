@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cutlass_moe.layer.accept import conversions, convert
+from cutlass_moe.layer.accept import conversions, convert, widened
 from cutlass_moe.layer.chain import LayerWorkspace, find_chain
 from cutlass_moe.layer.checks import check_layer
 from cutlass_moe.layer.why_not import NO_GRADIENT
 from cutlass_moe.operands import LayerArguments, LayerOperands, LayerOptions, split_layer
+from cutlass_moe.ops._checks import expect
 from cutlass_moe.ops._define import define
 from cutlass_moe.ops._types import check_types, typed
 from cutlass_moe.ops.grouped_matmul import is_plain_eager, wants_gradient
@@ -101,7 +102,7 @@ def fused_moe(
     warning; weights must be aligned to 16 bytes.
 
     Returns out. CPU tensors, and problems without a kernel, take `fused_moe_reference`; `why_not`
-    says which these are, and `pad_experts` mends those whose I makes no rows of 16 bytes. Raises
+    says which these are, and `pad_experts` mends those whose I or H makes no rows of 16 bytes. Raises
     TypeError or ValueError that says what must be and what came, and RuntimeError where a gradient
     would be lost: this function is not differentiable, the modules of `cutlass_moe.nn` are.
     """
@@ -143,6 +144,7 @@ def fused_moe_workspace_size(
     tensors may be on the meta device. Raises what `fused_moe` raises.
     """
     layer, options = split_layer(hidden, w13, w2, topk_weights, topk_ids, arguments)
+    layer = widened(layer)
     layer = convert(layer, conversions(layer, options))
     check_layer(layer, options)
     return LayerWorkspace(layer, options).layout.size
@@ -161,8 +163,16 @@ def _run(
     out: Tensor, workspace: Tensor | None, layer: LayerOperands, options: LayerOptions
 ) -> None:
     if layer.hidden.is_meta:
-        check_layer(convert(layer, conversions(layer, options)), options, out)
+        _check(out, layer, options)
         return
+    wide = widened(layer)
+    if wide is not layer and wide.w2.shape[1] != out.shape[-1]:
+        _check_narrow(out, layer, options)
+        room = out.new_empty((*out.shape[:-1], wide.w2.shape[1]))
+        _run(room, workspace, wide, options)
+        out.copy_(room[..., : out.shape[-1]])
+        return
+    layer = wide
     chain = find_chain(layer, options, out, workspace)
     if workspace is None:
         workspace = out.new_empty(chain.workspace.layout.size, dtype=torch.uint8)
@@ -176,8 +186,23 @@ def _fused_moe_out_impl(out: Tensor, workspace: Tensor | None, *arguments: Any) 
 
 def _fused_moe_out_fake(out: Tensor, workspace: Tensor | None, *arguments: Any) -> None:
     count = len(LayerOperands._fields)
-    layer, options = LayerOperands(*arguments[:count]), LayerOptions(*arguments[count:])
-    check_layer(convert(layer, conversions(layer, options)), options, out)
+    _check(out, LayerOperands(*arguments[:count]), LayerOptions(*arguments[count:]))
+
+
+def _check(out: Tensor, layer: LayerOperands, options: LayerOptions) -> None:
+    """Checks arguments that have no values."""
+    wide = widened(layer)
+    narrow = wide is not layer and wide.w2.shape[1] != out.shape[-1]
+    if narrow:
+        _check_narrow(out, layer, options)
+    check_layer(convert(wide, conversions(wide, options)), options, None if narrow else out)
+
+
+def _check_narrow(out: Tensor, layer: LayerOperands, options: LayerOptions) -> None:
+    """Checks `out` of a layer whose experts are padded to more columns than hidden has."""
+    tokens, hidden = layer.hidden.shape[:-1].numel(), layer.hidden
+    shape = (tokens, *layer.topk_ids.shape[-1:] * (options.reduce != "sum"), hidden.shape[-1])
+    expect("out", out, hidden.get_device(), (options.outside(hidden.dtype),), (shape,))
 
 
 _fused_moe_out_op = define(

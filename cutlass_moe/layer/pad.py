@@ -8,6 +8,7 @@ from torch import Tensor
 from cutlass_moe.operands import DTYPES, Experts, padded
 from cutlass_moe.ops._checks import is_n_major
 from cutlass_moe.ops._types import typed
+from emitters.spec.dtypes import DType
 
 
 @typed
@@ -21,11 +22,13 @@ def pad_experts(
     w13_bias: Tensor | None = None,
     w2_bias: Tensor | None = None,
 ) -> Experts:
-    """Pads the inner size I of a layer's experts to what kernels take: once, when weights load.
+    """Pads the sizes I and H of a layer's experts to what kernels take: once, when weights load.
 
-    I becomes the next multiple of 16 bytes: of 16 for 8-bit weights, of 8 for 16-bit ones. The new
-    values of weights and biases are 0, of scales 1; every activation of 0 is 0, so the layer's
-    results stay what they are, except for the order of float sums.
+    I and the last dimension of w13 become the next multiple of 16 bytes: of 16 for 8-bit weights,
+    of 8 for 16-bit ones; the rows of w2 become a multiple of 8. The new values of weights and
+    biases are 0, of scales 1; every activation of 0 is 0, so the layer's results stay what they
+    are, except for the order of float sums. Hidden states, residual and output keep their H:
+    `fused_moe` takes both. If H is no multiple of 8, it copies them in every call.
 
     w13 [E, 2I, H] for a gated activation, else [E, I, H]; w2 [E, H, I]: 8-bit, bfloat16, float16 or
       float32, quantised or not yet.
@@ -49,29 +52,32 @@ def pad_experts(
         )
     if w2.dtype not in DTYPES:
         raise TypeError(f"w2 must be one of {', '.join(map(str, DTYPES))}, got {w2.dtype}")
-    rows, inter = w13.shape[1], w2.shape[2]
-    size = padded(inter, DTYPES[w2.dtype])
-    experts = Experts(w13, w2, w13_scale, w2_scale, w13_bias, w2_bias)
-    if size == inter:
-        return experts
+    dtype, rows, inter, hidden = DTYPES[w2.dtype], w13.shape[1], w2.shape[2], w2.shape[1]
     parts = 1 if interleaved else rows // inter
+    wide13, wide2 = rows // inter * padded(inter, dtype), padded(hidden, DType.BF16)
 
-    def pad_rows(tensor: Tensor | None, value: int = 0) -> Tensor | None:
+    def pad_rows(
+        tensor: Tensor | None, rows: int, parts: int, size: int, value: int = 0
+    ) -> Tensor | None:
         if tensor is None or tensor.dim() < 2 or tensor.shape[1] != rows:
             return tensor  # one scale for several rows
-        return _pad(tensor, 1, parts, size * rows // inter, value)
+        return _pad(tensor, 1, parts, size, value)
 
-    return experts._replace(
-        w13=_pad(w13, 1, parts, size * rows // inter),
-        w2=_pad(w2, 2, 1, size),
-        w13_scale=pad_rows(w13_scale, 1),
-        w13_bias=pad_rows(w13_bias),
+    return Experts(
+        _pad(_pad(w13, 1, parts, wide13), 2, 1, padded(w13.shape[2], dtype)),
+        _pad(_pad(w2, 1, 1, wide2), 2, 1, padded(inter, dtype)),
+        pad_rows(w13_scale, rows, parts, wide13, 1),
+        pad_rows(w2_scale, hidden, 1, wide2, 1),
+        pad_rows(w13_bias, rows, parts, wide13),
+        pad_rows(w2_bias, hidden, 1, wide2),
     )
 
 
 @torch.no_grad()
 def _pad(tensor: Tensor, dim: int, parts: int, size: int, value: int = 0) -> Tensor:
     """Pads each of so many equal parts of a dimension at its end, to `size` in all."""
+    if tensor.shape[dim] == size:
+        return tensor
     shape = (*tensor.shape[:dim], size, *tensor.shape[dim + 1 :])
     if tensor.dim() == 3 and is_n_major(tensor):
         wide = tensor.new_full((shape[0], shape[2], shape[1]), value).transpose(1, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cutlass_moe.operands import Experts, Numbers
 from cutlass_moe.ops.activations import activate
@@ -21,17 +22,21 @@ def feed_forward(
 ) -> Tensor:
     """Applies each expert to its own M rows, in x's dtype: x [E, M, H] -> [E, M, H].
 
+    experts may be padded, as `pad_experts` does.
+
     x_scale [E, M]: given if x holds the values of 8-bit numbers; the activation's results are then
     rounded to bfloat16, as kernels store them, and quantised, with active_scale if it is given.
     numbers: as in `activate`.
     """
     w13, w2, w13_scale, w2_scale, w13_bias, w2_bias = experts
+    width = x.shape[-1]
+    x = functional.pad(x, (0, w13.shape[2] - width)) if w13.shape[2] > width else x
     up = _product(x, x_scale, w13, w13_scale, w13_bias)
     active = activate(up, activation, interleaved, numbers)
     if x_scale is None:
-        return _product(active, None, w2, w2_scale, w2_bias)
+        return _product(active, None, w2, w2_scale, w2_bias)[..., :width]
     values, scale = quantized(active.bfloat16(), w2.dtype, x.dtype, active_scale)
-    return _product(values, scale, w2, w2_scale, w2_bias)
+    return _product(values, scale, w2, w2_scale, w2_bias)[..., :width]
 
 
 def quantized(

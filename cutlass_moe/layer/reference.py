@@ -53,7 +53,8 @@ def fused_moe_reference(
     x, x_scale = _tokens(layer, options, compute_dtype)
     most = options.rows(ids.numel())
 
-    rows, inverse, first = [x.new_empty(0, w2.shape[1])], torch.full_like(ids, -1), 0
+    columns = min(x.shape[1], w2.shape[1])  # of padded experts, either may be wider
+    rows, inverse, first = [x.new_empty(0, columns)], torch.full_like(ids, -1), 0
     dropped = 0
     for e in range(len(w13)):
         token, choice = (ids == e).nonzero(as_tuple=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
+from cutlass_moe.operands import padded
 from emitters.spec.dtypes import ACCUMULATIONS, Accumulation, DType
 from emitters.spec.gemm import (
     Activation,
@@ -39,14 +40,26 @@ class LayerProblems(NamedTuple):
         reasons = (why_illegal(problem, arch=arch) for problem in self if problem)
         return next(filter(None, reasons), None)
 
-    def with_inter(self, inter: int) -> LayerProblems:
-        """The problems of the layer with another size between its products."""
-        active = self.quantize_active
+    def padded(self) -> LayerProblems:
+        """The problems of the layer with weights that `pad_experts` has padded."""
+        hidden, inter = padded(self.down.n, DType.BF16), padded(self.down.k, self.down.x)
+        tokens, active = self.quantize_hidden, self.quantize_active
         return self._replace(
-            up=replace(self.up, n=2 * inter if self.up.gated else inter),
+            quantize_hidden=None if tokens is None else quantize_rows(tokens, hidden),
+            up=replace(
+                self.up,
+                n=2 * inter if self.up.gated else inter,
+                k=padded(self.up.k, self.up.x),
+            ),
             quantize_active=None if active is None else replace(active, k=inter),
-            down=replace(self.down, k=inter),
+            down=replace(self.down, n=hidden, k=inter),
+            combine=replace(self.combine, n=hidden),
         )
+
+
+def quantize_rows(problem: QuantizeProblem, k: int) -> QuantizeProblem:
+    """The problem for rows of K values, which rows of 16 bytes take."""
+    return replace(problem, k=k, padded=k % 16 != 0)
 
 
 class LayerSizes(NamedTuple):
@@ -56,6 +69,7 @@ class LayerSizes(NamedTuple):
     top_k: int
     hidden: int
     inter: int
+    read: int | None = None  # K of the up projection, if it is padded; default H
 
 
 class Projection(NamedTuple):
@@ -97,7 +111,7 @@ def layer_problems(
     down: the two products.
     """
     forms = forms or Forms()
-    num_experts, top_k, hidden, inter = sizes
+    num_experts, top_k, hidden, inter, read = sizes
     quantized = operand.quantized
     function = ActivationFunction(activation)
     active = DType.BF16 if quantized else outside
@@ -123,10 +137,10 @@ def layer_problems(
     gates = 2 if function.gated else 1
     return LayerProblems(
         route=RouteProblem(num_experts, forms.id_bits),
-        quantize_hidden=QuantizeProblem(outside, operand, hidden)
+        quantize_hidden=QuantizeProblem(outside, operand, hidden, read not in (None, hidden))
         if quantized and not forms.quantized_hidden
         else None,
-        up=gemm(up, gates * inter, hidden, active, Activation(function)),
+        up=gemm(up, gates * inter, read or hidden, active, Activation(function)),
         quantize_active=QuantizeProblem(active, operand, inter) if quantized else None,
         down=gemm(down, hidden, inter, rows),
         combine=CombineProblem(rows, outside, hidden, top_k if forms.summed else 1, forms.weights),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from cutlass_moe.layer.accept import conversions, convert
+from cutlass_moe.layer.accept import conversions, convert, widened
 from cutlass_moe.layer.checks import check_layer, problems_of
 from cutlass_moe.layer.steps import LayerProblems
 from cutlass_moe.operands import (
@@ -18,7 +18,6 @@ from cutlass_moe.operands import (
     Operands,
     Options,
     ProductArguments,
-    padded,
     split_layer,
     split_product,
 )
@@ -97,11 +96,12 @@ def why_not(*tensors: Tensor, arch: str | None = None, **arguments: Any) -> str 
 def why_no_layer(problems: LayerProblems, arch: str) -> str | None:
     """Why no kernels for `arch` serve a layer, and which padding mends it; None if they do."""
     reason = problems.why_illegal(arch)
-    inter = problems.down.k
-    size = padded(inter, problems.down.x)
-    if reason is None or size == inter or problems.with_inter(size).why_illegal(arch) is not None:
+    mended = problems.padded()
+    if reason is None or mended == problems or mended.why_illegal(arch) is not None:
         return reason
-    return f"{reason}; cutlass_moe.pad_experts pads the experts' inner size to {size}, once at load"
+    sizes = {"inner": (problems.down.k, mended.down.k), "hidden": (problems.up.k, mended.up.k)}
+    said = [f"{name} size to {new}" for name, (old, new) in sizes.items() if old != new]
+    return f"{reason}; cutlass_moe.pad_experts pads the experts' {' and '.join(said)}, once at load"
 
 
 def _ask(ask: Callable[..., str | None], given: Any, options: Any, arch: str | None) -> str | None:
@@ -136,6 +136,7 @@ def _check_types(given: Any, options: Any) -> None:
 def _why_no_layer(layer: LayerOperands, options: LayerOptions, arch: str) -> str | None:
     if wants_gradient(layer):
         return NO_GRADIENT
+    layer = widened(layer)
     layer = convert(layer, conversions(layer, options))
     check_layer(layer, options)
     return why_no_layer(problems_of(layer, options), arch)

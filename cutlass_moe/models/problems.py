@@ -19,7 +19,7 @@ from emitters.spec.registry import Problem
 def problems_of_shape(shape: MoeShape, dtype: str) -> LayerProblems:
     """Of a model's layer as `fused_moe` is called for it: bfloat16 outside, a scale a channel, a
     bfloat16 bias, int32 ids, of which a token has those of all ranks. Where no kernel takes rows of
-    inter, the layer is that of `pad_experts`.
+    inter or hidden, the layer is that of `pad_experts`.
 
     dtype: "fp8" (e4m3), "int8" or "bf16". Raises ValueError for another, and for a shape whose
     activation no kernel has.
@@ -31,13 +31,13 @@ def problems_of_shape(shape: MoeShape, dtype: str) -> LayerProblems:
     operand = DTYPES[dtype]
     each = Projection(2 if operand.quantized else 0, DType.BF16 if shape.bias else None)
     return layer_problems(
-        LayerSizes(shape.num_experts, shape.routed.top_k, shape.hidden, shape.padded(dtype).inter),
+        LayerSizes(shape.num_experts, shape.routed.top_k, shape.hidden, shape.inter),
         operand,
         DType.BF16,
         shape.activation,
         each,
         each,
-    )
+    ).padded()
 
 
 def gemm_problems(shape: MoeShape, dtype: str) -> dict[str, GemmProblem]:

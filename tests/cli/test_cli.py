@@ -276,9 +276,9 @@ def test_build_of_a_rank_of_eight(monkeypatch, model, dtype):
 
 
 def test_build_of_a_width_that_no_kernel_takes(monkeypatch):
-    monkeypatch.setitem(MODELS, "mixtral", dataclasses.replace(TINY, hidden=250))
+    monkeypatch.setitem(MODELS, "mixtral", dataclasses.replace(TINY, hidden=40_000))
     result = call("build", "--model", "mixtral")
-    assert result.exit_code == 1 and "got 250" in result.output
+    assert result.exit_code == 1 and "got 40000" in result.output
 
 
 @pytest.mark.parametrize("inter", [120, 128])
