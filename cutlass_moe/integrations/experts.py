@@ -23,7 +23,7 @@ import cutlass_moe as cm
 
 Experts = Any  # a module of experts: its classes are made by a decorator
 QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "down_proj")
+_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 # Of values whose pairs tell activations apart: around zero, bends, clamps near and far.
 _SIZES = (0.0, 0.01, 0.3, 1.0, 1.7, 2.3, 3.0, 6.0, 12.0, 90.0, 1e4, 1e15)
 
@@ -125,7 +125,7 @@ def quantize(module: Experts, quant: str) -> None:
     """Replaces a module's weights by 8-bit buffers with one scale per output channel."""
     before, found = weights_of(module), dict[str, Any]()
     block_size = getattr(module, "block_size", None)
-    for ours, name in _names(module).items():
+    for ours in _names(module):
         weight, blocks = _local(before[ours]), before.get(f"{ours}_scale")
         values = torch.empty(weight.shape, dtype=QUANTS[quant], device=weight.device)
         scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
@@ -133,21 +133,22 @@ def quantize(module: Experts, quant: str) -> None:
             wide = expert if blocks is None else dequantize(expert, _local(blocks)[e], block_size)
             values[e], scale[e] = cm.quantize_per_token(wide.contiguous(), QUANTS[quant])
         found |= {ours: values, f"{ours}_scale": scale}
-        delattr(module, name)
-        if blocks is not None:
-            delattr(module, f"{name}_scale_inv")
-    bias = before.get("w13_bias")
-    padded = cm.pad_experts(
-        **found,
-        w13_bias=None if bias is None else _local(bias.detach()),
-        interleaved=is_interleaved(module),
-    )
+        if f"{ours}_bias" in before:
+            found[f"{ours}_bias"] = _local(before[f"{ours}_bias"].detach())
+    store(module, cm.pad_experts(**found, interleaved=is_interleaved(module)), quant)
+
+
+def store(module: Experts, weights: Any, quant: str) -> None:
+    """Puts quantised weights, as `pad_experts` gives them, in the place of a module's own."""
     for ours, name in _names(module).items():
-        values = getattr(padded, ours)
+        for stale in (name, f"{name}_scale_inv"):
+            if hasattr(module, stale):
+                delattr(module, stale)
+        values, bias = getattr(weights, ours), getattr(weights, f"{ours}_bias")
         module.register_buffer(name, values.transpose(1, 2) if module.is_transposed else values)
-        module.register_buffer(f"{name}_scale_inv", getattr(padded, f"{ours}_scale"))
-    if bias is not None and padded.w13_bias is not None and padded.w13_bias.shape != bias.shape:
-        setattr(module, f"{_names(module)['w13']}_bias", nn.Parameter(padded.w13_bias))
+        module.register_buffer(f"{name}_scale_inv", getattr(weights, f"{ours}_scale"))
+        if bias is not None:
+            setattr(module, f"{name}_bias", nn.Parameter(bias))
     module._cutlass_moe_quant = quant
     module.requires_grad_(False)
 

@@ -14,9 +14,11 @@ README.md in this folder says how to see which one was taken.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,18 +40,25 @@ from cutlass_moe.integrations.experts import (
     QUANTS,
     ActivationArguments,
     Experts,
+    dequantize,
     experts_of,
     find_activation,
     is_interleaved,
     make_readable,
     quant_of,
     quantize,
+    store,
     weights_of,
 )
+from cutlass_moe.models.checkpoints import Checkpoint
+from cutlass_moe.models.shards import Shards
 
 NAME = "cutlass_moe"
 OLDEST, NEWER = Version("5.17"), Version("5.25")  # tested from the one to below the other
 _DTYPES = {dtype: quant for quant, dtype in QUANTS.items()}
+_LAYER = re.compile(r"\.(\d+)\.")
+_OF_EXPERTS = re.compile(r"(^|\.)experts\.")
+_SCALES = ("_scale", "_scale_inv")  # what follows the name of a weight
 _NO_GRADIENT = "kernels have no gradient and one may be asked for: call under torch.no_grad()"
 _logger = logging.getLogger("cutlass_moe")
 
@@ -114,6 +123,93 @@ def quantize_(model: transformers.PreTrainedModel, quant: str) -> transformers.P
         quantize(module, quant)
     model.save_pretrained = _refuse_to_save
     return model
+
+
+def load_quantized(
+    directory: str | Path,
+    quant: str | None = None,
+    *,
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+) -> transformers.PreTrainedModel:
+    """Loads a model whose experts are stored in 8 bits, or quantises them while they are read.
+
+    directory: config.json and safetensors files, as they are published: compressed-tensors with a
+      scale per channel, FP8 with scales per block, or 16 bits.
+    quant: "fp8" or "int8"; default as the experts are stored, which must be one of these. Scales
+      per block need it: the weights are then rounded once more.
+    dtype: of everything else. What of it is stored in 8 bits is converted, once.
+
+    The experts are read one by one, so that no more than one is ever held in 16 bits. The result is
+    that of `quantize_`. Raises ValueError for a directory that is not understood.
+    """
+    directory = Path(directory)
+    if quant is not None and quant not in QUANTS:
+        raise ValueError(f"quant must be None, {' or '.join(map(repr, QUANTS))}, got {quant!r}")
+    with Checkpoint(directory) as checkpoint:
+        stored = quant or checkpoint.stored(checkpoint.layers[0])
+        if stored not in QUANTS:
+            wanted = " or ".join(map(repr, QUANTS))
+            raise ValueError(f"quant must be {wanted} for experts stored as {stored}, got None")
+        model = _load_all_but_experts(directory, dtype).to(device)
+        named = {id(module): name for name, module in model.named_modules()}
+        for module in tqdm(list(experts_of(model)), desc=f"Experts as {stored}", unit="layer"):
+            layer = _LAYER.search(f".{named[id(module)]}.")
+            assert layer is not None, named[id(module)]
+            weights = checkpoint.read(int(layer[1]), device=device, quant=quant).padded()
+            if weights.interleaved != is_interleaved(module):
+                raise ValueError(f"{directory}: gate and up must lie as {type(module)} has them")
+            store(module, weights, stored)
+    model.save_pretrained = _refuse_to_save
+    return model
+
+
+def _load_all_but_experts(directory: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The model with modules of experts that have no parameters."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    asked = getattr(config, "quantization_config", None) or {}
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if kind is None:
+        raise ValueError(f"{directory}: transformers has no class {config.architectures}")
+
+    def without_experts(self: Any, *args: Any, **options: Any) -> None:
+        kind.__init__(self, *args, **options)
+        for module in experts_of(self):
+            for name in list(module._parameters):
+                delattr(module, name)
+            module._is_hf_initialized = True  # transformers' word for: draw no random weights
+
+    parts = {"__init__": without_experts, "__module__": kind.__module__}
+    bare: Any = type(kind.__name__, (kind,), parts)
+    state = _state_without_experts(Shards(directory), dtype, asked.get("weight_block_size"))
+    model = bare.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, experts_implementation=NAME
+    )
+    model.__class__ = kind
+    if (directory / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    return model
+
+
+def _state_without_experts(
+    shards: Shards, dtype: torch.dtype, block_size: Sequence[int] | None
+) -> dict[str, Tensor]:
+    """All tensors but those of experts, the 8-bit ones times their scales."""
+    state = {}
+    for name in shards.files:
+        if _OF_EXPERTS.search(name) or name.endswith(_SCALES):
+            continue
+        tensor = shards.read(name)
+        if tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool:
+            scale = next((name + end for end in _SCALES if name + end in shards.files), None)
+            if scale is None:
+                raise ValueError(f"{name} is {tensor.dtype} and must have a scale, it has none")
+            blocks = block_size if scale.endswith("_inv") else None
+            tensor = dequantize(tensor, shards.read(scale), blocks).to(dtype)
+        state[name] = tensor
+    return state
 
 
 # The forward of a module of experts. transformers passes the arguments by position or name.

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 pytest.importorskip("transformers", reason="needs transformers")
 
+import safetensors.torch as safetensors_torch
 import transformers
 from transformers.activations import ACT2FN
 from transformers.integrations import finegrained_fp8
@@ -40,6 +41,7 @@ from tests.integrations.tiny_models import (
     experts_of,
     make,
 )
+from tests.support.checkpoints import QUANTIZATION
 
 families = pytest.mark.parametrize("family", FAMILIES)
 SHAPES = ["qwen3-moe", "gpt-oss", "nemotron-h"]  # one of each layout
@@ -495,6 +497,66 @@ def test_block_scales_are_quantised_again(quant: str) -> None:
     with torch.no_grad():
         out = experts(*arguments)
     assert relative(out, eager(wide, *arguments)) <= 1.5 * LIMITS[quant]
+
+
+# Checkpoints
+
+
+def write_8bit(directory: Path, model: Any, quant: str) -> None:
+    """Saves a model as others publish it: every matrix of layers in 8 bits, with its scales."""
+    model.save_pretrained(directory)
+    (file,) = directory.glob("*.safetensors")
+    tensors = safetensors_torch.load_file(file)
+    for name, tensor in list(tensors.items()):
+        if tensor.dim() == 2 and "layers" in name and not name.endswith(("gate.weight", "conv")):
+            if quant == "fp8_block":
+                rows, columns = (-(-size // 128) for size in tensor.shape)
+                scale = torch.full((rows, columns), float(tensor.abs().max()) / 448)
+                tensors[f"{name}_scale_inv"] = scale
+                tensors[name] = (tensor.float() / scale[0, 0]).to(torch.float8_e4m3fn)
+            else:
+                values, scale = cm.quantize_per_token(tensor, ours.QUANTS[quant])
+                tensors |= {name: values, f"{name}_scale": scale[:, None].bfloat16()}
+    safetensors_torch.save_file(tensors, file)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = QUANTIZATION[quant]
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("family", "stored", "quant"),
+    [
+        ("qwen3-moe", "int8", None),
+        ("mixtral", "fp8", None),
+        ("deepseek-v3", "fp8_block", "int8"),
+        ("deepseek-v3", "bf16", "fp8"),
+    ],
+)
+def test_load_quantized(family: str, stored: str, quant: str | None, tmp_path: Path) -> None:
+    model, ids = make(family), tokens_of()
+    if stored == "bf16":
+        model.save_pretrained(tmp_path)
+    else:
+        write_8bit(tmp_path, model, stored)
+    loaded = ours.load_quantized(tmp_path, quant, device="cpu").eval()
+    assert type(loaded) is type(model)
+    assert loaded.config._experts_implementation == "cutlass_moe"
+    assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
+    values = experts_of(loaded)[0].gate_up_proj
+    assert values.dtype == ours.QUANTS[quant or stored]
+    with torch.no_grad():
+        error = per_token(loaded(ids).logits, model(ids).logits).median()
+    assert error <= (0.05 if "int8" in (stored, quant) and stored != "fp8_block" else 0.2)
+    with pytest.raises(NotImplementedError, match="saved before"):
+        loaded.save_pretrained(tmp_path)
+
+
+def test_what_cannot_be_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="quant must be None, 'fp8' or 'int8', got 'bf16'"):
+        ours.load_quantized(tmp_path, "bf16")
+    make("qwen3-moe").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be 'fp8' or 'int8' for experts stored as bf16"):
+        ours.load_quantized(tmp_path, device="cpu")
 
 
 # Versions
