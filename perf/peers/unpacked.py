@@ -2,9 +2,9 @@
 
 Such a folder is what `pip install --no-deps --target FOLDER vllm humming-kernels` makes, or a
 smaller one with `src/` (some of vLLM's Python files), `so/` (its compiled ops) and `site/`
-(deep_gemm, humming). vLLM imports all of a server at once, so that without its many dependencies
-only its kernels' own files are loaded; any other module of vLLM that they name is a stub, which
-answers every name with a class that does nothing.
+(deep_gemm, humming). vLLM imports all of a server at once, which has many dependencies. Here only
+its kernels' own files are loaded; any other module of vLLM that they name is a stub, which answers
+every name with a class that does nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -71,8 +71,9 @@ def load_compiled_ops() -> None:
     GPU there is no driver to load them against."""
     root = folder()
     if root and torch.cuda.is_available():
-        for path in sorted((*(root / "so").glob("*.so"), *(root / "vllm").glob("_*C*.so"))):
-            torch.ops.load_library(str(path))
+        for place in (root / "so", root / "vllm"):
+            for path in sorted((*place.glob("_C*.so"), *place.glob("_moe_C*.so"))):
+                torch.ops.load_library(str(path))
 
 
 class _Nothing(type):
@@ -102,11 +103,13 @@ def nothing(name: str) -> type:
 
 
 class Stubs(MetaPathFinder, Loader):
-    """Imports vLLM's modules: those that `known` lists have the members given there, others are
-    read from their files where these are, and are stubs where not or where `known` says so."""
+    """Imports vLLM's modules: those named in `real` from their files, others are stubs, with the
+    members that `known` gives them."""
 
-    def __init__(self, sources: Path, known: Mapping[str, Mapping[str, Any]]) -> None:
-        self.sources, self.known = sources, known
+    def __init__(
+        self, sources: Path, real: Collection[str], known: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        self.sources, self.real, self.known = sources, real, known
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -114,7 +117,7 @@ class Stubs(MetaPathFinder, Loader):
         if name.partition(".")[0] != "vllm":
             return None
         file = self.sources / (name.replace(".", "/") + ".py")
-        if name not in self.known and file.exists():
+        if name in self.real and file.exists():
             return importlib.util.spec_from_file_location(name, file)
         return ModuleSpec(name, self, is_package=True)
 

@@ -25,6 +25,17 @@ from perf.peers.prepared import Absent, Call, Prepared, Quick, fastest, only, re
 from perf.peers.unpacked import Stubs, load_compiled_ops, nothing, vllm_sources
 
 MOE = "vllm.model_executor.layers.fused_moe"
+UTILS = "vllm.model_executor.layers.quantization.utils"
+FILES = frozenset(  # what is loaded of an unpacked vLLM
+    f"{MOE}.{name}"
+    for name in (
+        "fused_moe", "activation", "config", "utils", "moe_align_block_size", "moe_fused_mul_sum",
+        "moe_permute_unpermute", "experts.cutlass_moe",
+    )
+) | {
+    "vllm._custom_ops", "vllm.scalar_type", "vllm.utils.math_utils", f"{UTILS}.int8_utils",
+    f"{UTILS}.fp8_utils",
+}  # fmt: skip
 NUMBER = 8  # of shipped configs that vllm_best tries besides vLLM's own choice
 BATCHES = sorted({tokens for some in TOKEN_SETS for tokens in some})
 Config = dict[str, int]
@@ -42,7 +53,7 @@ def vllm() -> SimpleNamespace:
             load_compiled_ops()
         except OSError as error:
             raise Absent(str(error)) from error
-        sys.meta_path.insert(0, Stubs(sources, _known()))
+        sys.meta_path.insert(0, Stubs(sources, FILES, _known()))
         root = importlib.import_module("vllm")  # a stub: it must be told what it has
         root.envs = sys.modules["vllm.envs"] = _Environment("vllm.envs")  # type: ignore[attr-defined]
         root._custom_ops = require("vllm._custom_ops")  # type: ignore[attr-defined]
