@@ -13,9 +13,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from cutlass_moe.operands import DTYPES, LayerOperands, LayerOptions, padded
-from cutlass_moe.ops._copies import as_int32, at_address
+from cutlass_moe.ops._copies import (
+    as_int32,
+    at_address,
+    refuse_misaligned,
+    refuse_other_devices,
+    token_scale,
+    weight_scale,
+)
 from cutlass_moe.ops.activations import is_gated
-from cutlass_moe.runtime.parameters import misaligned
 
 Conversion = Callable[[Tensor], Tensor]
 _SMALL_INTEGERS = (torch.int16, torch.uint8, torch.int8, torch.uint16, torch.uint32)
@@ -52,7 +58,9 @@ def conversions(layer: LayerOperands, options: LayerOptions) -> list[tuple[str, 
         add(f"{name}_bias", _contiguous)
         if scale is not None:
             gated = name == "w13" and is_gated(options.activation)
-            add(f"{name}_scale", _scale(scale, weight, gated, options.interleaved))
+            to_kernels_form = _per_channel(weight, gated, options.interleaved)
+            plain = to_kernels_form(scale) is scale
+            add(f"{name}_scale", None if plain else to_kernels_form)
     tokens = layer.hidden.shape[:-1].numel()
     one_per_token = layer.hidden.dtype.itemsize == 1
     add("hidden_scale", _per_token(tokens) if one_per_token else _one_value)
@@ -103,17 +111,10 @@ def aligned(layer: LayerOperands) -> LayerOperands:
 
 
 def refuse_unreadable(layer: LayerOperands) -> None:
-    """Raises ValueError where a GPU would: weights at odd addresses, tensors without memory.
-
-    Signatures do not tell the CPU from the meta device.
-    """
+    """Raises ValueError where a GPU would: weights at odd addresses, tensors without memory."""
     for name in ("w13", "w2"):
-        address = getattr(layer, name).data_ptr()
-        if address % 16:
-            raise misaligned(name, 16, address)
-    for name, tensor in zip(layer._fields, layer, strict=True):
-        if tensor is not None and tensor.is_meta:
-            raise ValueError(f"{name} must be on {layer.hidden.device}, got one on meta")
+        refuse_misaligned(name, getattr(layer, name), 16)
+    refuse_other_devices(layer._asdict(), layer.hidden.device)
 
 
 def _strided_rows(tensor: Tensor, multiple: int) -> bool:
@@ -143,31 +144,24 @@ def _per_token(tokens: int) -> Conversion:
     """A float32 scale per token, from [T], [T, 1] or one value."""
 
     def expand(scale: Tensor) -> Tensor:
-        flat = scale.flatten().float()
-        return (flat.expand(tokens) if flat.numel() == 1 else flat).contiguous()
+        scale = token_scale(scale, tokens)
+        return scale.flatten() if scale.shape[1:] == (1,) else scale
 
     return expand
 
 
-def _scale(scale: Tensor, weight: Tensor, gated: bool, interleaved: bool) -> Conversion | None:
-    """The conversion of weights' scales to float32 [E, N] or [E]; None where there is none."""
+def _per_channel(weight: Tensor, gated: bool, interleaved: bool) -> Conversion:
+    """Weights' scales as float32 [E, N] or [E], from all that `weight_scale` takes.
+
+    Where gated, [E, 2] has one of the gates and one of the ups.
+    """
     experts, n, _ = weight.shape
-    one_each = scale.dim() == 2 and scale.shape[1] == 1 and n != 1
-    gate_and_up = gated and scale.dim() >= 2 and scale.shape[1] == 2 and n != 2
-    one_of_all = scale.numel() == 1 and experts > 1
-    plain = scale.dim() in (1, 2) and not (one_each or gate_and_up or one_of_all)
-    if plain and scale.dtype.itemsize > 2 and scale.is_contiguous():
-        return None
 
     def to_kernels_form(scale: Tensor) -> Tensor:
-        scale = scale.float() if scale.dtype.itemsize == 2 else scale
-        if one_of_all:
-            return scale.reshape(1).expand(experts).contiguous()
-        scale = scale.squeeze(-1) if scale.dim() == 3 or one_each else scale
-        if gate_and_up:
-            halves = scale[:, :, None].expand(experts, 2, n // 2)
-            scale = halves.mT if interleaved else halves
-            scale = scale.reshape(experts, n)
-        return scale.contiguous()
+        if gated and n != 2 and scale.shape in ((experts, 2), (experts, 2, 1)):
+            halves = scale.reshape(experts, 2, 1).expand(experts, 2, n // 2)
+            scale = (halves.mT if interleaved else halves).reshape(experts, n)
+        scale = weight_scale(scale, experts)
+        return scale.squeeze(-1) if scale.dim() == 3 else scale
 
     return to_kernels_form

@@ -102,9 +102,10 @@ def fused_moe(
     warning; weights must be aligned to 16 bytes.
 
     Returns out. CPU tensors, and problems without a kernel, take `fused_moe_reference`; `why_not`
-    says which these are, and `pad_experts` mends those whose I or H makes no rows of 16 bytes. Raises
-    TypeError or ValueError that says what must be and what came, and RuntimeError where a gradient
-    would be lost: this function is not differentiable, the modules of `cutlass_moe.nn` are.
+    says which these are, and `pad_experts` mends those whose I or H makes no rows of 16 bytes.
+    Raises TypeError or ValueError that says what must be and what came, and RuntimeError where a
+    gradient would be lost: this function is not differentiable, the modules of `cutlass_moe.nn`
+    are.
     """
     layer = LayerOperands(
         hidden, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, w13_bias, w2_bias,

@@ -9,7 +9,7 @@ the same answer on all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -77,12 +77,12 @@ def token_scale(scale: Tensor, tokens: int) -> Tensor:
 def weight_scale(scale: Tensor, experts: int) -> Tensor:
     """scale as kernels read it: float32 [E, N], [E, N, 1] or [E].
 
-    [E, 1] and [E, 1, 1] become [E], as a view; one value stands for all experts.
+    [E, 1] and [E, 1, 1] become [E], as a view; one value of any shape stands for all experts.
     """
     scale = _float32(scale)
     if scale.dim() in (2, 3) and scale.numel() == experts == scale.shape[0]:
         scale = scale.flatten()
-    elif scale.dim() == 0 or (scale.dim() == 1 and scale.shape[0] == 1 and experts != 1):
+    elif scale.dim() == 0 or (scale.numel() == 1 and experts != 1):
         scale = scale.reshape(1).expand(experts)
     return scale.contiguous()
 
@@ -121,22 +121,22 @@ def at_address(name: str, tensor: T, multiple: int | None = None) -> T:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def refuse_misaligned(name: str, tensor: Tensor) -> None:
+def refuse_misaligned(name: str, tensor: Tensor, multiple: int | None = None) -> None:
     """Raises ValueError for a tensor at an address that kernels cannot read.
 
-    name: of the operand, or "name[e]" for expert e's part of it.
+    name: of the operand, or "name[e]" for expert e's part of it. multiple: as in `at_address`.
     """
-    multiple, address = ALIGNMENTS.get(name.partition("[")[0], 4), tensor.data_ptr()
+    multiple = multiple or ALIGNMENTS.get(name.partition("[")[0], 4)
+    address = tensor.data_ptr()
     if address % multiple:
         raise misaligned(name, multiple, address)
 
 
-def refuse_other_devices(tensors: Operands, out: Tensor | None = None) -> None:
-    """Raises ValueError unless all tensors are on x's device.
+def refuse_other_devices(tensors: Mapping[str, Tensor | None], device: torch.device) -> None:
+    """Raises ValueError unless all tensors are on this device.
 
     Signatures do not tell the CPU from the meta device.
     """
-    wanted = tensors.x.device
-    for name, tensor in {**tensors._asdict(), "out": out}.items():
-        if tensor is not None and tensor.device != wanted:
-            raise ValueError(f"{name} must be on {wanted}, got one on {tensor.device}")
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on {device}, got one on {tensor.device}")

@@ -216,7 +216,7 @@ def _product_into(out: Tensor, operands: Operands, options: Options) -> None:
 
 def _without_kernel(out: Tensor, operands: Operands, options: Options) -> None:
     """Computes the product with the reference; on the meta device there is nothing to compute."""
-    refuse_other_devices(operands, out)
+    refuse_other_devices({**operands._asdict(), "out": out}, operands.x.device)
     if not out.is_meta:
         with writable(out) as room:
             fill_product(room, aligned(operands), options)

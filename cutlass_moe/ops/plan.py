@@ -145,7 +145,7 @@ def plan(
 
 def _in_place(operands: Operands, out: Tensor | None) -> Operands:
     """Views of the operands as kernels read them; raises ValueError where that takes a copy."""
-    refuse_other_devices(operands, out)
+    refuse_other_devices({**operands._asdict(), "out": out}, operands.x.device)
     if operands.x.is_meta:
         raise ValueError("x must be on the CPU or a GPU for a plan, got one on meta")
     views = readable(operands)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import cutlass_moe as cm
-from cutlass_moe.layer.accept import aligned
+from cutlass_moe.layer.accept import _per_channel, _per_token, aligned
 from cutlass_moe.operands import LayerOperands
 from cutlass_moe.ops.quantize import quantize_static
 from cutlass_moe.runtime.fallback import announce_copy
@@ -218,3 +219,56 @@ def test_a_swiglu_without_numbers_has_none() -> None:
     assert clamped_numbers("swiglu", None, None, None) is None
     assert clamped_numbers("swiglu", None, 2.0, None) == Numbers(math.inf, 2.0, 0.0)
     assert clamped_numbers("swiglu_oai", 5.0, None, None) == Numbers(5.0, 1.702, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("experts", [1, 2, 4])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    "form", ["", "1", "1 1", "1 1 1", "E", "E 1", "E 1 1", "E 2", "E 2 1", "E N", "E N 1"]
+)
+def test_scales_of_weights(form: str, interleaved: bool, experts: int, dtype: torch.dtype) -> None:
+    """Each form, dense and strided, is float32 [E, N] or [E] of the values that it stands for."""
+    n = 6
+    shape = [{"E": experts, "N": n}.get(word) or int(word) for word in form.split()]
+    for spread in (1, 2):
+        wide = torch.rand(*shape, spread).to(dtype) + 1
+        scale = wide[..., 0]
+        got = _per_channel(torch.empty(experts, n, 3), True, interleaved)(scale)
+        assert got.dtype == torch.float32 and got.is_contiguous()
+        assert got.shape in ((experts, n), (experts,))
+        for e, column in itertools.product(range(experts), range(n)):
+            up = column % 2 if interleaved else column // (n // 2)
+            index = [0 if size == 1 else e for size in shape[:1]]
+            index += [{"N": column, "2": up}.get(word, 0) for word in form.split()[1:]]
+            assert (got[e, column] if got.dim() == 2 else got[e]) == scale[tuple(index)]
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("form", ["", "1", "1 1", "T", "T 1"])
+def test_scales_of_tokens(form: str, tokens: int) -> None:
+    shape = [{"T": tokens}.get(word, 1) for word in form.split()]
+    scale = torch.rand(*shape, 2)[..., 0]
+    got = _per_token(tokens)(scale)
+    assert got.shape == (tokens,) and got.is_contiguous()
+    assert torch.equal(got, scale.flatten().expand(tokens))
+
+
+def test_other_scales_are_refused() -> None:
+    given = arguments(quant="int8")
+    experts = len(given["w2"])
+    for shape in ((experts + 1, 2), (experts, 3), (experts, 2, 2), (2,)):
+        with pytest.raises(ValueError, match="w13_scale must have shape"):
+            cm.fused_moe(**given | {"w13_scale": torch.ones(shape)})
+
+
+def test_tensors_without_memory_and_odd_weights_are_refused_in_every_call() -> None:
+    given = arguments()
+    on_meta = given | {"topk_weights": given["topk_weights"].to("meta")}
+    odd = torch.zeros(given["w2"].numel() + 1, dtype=torch.bfloat16)[1:].view(given["w2"].shape)
+    for _ in range(2):
+        cm.fused_moe(**given)
+        with pytest.raises(ValueError, match="topk_weights must be on cpu, got one on meta"):
+            cm.fused_moe(**on_meta)
+        with pytest.raises(ValueError, match="address of w2 must be a multiple of 16 bytes"):
+            cm.fused_moe(**given | {"w2": odd})
