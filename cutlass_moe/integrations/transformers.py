@@ -56,6 +56,7 @@ from cutlass_moe.models.shards import Shards
 NAME = "cutlass_moe"
 OLDEST, NEWER = Version("5.17"), Version("5.25")  # tested from the one to below the other
 _DTYPES = {dtype: quant for quant, dtype in QUANTS.items()}
+SUMS_QUANTIZED = Version("5.24")  # the first seen to sum over ranks whatever the parameters are
 _LAYER = re.compile(r"\.(\d+)\.")
 _OF_EXPERTS = re.compile(r"(^|\.)experts\.")
 _SCALES = ("_scale", "_scale_inv")  # what follows the name of a weight
@@ -104,7 +105,8 @@ def quantize_(model: transformers.PreTrainedModel, quant: str) -> transformers.P
     a model that was quantised in the same way.
 
     Raises ValueError for another `quant`, for a model without experts of this kind, for one that is
-    quantised already or whose weights are not loaded, and TypeError for other objects.
+    quantised already, whose weights are not loaded, or whose experts ranks share with transformers
+    before 5.24, and TypeError for other objects.
     """
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model)}")
@@ -117,6 +119,12 @@ def quantize_(model: transformers.PreTrainedModel, quant: str) -> transformers.P
         raise ValueError(f"model must contain experts that are not quantised, got {got}")
     if any(parameter.is_meta for module in experts for parameter in module.parameters()):
         raise ValueError("the weights of model must be loaded, got some on the meta device")
+    sharded = any(hasattr(one, "to_local") for module in experts for one in module.parameters())
+    if sharded and Version(transformers.__version__) < SUMS_QUANTIZED:
+        raise ValueError(
+            f"transformers must be {SUMS_QUANTIZED} or later for experts that ranks share: earlier "
+            f"ones sum over ranks only while parameters are sharded, got {transformers.__version__}"
+        )
     model.set_experts_implementation(NAME)
     for module in tqdm(experts, desc=f"Experts to {quant}", unit="layer"):
         _find_out(module)

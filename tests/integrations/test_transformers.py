@@ -408,7 +408,7 @@ def test_what_quantised_experts_refuse() -> None:
         experts_of(model.to(torch.bfloat16))[0](hidden.detach(), ids, weights)
 
 
-def test_what_cannot_be_quantised() -> None:
+def test_what_cannot_be_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match="must be a transformers.PreTrainedModel"):
         ours.quantize_(nn.Linear(2, 2), "int8")
     model = make("qwen3-moe")
@@ -416,6 +416,10 @@ def test_what_cannot_be_quantised() -> None:
         ours.quantize_(model, "fp4")
     with pytest.raises(ValueError, match="must be loaded, got some on the meta device"):
         ours.quantize_(make("qwen3-moe", device="meta"), "int8")
+    experts_of(model)[0].down_proj.to_local = None  # as of a DTensor
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="5.24 or later for exper"):
+        patch.setattr(transformers, "__version__", "5.23.1")
+        ours.quantize_(model, "int8")
     dense = transformers.AutoModelForCausalLM.from_config(
         transformers.LlamaConfig(
             vocab_size=8,
