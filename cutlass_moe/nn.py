@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 import cutlass_moe as cm
 from cutlass_moe.layer.padded import feed_forward, quantized
-from cutlass_moe.operands import QUANTS, Experts
+from cutlass_moe.operands import FP8_BLOCK, QUANTS, Experts
 from cutlass_moe.ops._types import typed
 from cutlass_moe.ops.activations import GATED, NOT_GATED
 from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.ops.quantize import quantize_per_token
+from cutlass_moe.ops.quantize_groups import quantize_per_block
 from cutlass_moe.ops.route import check_capacity
 from cutlass_moe.ops.router import topk_router_reference
 from cutlass_moe.runtime.fallback import announce_fallback
@@ -91,7 +92,7 @@ class MoeFeedForward(nn.Module):
         self.num_shared_experts = num_shared_experts
         self.use_grouped_gemm = use_grouped_gemm
         self.capacity_factor = capacity_factor
-        self.quant: str | None = None  # "fp8" or "int8" after `quantize_`
+        self.quant: str | None = None  # what `quantize_` made of it
         self.router_options = router_options
         logits = torch.zeros(1, num_experts, device="cpu")
         topk_router_reference(logits, top_k, **router_options)  # checks their names
@@ -204,7 +205,10 @@ class MoeFeedForward(nn.Module):
             return spread.view(self.num_experts, longest, *values.shape[1:])
 
         experts = self._experts()
-        values, scale = quantized(x, experts.w13.dtype, torch.float32) if self.quant else (x, None)
+        values, scale = x, None
+        if self.quant:
+            blocks = self.quant == FP8_BLOCK
+            values, scale = quantized(x, experts.w13.dtype, torch.float32, blocks=blocks)
         out = feed_forward(
             padded(values), None if scale is None else padded(scale), experts, self.activation
         )
@@ -226,10 +230,15 @@ class MoeFeedForward(nn.Module):
         found: dict[str, Any] = {"w13_bias": self.b1, "w2_bias": self.b2}  # may be None
         for name, into in (("w1", "w13"), ("w2", "w2")):
             weight = getattr(self, name).detach().transpose(1, 2)
-            values = torch.empty(weight.shape, dtype=QUANTS[quant], device=weight.device)
-            scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
-            for e, expert in enumerate(weight):  # a float32 copy of all experts may not fit
-                values[e], scale[e] = quantize_per_token(expert.contiguous().float(), values.dtype)
+            if quant == FP8_BLOCK:
+                gated = name == "w1" and self.activation in GATED
+                values, scale = quantize_per_block(weight, gated=gated)
+            else:
+                values = torch.empty(weight.shape, dtype=QUANTS[quant], device=weight.device)
+                scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
+                for e, expert in enumerate(weight):  # a float32 copy of all may not fit
+                    q = quantize_per_token(expert.contiguous().float(), values.dtype)
+                    values[e], scale[e] = q
             found |= {into: values, f"{into}_scale": scale}
             setattr(self, name, None)
         q1, q2, scale1, scale2, b1, b2 = cm.pad_experts(**found)
@@ -288,15 +297,17 @@ def quantize_(module: nn.Module, quant: str) -> nn.Module:
     Where H or D is no multiple of 16, it is padded with zeros in these buffers, b1 and b2, as
     kernels need it (`cutlass_moe.pad_experts`); inputs and outputs keep their D.
 
-    quant: "fp8" (float8_e4m3fn) or "int8". From then on inputs and activations are quantised per
-    token, and nothing in the layers requires a gradient. Biases, routers and shared experts stay as
+    quant: "fp8" (float8_e4m3fn), "int8" or "fp8_block" (float8_e4m3fn; w1_scale and w2_scale are
+    [E, blocks of rows, columns / 128], see `quantize_per_block`). From then on inputs and
+    activations are quantised per token, or per token and 128 values, and nothing in the layers
+    requires a gradient. Biases, routers and shared experts stay as
     they are. The state dict loads into a module that was quantised in the same way.
 
     Raises ValueError for another `quant`, for a module without a MoeFeedForward, and for one that
     is quantised already.
     """
     if quant not in QUANTS:
-        expected = " or ".join(map(repr, QUANTS))
+        expected = ", ".join(map(repr, QUANTS))
         raise ValueError(f"quant must be {expected}, got {quant!r}")
     layers = [layer for layer in module.modules() if isinstance(layer, MoeFeedForward)]
     done = [layer for layer in layers if layer.quant]

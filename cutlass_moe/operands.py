@@ -30,7 +30,9 @@ _TABLE = (  # torch's dtype, the kernels' dtype, and the name that users give it
 )
 DTYPES = {dtype: kernels for dtype, kernels, _ in _TABLE}
 TORCH_DTYPES = {kernels: dtype for dtype, kernels, _ in _TABLE}
+FP8_BLOCK = "fp8_block"  # e4m3 with scales that vary along K: 1 x 128, and 128 x 128 of weights
 NAMED_DTYPES = {name: dtype for dtype, _, name in _TABLE if name}
+NAMED_DTYPES[FP8_BLOCK] = torch.float8_e4m3fn
 QUANTS = {name: dtype for name, dtype in NAMED_DTYPES.items() if dtype.itemsize == 1}
 FLOATS = tuple(dtype for dtype in DTYPES if dtype.is_floating_point and dtype.itemsize > 1)
 IDS = (torch.int32, torch.int64)  # dtypes of expert ids

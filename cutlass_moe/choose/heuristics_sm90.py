@@ -22,6 +22,7 @@ from emitters.spec.gemm import GemmProblem
 from emitters.spec.layer_steps import (
     MAX_ROW,
     CombineProblem,
+    QuantizeGroupsProblem,
     QuantizeProblem,
     RouteLogitsProblem,
     RouteProblem,
@@ -79,12 +80,20 @@ def _one_wave(problem: GemmProblem) -> tuple[tuple[GemmConfig, ...], tuple[GemmC
 @lru_cache(maxsize=1024)
 def _one_tile(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """A config with tiles of 128 rows, for experts whose rows fit in one."""
+    if problem.two_level:
+        return _some_rows(problem)
     return _widest(problem, 128, 128, pingpong=True, group_m=16) or _some_rows(problem)
 
 
 @lru_cache(maxsize=1024)
 def _some_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
-    """A config with tiles of 64 rows."""
+    """A config with tiles of 64 rows; for two-level accumulation of 128, which consumers share.
+
+    In ping-pong the tensor core would wait for each consumer's additions; consumers that share a
+    tile add in turn.
+    """
+    if problem.two_level:
+        return _widest(problem, 128, _wide(problem)) or _widest(problem, 64, 128)
     wide = _widest(problem, 64, _wide(problem), pingpong=True, group_m=16)
     return wide or _widest(problem, 64, 128)
 
@@ -92,6 +101,8 @@ def _some_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 @lru_cache(maxsize=1024)
 def _many_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """A config in which pairs of CTAs share weights."""
+    if problem.two_level:
+        return _some_rows(problem)  # pairs were slower in all but three of 24 cases
     pairs = _widest(problem, 64, _wide(problem), pingpong=True, group_m=16, cluster_m=2)
     return pairs or _some_rows(problem)
 
@@ -150,6 +161,7 @@ _THREADS: dict[str, Callable[[Any, bool], int]] = {
     RouteLogitsProblem.op: lambda p, few: 512,
     TopkProblem.op: lambda p, few: 128,
     QuantizeProblem.op: lambda p, few: next(t for k, t in _ROW_THREADS if p.k <= k),
+    QuantizeGroupsProblem.op: lambda p, few: 128,
     CombineProblem.op: lambda p, few: 128,
 }
 

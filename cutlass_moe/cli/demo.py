@@ -22,14 +22,16 @@ from cutlass_moe.layer.fused_moe import fused_moe
 from cutlass_moe.layer.why_not import why_not
 from cutlass_moe.models.checkpoints import Checkpoint
 from cutlass_moe.models.expert_weights import ExpertWeights
+from cutlass_moe.models.problems import block_rows
 from cutlass_moe.models.shapes import MODELS, MoeShape
 from cutlass_moe.models.shards import has_weights
-from cutlass_moe.operands import NAMED_DTYPES
+from cutlass_moe.operands import FP8_BLOCK, NAMED_DTYPES
 from cutlass_moe.ops.activations import activate
 from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.grouped_matmul import grouped_matmul
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference
 from cutlass_moe.ops.quantize import quantize_per_channel, quantize_per_token
+from cutlass_moe.ops.quantize_groups import quantize_per_block, quantize_per_token_group
 from cutlass_moe.ops.route import RoutingTable, route
 
 GPU_TOKENS, CPU_TOKENS = 4096, 4
@@ -124,12 +126,12 @@ def run(
         weights = random_weights(shape, dtype, routing.offsets)
 
     table = Table("", "tokens", "rows", "time", "TFLOP/s", "GB/s", "relative error")
-    x = _operand(hidden, NAMED_DTYPES[dtype])
+    x = _operand(hidden, dtype)
     w13, w2 = Operand(weights.w13, weights.w13_scale), Operand(weights.w2, weights.w2_scale)
     up = Product(x, w13, weights.w13_bias, rows, routing.offsets, routing.index)
     gates, up_error = _measure_product("up", up, table)
     active = activate(gates.float(), activation, weights.interleaved).bfloat16()
-    x = _operand(active, NAMED_DTYPES[dtype])
+    x = _operand(active, dtype)
     down = Product(x, w2, weights.w2_bias, rows, routing.offsets)
     results, down_error = _measure_product("down", down, table)
 
@@ -196,9 +198,9 @@ def read_weights(
 
 
 def random_weights(shape: MoeShape, dtype: str, offsets: Tensor) -> ExpertWeights:
-    up = _random_weight(shape, "up", NAMED_DTYPES[dtype], offsets)
+    up = _random_weight(shape, "up", dtype, offsets)
     up_bias = _random_bias(shape, "up", offsets.device)
-    down = _random_weight(shape, "down", NAMED_DTYPES[dtype], offsets)
+    down = _random_weight(shape, "down", dtype, offsets)
     down_bias = _random_bias(shape, "down", offsets.device)
     return ExpertWeights(
         up.values,
@@ -211,26 +213,42 @@ def random_weights(shape: MoeShape, dtype: str, offsets: Tensor) -> ExpertWeight
     )
 
 
-def _operand(x: Tensor, dtype: torch.dtype) -> Operand:
-    return Operand(x) if dtype == torch.bfloat16 else Operand(*quantize_per_token(x, dtype))
+def _operand(x: Tensor, dtype: str) -> Operand:
+    if dtype == "bf16":
+        return Operand(x)
+    if dtype == FP8_BLOCK:
+        return Operand(*quantize_per_token_group(x))
+    return Operand(*quantize_per_token(x, NAMED_DTYPES[dtype]))
 
 
-def _random_weight(shape: MoeShape, name: str, dtype: torch.dtype, offsets: Tensor) -> Operand:
+def _quantize_weight(weight: Tensor, dtype: str, rows: int) -> tuple[Tensor, Tensor]:
+    """Quantises weights [E, N, K]. rows: of a block, where scales are those of blocks."""
+    if dtype == FP8_BLOCK:
+        return quantize_per_block(weight, rows=rows)
+    return quantize_per_channel(weight, NAMED_DTYPES[dtype])
+
+
+def _random_weight(shape: MoeShape, name: str, dtype: str, offsets: Tensor) -> Operand:
     """Normal weights of unit gain, for the experts that have rows.
 
     The others are never read, nor is their memory touched: a large model fits in a small host.
     """
     n, k = shape.gemms[name]
     counts = offsets.diff(prepend=offsets.new_zeros(1))
-    values = torch.empty(shape.num_experts, n, k, dtype=dtype, device=offsets.device)
-    scale = torch.ones(shape.num_experts, n, device=offsets.device)
+    values = torch.empty(shape.num_experts, n, k, dtype=NAMED_DTYPES[dtype], device=offsets.device)
+    rows = block_rows(shape.inter) if name == "up" else 128
+    scales: list[Tensor | None] = [None] * shape.num_experts
     for expert in counts.nonzero().flatten().tolist():
         dense = torch.randn(1, n, k, device=offsets.device).div_(k**0.5)
-        if dtype == torch.bfloat16:
+        if dtype == "bf16":
             values[expert] = dense[0]
         else:
-            values[expert], scale[expert] = (part[0] for part in quantize_per_channel(dense, dtype))
-    return Operand(values, None if dtype == torch.bfloat16 else scale)
+            q, scale = _quantize_weight(dense, dtype, rows)
+            values[expert], scales[expert] = q[0], scale[0]
+    if dtype == "bf16":
+        return Operand(values)
+    ones = torch.ones_like(next(scale for scale in scales if scale is not None))
+    return Operand(values, torch.stack([ones if scale is None else scale for scale in scales]))
 
 
 def _random_bias(shape: MoeShape, name: str, device: torch.device) -> Tensor | None:

@@ -56,6 +56,7 @@ from cutlass_moe.models.shards import Shards
 NAME = "cutlass_moe"
 OLDEST, NEWER = Version("5.17"), Version("5.25")  # tested from the one to below the other
 _DTYPES = {dtype: quant for quant, dtype in QUANTS.items()}
+_BLOCKS = "fp8_block"  # what checkpoints with `weight_block_size` hold
 SUMS_QUANTIZED = Version("5.24")  # the first seen to sum over ranks whatever the parameters are
 _LAYER = re.compile(r"\.(\d+)\.")
 _OF_EXPERTS = re.compile(r"(^|\.)experts\.")
@@ -254,6 +255,8 @@ def _forward(
         found = _find_out(self)
     experts = weights_of(self)
     quant: str | None = _DTYPES.get(experts["w13"].dtype)
+    if quant and experts["w13_scale"].dim() == 3:
+        quant = _BLOCKS
     ours = quant_of(self)
     if ours and quant != ours:
         raise RuntimeError(
@@ -288,7 +291,10 @@ def _two_products(self: Experts, call: dict[str, Any]) -> Tensor:
     def multiply(x: Tensor, name: str, index: Tensor | None = None) -> Tensor:
         rows: Any = {"index": index, "offsets": table.offsets, "bias": call.get(f"{name}_bias")}
         dtype = x.dtype
-        if call["quant"]:
+        if call["quant"] == _BLOCKS:
+            x, rows["per_token_scale"] = cm.quantize_per_token_group(x)
+            rows["scale"] = call[f"{name}_scale"]
+        elif call["quant"]:
             x, rows["per_token_scale"] = cm.quantize_per_token(x, QUANTS[call["quant"]])
             scale, columns = call[f"{name}_scale"], call[name].shape[1]
             rows["scale"] = scale.repeat_interleave(columns // scale.shape[1], 1)

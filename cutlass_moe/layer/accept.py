@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cutlass_moe.operands import DTYPES, LayerOperands, LayerOptions, padded
+from cutlass_moe.operands import DTYPES, FP8_BLOCK, LayerOperands, LayerOptions, padded
 from cutlass_moe.ops._copies import (
+    NARROW,
     as_int32,
     at_address,
     refuse_misaligned,
@@ -56,15 +57,18 @@ def conversions(layer: LayerOperands, options: LayerOptions) -> list[tuple[str, 
     for name, weight in (("w13", layer.w13), ("w2", layer.w2)):
         scale = getattr(layer, f"{name}_scale")
         add(f"{name}_bias", _contiguous)
-        if scale is not None:
+        if scale is not None and options.quant == FP8_BLOCK:
+            add(f"{name}_scale", _contiguous if scale.dtype not in NARROW else _float32)
+        elif scale is not None:
             gated = name == "w13" and is_gated(options.activation)
             to_kernels_form = _per_channel(weight, gated, options.interleaved)
             plain = to_kernels_form(scale) is scale
             add(f"{name}_scale", None if plain else to_kernels_form)
     tokens = layer.hidden.shape[:-1].numel()
     one_per_token = layer.hidden.dtype.itemsize == 1
-    add("hidden_scale", _per_token(tokens) if one_per_token else _one_value)
-    add("active_scale", _one_value)
+    if options.quant != FP8_BLOCK:
+        add("hidden_scale", _per_token(tokens) if one_per_token else _one_value)
+        add("active_scale", _one_value)
     return found
 
 
@@ -94,7 +98,8 @@ def weigh_input(layer: LayerOperands) -> LayerOperands:
     hidden, weights = layer.hidden, layer.topk_weights
     if hidden.dtype.itemsize == 1:
         assert layer.hidden_scale is not None
-        return layer._replace(hidden_scale=layer.hidden_scale * weights[:, 0].float())
+        weight = weights[:, :1] if layer.hidden_scale.dim() == 2 else weights[:, 0]
+        return layer._replace(hidden_scale=layer.hidden_scale * weight.float())
     return layer._replace(hidden=hidden * weights.to(hidden.dtype))
 
 
@@ -129,6 +134,10 @@ def _strided_rows(tensor: Tensor, multiple: int) -> bool:
 
 def _contiguous(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()
 
 
 def _to_int32(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from cutlass_moe.layer.accept import (
 )
 from cutlass_moe.layer.checks import check_layer, layer_addresses, problems_of
 from cutlass_moe.layer.reference import fused_moe_reference
-from cutlass_moe.layer.steps import LayerProblems
+from cutlass_moe.layer.steps import LayerProblems, Quantize
 from cutlass_moe.layer.why_not import why_no_layer
 from cutlass_moe.operands import QUANTS, TORCH_DTYPES, LayerOperands, LayerOptions, Options
 from cutlass_moe.ops import dispatch
@@ -32,11 +32,18 @@ from cutlass_moe.runtime import library
 from cutlass_moe.runtime.device import on_device
 from cutlass_moe.runtime.fallback import announce_fallback
 from cutlass_moe.runtime.launch import Launch
-from cutlass_moe.runtime.parameters import combine_values, quantize_values, route_values
+from cutlass_moe.runtime.parameters import (
+    DENSE,
+    Strides,
+    combine_values,
+    quantize_groups_values,
+    quantize_values,
+    route_values,
+)
 from cutlass_moe.runtime.signatures import Signatures, signature
 from cutlass_moe.runtime.workspace import ALIGNMENT, WorkspaceLayout
 from emitters.spec.gemm import GemmProblem
-from emitters.spec.layer_steps import CombineProblem, QuantizeProblem
+from emitters.spec.layer_steps import CombineProblem, QuantizeGroupsProblem
 
 # Up to this many rows per expert, programmatic dependent launch saves 2 to 30% of a layer's time.
 # Above it arithmetic limits the GEMMs, and they take up to a third longer with it (perf/README.md).
@@ -96,9 +103,9 @@ class LayerWorkspace:
         if quant:
             if layer.hidden.dtype.itemsize > 1:
                 self._add("hidden_q", (tokens, layer.w13.shape[2]), QUANTS[quant])
-                self._add("hidden_q_scale", (tokens,), torch.float32)
+                self._add("hidden_q_scale", _scales(tokens, problems.up), torch.float32)
             self._add("active_q", (rows, inter), QUANTS[quant])
-            self._add("active_q_scale", (rows,), torch.float32)
+            self._add("active_q_scale", _scales(rows, problems.down), torch.float32)
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._offset[name] = self.layout.region(shape, dtype).offset
@@ -119,6 +126,11 @@ class LayerWorkspace:
         ):
             layout.aligned(workspace)  # says what is wrong
         return address + -address % ALIGNMENT
+
+
+def _scales(rows: int, problem: GemmProblem) -> tuple[int, ...]:
+    """The shape of the scales of so many rows of x."""
+    return (rows, problem.scale_blocks[1]) if problem.block_rows else (rows,)
 
 
 class Chain:
@@ -217,21 +229,17 @@ def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProb
     up_x, down_x = {"x": "hidden"}, {"x": "active"}
     links = make.route(problems, row_capacity(layer.topk_ids, ids, options.capacity_factor))
     if problems.quantize_hidden:
-        values = quantize_values(
-            {}, tokens, layer.hidden.stride(0) * layer.hidden.element_size(), early=make.overlap
-        )
+        stride = layer.hidden.stride(0) * layer.hidden.element_size()
         read = {"source": "hidden", "static_scale": "hidden_scale"}
-        written = {"q": "hidden_q", "scale": "hidden_q_scale"}
-        links.append(make.rowwise(problems.quantize_hidden, tokens, values, read, written))
+        links.append(make.quantize(problems.quantize_hidden, tokens, stride, read, early=True))
         up_x = {"x": "hidden_q", "per_token_scale": "hidden_q_scale"}
     elif options.quant:
         up_x["per_token_scale"] = "hidden_scale"
     links.append(make.gemm(problems.up, tokens, "w13", {**up_x, **routing}, "active"))
     if problems.quantize_active:
-        values = quantize_values({}, rows, 2 * layer.w2.shape[2])
+        stride = 2 * layer.w2.shape[2]
         read = {"source": "active", "end": "last_end", "static_scale": "active_scale"}
-        written = {"q": "active_q", "scale": "active_q_scale"}
-        links.append(make.rowwise(problems.quantize_active, rows, values, read, written))
+        links.append(make.quantize(problems.quantize_active, rows, stride, read))
         down_x = {"x": "active_q", "per_token_scale": "active_q_scale"}
     links.append(make.gemm(problems.down, rows, "w2", {**down_x, **routing}, "rows"))
     outputs, weight_stride = tokens, layer.topk_weights.stride(0)
@@ -276,9 +284,32 @@ class _LinkMaker:
             for grid, phase in route_phases(pairs, num_experts)
         ]
 
+    def quantize(
+        self,
+        problem: Quantize,
+        rows: int,
+        stride: int,
+        reads: dict[str, str],
+        early: bool = False,
+    ) -> Link:
+        """A link for a quantisation of the rows named "source". stride: bytes between rows.
+
+        early: in a dependent launch the rows are final when it starts.
+        """
+        early = early and self.overlap
+        if isinstance(problem, QuantizeGroupsProblem):
+            strides = (problem.groups, 1)
+            values = quantize_groups_values({}, rows, stride, strides, early=early)
+        else:
+            values = quantize_values({}, rows, stride, early=early)
+        name = reads["source"]
+        return self.rowwise(
+            problem, rows, values, reads, {"q": f"{name}_q", "scale": f"{name}_q_scale"}
+        )
+
     def rowwise(
         self,
-        problem: QuantizeProblem | CombineProblem,
+        problem: Quantize | CombineProblem,
         rows: int,
         values: dict[str, int],
         reads: dict[str, str],
@@ -306,7 +337,7 @@ class _LinkMaker:
                 activation=str(self.options.function) if problem.activation else None,
                 **(numbers._asdict() if numbers and problem.activation else {}),
             ),
-            self.layer.hidden.stride(0) if reads["x"] == "hidden" else None,
+            self.strides(problem, reads["x"]),
         )
         # down may read offsets before its wait: up has waited for route, which wrote them
         early = self.overlap and not problem.gather
@@ -315,6 +346,15 @@ class _LinkMaker:
             choice._replace(values={**choice.values, "early": int(early)}, overlap=self.overlap),
             reads,
             {"out": out, "out_map": out},
+        )
+
+    def strides(self, problem: GemmProblem, x: str) -> Strides:
+        """The strides of x and its scale, which are dense where the layer's kernels write them."""
+        hidden, scale = self.layer.hidden, self.layer.hidden_scale
+        if x != "hidden":
+            return DENSE
+        return Strides(
+            hidden.stride(0), scale.stride() if scale is not None and problem.block_rows else None
         )
 
 

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.layer.steps import Forms, LayerProblems, LayerSizes, Projection, layer_problems
-from cutlass_moe.operands import DTYPES, FLOATS, IDS, QUANTS, LayerOperands, LayerOptions, padded
+from cutlass_moe.operands import (
+    DTYPES,
+    FLOATS,
+    FP8_BLOCK,
+    IDS,
+    QUANTS,
+    LayerOperands,
+    LayerOptions,
+    padded,
+)
 from cutlass_moe.ops._checks import (
     check_accumulation,
     check_activation,
@@ -15,9 +24,11 @@ from cutlass_moe.ops._checks import (
     is_n_major,
 )
 from cutlass_moe.ops.activations import is_gated
+from cutlass_moe.ops.block_scales import block_granularity, block_shapes
 from cutlass_moe.ops.route import check_capacity
 from cutlass_moe.runtime.parameters import misaligned
 from emitters.spec.dtypes import DType
+from emitters.spec.gemm import K_BLOCK, weight_granularity
 
 _HIDDEN = (torch.bfloat16, torch.float16)
 REDUCES = ("sum", "weighted", "none")
@@ -35,7 +46,8 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
     hidden, w13, w2 = layer.hidden, layer.w13, layer.w2
     device = hidden.get_device()
     if options.quant is not None and options.quant not in QUANTS:
-        raise ValueError(f"quant must be None, 'fp8' or 'int8', got {options.quant!r}")
+        names = ", ".join(map(repr, QUANTS))
+        raise ValueError(f"quant must be None or one of {names}, got {options.quant!r}")
     check_capacity(options.capacity_factor)
     if hidden.dim() != 2 or w13.dim() != 3 or w2.dim() != 3 or layer.topk_ids.dim() != 2:
         raise ValueError(
@@ -43,6 +55,8 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
             + ", ".join(str(tuple(t.shape)) for t in (hidden, w13, w2, layer.topk_ids))
         )
     check_activation("w13", w13, options.activation, options.interleaved)
+    if options.quant == FP8_BLOCK:
+        _check_block_options(options)
     gates = 2 if is_gated(options.activation) else 1
     tokens, width = hidden.shape
     experts, _, inter = w2.shape
@@ -70,7 +84,8 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
                 f"{options.quant!r}"
             )
         if scale is not None:
-            shapes = (shape[:2], (experts,))
+            gated = name == "w13" and gates == 2
+            shapes = _scale_shapes(weight, gated, options)
             expect(f"{name}_scale", scale, device, (torch.float32,), shapes)
         if bias is not None:
             expect(f"{name}_bias", bias, device, FLOATS, (shape[:2],))
@@ -81,6 +96,25 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
         expect("residual", layer.residual, device, (outside,), ((tokens, columns),))
     if out is not None:
         expect("out", out, device, (outside,), (out_shape(layer, options),))
+
+
+def _check_block_options(options: LayerOptions) -> None:
+    if options.interleaved:
+        raise ValueError(f"interleaved must be False for {FP8_BLOCK!r}, got True")
+    if options.accumulation not in (None, "two_level"):
+        raise ValueError(
+            f"accumulation must be None or 'two_level' for {FP8_BLOCK!r}, got "
+            f"{options.accumulation!r}"
+        )
+
+
+def _scale_shapes(
+    weight: Tensor, gated: bool, options: LayerOptions
+) -> tuple[tuple[int, ...], ...]:
+    """The shapes that the scale of w13 or w2 may have."""
+    if options.quant != FP8_BLOCK:
+        return weight.shape[:2], weight.shape[:1]
+    return tuple(block_shapes(weight, gated).values())
 
 
 def _widths(layer: LayerOperands, dtype: torch.dtype) -> tuple[int, int]:
@@ -114,9 +148,18 @@ def _check_scales(layer: LayerOperands, options: LayerOptions) -> None:
         if scale is None:
             continue
         if options.quant is None:
-            raise ValueError(f"{name} needs quant 'fp8' or 'int8', got quant None")
-        count = hidden.shape[0] if quantized and name == "hidden_scale" else 1
-        expect(name, scale, device, (torch.float32,), ((count,),))
+            raise ValueError(f"{name} needs a quant, got quant None")
+        of_tokens = quantized and name == "hidden_scale"
+        if options.quant != FP8_BLOCK:
+            count = hidden.shape[0] if of_tokens else 1
+            expect(name, scale, device, (torch.float32,), ((count,),))
+        elif of_tokens:
+            shape = (hidden.shape[0], -(-hidden.shape[1] // K_BLOCK))
+            expect(name, scale, device, (torch.float32,), (shape,), dense=False)
+        else:
+            raise ValueError(
+                f"{name} must be None for {FP8_BLOCK!r}, which has no static scales, got a tensor"
+            )
 
 
 def _check_options(layer: LayerOperands, options: LayerOptions) -> None:
@@ -161,9 +204,14 @@ def layer_addresses(layer: LayerOperands, out: Tensor) -> dict[str, int]:
 def problems_of(layer: LayerOperands, options: LayerOptions) -> LayerProblems:
     """The problems that checked arguments of `fused_moe` pose."""
 
-    def projection(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Projection:
+    def projection(
+        weight: Tensor, scale: Tensor | None, bias: Tensor | None, gated: bool = False
+    ) -> Projection:
+        granularity = weight_granularity(0 if scale is None else scale.dim())
+        if scale is not None and options.quant == FP8_BLOCK:
+            granularity = block_granularity(scale, weight, gated)
         return Projection(
-            0 if scale is None else scale.dim(),
+            granularity,
             None if bias is None else DTYPES[bias.dtype],
             is_n_major(weight),
         )
@@ -174,7 +222,7 @@ def problems_of(layer: LayerOperands, options: LayerOptions) -> LayerProblems:
         DTYPES[layer.w2.dtype],
         DTYPES[options.outside(layer.hidden.dtype)],
         options.function,
-        projection(layer.w13, layer.w13_scale, layer.w13_bias),
+        projection(layer.w13, layer.w13_scale, layer.w13_bias, is_gated(options.activation)),
         projection(layer.w2, layer.w2_scale, layer.w2_bias),
         options.accumulation,
         Forms(

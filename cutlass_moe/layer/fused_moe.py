@@ -67,8 +67,13 @@ def fused_moe(
       contiguous w [E, K, N] will do.
     quant: "fp8" (float8_e4m3fn weights) or "int8". Needs w13_scale float32 [E, 2I or I] or [E], and
       w2_scale float32 [E, H] or [E]. Tokens, and the activation's results in bfloat16, are
-      quantised as `quantize_per_token` does. Scales of other shapes are converted: [E, N, 1],
-      [E, 1], [E, 2] (one for the gates, one for the ups), [1], and bfloat16 and float16 ones.
+      quantised as `quantize_per_token` does. "fp8_block" (float8_e4m3fn) needs w13_scale float32
+      [E, blocks of 2I or I, H / 128] and w2_scale [E, blocks of H, I / 128] as
+      `quantize_per_block(gated=True)` and checkpoints with `weight_block_size` have them: blocks of
+      128, 64 or 32 rows, those of gates and of ups apart; hidden_scale is then [T, H / 128], and
+      quantisation that of `quantize_per_token_group`. Scales per channel may have other shapes,
+      [E, N, 1], [E, 1], [E, 2] (one for the gates, one for the ups) or [1], and all scales may be
+      bfloat16 or float16: they are converted.
     hidden_scale: float32 [T] or [T, 1], the scales of 8-bit hidden, which needs them. With 16-bit
       hidden it is a static scale: one value, or [E], of which the largest serves all tokens.
     active_scale: a static scale of the activation's results, float32, one value or [E], as above.

@@ -52,6 +52,14 @@ def pad_experts(
         )
     if w2.dtype not in DTYPES:
         raise TypeError(f"w2 must be one of {', '.join(map(str, DTYPES))}, got {w2.dtype}")
+    scales = [scale for scale in (w13_scale, w2_scale) if scale is not None]
+    if any(scale.dim() == 3 and scale.shape[2] != 1 for scale in scales) and w2.dtype in DTYPES:
+        multiple = padded(1, DTYPES[w2.dtype])
+        if w13.shape[2] % multiple or w2.shape[2] % multiple:
+            raise ValueError(
+                f"H and I must be multiples of {multiple} where scales vary along K, because "
+                f"blocks are not padded, got {w13.shape[2]} and {w2.shape[2]}"
+            )
     dtype, rows, inter, hidden = DTYPES[w2.dtype], w13.shape[1], w2.shape[2], w2.shape[1]
     parts = 1 if interleaved else rows // inter
     wide13, wide2 = rows // inter * padded(inter, dtype), padded(hidden, DType.BF16)

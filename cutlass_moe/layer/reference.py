@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cutlass_moe.layer.accept import conversions, convert, weigh_input
 from cutlass_moe.layer.padded import feed_forward, quantized
-from cutlass_moe.operands import LayerArguments, LayerOperands, LayerOptions, split_layer
+from cutlass_moe.operands import FP8_BLOCK, LayerArguments, LayerOperands, LayerOptions, split_layer
 from cutlass_moe.ops._types import typed
 from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.route import local_experts, row_capacity
@@ -91,7 +91,7 @@ def _tokens(
     if hidden.dtype.itemsize == 1:
         assert scale is not None
         return hidden.to(dtype), scale.to(dtype)
-    return quantized(hidden, layer.w13.dtype, dtype, scale)
+    return quantized(hidden, layer.w13.dtype, dtype, scale, options.quant == FP8_BLOCK)
 
 
 def _combine(

@@ -15,23 +15,25 @@ from emitters.spec.gemm import (
     Major,
     WeightFormat,
     make_epilogue,
-    weight_granularity,
 )
 from emitters.spec.layer_steps import (
     CombineProblem,
+    QuantizeGroupsProblem,
     QuantizeProblem,
     RouteProblem,
 )
 from emitters.spec.registry import why_illegal
+
+Quantize = QuantizeProblem | QuantizeGroupsProblem
 
 
 class LayerProblems(NamedTuple):
     """The problems of a layer, in the order of the launches; None for a launch that is not made."""
 
     route: RouteProblem
-    quantize_hidden: QuantizeProblem | None
+    quantize_hidden: Quantize | None
     up: GemmProblem
-    quantize_active: QuantizeProblem | None
+    quantize_active: Quantize | None
     down: GemmProblem
     combine: CombineProblem
 
@@ -57,8 +59,10 @@ class LayerProblems(NamedTuple):
         )
 
 
-def quantize_rows(problem: QuantizeProblem, k: int) -> QuantizeProblem:
+def quantize_rows(problem: Quantize, k: int) -> Quantize:
     """The problem for rows of K values, which rows of 16 bytes take."""
+    if isinstance(problem, QuantizeGroupsProblem):
+        return replace(problem, k=k)
     return replace(problem, k=k, padded=k % 16 != 0)
 
 
@@ -75,7 +79,7 @@ class LayerSizes(NamedTuple):
 class Projection(NamedTuple):
     """The properties of one of a layer's two products that follow from its tensors."""
 
-    scale_dims: int = 0  # dimensions of the scale; 0 without one
+    scale: Granularity | None = None  # of the weights
     bias: DType | None = None
     n_major: bool = False  # weights have N dense instead of K
 
@@ -117,31 +121,40 @@ def layer_problems(
     active = DType.BF16 if quantized else outside
     rows = DType.FP32 if outside is DType.FP16 else outside
 
+    blocks = up.scale is not None and up.scale.rows is not None
+    sums = Accumulation.TWO_LEVEL if blocks else ACCUMULATIONS[operand][0]
+    x_scale = Granularity.TOKEN_BLOCK if blocks else Granularity.TOKEN if quantized else None
+
+    def quantize(source: DType, k: int, padded: bool = False) -> Quantize:
+        if blocks:
+            return QuantizeGroupsProblem(source, operand, k)
+        return QuantizeProblem(source, operand, k, padded)
+
     def gemm(
         projection: Projection, n: int, k: int, out: DType, node: Activation | None = None
     ) -> GemmProblem:
         return GemmProblem(
             x=operand,
             weight=WeightFormat(operand, Major.N if projection.n_major else Major.K),
-            accumulation=Accumulation(accumulation or ACCUMULATIONS[operand][0]),
+            accumulation=Accumulation(accumulation or sums),
             out=out,
             n=n,
             k=k,
             num_experts=num_experts,
             gather=node is not None,
-            x_scale=Granularity.TOKEN if quantized else None,
-            weight_scale=weight_granularity(projection.scale_dims),
+            x_scale=x_scale,
+            weight_scale=projection.scale,
             epilogue=make_epilogue(projection.bias, node),
         )
 
     gates = 2 if function.gated else 1
     return LayerProblems(
         route=RouteProblem(num_experts, forms.id_bits),
-        quantize_hidden=QuantizeProblem(outside, operand, hidden, read not in (None, hidden))
+        quantize_hidden=quantize(outside, hidden, read not in (None, hidden))
         if quantized and not forms.quantized_hidden
         else None,
         up=gemm(up, gates * inter, read or hidden, active, Activation(function)),
-        quantize_active=QuantizeProblem(active, operand, inter) if quantized else None,
+        quantize_active=quantize(active, inter) if quantized else None,
         down=gemm(down, hidden, inter, rows),
         combine=CombineProblem(rows, outside, hidden, top_k if forms.summed else 1, forms.weights),
     )

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from cutlass_moe.models.expert_weights import (
     BLOCK,
-    FP8_BLOCK,
     ExpertWeights,
     allocate,
     check_requantized,
@@ -25,6 +24,7 @@ from cutlass_moe.models.files import read_model
 from cutlass_moe.models.layouts import Layout, Matrix, check_tensors, find_layout
 from cutlass_moe.models.shards import Shards
 from cutlass_moe.models.tensor_names import TensorNames
+from cutlass_moe.operands import FP8_BLOCK
 
 _NUMBERED = re.compile(r"(?P<root>.*?)\.?(?P<layer>\d+)\.(?P<name>.+)")  # layer: the first number
 _PREDICTORS = re.compile(r"(^|\.)mtp(\.|$)")  # of several tokens at once: not the model's layers
@@ -123,11 +123,12 @@ class Checkpoint:
         experts = share.experts(self.model.shape.num_experts)
         start, stop = share.inter(self.model.shape.inter)
         layout = self._layout(layer, experts)
-        as_stored = quant in (None, layout.quant)
+        block_inter = _block_inter(stop - start, share.tp) if layout.quant == FP8_BLOCK else None
+        whole = block_inter in (None, BLOCK)
+        as_stored = quant is None or (quant == layout.quant and whole)
         if not as_stored:
             check_requantized(str(quant))
         reader = _ExpertReader(self._shards, layout, start, stop)
-        block_inter = _block_inter(stop - start, share.tp) if layout.quant == FP8_BLOCK else None
         stored = reader.allocate(experts if as_stored else experts[:1], device, block_inter)
         weights = stored if as_stored else stored.empty_like(len(experts), str(quant))
         for slot, expert in enumerate(track(experts)):

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.layer.pad import pad_experts
-from cutlass_moe.operands import NAMED_DTYPES, Experts
+from cutlass_moe.operands import FP8_BLOCK, NAMED_DTYPES, Experts
 from cutlass_moe.ops.quantize import quantize_per_token_reference
+from cutlass_moe.ops.quantize_groups import quantize_per_block
 
 BLOCK = 128  # rows and columns of a weight that share a scale
-FP8_BLOCK = "fp8_block"
 # What names the weights' dtype in `ExpertWeights.quant`.
-STORED = {**NAMED_DTYPES, "fp16": torch.float16, FP8_BLOCK: torch.float8_e4m3fn}
+STORED = {**NAMED_DTYPES, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)  # tensors are not compared
@@ -93,13 +93,17 @@ class ExpertWeights:
 
     def store(self, index: int, other: ExpertWeights, other_index: int) -> None:
         """Writes an expert of other weights here, from its values in float32. quant is "bf16",
-        "fp16", "fp8" or "int8"; the last two are quantised with a scale per channel."""
+        "fp16", or "fp8", "int8" or "fp8_block", whose values are quantised."""
         for values, weight, scale in zip(
             other.dense(other_index), (self.w13, self.w2), (self.w13_scale, self.w2_scale),
             strict=True,
         ):  # fmt: skip
             if scale is None:
                 weight[index] = values
+            elif self.quant == FP8_BLOCK:
+                gated = weight is self.w13 and self.parts == 2
+                q, scales = quantize_per_block(values[None], weight.dtype, gated=gated)
+                weight[index], scale[index] = q[0], scales[0]
             else:
                 # in plain torch, with the kernel's bits: at load there may be no image for float32
                 weight[index], scale[index] = quantize_per_token_reference(values, weight.dtype)
@@ -109,21 +113,22 @@ class ExpertWeights:
             self.w2_bias[index] = other.w2_bias[other_index]
 
     def empty_like(self, experts: int, quant: str) -> ExpertWeights:
-        """So many experts of the same sizes, not filled. quant: "bf16", "fp8" or "int8"."""
+        """So many experts of the same sizes, not filled. quant: one of NAMED_DTYPES."""
         bias = None if self.w13_bias is None else self.w13_bias.dtype
         sizes = (*self.w13.shape[1:], self.w2.shape[2])
+        block = BLOCK if quant == FP8_BLOCK else None
         return allocate(
-            experts, sizes, quant, self.w13.device, interleaved=self.interleaved, bias=bias
+            experts, sizes, quant, self.w13.device, block, interleaved=self.interleaved, bias=bias
         )
 
     def requantized(self, quant: str) -> ExpertWeights:
         """The same experts as "bf16", or quantised again as "fp8" or "int8" with a scale per
-        channel, one expert after the other.
+        channel, or as "fp8_block" in whole blocks of 128, one expert after the other.
 
         Weights that were quantised already become less exact by it, those of "fp8_block" too.
         Raises ValueError for another quant.
         """
-        if quant == self.quant:
+        if quant == self.quant and self.block_inter in (None, BLOCK):
             return self
         check_requantized(quant)
         new = self.empty_like(len(self.w13), quant)

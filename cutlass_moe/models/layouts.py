@@ -8,11 +8,11 @@ from math import prod
 
 import torch
 
-from cutlass_moe.models.expert_weights import BLOCK, FP8_BLOCK, STORED, ceil_div
+from cutlass_moe.models.expert_weights import BLOCK, STORED, ceil_div
 from cutlass_moe.models.shapes import MoeShape
 from cutlass_moe.models.shards import Shards, some
 from cutlass_moe.models.tensor_names import TensorNames
-from cutlass_moe.operands import FLOATS
+from cutlass_moe.operands import FLOATS, FP8_BLOCK
 
 JOINT = "gate_up_proj"
 # How the name of a scale goes on after that of its weight; one form a layer.

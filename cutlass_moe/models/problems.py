@@ -6,8 +6,10 @@ from dataclasses import replace
 
 from cutlass_moe.layer.steps import LayerProblems, LayerSizes, Projection, layer_problems
 from cutlass_moe.models.shapes import DTYPES, MoeShape
+from cutlass_moe.operands import FP8_BLOCK
+from cutlass_moe.ops.block_scales import BLOCKS
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import GemmProblem
+from emitters.spec.gemm import GemmProblem, Granularity
 from emitters.spec.layer_steps import (
     MAX_FUSED_EXPERTS,
     RouteLogitsProblem,
@@ -21,23 +23,33 @@ def problems_of_shape(shape: MoeShape, dtype: str) -> LayerProblems:
     bfloat16 bias, int32 ids, of which a token has those of all ranks. Where no kernel takes rows of
     inter or hidden, the layer is that of `pad_experts`.
 
-    dtype: "fp8" (e4m3), "int8" or "bf16". Raises ValueError for another, and for a shape whose
-    activation no kernel has.
+    dtype: "fp8" (e4m3), "fp8_block" (scales of 128 x 128 blocks; where a rank's share cuts blocks
+    of inter, of the 64 or 32 rows that divide it), "int8" or "bf16". Raises ValueError for
+    another, and for a shape whose activation no kernel has.
     """
     if shape.activation is None:
         raise ValueError(f"{shape.name}: no kernel has its experts' activation")
     if dtype not in DTYPES:
         raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}")
     operand = DTYPES[dtype]
-    each = Projection(2 if operand.quantized else 0, DType.BF16 if shape.bias else None)
+    scale = Granularity.CHANNEL if operand.quantized else None
+    up = down = Projection(scale, DType.BF16 if shape.bias else None)
+    if dtype == FP8_BLOCK:
+        up = up._replace(scale=BLOCKS[block_rows(shape.inter)])
+        down = down._replace(scale=BLOCKS[128])
     return layer_problems(
         LayerSizes(shape.num_experts, shape.routed.top_k, shape.hidden, shape.inter),
         operand,
         DType.BF16,
         shape.activation,
-        each,
-        each,
+        up,
+        down,
     ).padded()
+
+
+def block_rows(inter: int) -> int:
+    """The rows of blocks of scales that divide the inner size, or a rank's share of it."""
+    return next((rows for rows in BLOCKS if inter % rows == 0), 128)
 
 
 def gemm_problems(shape: MoeShape, dtype: str) -> dict[str, GemmProblem]:

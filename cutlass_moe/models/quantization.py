@@ -15,8 +15,8 @@ _FOUR_BITS = {
 
 
 class Quantization(NamedTuple):
-    """dtype: "fp8", "int8", "bf16", or None where no kernel has what is asked for; why_not: that,
-    in words."""
+    """dtype: "fp8", "fp8_block", "int8", "bf16", or None where no kernel has what is asked for;
+    why_not: that, in words."""
 
     dtype: str | None
     why_not: str | None = None
@@ -59,6 +59,8 @@ def _fp8(plain: dict[str, Any]) -> Quantization:
     scheme = plain.get("activation_scheme", "dynamic")
     if scheme != "dynamic":
         return Quantization(None, f"fp8 with {scheme} scales of activations")
+    if block == [128, 128]:
+        return Quantization("fp8_block")
     if block is not None:
         shape = " x ".join(map(str, block)) if isinstance(block, list) else block
         return Quantization(None, f"fp8 with a scale a block of {shape}")

@@ -97,15 +97,15 @@ def _check_scales(operands: Operands, options: Options) -> None:
             f"{options.accumulation!r}"
         )
     if scale is not None:
-        shapes = ((experts, n), (experts, n, 1), (experts,))
-        if x.dtype in _FLOAT8:
-            shapes = (*shapes, *dict.fromkeys(block_shapes(weight, gated)))
-        expect("scale", scale, device, _FLOAT32, shapes)
+        of_weight: tuple[tuple[int, ...], ...] = ((experts, n), (experts, n, 1), (experts,))
+        for shape in block_shapes(weight, gated).values() if x.dtype in _FLOAT8 else ():
+            of_weight = of_weight if shape in of_weight else (*of_weight, shape)
+        expect("scale", scale, device, _FLOAT32, of_weight)
     if per_token_scale is not None:
-        dense, shapes = True, ((tokens,), (tokens, 1))
+        of_x: tuple[tuple[int, ...], ...] = ((tokens,), (tokens, 1))
         if blocks:
-            dense, shapes = False, ((tokens, -(-k // K_BLOCK)),)
-        expect("per_token_scale", per_token_scale, device, _FLOAT32, shapes, dense=dense)
+            of_x = ((tokens, -(-k // K_BLOCK)),)
+        expect("per_token_scale", per_token_scale, device, _FLOAT32, of_x, dense=not blocks)
 
 
 def check_accumulation(accumulation: str | None, dtype: torch.dtype) -> None:

@@ -10,10 +10,13 @@ from emitters.spec.gemm import K_BLOCK, Granularity, block_count
 BLOCKS = {g.rows: g for g in Granularity if g.rows}  # by rows of weights: 128, 64, 32
 
 
-def block_shapes(weight: Tensor, gated: bool) -> tuple[tuple[int, ...], ...]:
-    """The shapes that scales of weights [E, N, K] may have if they vary along K."""
+def block_shapes(weight: Tensor, gated: bool) -> dict[Granularity, tuple[int, ...]]:
+    """The shapes of scales that vary along K, of weights [E, N, K], by their granularity."""
     experts, n, k = weight.shape
-    return tuple((experts, block_count(n, rows, gated), -(-k // K_BLOCK)) for rows in BLOCKS)
+    return {
+        granularity: (experts, block_count(n, rows, gated), -(-k // K_BLOCK))
+        for rows, granularity in BLOCKS.items()
+    }
 
 
 def block_granularity(scale: Tensor, weight: Tensor, gated: bool) -> Granularity | None:
@@ -23,10 +26,8 @@ def block_granularity(scale: Tensor, weight: Tensor, gated: bool) -> Granularity
     """
     if scale.dim() != 3 or weight.dim() != 3:
         return None
-    for granularity, shape in zip(BLOCKS.values(), block_shapes(weight, gated), strict=True):
-        if scale.shape == shape and shape[1:] != (1, 1):
-            return granularity
-    return None
+    shapes = block_shapes(weight, gated).items()
+    return next((granularity for granularity, shape in shapes if scale.shape == shape), None)
 
 
 def is_block_scaled(operands: Operands, gated: bool) -> bool:

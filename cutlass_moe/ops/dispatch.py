@@ -29,7 +29,9 @@ from cutlass_moe.runtime.kernel import Kernel, Views
 from cutlass_moe.runtime.launch import Launch
 from cutlass_moe.runtime.log import logger
 from cutlass_moe.runtime.parameters import (
+    DENSE,
     Addresses,
+    Strides,
     gemm_values,
     gemm_views,
     operand_addresses,
@@ -120,13 +122,10 @@ def _choose(operands: Operands, dtype: torch.dtype, options: Options) -> Choice 
     if reason is not None:
         announce_fallback(reason)
         return None
-    strides = operands.weight.stride()
-    tokens, x_stride = len(operands.x), row_stride(operands.x)
-    scale = operands.per_token_scale if problem.block_rows else None
+    strides, weight_strides = strides_of(operands, problem), operands.weight.stride()
     return choose_launch(
-        problem, device, tokens, operands.rows, strides, options, x_stride,
-        None if scale is None else scale.stride(),
-    )  # fmt: skip
+        problem, device, len(operands.x), operands.rows, weight_strides, options, strides
+    )
 
 
 def enqueue(choice: Choice, out: Tensor, operands: Operands, maps: Tensor | None = None) -> None:
@@ -194,9 +193,13 @@ def pose(operands: Operands, out_dtype: torch.dtype, options: Options) -> GemmPr
     )
 
 
-def row_stride(x: Tensor) -> int | None:
-    """Elements from a row of x [T, K] to the next, or None for K."""
-    return None if x.is_contiguous() else x.stride(0)
+def strides_of(operands: Operands, problem: GemmProblem) -> Strides:
+    """The strides of x and, if it varies along K, of per_token_scale."""
+    x, scale = operands.x, operands.per_token_scale
+    return Strides(
+        None if x.is_contiguous() else x.stride(0),
+        scale.stride() if scale is not None and problem.block_rows else None,
+    )
 
 
 forced: GemmConfig | None = None  # the config that `forced_config` sets
@@ -220,13 +223,12 @@ def choose_launch(
     num_rows: int,
     weight_strides: tuple[int, ...],
     options: Options,
-    x_stride: int | None = None,
-    scale_strides: tuple[int, ...] | None = None,
+    strides: Strides = DENSE,
 ) -> Choice:
     """Chooses a config and the number of CTAs, and loads the kernel.
 
-    num_tokens: rows of x; num_rows: rows of the product; weight_strides: as in `gemm_views`;
-    x_stride, scale_strides: as in `gemm_values`. Raises what `library.load` raises.
+    num_tokens: rows of x; num_rows: rows of the product; weight_strides: as in `gemm_views`.
+    Raises what `library.load` raises.
     """
     experts = problem.num_experts
     per_expert = options.expected_rows or num_rows / experts
@@ -250,8 +252,7 @@ def choose_launch(
             {},
             num_tokens,
             num_rows,
-            x_stride=x_stride,
-            scale_strides=scale_strides,
+            strides=strides,
             interleaved=options.interleaved,
             numbers=options.numbers or (),
         ),

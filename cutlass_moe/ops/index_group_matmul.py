@@ -35,7 +35,7 @@ from cutlass_moe.ops._lists import (
     scale_dtype,
 )
 from cutlass_moe.ops._types import check_types
-from cutlass_moe.ops.dispatch import Choice, choose_launch, enqueue, pose, row_stride
+from cutlass_moe.ops.dispatch import Choice, choose_launch, enqueue, pose, strides_of
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference_out
 from cutlass_moe.ops.reasons import why_no_product
 from cutlass_moe.runtime import library
@@ -232,7 +232,7 @@ class Executor:
                     len(out),
                     operands.weight.stride(),
                     options,
-                    row_stride(operands.x),
+                    strides_of(operands, problem),
                 )
                 if isinstance(weights, list):
                     maps = _tensor_maps(problem, self._choice.kernel, weights)

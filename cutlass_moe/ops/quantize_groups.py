@@ -106,8 +106,8 @@ def quantize_per_block(
             quantize_per_block(half, dtype, rows=rows, power_of_two=power_of_two)
             for half in weight.chunk(2, 1)
         )
-        q, scale = zip(*halves, strict=True)
-        return torch.cat(q, 1), torch.cat(scale, 1)
+        values, scales = zip(*halves, strict=True)
+        return torch.cat(values, 1), torch.cat(scales, 1)
     experts, n, k = weight.shape
     q = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     scale = weight.new_empty((experts, -(-n // rows), -(-k // K_BLOCK)), dtype=torch.float32)

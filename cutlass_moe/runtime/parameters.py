@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -19,9 +20,22 @@ from emitters.spec.weight_map import gate_strides, weight_view
 
 Addresses = Mapping[str, int]
 _OPERANDS = Operands._fields
+_X_SCALE_STRIDES = ("per_token_scale_stride", "per_token_scale_k_stride")
 # The alignment of the addresses of a GEMM's tensors, in bytes; 4 for all others.
-X_SCALE_STRIDES = ("per_token_scale_stride", "per_token_scale_k_stride")
 ALIGNMENTS = {"x": 16, "weight": 16, "out": 16, "scale": 8, "bias": 8}
+
+
+class Strides(NamedTuple):
+    """The strides of what a GEMM reads by token, in elements; None: dense.
+
+    x: from a row of x to the next. x_scale: both of a per_token_scale [T, K / 128].
+    """
+
+    x: int | None = None
+    x_scale: tuple[int, ...] | None = None
+
+
+DENSE = Strides()
 
 
 def gemm_values(
@@ -30,29 +44,28 @@ def gemm_values(
     num_tokens: int,
     num_rows: int,
     *,
-    x_stride: int | None = None,
-    scale_strides: tuple[int, ...] | None = None,
+    strides: Strides = DENSE,
     interleaved: bool = False,
     numbers: tuple[float, ...] = (),
     early: bool = False,
 ) -> dict[str, int]:
     """The values for a grouped GEMM.
 
-    num_tokens: rows of x. num_rows: rows of the product. x_stride: elements from a row of x to the
-    next, default K. scale_strides: of a per_token_scale [T, K / 128], default dense. interleaved: as in `grouped_matmul`. numbers: the values of the activation's
-    `numbers`. early: in a dependent launch, offsets and starts are already final, so they may be
-    read before the previous kernel has ended.
+    num_tokens: rows of x. num_rows: rows of the product. interleaved: as in `grouped_matmul`.
+    numbers: the values of the activation's `numbers`. early: in a dependent launch, offsets and
+    starts are already final, so they may be read before the previous kernel has ended.
     """
-    chunks = (x_stride or problem.k) * problem.x.bytes // 16
+    chunks = (strides.x or problem.k) * problem.x.bytes // 16
     if num_tokens * chunks >= 2**32:
         raise ValueError(
             f"x must span less than 64 GiB, got {num_tokens} rows of {16 * chunks} bytes"
         )
+    x_scale = {}
     if problem.block_rows:
-        strides = scale_strides or (problem.scale_blocks[1], 1)
-        x_scale = dict(zip(X_SCALE_STRIDES, strides, strict=True))
-    else:
-        x_scale = {}
+        of_scale = strides.x_scale or (problem.scale_blocks[1], 1)
+        if num_tokens * of_scale[0] + problem.scale_blocks[1] * of_scale[1] >= 2**31:
+            raise ValueError(f"per_token_scale must span less than 2^31 elements, got {of_scale}")
+        x_scale = dict(zip(_X_SCALE_STRIDES, of_scale, strict=True))
     column_stride, gate_stride = gate_strides(problem.n, interleaved)
     names = problem.activation.numbers if problem.activation else ()
     return {

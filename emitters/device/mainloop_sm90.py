@@ -58,33 +58,34 @@ def add_products(
     sums: cute.Tensor,
     operands: tuple[cute.Tensor, cute.Tensor],
     box: Int32,
-    read_factors: Callable[[], Callable[[int], Float32] | None],
+    factor: Callable[[int], Float32] | None,
+    prepare_next: Callable[[], None],
     finished: Callable[[], None],
 ):
     """Adds the products of 128 bytes of K to two-level sums, one part of the tile after the other.
 
-    mma's ACCUMULATE must not be set, and is when this returns.
+    mma's ACCUMULATE must not be set, and is when this returns. The fence of `begin_products` must
+    have come before.
 
     acc: the accumulators of a part, 64 rows or columns of WGMMA's M by a share of its N. operands:
-    (tCrA, tCrB). read_factors: called while the tensor core works; it gives the factor of each
-    register of sums, or None if all are 1. finished: called once, when the operands have been read
+    (tCrA, tCrB). factor: that of each register of sums; None if all are 1. prepare_next: called
+    while the tensor core works on the last part. finished: called when the operands have been read
     and only registers remain.
     """
     tCrA, tCrB = operands
     parts = tuple(product(*(range(cute.size(t, mode=[1])) for t in operands)))
-    factor = None
     for i, (m, n) in enumerate(parts):
         if i > 0:
             mma.set(warpgroup.Field.ACCUMULATE, False)
-            warpgroup.fence()
+        warpgroup.fence()
         for k_block in range(cute.size(tCrA, mode=[2])):
             a = cute.append_ones(tCrA[None, m, k_block, box], up_to_rank=2)
             b = cute.append_ones(tCrB[None, n, k_block, box], up_to_rank=2)
             cute.gemm(mma, acc, a, b, acc)
             mma.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
-        if i == 0:
-            factor = read_factors()
+        if i == len(parts) - 1:
+            prepare_next()
         warpgroup.wait_group(0)
         if i == len(parts) - 1:
             finished()

@@ -82,6 +82,9 @@ class GemmSm90:
             self.stages, 1 + WARPGROUP, 4 * config.warpgroups_per_tile, sharers=self.cluster
         )
         self.scales = BlockScales(problem, config) if problem.block_rows else None
+        # scales of a stage per consumer thread: of two rows of each 64, and of all columns
+        of_rows = 2 * config.warpgroup_rows // 64
+        self.scale_count = of_rows + self.scales.count if self.scales else 1
         self.epilogue = Epilogue(problem, config, RowsFragment, SliceStore(problem))
 
     def arguments(self):
@@ -299,6 +302,7 @@ class GemmSm90:
         thread = thread % (split * WARPGROUP)
         acc, sums = make_sums(mma, self.tile[:2], part, thread, self.problem)
         two_level = self.problem.two_level
+        scales, next_scales = (cute.make_rmem_tensor((self.scale_count,), Float32) for _ in (0, 1))
 
         last = self.k_tiles - 1
         runs = (0, max(last - LOAD_AHEAD, 0), last)  # the last k-tile follows after the loops
@@ -318,13 +322,18 @@ class GemmSm90:
             mma.set(warpgroup.Field.ACCUMULATE, False)
             if const_expr(two_level):
                 sums.fill(0)
+                self.take_stage(state, scales)
                 for _ in cutlass.range(last, unroll=1):
-                    self.ring.wait_full(state)
-                    self.add(mma, acc, sums, (tCrA, tCrB), state.index)
+                    following = state.clone()
+                    following.advance()
+                    take_next = partial(self.take_stage, following, next_scales)
+                    self.add(mma, acc, sums, (tCrA, tCrB), state.index, scales, take_next)
                     mma.set(warpgroup.Field.ACCUMULATE, False)
+                    for i in range_constexpr(self.scale_count):
+                        scales[i] = next_scales[i]
                     state.advance()
-                self.ring.wait_full(state)
-                self.add(mma, acc, sums, (tCrA, tCrB), state.index, (consumer, j + 1))
+                pass_turn = partial(self.pass_turn, consumer, j + 1)
+                self.add(mma, acc, sums, (tCrA, tCrB), state.index, scales, after=pass_turn)
                 self.epilogue.load(expert, column)
             else:
                 behind = state.clone()  # the stage of the previous k-tile, which WGMMA still reads
@@ -357,23 +366,35 @@ class GemmSm90:
             expert, row, rows, column, _ = self.units.read(j)
         self.epilogue.finish()
 
-    def add(self, mma, acc, sums, operands, stage, then=None):
-        """Adds a stage to two-level sums. then: (consumer, j), for `pass_turn` after the last."""
+    def take_stage(self, state, scales):
+        """Waits until a stage is full, makes it visible to WGMMA and reads its scales.
+
+        Two-level accumulation does so while WGMMA works on the stage before: otherwise all this
+        would add to the time in which it has nothing to do.
+        """
+        self.ring.wait_full(state)
+        cute.arch.fence_view_async_shared()  # because cp.async wrote x through the generic proxy
+        if self.scales is not None:
+            words = self.scales.read(state.index)
+            read = self.epilogue.fragment.read_scales(words, self.scales.columns)
+            for i, value in enumerate(read):
+                scales[i] = value
+
+    def add(self, mma, acc, sums, operands, stage, scales, take_next=None, after=None):
+        """Adds a stage to two-level sums. scales: what `take_stage` read. take_next: takes the
+        stage after it. after: called at the end of a tile, in ping-pong."""
+        factor = None
+        if self.scales is not None:
+            read = [scales[i] for i in range(self.scale_count)]
+            factor = self.epilogue.fragment.factors(read, self.scales.columns)
 
         def finished():
             cute.arch.sync_warp()  # all lanes have read their scales
             self.ring.release(stage)
-            if then is not None and self.config.pingpong:
-                self.pass_turn(*then)
+            if after is not None and self.config.pingpong:
+                after()
 
-        begin_products()
-        add_products(mma, acc, sums, operands, stage, partial(self.factors, stage), finished)
-
-    def factors(self, stage):
-        """The scales of a stage's products, register by register; None if all are 1."""
-        if self.scales is None:
-            return None
-        return self.epilogue.fragment.factors(self.scales.read(stage), self.scales.columns)
+        add_products(mma, acc, sums, operands, stage, factor, take_next or (lambda: None), finished)
 
     @cute.jit
     def pass_turn(self, consumer, j):

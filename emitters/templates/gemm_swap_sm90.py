@@ -1,7 +1,5 @@
 """The SM90 grouped GEMM template for few rows per expert: weights are WGMMA's M operand."""
 
-from functools import partial
-
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
@@ -344,10 +342,8 @@ class GemmSwapSm90:
         for i in range(self.config.k_boxes):
             box = stage * self.config.k_boxes + i
             if self.problem.two_level:
-                factors = partial(self.factors, box)
-                if i > 0:
-                    warpgroup.fence()
-                add_products(mma, acc, sums, (tCrA, tCrB), box, factors, lambda: None)
+                factor = self.factor(box)
+                add_products(mma, acc, sums, (tCrA, tCrB), box, factor, lambda: None, lambda: None)
                 mma.set(warpgroup.Field.ACCUMULATE, False)
             else:
                 issue(mma, acc, tCrA, tCrB, box)
@@ -357,11 +353,12 @@ class GemmSwapSm90:
             warpgroup.commit_group()
             warpgroup.wait_group(0)
 
-    def factors(self, box):
-        """The scales of a box's products, register by register; None if all are 1."""
+    def factor(self, box):
+        """The scale of each register of a box's products; None if all are 1."""
         if self.scales is None:
             return None
-        return self.epilogue.fragment.factors(self.scales.read(box), self.scales.columns)
+        fragment, columns = self.epilogue.fragment, self.scales.columns
+        return fragment.factors(fragment.read_scales(self.scales.read(box), columns), columns)
 
     @cute.jit
     def send_sums(self, sums, partial, sums_full, phase, rank, thread):

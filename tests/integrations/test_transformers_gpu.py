@@ -15,7 +15,7 @@ from torch import Tensor
 from cutlass_moe.choose.heuristics_sm90 import choose, every_config
 from cutlass_moe.layer.steps import Forms, LayerSizes, Projection, layer_problems
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import GemmProblem
+from emitters.spec.gemm import GemmProblem, Granularity
 from emitters.spec.registry import Config, Problem
 from tests.integrations.tiny_models import FAMILIES, TOP_K, VOCAB, E, definition, experts_of, make
 from tests.layer.test_nn_gpu import no_wait
@@ -43,7 +43,7 @@ def images() -> set[tuple[Problem, Config]]:
     for family, activation in SHAPES.items():
         bias = DType.BF16 if family == "gpt-oss" else None
         for quant, operand in OPERANDS.items():
-            each = Projection(2 if quant else 0, bias)
+            each = Projection(Granularity.CHANNEL if quant else None, bias)
             sizes = LayerSizes(E, TOP_K, HIDDEN, INTER)
             for weights in (DType.BF16, DType.FP32):
                 layer = layer_problems(

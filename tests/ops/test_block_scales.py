@@ -46,8 +46,9 @@ def test_shapes_say_the_granularity(
 
 
 def test_one_block_is_one_scale_per_expert() -> None:
-    weight = torch.empty(2, 64, 128, dtype=E4M3)
-    assert block_granularity(torch.empty(2, 1, 1), weight, False) is None
+    case = replace(BLOCKS, counts=(3, 5), tokens=6, n=64, k=128)
+    problem = cm.grouped_matmul_problem(**_inputs(case))
+    assert (problem.x_scale, problem.weight_scale) == (Granularity.TOKEN, Granularity.EXPERT)
 
 
 def test_the_problem_names_the_granularities() -> None:

@@ -11,6 +11,7 @@ from cutlass_moe.choose.heuristics_sm90 import every_config
 from cutlass_moe.images.toolchains import default_build
 from cutlass_moe.operands import Operands
 from cutlass_moe.runtime.parameters import (
+    Strides,
     combine_values,
     gemm_values,
     gemm_views,
@@ -132,9 +133,9 @@ def test_integers_of_a_gemm(interleaved: bool, early: bool) -> None:
 
 def test_stride_of_x() -> None:
     assert gemm_values(FULL, ADDRESS, 8, 24)["x_stride"] == FULL.k * FULL.x.bytes // 16
-    assert gemm_values(FULL, ADDRESS, 8, 24, x_stride=512)["x_stride"] == 32
+    assert gemm_values(FULL, ADDRESS, 8, 24, strides=Strides(512))["x_stride"] == 32
     with pytest.raises(ValueError, match="x must span less than 64 GiB"):
-        gemm_values(FULL, ADDRESS, 2**27, 24, x_stride=512)
+        gemm_values(FULL, ADDRESS, 2**27, 24, strides=Strides(512))
 
 
 def test_float_parameters_travel_as_their_bits() -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 from cutlass_moe.choose.heuristics_sm90 import choose, every_config, step_config
 from cutlass_moe.layer.steps import LayerSizes, Projection, layer_problems
 from cutlass_moe.models.shapes import MODELS, MoeShape
-from cutlass_moe.operands import QUANTS
+from cutlass_moe.operands import DTYPES, FP8_BLOCK, QUANTS
 from cutlass_moe.ops.quantize import quantize_per_token_reference
+from cutlass_moe.ops.quantize_groups import quantize_per_block
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import ActivationFunction
+from emitters.spec.gemm import ActivationFunction, Granularity
 from emitters.spec.layer_steps import Step, TopkProblem
 from emitters.spec.registry import Config, Problem
 
@@ -28,7 +29,9 @@ LIMITS = {
     ("int8", None): 5e-3,
     ("fp8", "two_level"): 1e-2,
     ("fp8", None): 2.5e-2,
+    (FP8_BLOCK, None): 1e-2,
 }
+ALL_QUANTS = (None, "int8", "fp8", FP8_BLOCK)
 TOKENS = (0, 1, 7, 128, 4096)
 
 
@@ -63,7 +66,9 @@ def weights(case: LayerCase, quant: str | None, device: str) -> dict[str, Any]:
     sizes = {"w13": (2 * shape.inter, shape.hidden), "w2": (shape.hidden, shape.inter)}
     for name, (n, k) in sizes.items():
         weight = random(n, k)
-        if quant:
+        if quant == FP8_BLOCK:
+            weight, found[f"{name}_scale"] = quantize_per_block(weight, gated=name == "w13")
+        elif quant:
             parts = [quantize_per_token_reference(one, QUANTS[quant]) for one in weight]
             weight = torch.stack([values for values, _ in parts])
             found[f"{name}_scale"] = torch.stack([scale for _, scale in parts])
@@ -93,8 +98,9 @@ def images() -> set[tuple[Problem, Config]]:
     found: set[tuple[Problem, Config]] = set()
     for case in CASES.values():
         for quant, accumulation in LIMITS:
-            found |= _images(case, quant, accumulation)
-    for quant in (None, "int8", "fp8"):
+            if not (case.interleaved and quant == FP8_BLOCK):  # which fused_moe refuses
+                found |= _images(case, quant, accumulation)
+    for quant in ALL_QUANTS:
         for activation in ActivationFunction:
             found |= _images(replace(SMALL, activation=str(activation)), quant)
     for scoring, dtype in product(("softmax", "sigmoid"), (DType.FP32, DType.BF16)):
@@ -103,7 +109,7 @@ def images() -> set[tuple[Problem, Config]]:
     for activation in ("swiglu", "swiglu_oai", "relu2"):  # of tests/test_nn_gpu.py's modules
         for bias in (False, True):
             case = replace(SMALL, shape=replace(SMALL.shape, bias=bias), activation=activation)
-            for quant in (None, "int8", "fp8"):
+            for quant in ALL_QUANTS:
                 found |= _images(case, quant, n_major=quant is None)
     return found
 
@@ -113,8 +119,11 @@ def _images(
 ) -> set[tuple[Problem, Config]]:
     shape = case.shape
     outside = DType.BF16
-    operand = {"fp8": DType.E4M3, "int8": DType.INT8, None: outside}[quant]
-    each = Projection(2 if quant else 0, DType.BF16 if shape.bias else None, n_major)
+    operand = DTYPES[QUANTS[quant]] if quant else outside
+    scale = Granularity.CHANNEL if quant else None
+    if quant == FP8_BLOCK:
+        scale = Granularity.BLOCK_128
+    each = Projection(scale, DType.BF16 if shape.bias else None, n_major)
     every = layer_problems(
         LayerSizes(shape.num_experts, shape.top_k, shape.hidden, shape.inter),
         operand,

@@ -47,11 +47,14 @@ class Fragment(Protocol):
     def by_channel(self, values: cute.Tensor, m: int, part: int) -> list:
         """Spreads values[channel_count] over a part: for each register, the value of its column."""
 
-    def factors(self, words: cute.Tensor, columns: int) -> Callable[[int], Float32]:
-        """Reads a box of `BlockScales`; gives the scale of each register of two-level sums.
+    def read_scales(self, words: cute.Tensor, columns: int) -> list:
+        """Reads what the thread needs of a box of `BlockScales`: of its rows, then of its columns.
 
-        words: its float32. columns: of the output, that share a scale of the weights.
+        words: the box's float32. columns: of the output, that share a scale of the weights.
         """
+
+    def factors(self, scales: list, columns: int) -> Callable[[int], Float32]:
+        """The factor of each register of two-level sums, from what `read_scales` read."""
 
     def gate_pairs(self, count: int) -> list[tuple[int, int]]:
         """The (gate, up) registers of each output, among `count` registers of a part."""
@@ -132,20 +135,23 @@ class RowsFragment:
             return [self.gate_or_up(values, first, i) for i in range(4 * self.part_blocks)]
         return [values[first + i // 4 * 2 + i % 2] for i in range(4 * self.part_blocks)]
 
-    def factors(self, words: cute.Tensor, columns: int) -> Callable[[int], Float32]:
-        per_block = 4 * self.blocks  # registers of 64 rows
-        groups = 8 * self.blocks // columns // (2 if self.gated else 1)  # of gates or ups
-        of_x = [words[self.token_row(i)] for i in range(self.token_count)]
-        of_weight = [words[self.tile_m + i] for i in range(groups * (2 if self.gated else 1))]
-        products = {}
+    def read_scales(self, words: cute.Tensor, columns: int) -> list:
+        of_rows = [words[self.token_row(i)] for i in range(self.token_count)]
+        return of_rows + [words[self.tile_m + i] for i in range(8 * self.blocks // columns)]
+
+    def factors(self, scales: list, columns: int) -> Callable[[int], Float32]:
+        halves = 2 if self.gated else 1
+        columns *= halves  # of N
+        groups = 8 * self.blocks // columns  # of gates or ups
+        products: dict[tuple[int, int], Float32] = {}
 
         def factor(register: int) -> Float32:
-            m, rest = divmod(register, per_block)
+            m, rest = divmod(register, 4 * self.blocks)
             block, half = divmod(rest // 2, 2)
-            column, up = (block // 2 * 8, block % 2) if self.gated else (block * 8, 0)
-            pair = 2 * m + half, up * groups + column // columns
+            up = block % halves
+            pair = 2 * m + half, self.token_count + up * groups + block * 8 // columns
             if pair not in products:
-                products[pair] = of_x[pair[0]] * of_weight[pair[1]]
+                products[pair] = scales[pair[0]] * scales[pair[1]]
             return products[pair]
 
         return factor
@@ -299,26 +305,31 @@ class ColumnsFragment:
     def by_channel(self, values: cute.Tensor, m: int, part: int):
         return [values[2 * m + i // 2 % 2] for i in range(4 * self.part_blocks)]
 
-    def factors(self, words: cute.Tensor, columns: int) -> Callable[[int], Float32]:
+    def read_scales(self, words: cute.Tensor, columns: int) -> list:
+        of_rows = [
+            words[8 * block + self.lane % 4 * 2 + c]
+            for block in range(self.tile_m // 8)
+            for c in range(2)
+        ]
         groups = self.m_blocks * self.block_columns // columns  # of gates or ups
-        rows = range(2 * (self.tile_m // 8))
-        of_x = [words[8 * (i // 2) + self.lane % 4 * 2 + i % 2] for i in rows]
-        products = {}
+        firsts = [m * self.block_columns + self.warp_column for m in range(self.m_blocks)]
+        return of_rows + [
+            words[self.tile_m + up * groups + first // columns]
+            for up in range(2 if self.gated else 1)
+            for first in firsts
+        ]
+
+    def factors(self, scales: list, columns: int) -> Callable[[int], Float32]:
+        products: dict[tuple[int, int], Float32] = {}
 
         def factor(register: int) -> Float32:
             m, rest = divmod(register, self.m_registers)
-            row, up = rest // 4 * 2 + rest % 2, rest // 2 % 2 if self.gated else 0
-            if (m, up, row) not in products:
-                products[m, up, row] = of_x[row] * of_weight[m, up]
-            return products[m, up, row]
+            up = rest // 2 % 2 if self.gated else 0
+            pair = rest // 4 * 2 + rest % 2, self.tile_m // 4 + up * self.m_blocks + m
+            if pair not in products:
+                products[pair] = scales[pair[0]] * scales[pair[1]]
+            return products[pair]
 
-        of_weight = {
-            (m, up): words[
-                self.tile_m + up * groups + (m * self.block_columns + self.warp_column) // columns
-            ]
-            for m in range(self.m_blocks)
-            for up in range(2 if self.gated else 1)
-        }
         return factor
 
     def gate_pairs(self, count: int) -> list[tuple[int, int]]:
