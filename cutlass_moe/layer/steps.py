@@ -125,11 +125,6 @@ def layer_problems(
     sums = Accumulation.TWO_LEVEL if blocks else ACCUMULATIONS[operand][0]
     x_scale = Granularity.TOKEN_BLOCK if blocks else Granularity.TOKEN if quantized else None
 
-    def quantize(source: DType, k: int, padded: bool = False) -> Quantize:
-        if blocks:
-            return QuantizeGroupsProblem(source, operand, k)
-        return QuantizeProblem(source, operand, k, padded)
-
     def gemm(
         projection: Projection, n: int, k: int, out: DType, node: Activation | None = None
     ) -> GemmProblem:
@@ -150,11 +145,18 @@ def layer_problems(
     gates = 2 if function.gated else 1
     return LayerProblems(
         route=RouteProblem(num_experts, forms.id_bits),
-        quantize_hidden=quantize(outside, hidden, read not in (None, hidden))
+        quantize_hidden=_quantize(outside, operand, hidden, blocks, read not in (None, hidden))
         if quantized and not forms.quantized_hidden
         else None,
         up=gemm(up, gates * inter, read or hidden, active, Activation(function)),
-        quantize_active=quantize(active, inter) if quantized else None,
+        quantize_active=_quantize(active, operand, inter, blocks) if quantized else None,
         down=gemm(down, hidden, inter, rows),
         combine=CombineProblem(rows, outside, hidden, top_k if forms.summed else 1, forms.weights),
     )
+
+
+def _quantize(source: DType, target: DType, k: int, blocks: bool, padded: bool = False) -> Quantize:
+    """The quantisation of rows; blocks: with a scale per 128 of K."""
+    if blocks:
+        return QuantizeGroupsProblem(source, target, k)
+    return QuantizeProblem(source, target, k, padded)

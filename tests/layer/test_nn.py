@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import cutlass_moe as cm
 from cutlass_moe.layer.reference import fused_moe_reference
 from cutlass_moe.nn import GatedMoeFeedForward, MoeFeedForward, quantize_
-from cutlass_moe.operands import QUANTS
+from cutlass_moe.operands import FP8_BLOCK, QUANTS
 from cutlass_moe.ops.quantize import quantize_per_channel
 from cutlass_moe.ops.router import topk_router_reference
 from cutlass_moe.runtime import fallback
@@ -263,7 +263,11 @@ def test_quantised(name: str, quant: str) -> None:
     weights: dict[str, Any] = {}
     for i, part in ((1, "w13"), (2, "w2")):
         dense = getattr(layer, f"w{i}").detach().transpose(1, 2).contiguous()
-        weights[part], weights[f"{part}_scale"] = quantize_per_channel(dense, QUANTS[quant])
+        if quant == FP8_BLOCK:
+            gated = i == 1 and isinstance(layer, GatedMoeFeedForward)
+            weights[part], weights[f"{part}_scale"] = cm.quantize_per_block(dense, gated=gated)
+        else:
+            weights[part], weights[f"{part}_scale"] = quantize_per_channel(dense, QUANTS[quant])
     plain = layer(x).detach()
     weights["w13_bias"] = layer.b1  # before it is padded
     assert quantize_(layer, quant) is layer
@@ -273,7 +277,11 @@ def test_quantised(name: str, quant: str) -> None:
     want = expected(layer, x, weights, quant=quant)
     # a value between two 8-bit ones may be rounded to the other
     assert (out.double() - want).norm() <= 2e-3 * want.norm()
-    assert 1e-3 < (out - plain).norm() / plain.norm() < {"fp8": 0.2, "int8": 0.1}[quant]
+    assert (
+        1e-3
+        < (out - plain).norm() / plain.norm()
+        < {"fp8": 0.2, "int8": 0.1, FP8_BLOCK: 0.2}[quant]
+    )
 
 
 @each_quant
@@ -380,7 +388,7 @@ def test_quantised_layers_have_no_gradient() -> None:
     ("module", "quant", "message"),
     [
         (nn.Linear(D, D), "fp8", "MoeFeedForward layers, got Linear"),
-        (MoeFeedForward(D, H, E), "fp4", "must be 'fp8' or 'int8', got 'fp4'"),
+        (MoeFeedForward(D, H, E), "fp4", "must be 'fp8', 'int8', 'fp8_block', got 'fp4'"),
         (quantize_(MoeFeedForward(D, H, E), "fp8"), "int8", "got one that is fp8 already"),
     ],
 )
