@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cutlass_moe.models.expert_weights import (
     BLOCK,
@@ -22,6 +23,7 @@ from cutlass_moe.models.expert_weights import (
 from cutlass_moe.models.families import FAMILIES, OTHER
 from cutlass_moe.models.files import read_model
 from cutlass_moe.models.layouts import Layout, Matrix, check_tensors, find_layout
+from cutlass_moe.models.problems import block_rows
 from cutlass_moe.models.shards import Shards
 from cutlass_moe.models.tensor_names import TensorNames
 from cutlass_moe.operands import FP8_BLOCK
@@ -110,8 +112,11 @@ class Checkpoint:
     ) -> ExpertWeights:
         """The experts of a layer, or one rank's share of them.
 
-        quant: "bf16", or "fp8" or "int8" to quantise the weights again with a scale per channel;
-        default as they are stored. One scale for a whole weight is repeated for its channels.
+        quant: "bf16", or "fp8" or "int8" to quantise the weights again with a scale per channel,
+        or "fp8_block" with one per block; default as they are stored. One scale for a whole weight
+        is repeated for its channels. Where a share begins inside a block of w2's columns, its own
+        blocks of 128 columns get the larger of the scales that meet in them, and the values that
+        had the smaller one are rounded once more; w13 stays as it is stored.
         track: wraps the numbers of the experts while they are read, for a progress bar: `tqdm.tqdm`
         or `rich.progress.track`.
 
@@ -124,8 +129,7 @@ class Checkpoint:
         start, stop = share.inter(self.model.shape.inter)
         layout = self._layout(layer, experts)
         block_inter = _block_inter(stop - start, share.tp) if layout.quant == FP8_BLOCK else None
-        whole = block_inter in (None, BLOCK)
-        as_stored = quant is None or (quant == layout.quant and whole)
+        as_stored = quant in (None, layout.quant)
         if not as_stored:
             check_requantized(str(quant))
         reader = _ExpertReader(self._shards, layout, start, stop)
@@ -267,7 +271,7 @@ class _ExpertReader:
                 row += count
         down, rows, columns = layout.down, slice(0, layout.down.rows), slice(self.start, self.stop)
         self._read(down, expert, rows, columns, weights.w2[slot])
-        down_scale = self._scale(down, expert, rows, BLOCK, columns, block_inter)
+        down_scale = self._down_scale(expert, rows, columns, weights.w2[slot])
         for tensor, parts in (
             (weights.w13_scale, scales),
             (weights.w2_scale, [down_scale]),
@@ -282,6 +286,19 @@ class _ExpertReader:
         part = self.shards.read(matrix.weight(expert), *self._lead(matrix, expert), *index)
         part = part.to(out.device)  # a transposition is faster there
         out.copy_(part.t() if matrix.transposed else part)
+
+    def _down_scale(
+        self, expert: int, rows: slice, columns: slice, weight: Tensor
+    ) -> Tensor | None:
+        """The scale of w2; adapts the weight where the share begins inside a block."""
+        down = self.layout.down
+        if self.layout.quant != FP8_BLOCK:
+            return self._scale(down, expert, rows, None, columns, None)
+        if columns.start % BLOCK == 0:
+            return self._scale(down, expert, rows, BLOCK, columns, BLOCK)
+        scale = self._scale(down, expert, rows, BLOCK, columns, 1)
+        assert scale is not None
+        return _share_scales(weight, scale.to(weight.device))
 
     def _scale(
         self,
@@ -326,16 +343,26 @@ def _part(name: str, count: int, rank: int, size: int, what: str) -> tuple[int, 
 
 
 def _block_inter(inter: int, tp: int) -> int:
-    """How much of the intermediate size shares a scale in each of tp parts of this size."""
-    if tp == 1:
-        return BLOCK
-    for size in (BLOCK, 64, 32):
-        if inter % size == 0:
-            return size
-    raise ValueError(
-        f"with a scale per block of {BLOCK} x {BLOCK}, tp must leave each rank a multiple of 32 of "
-        f"the intermediate size, got tp {tp}, which leaves {inter}"
-    )
+    """How many rows of w13 share a scale in each of tp parts of the intermediate size."""
+    if tp > 1 and inter % 32:
+        raise ValueError(
+            f"with a scale per block of {BLOCK} x {BLOCK}, tp must leave each rank a multiple of "
+            f"32 of the intermediate size, got tp {tp}, which leaves {inter}"
+        )
+    return block_rows(inter)
+
+
+def _share_scales(weight: Tensor, scale: Tensor) -> Tensor:
+    """Gives each block of 128 x 128 of e4m3 weights [N, K] the largest of its scales.
+
+    scale [ceil(N / 128), K]. Changes the weights accordingly, returns [ceil(N / 128), ceil(K /
+    128)].
+    """
+    n, k = weight.shape
+    shared = functional.pad(scale, (0, -k % BLOCK)).unflatten(1, (-1, BLOCK)).amax(2)
+    factor = scale / shared.repeat_interleave(BLOCK, 1)[:, :k]  # at most 1
+    weight.copy_(weight.float() * factor.repeat_interleave(BLOCK, 0)[:n])
+    return shared
 
 
 def _blocks(part: slice, size: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.layer.pad import pad_experts
+from cutlass_moe.models.problems import block_rows
 from cutlass_moe.operands import FP8_BLOCK, NAMED_DTYPES, Experts
 from cutlass_moe.ops.quantize import quantize_per_token_reference
 from cutlass_moe.ops.quantize_groups import quantize_per_block
@@ -27,13 +28,12 @@ class ExpertWeights:
     quant: "bf16", "fp16", "fp8", "int8" or "fp8_block", which says what w13 and w2 are:
       bf16, fp16        values in that dtype, no scales
       fp8, int8         float8_e4m3fn or int8; w13_scale float32 [E, 2I or I], w2_scale [E, H]
-      fp8_block         float8_e4m3fn; a float32 scale per block of block_inter x 128:
+      fp8_block         float8_e4m3fn; a float32 scale per block:
                         w13_scale [E, 2 ceil(I / block_inter), ceil(H / 128)], w2_scale
-                        [E, ceil(H / 128), ceil(I / block_inter)]
-    block_inter: how many of the intermediate size share a scale: 128, or 64 or 32 where the shares
-      of tensor parallelism cut blocks, whose scales are then repeated. Along H it is always 128.
-      gate and up have ceil(I / block_inter) rows of scales each, so where I is no multiple of 128,
-      the scales of up do not begin in the middle of a block. Without a gate, and interleaved, there
+                        [E, ceil(H / 128), ceil(I / 128)]
+    block_inter: how many rows of w13 share a scale: 128, or 64 or 32 where one of these divides I
+      and 128 does not, as in shares of tensor parallelism. All other sides of blocks are 128. gate
+      and up have ceil(I / block_inter) rows of scales each. Without a gate, and interleaved, there
       is one part: ceil(rows of w13 / block_inter) rows of scales.
     w13_bias [E, 2I or I], w2_bias [E, H]: in the dtype of the checkpoint. With tensor parallelism
       w2_bias is that of the model on rank 0 and zeros elsewhere: it is added once in the sum.
@@ -89,7 +89,7 @@ class ExpertWeights:
             _repeat(part, self.block_inter, BLOCK, (len(w13) // self.parts, w13.shape[1]))
             for part in scale13.chunk(self.parts)
         ]
-        return w13 * torch.cat(rows), w2 * _repeat(scale2, BLOCK, self.block_inter, w2.shape)
+        return w13 * torch.cat(rows), w2 * _repeat(scale2, BLOCK, BLOCK, w2.shape)
 
     def store(self, index: int, other: ExpertWeights, other_index: int) -> None:
         """Writes an expert of other weights here, from its values in float32. quant is "bf16",
@@ -100,9 +100,14 @@ class ExpertWeights:
         ):  # fmt: skip
             if scale is None:
                 weight[index] = values
-            elif self.quant == FP8_BLOCK:
-                gated = weight is self.w13 and self.parts == 2
-                q, scales = quantize_per_block(values[None], weight.dtype, gated=gated)
+            elif self.block_inter is not None:
+                up = weight is self.w13
+                q, scales = quantize_per_block(
+                    values[None],
+                    weight.dtype,
+                    rows=self.block_inter if up else BLOCK,
+                    gated=up and self.parts == 2,
+                )
                 weight[index], scale[index] = q[0], scales[0]
             else:
                 # in plain torch, with the kernel's bits: at load there may be no image for float32
@@ -116,19 +121,19 @@ class ExpertWeights:
         """So many experts of the same sizes, not filled. quant: one of NAMED_DTYPES."""
         bias = None if self.w13_bias is None else self.w13_bias.dtype
         sizes = (*self.w13.shape[1:], self.w2.shape[2])
-        block = BLOCK if quant == FP8_BLOCK else None
+        block = block_rows(sizes[-1]) if quant == FP8_BLOCK else None
         return allocate(
             experts, sizes, quant, self.w13.device, block, interleaved=self.interleaved, bias=bias
         )
 
     def requantized(self, quant: str) -> ExpertWeights:
         """The same experts as "bf16", or quantised again as "fp8" or "int8" with a scale per
-        channel, or as "fp8_block" in whole blocks of 128, one expert after the other.
+        channel, or as "fp8_block", one expert after the other.
 
-        Weights that were quantised already become less exact by it, those of "fp8_block" too.
-        Raises ValueError for another quant.
+        Weights that were quantised already become less exact by it. Raises ValueError for another
+        quant.
         """
-        if quant == self.quant and self.block_inter in (None, BLOCK):
+        if quant == self.quant:
             return self
         check_requantized(quant)
         new = self.empty_like(len(self.w13), quant)
@@ -176,7 +181,7 @@ def allocate(
     if block_inter is not None:
         blocks = weights.parts * ceil_div(rows // weights.parts, block_inter)
         shape13 = (blocks, ceil_div(hidden, BLOCK))
-        shape2 = (ceil_div(hidden, BLOCK), ceil_div(inter, block_inter))
+        shape2 = (ceil_div(hidden, BLOCK), ceil_div(inter, BLOCK))
     scales = empty(torch.float32, *shape13), empty(torch.float32, *shape2)
     return replace(weights, w13_scale=scales[0], w2_scale=scales[1])
 

@@ -31,10 +31,10 @@ _INSIDE = ("text_config", "llm_config", "language_config")
 class Model(NamedTuple):
     """What is known of a model's layer.
 
-    dtype: "fp8", "int8" or "bf16", as its quantization_config asks, else "fp8". notes: sentences
-    about what the model does and the kernels do not. words: which layers it is, and what is beside.
-    family: the entry by which its file was read. why_not: what its quantization_config asks for and
-    no kernel has.
+    dtype: "fp8", "fp8_block", "int8" or "bf16", as its quantization_config asks, else "fp8". notes:
+    sentences about what the model does and the kernels do not. words: which layers it is, and what
+    is beside. family: the entry by which its file was read. why_not: what its quantization_config
+    asks for and no kernel has.
     """
 
     shape: MoeShape

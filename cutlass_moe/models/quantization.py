@@ -26,7 +26,8 @@ def read_quantization(plain: Any) -> Quantization | None:
     """Of the object quantization_config; None where there is none.
 
     fp8 and int8 are those with a float32 scale a channel, or one an expert, and one a token that is
-    taken from the activations as they come. All else is named in why_not.
+    taken from the activations as they come; fp8_block has one a block of 128 x 128, and one for
+    each 128 values of a token. All else is named in why_not.
     """
     if plain is None:
         return None

@@ -56,10 +56,10 @@ def dense(weights: ExpertWeights) -> tuple[Tensor, Tensor]:
     if weights.block_inter is None:
         return w13.float() * scale13[..., None], w2.float() * scale2[..., None]
     inter, size = w2.shape[2], weights.block_inter
-    row, column, hidden = (torch.arange(n) for n in (w13.shape[1], inter, w2.shape[1]))
+    row, hidden, column = (torch.arange(n) for n in (w13.shape[1], *w2.shape[1:]))
     row = row // inter * -(-inter // size) + row % inter // size  # up's blocks begin anew
     scale13 = scale13[:, row][:, :, hidden // BLOCK]
-    scale2 = scale2[:, hidden // BLOCK][:, :, column // size]
+    scale2 = scale2[:, hidden // BLOCK][:, :, column // BLOCK]
     return w13.float() * scale13, w2.float() * scale2
 
 
@@ -125,7 +125,7 @@ def test_format(form: Form, quant: str, tmp_path: Path) -> None:
     written = write_checkpoint(tmp_path, form, quant, **WIDE)[LAYER]
     weights = read(tmp_path)
     assert weights.quant == quant.removesuffix("_tensor")
-    assert weights.block_inter == (BLOCK if quant == "fp8_block" else None)
+    assert weights.block_inter == (64 if quant == "fp8_block" else None)
     for got, own, right in zip(
         dense(weights), zip(*map(weights.dense, range(EXPERTS)), strict=True),
         expected(written), strict=True,
@@ -136,30 +136,42 @@ def test_format(form: Form, quant: str, tmp_path: Path) -> None:
         assert weights.w13_scale is not None and weights.w13_scale.dtype == torch.float32
         rows = weights.w13.shape[1]
         halves = rows // weights.w2.shape[2]
-        shape13 = (halves * 2, 2) if quant == "fp8_block" else (rows,)
+        shape13 = (halves * 3, 2) if quant == "fp8_block" else (rows,)
         shape2 = (2, 2) if quant == "fp8_block" else (160,)
         assert weights.w13_scale.shape == (EXPERTS, *shape13)
         assert weights.w2_scale is not None and weights.w2_scale.shape == (EXPERTS, *shape2)
 
 
-@pytest.mark.parametrize("inter", [192, 256])
-def test_joint_blocks(inter: int, tmp_path: Path) -> None:
-    """gate and up in one tensor: only where a block does not hold rows of both."""
+def test_joint_blocks(tmp_path: Path) -> None:
     written = write_checkpoint(tmp_path, STACKED, "fp8_block", hidden=160, inter=256)[LAYER]
-    if inter == 256:
-        for got, right in zip(dense(read(tmp_path)), expected(written), strict=True):
-            assert torch.equal(got, right)
-        return
-    tensors = {"gate_up_proj": torch.zeros(EXPERTS, 2 * inter, 160)}
+    for got, right in zip(dense(read(tmp_path)), expected(written), strict=True):
+        assert torch.equal(got, right)
+
+
+@pytest.mark.parametrize("inter", [192, 48])
+def test_joint_blocks_with_rows_of_both(inter: int, tmp_path: Path) -> None:
+    """gate and up in one tensor and in one block: only where smaller blocks keep them apart."""
+    write_checkpoint(tmp_path, STACKED, hidden=160, inter=256)
+    tensors = {"gate_up_proj": torch.randn(EXPERTS, 2 * inter, 160)}
     tensors |= {"down_proj": torch.zeros(EXPERTS, 160, inter)}
-    scales = {"gate_up_proj": torch.ones(EXPERTS, 3, 2), "down_proj": torch.ones(EXPERTS, 2, 2)}
+    scales = {
+        name: torch.rand(EXPERTS, *(-(-size // BLOCK) for size in tensor.shape[1:]))
+        for name, tensor in tensors.items()
+    }
     edit(tmp_path, "layers.3.mlp.experts.", lambda name, _: None)
     for name, tensor in tensors.items():
         add(tmp_path, f"mlp.experts.{name}", tensor.to(torch.float8_e4m3fn))
         add(tmp_path, f"mlp.experts.{name}_scale_inv", scales[name])
     change_config(tmp_path, moe_intermediate_size=inter)
-    with pytest.raises(ValueError, match="up begins at 192"):
-        read(tmp_path)
+    if inter == 48:
+        with pytest.raises(ValueError, match="up begins at 48"):
+            read(tmp_path)
+        return
+    row, column = torch.arange(2 * inter) // BLOCK, torch.arange(160) // BLOCK
+    stored = tensors["gate_up_proj"].to(torch.float8_e4m3fn).float()
+    assert torch.equal(
+        dense(read(tmp_path))[0], stored * scales["gate_up_proj"][:, row][..., column]
+    )
 
 
 def test_scales_of_powers_of_two(tmp_path: Path) -> None:
@@ -210,7 +222,7 @@ def test_shares_are_the_whole(form: Form, quant: str, tp: int, ep: int, tmp_path
         for j, weights in enumerate(row):
             check_map(weights, j, ep)
             if quant == "fp8_block":
-                assert weights.block_inter == {1: 128, 2: 32, 3: 64, 6: 32}[tp]
+                assert weights.block_inter == {1: 64, 2: 32, 3: 64, 6: 32}[tp]
             if weights.w13_bias is not None and weights.w2_bias is not None:
                 gate = written.gate_bias[j * size :][:size, i * inter :][:, :inter]  # type: ignore
                 assert torch.equal(weights.w13_bias[:, ::2], gate)
@@ -223,7 +235,11 @@ def test_shares_are_the_whole(form: Form, quant: str, tp: int, ep: int, tmp_path
     w13 = torch.cat([torch.cat(half, 1) for half in zip(*rows, strict=True)], 1)
     right = expected(written, form.style == "interleaved")
     assert torch.equal(w13, right[0])
-    assert torch.equal(torch.cat([rank[1] for rank in ranks], 2), right[1])
+    for rank, got in enumerate(rank[1] for rank in ranks):
+        w2 = right[1][..., rank * inter : (rank + 1) * inter]
+        cuts_blocks = quant == "fp8_block" and rank * inter % BLOCK
+        # several scales may meet in one of the share's blocks, which has the largest
+        assert (got - w2).norm() <= (0.03 if cuts_blocks else 0) * w2.norm()
 
 
 def check_map(weights: ExpertWeights, rank: int, ep: int) -> None:
@@ -274,6 +290,7 @@ def by_definition(
 LAYER_CASES = [
     (QWEN3, "bf16", 5e-3), (DEEPSEEK, "fp8", 6e-2), (MIXTRAL, "int8", 3e-2),
     (GPT_OSS, "bf16", 5e-3), (NEMOTRON, "fp8", 6e-2),
+    (QWEN3, "fp8_block", 6e-2), (NEMOTRON, "fp8_block", 6e-2),
 ]  # fmt: skip
 
 
@@ -281,7 +298,7 @@ LAYER_CASES = [
 @pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (1, 2)])
 def test_layer(form: Form, quant: str, limit: float, tp: int, ep: int, tmp_path: Path) -> None:
     """The sum of what ranks compute is the model's layer."""
-    written = write_checkpoint(tmp_path, form, quant, hidden=128, inter=64)[LAYER]
+    written = write_checkpoint(tmp_path, form, quant, hidden=128, inter=192)[LAYER]
     torch.manual_seed(0)
     hidden = torch.randn(7, 128).bfloat16()
     weights, ids = torch.rand(7, TOP_K), torch.rand(7, EXPERTS).topk(TOP_K).indices
@@ -298,11 +315,14 @@ def test_layer(form: Form, quant: str, limit: float, tp: int, ep: int, tmp_path:
 
 
 @pytest.mark.parametrize("stored", ["bf16", "fp16", "fp8_block", "fp8"])
-@pytest.mark.parametrize(("quant", "limit"), [("bf16", 3e-3), ("fp8", 3e-2), ("int8", 1e-2)])
+@pytest.mark.parametrize(
+    ("quant", "limit"), [("bf16", 3e-3), ("fp8", 3e-2), ("int8", 1e-2), ("fp8_block", 3e-2)]
+)
 def test_quantised_again(stored: str, quant: str, limit: float, tmp_path: Path) -> None:
     written = write_checkpoint(tmp_path, QWEN3, stored, **WIDE)[LAYER]
     weights = read(tmp_path, quant=quant)
-    assert weights.quant == quant and weights.block_inter is None
+    assert weights.quant == quant
+    assert weights.block_inter == (64 if quant == "fp8_block" else None)
     assert (weights.arguments["quant"] is None) == (quant == "bf16")
     for got, right in zip(dense(weights), expected(written), strict=True):
         assert (got - right).norm() <= (0 if stored == quant else limit) * right.norm()
@@ -444,7 +464,7 @@ def test_tensors_that_are_wrong(part: str, change: Any, message: str, tmp_path: 
     with pytest.raises(ValueError, match=message) as raised:
         read(tmp_path)
     assert f"{tmp_path}, layer 3: " in str(raised.value)
-    assert str(raised.value).endswith("asks for fp8 with a scale a block of 128 x 128")
+    assert "quantization_config" not in str(raised.value)  # which asks for what kernels have
 
 
 EXTRA = [
@@ -514,7 +534,7 @@ ARGUMENTS = [
         {"share": Share(tp=8)},
         "a multiple of 32 of the intermediate size, got tp 8, which leaves 24",
     ),
-    ({"quant": "fp4"}, "quant must be one of fp8, int8, bf16, got 'fp4'"),
+    ({"quant": "fp4"}, "quant must be one of fp8, int8, bf16, fp8_block, got 'fp4'"),
 ]
 
 

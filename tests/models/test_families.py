@@ -24,7 +24,6 @@ CARD = "huggingface.co, the model's own config.json"
 CODE = "transformers 5.24.0, configuration and modeling files"
 FLOATS = ("bf16", "fp32")  # dtypes of logits
 NO_KERNEL = "the products are built without"
-BLOCKS = "fp8 with a scale a block of 128 x 128, which no kernel takes"
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ CASES = (
         num_groups=8,
         layers="layers 3 to 60 of 61",
         beside=2048,
-        notes=(BLOCKS,),
+        dtype="fp8_block",
     ),
     case(
         "kimi-k2.5",  # without the generation fields and most of the vision tower's
@@ -201,7 +200,7 @@ CASES = (
         *(256, 8, 3072, 1536),
         **SIGMOID,
         layers="all 62 layers",
-        notes=(BLOCKS,),
+        dtype="fp8_block",
     ),
     case(  # the code takes tanh's approximation of GELU, whatever a field says
         "grok-2",

@@ -47,6 +47,7 @@ SEVERAL["config_groups"] = {
         ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, "fp8"),
         ({"quant_method": "w8a8_int8"}, "int8"),
         ({"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "fp8"),
+        (FP8_BLOCKS, "fp8_block"),
         (compressed(), "fp8"),
         (compressed(strategy="tensor"), "fp8"),
         (compressed(kind="int"), "int8"),
@@ -61,7 +62,7 @@ def test_what_kernels_have(plain: dict[str, Any], dtype: str) -> None:
 @pytest.mark.parametrize(
     ("plain", "words"),
     [
-        (FP8_BLOCKS, "fp8 with a scale a block of 128 x 128"),
+        ({**FP8_BLOCKS, "weight_block_size": [1, 128]}, "fp8 with a scale a block of 1 x 128"),
         ({"quant_method": "fp8", "activation_scheme": "static"}, "static scales of activations"),
         ({"quant_method": "mxfp4"}, "mxfp4"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, "4-bit weights (awq)"),

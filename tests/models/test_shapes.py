@@ -45,11 +45,15 @@ def test_problems(dtype):
     up, down, activated = gemm_problems(MODELS["mixtral"], dtype).values()
     assert (up.gather, down.gather) == (True, False)
     assert (up.n, up.k, down.n, down.k) == (28672, 4096, 4096, 14336)
-    scales = (None, None) if dtype == "bf16" else (Granularity.TOKEN, Granularity.CHANNEL)
+    scales = {
+        "bf16": (None, None),
+        "fp8_block": (Granularity.TOKEN_BLOCK, Granularity.BLOCK_128),
+    }.get(dtype, (Granularity.TOKEN, Granularity.CHANNEL))
     for problem in (up, down):
         assert (problem.x_scale, problem.weight_scale, problem.epilogue) == (*scales, ())
     assert up.out is DType.BF16
     expected = {"fp8": Accumulation.FAST, "int8": Accumulation.INT32, "bf16": Accumulation.FP32}
+    expected |= {"fp8_block": Accumulation.TWO_LEVEL}
     assert up.accumulation is expected[dtype]
     assert activated.out_columns == down.k
     assert activated.out is DType.BF16
@@ -73,17 +77,22 @@ def test_activations_of_models():
 @pytest.mark.parametrize("bias", [False, True])
 def test_problems_are_those_that_calls_pose(dtype, bias):
     """Else a build would compile images that no call asks for."""
-    shape = MoeShape("small", 4, 2, 64, 32, bias)
+    shape = MoeShape("small", 4, 2, 320, 192, bias)
     for problem in gemm_problems(shape, dtype).values():
         operand = NAMED_DTYPES[dtype]
-        scaled = operand != torch.bfloat16
+        x_scale, scale = None, None
+        if problem.block_rows:
+            blocks, groups = problem.scale_blocks
+            x_scale, scale = torch.ones(3, groups), torch.ones(4, blocks, groups)
+        elif operand != torch.bfloat16:
+            x_scale, scale = torch.ones(3), torch.ones(4, problem.n)
         posed = grouped_matmul_problem(
             torch.empty(3, problem.k, dtype=operand),
             torch.empty(4, problem.n, problem.k, dtype=operand),
             index=torch.zeros(6, dtype=torch.int32) if problem.gather else None,
             offsets=torch.zeros(4, dtype=torch.int32),
-            per_token_scale=torch.ones(3) if scaled else None,
-            scale=torch.ones(4, problem.n) if scaled else None,
+            per_token_scale=x_scale,
+            scale=scale,
             bias=torch.ones(4, problem.n, dtype=torch.bfloat16) if bias else None,
             activation=str(problem.activation.function) if problem.activation else None,
         )
@@ -161,5 +170,5 @@ def test_sizes_are_positive_integers(wrong):
 
 
 def test_unknown_dtype():
-    with pytest.raises(ValueError, match="fp8, int8, bf16, got 'fp4'"):
+    with pytest.raises(ValueError, match="fp8, int8, bf16, fp8_block, got 'fp4'"):
         gemm_problems(MODELS["mixtral"], "fp4")
