@@ -21,12 +21,13 @@ from torch import Tensor
 from cutlass_moe.layer.fused_moe import fused_moe
 from cutlass_moe.layer.why_not import why_not
 from cutlass_moe.models.checkpoints import Checkpoint
-from cutlass_moe.models.expert_weights import ExpertWeights
+from cutlass_moe.models.expert_weights import BLOCK, ExpertWeights
 from cutlass_moe.models.problems import block_rows
 from cutlass_moe.models.shapes import MODELS, MoeShape
 from cutlass_moe.models.shards import has_weights
 from cutlass_moe.operands import FP8_BLOCK, NAMED_DTYPES
 from cutlass_moe.ops.activations import activate
+from cutlass_moe.ops.block_scales import BLOCKS
 from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.grouped_matmul import grouped_matmul
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference
@@ -45,10 +46,14 @@ CHECKED_ROWS = 16
 
 @dataclass(frozen=True)
 class Operand:
-    """8-bit values and float32 scales of their rows, or bf16 values alone."""
+    """8-bit values and float32 scales of their rows, or bf16 values alone.
+
+    block_rows: of how many rows a scale is, if it is one for each 128 columns; else None.
+    """
 
     values: Tensor
     scale: Tensor | None = None
+    block_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,11 @@ def run(
     activation = shape.activation
     if activation is None:
         raise ValueError(f"{shape.name}: no kernel has its experts' activation")
+    if dtype == FP8_BLOCK and shape.inter % block_rows(shape.inter):
+        least = min(BLOCKS)  # else a block of the up projection has gates and ups
+        raise ValueError(
+            f"{shape.name}: inter must be a multiple of {least} for {dtype}, got {shape.inter}"
+        )
     shape = shape.padded(dtype)  # as pad_experts makes a layer's weights
     gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     if not gpu:
@@ -127,7 +137,9 @@ def run(
 
     table = Table("", "tokens", "rows", "time", "TFLOP/s", "GB/s", "relative error")
     x = _operand(hidden, dtype)
-    w13, w2 = Operand(weights.w13, weights.w13_scale), Operand(weights.w2, weights.w2_scale)
+    of_w2 = None if weights.block_inter is None else BLOCK
+    w13 = Operand(weights.w13, weights.w13_scale, weights.block_inter)
+    w2 = Operand(weights.w2, weights.w2_scale, of_w2)
     up = Product(x, w13, weights.w13_bias, rows, routing.offsets, routing.index)
     gates, up_error = _measure_product("up", up, table)
     active = activate(gates.float(), activation, weights.interleaved).bfloat16()
@@ -208,6 +220,7 @@ def random_weights(shape: MoeShape, dtype: str, offsets: Tensor) -> ExpertWeight
         up.scale,
         down.scale,
         dtype,
+        up.block_rows,
         w13_bias=up_bias,
         w2_bias=down_bias,
     )
@@ -217,13 +230,13 @@ def _operand(x: Tensor, dtype: str) -> Operand:
     if dtype == "bf16":
         return Operand(x)
     if dtype == FP8_BLOCK:
-        return Operand(*quantize_per_token_group(x))
+        return Operand(*quantize_per_token_group(x), block_rows=1)
     return Operand(*quantize_per_token(x, NAMED_DTYPES[dtype]))
 
 
-def _quantize_weight(weight: Tensor, dtype: str, rows: int) -> tuple[Tensor, Tensor]:
+def _quantize_weight(weight: Tensor, dtype: str, rows: int | None) -> tuple[Tensor, Tensor]:
     """Quantises weights [E, N, K]. rows: of a block, where scales are those of blocks."""
-    if dtype == FP8_BLOCK:
+    if rows is not None:
         return quantize_per_block(weight, rows=rows)
     return quantize_per_channel(weight, NAMED_DTYPES[dtype])
 
@@ -236,19 +249,22 @@ def _random_weight(shape: MoeShape, name: str, dtype: str, offsets: Tensor) -> O
     n, k = shape.gemms[name]
     counts = offsets.diff(prepend=offsets.new_zeros(1))
     values = torch.empty(shape.num_experts, n, k, dtype=NAMED_DTYPES[dtype], device=offsets.device)
-    rows = block_rows(shape.inter) if name == "up" else 128
+    rows = None
+    if dtype == FP8_BLOCK:
+        rows = block_rows(shape.inter) if name == "up" else BLOCK
     scales: list[Tensor | None] = [None] * shape.num_experts
     for expert in counts.nonzero().flatten().tolist():
         dense = torch.randn(1, n, k, device=offsets.device).div_(k**0.5)
         if dtype == "bf16":
             values[expert] = dense[0]
         else:
-            q, scale = _quantize_weight(dense, dtype, rows)
-            values[expert], scales[expert] = q[0], scale[0]
+            q, scale_of_one = _quantize_weight(dense, dtype, rows)
+            values[expert], scales[expert] = q[0], scale_of_one[0]
     if dtype == "bf16":
         return Operand(values)
     ones = torch.ones_like(next(scale for scale in scales if scale is not None))
-    return Operand(values, torch.stack([ones if scale is None else scale for scale in scales]))
+    scale = torch.stack([ones if scale is None else scale for scale in scales])
+    return Operand(values, scale, rows)
 
 
 def _random_bias(shape: MoeShape, name: str, device: torch.device) -> Tensor | None:
@@ -329,8 +345,17 @@ def _some_rows(product: Product, out: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dense(operand: Operand, i: Tensor) -> Tensor:
+    """A row [K] of x, or the weights [N, K] of an expert."""
     values = operand.values[i].float()
-    return values if operand.scale is None else values * operand.scale[i][..., None]
+    if operand.scale is None:
+        return values
+    scale = operand.scale[i]
+    if operand.block_rows is None:
+        return values * scale[..., None]
+    scale = scale.repeat_interleave(BLOCK, -1)[..., : values.shape[-1]]
+    if values.dim() == 2:
+        scale = scale.repeat_interleave(operand.block_rows, 0)[: len(values)]
+    return values * scale
 
 
 def _relative_error(got: Tensor, expected: Tensor) -> float:

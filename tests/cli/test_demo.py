@@ -32,7 +32,7 @@ def call(*words: str | Path) -> Result:
 
 
 CASES = [
-    (QWEN3, "fp8_block", "fp8", "stored as fp8_block and converted to fp8"),
+    (QWEN3, "fp8_block", "fp8_block", ""),
     (QWEN3, "int8", "int8", ""),
     (QWEN3, "fp8_tensor", "fp8", ""),
     (QWEN3, "bf16", "fp8", "stored as bf16 and converted to fp8"),
@@ -46,7 +46,7 @@ def test_one_command(
     form: Form, quant: str, dtype: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A directory of config.json and safetensors files: its own dtype, its first layer."""
-    written = write_checkpoint(tmp_path / "model", form, quant, hidden=128)[LAYERS[0]]
+    written = write_checkpoint(tmp_path / "model", form, quant, hidden=160, inter=192)[LAYERS[0]]
     seen: list[ExpertWeights] = []
     read = demo.read_weights
 
@@ -78,6 +78,21 @@ def test_layer_and_dtype(tmp_path: Path) -> None:
     assert "layer must be one of those with experts, 1 to 3, got 2" in " ".join(
         result.output.split()
     )
+
+
+def test_block_scales_of_other_weights(tmp_path: Path) -> None:
+    """Random ones, converted ones, and an inner size whose blocks would have gates and ups."""
+    for inter, quant in ((192, None), (192, "bf16"), (48, "fp8_block")):
+        directory = tmp_path / f"{inter}-{quant}"
+        write_checkpoint(directory, QWEN3, quant or "bf16", hidden=160, inter=inter)
+        if quant is None:
+            for path in directory.glob("model*"):
+                path.unlink()
+        result = call("--model", directory, "--dtype", "fp8_block")
+        said = " ".join(result.output.split())
+        assert result.exit_code == (inter == 48), said
+        assert ("converted to fp8_block" in said) == (quant == "bf16")
+        assert ("inter must be a multiple of 32 for fp8_block, got 48" in said) == (inter == 48)
 
 
 def test_inner_size_is_padded(tmp_path: Path) -> None:
