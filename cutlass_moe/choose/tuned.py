@@ -38,10 +38,12 @@ Table = dict[str, dict[str, tuple[TunedConfig, ...]]]  # by GPU, then by `name_o
 def name_of(problem: GemmProblem) -> str:
     """The name of a problem in tables.
 
-    It leaves out gather, output and epilogue, which hardly change which config is fastest.
+    It leaves out gather, output, epilogue and the rows of a block of scales, which hardly change
+    which config is fastest. Scales that vary along K do: "e4m3 two_level 1x128, E 8, ...".
     """
     size = f"E {problem.num_experts}, N {problem.n}, K {problem.k}"
-    return f"{problem.x} {problem.accumulation}, {size}"
+    blocks = f" {problem.x_scale}" if problem.block_rows else ""
+    return f"{problem.x} {problem.accumulation}{blocks}, {size}"
 
 
 def lookup(problem: GemmProblem, gpu: str, rows_per_expert: float) -> GemmConfig | None:

@@ -196,14 +196,18 @@ class RandomOperands:
         for expert in weight:
             expert.copy_(_values(dtype, n, k))
         fixed = {"weight": weight}
+        of_expert: tuple[int, ...] = (n,)
+        of_token: tuple[int, ...] = ()
+        if problem.block_rows:
+            of_expert, of_token = problem.scale_blocks, problem.scale_blocks[1:]
         if problem.x.quantized:
-            fixed["scale"] = torch.rand(experts, n, device="cuda")
+            fixed["scale"] = torch.rand(experts, *of_expert, device="cuda")
         for node in problem.epilogue:
             if isinstance(node, Bias):
                 bias = torch.randn(experts, n, device="cuda")
                 fixed["bias"] = bias.to(TORCH_DTYPES[node.dtype])
         rows = tokens if problem.gather else tokens * top_k
-        scale = torch.rand(rows, device="cuda") if problem.x.quantized else None
+        scale = torch.rand(rows, *of_token, device="cuda") if problem.x.quantized else None
         return cls(problem, top_k, _values(dtype, rows, k).to(dtype), fixed, scale)
 
     def product(self, tokens: int, skewed: bool) -> Callable[[], None]:
