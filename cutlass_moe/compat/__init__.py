@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import sys
 
-_MODULES = {"grouped_gemm": ("ops", "backend"), "deep_gemm": ()}
+_MODULES = {
+    "grouped_gemm": ("ops", "backend"),
+    "deep_gemm": ("utils", "utils.layout", "utils.math"),
+}
 
 
 def install(name: str) -> None:
     """Makes `import NAME` find this package's functions, for code that imports another library.
 
-    name: "grouped_gemm", whose `ops` and `backend` are answered to also, or "deep_gemm". Call it
-    before the library's users are imported; again, it does nothing. A library of that name that is
-    installed is hidden in this process.
+    name: "grouped_gemm", with `ops` and `backend`, or "deep_gemm", with `utils`. Call it before the
+    library's users are imported; again, it does nothing. A library of that name that is installed
+    is hidden in this process.
 
     Raises ValueError for another name, and RuntimeError where the library itself was imported
     before, since whoever did holds its functions.

@@ -1,4 +1,4 @@
-"""DeepGEMM's own names: what they take is what ours take, and blocks are refused."""
+"""DeepGEMM's own names: what they take is what ours take. Blocks: test_compat_blocks.py."""
 
 from __future__ import annotations
 
@@ -83,33 +83,19 @@ def test_fp8_masked() -> None:
     assert deep_gemm.fp8_m_grouped_gemm_nt_masked is name
 
 
-def blocks(rows: int, k: int) -> tuple[Tensor, Tensor]:
-    """As DeepGEMM's per_token_cast_to_fp8 makes them: a scale for each 128 columns of a row."""
-    return torch.zeros(rows, k, dtype=E4M3), torch.ones(rows, k // 128)
-
-
-WIDE = blocks(M, 256)
-WIDE_B = torch.zeros(E, 256, 256, dtype=E4M3), torch.ones(E, 2, 2)  # per_block_cast_to_fp8
-CHANNEL = WIDE_B[0], torch.ones(E, 256, 1)
-TOKEN = WIDE[0], torch.ones(M, 1)
+CHANNEL = torch.zeros(E, 256, 256, dtype=E4M3), torch.ones(E, 256, 1)
+TOKEN = torch.zeros(M, 256, dtype=E4M3), torch.ones(M, 1)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"a": WIDE}, ValueError, r"a's scale must be .*block scales.*got \[6, 2\]"),
-        ({"b": WIDE_B}, ValueError, r"b's scale must be .*block scales.*got \[3, 2, 2\]"),
-        ({"a": WIDE, "b": WIDE_B}, ValueError, "block scales"),
-        ({"recipe": (1, 128, 128)}, ValueError, r"recipe must say one scale .*\(1, 128, 128\)"),
-        ({"recipe": (1, 1, 128)}, ValueError, r"columns at least 256; .*got \(1, 1, 128\)"),
-        ({"recipe_a": (1, 128)}, ValueError, r"recipe_a must say .*got \(1, 128\)"),
-        ({"recipe_b": (128, 256)}, ValueError, r"recipe_b must say .*got \(128, 256\)"),
-        ({"a": (TOKEN[0], TOKEN[1].int())}, TypeError, "float32"),  # packed ue8m0
+        ({"recipe": (1, 128, 128)}, ValueError, r"recipe must be as the scales are.*got \[6, 1\]"),
+        ({"recipe_a": (1, 128)}, ValueError, r"recipe_a must be .*\[6, 2\] of .*got \[6, 1\]"),
+        ({"recipe_b": (128, 256)}, ValueError, r"recipe_b must be .*got \[3, 256, 1\]"),
         ({"a": (TOKEN[0].to(torch.int8), TOKEN[1])}, TypeError, "a must be of .*got torch.int8"),
         ({"b": (CHANNEL[0].to(torch.int8), CHANNEL[1])}, TypeError, "b must be of .*torch.int8"),
         ({"a": TOKEN[0]}, TypeError, "a must be a pair of an fp8 tensor and its scale, got Tensor"),
-        ({"use_psum_layout": True}, ValueError, "use_psum_layout, .* is not supported"),
-        ({"expected_m_for_psum_layout": 4}, ValueError, "expected_m_for_psum_layout 4"),
         ({"compile_dims": "nk"}, TypeError, "must be one of .*, got 'compile_dims'"),
     ],
 )
@@ -119,26 +105,14 @@ def test_what_is_refused(change: dict[str, Any], error: type[Exception], message
         deep_gemm.m_grouped_fp8_gemm_nt_contiguous(**{**call, "grouped_layout": LAYOUT, **change})
 
 
-def test_blocks_of_masked_and_nn_are_refused() -> None:
-    counts, d = torch.ones(E, dtype=torch.int32), torch.zeros(E, M, 256).bfloat16()
-    a = torch.zeros(E, M, 256, dtype=E4M3), torch.ones(E, M, 2)
-    with pytest.raises(ValueError, match="block scales"):
-        deep_gemm.m_grouped_fp8_gemm_nt_masked(a, CHANNEL, d, counts, 1)
-    with pytest.raises(ValueError, match="block scales"):
-        deep_gemm.m_grouped_fp8_gemm_nt_masked((a[0], a[1][..., :1]), WIDE_B, d, counts, 1)
-    with pytest.raises(ValueError, match="recipe must say"):
-        deep_gemm.m_grouped_fp8_gemm_nt_masked(a, CHANNEL, d, counts, 1, (1, 128, 128))
-    flat = torch.zeros(M, 256).bfloat16()
-    with pytest.raises(ValueError, match="block scales"):
-        deep_gemm.m_grouped_fp8_gemm_nn_contiguous(TOKEN, WIDE_B, flat, LAYOUT)
-
-
-def test_one_block_of_columns_is_one_scale_a_token() -> None:
-    """For K up to 128 both kinds of scale are the same, and so is what they compute."""
-    a, scale = blocks(M, 128)
-    b = torch.zeros(E, N, 128, dtype=E4M3), torch.ones(E, N, 1)
-    d = torch.zeros(M, N).bfloat16()
-    deep_gemm.m_grouped_fp8_gemm_nt_contiguous((a, scale), b, d, LAYOUT)
+def test_masked_products_have_no_psum_layout() -> None:
+    a, counts = torch.zeros(E, M, 256).bfloat16(), torch.ones(E, dtype=torch.int32)
+    pair = a.to(E4M3), torch.ones(E, M, 1)
+    d = torch.zeros(E, M, 256).bfloat16()
+    with pytest.raises(TypeError, match="must be one of .*, got 'use_psum_layout'"):
+        deep_gemm.m_grouped_fp8_gemm_nt_masked(pair, CHANNEL, d, counts, 1, use_psum_layout=True)
+    with pytest.raises(ValueError, match="epilogue must be None, got 1"):
+        deep_gemm.m_grouped_bf16_gemm_nt_masked(a, a, d, counts, 1, epilogue=1)
 
 
 @pytest.mark.parametrize("operand", ["a", "b"])
@@ -151,13 +125,22 @@ def test_bf16_names_take_bf16_alone(operand: str) -> None:
             )
 
 
-PLACES = {  # of DeepGEMM 2.6, csrc/apis/gemm.hpp: the first of its arguments, in its order
+PLACES = {  # of DeepGEMM 2.6 and 2.8.1: the first of its arguments, in its order
     "m_grouped_fp8_gemm_nt_contiguous": "a b d grouped_layout recipe recipe_a recipe_b",
     "m_grouped_fp8_gemm_nn_contiguous": "a b d grouped_layout recipe recipe_a recipe_b",
     "m_grouped_fp8_gemm_nt_masked": "a b d masked_m expected_m recipe recipe_a recipe_b",
     "m_grouped_bf16_gemm_nt_contiguous": "a b d grouped_layout",
     "m_grouped_bf16_gemm_nn_contiguous": "a b d grouped_layout",
-    "m_grouped_bf16_gemm_nt_masked": "a b d masked_m expected_m compiled_dims",
+    "m_grouped_bf16_gemm_nt_masked": "a b d masked_m expected_m compiled_dims epilogue",
+    "fp8_gemm_nt": "a b d c recipe recipe_a recipe_b",
+    "per_token_cast_to_fp8": "x use_ue8m0 gran_k use_packed_ue8m0",
+    "per_block_cast_to_fp8": "x use_ue8m0 gran_k",
+    "get_mn_major_tma_aligned_tensor": "sf",
+    "set_mk_alignment_for_contiguous_layout": "new_value",
+    "get_theoretical_mk_alignment_for_contiguous_layout": "expected_m",
+    "transform_sf_into_required_layout": (
+        "sf mn k recipe num_groups is_sfa disable_ue8m0_cast psum_layout"
+    ),
 }
 
 

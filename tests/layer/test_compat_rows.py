@@ -249,7 +249,12 @@ def test_arguments_have_the_packages_places() -> None:
 @pytest.fixture
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """No module of the packages' names, before and after."""
-    for name in ("grouped_gemm", "grouped_gemm.ops", "grouped_gemm.backend", "deep_gemm"):
+    parts = {
+        "grouped_gemm": ["ops", "backend"],
+        "deep_gemm": ["utils", "utils.layout", "utils.math"],
+    }
+    names = [f"{name}.{part}" for name in parts for part in parts[name]]
+    for name in (*parts, *names):
         monkeypatch.setitem(sys.modules, name, None)
         monkeypatch.delitem(sys.modules, name)
 
@@ -261,10 +266,16 @@ def test_install_answers_to_import(forgotten: None) -> None:
     import deep_gemm  # type: ignore[import-not-found]
     import grouped_gemm  # type: ignore[import-not-found]
     import grouped_gemm.backend as theirs  # type: ignore[import-not-found]
+    from deep_gemm.utils import per_token_cast_to_fp8  # type: ignore[import-not-found]
+    from deep_gemm.utils.layout import (  # type: ignore[import-not-found]
+        get_mn_major_tma_aligned_tensor,
+    )
     from grouped_gemm.ops import permute  # type: ignore[import-not-found]
 
     assert grouped_gemm.ops is ops and theirs is backend and permute is ops.permute
     assert deep_gemm.m_grouped_fp8_gemm_nt_contiguous
+    assert deep_gemm.per_token_cast_to_fp8 is per_token_cast_to_fp8
+    assert deep_gemm.get_mn_major_tma_aligned_tensor is get_mn_major_tma_aligned_tensor
 
 
 def test_install_hides_a_package_that_is_there(tmp_path: Path) -> None:
