@@ -26,7 +26,7 @@ def pad_experts(
 
     I and the last dimension of w13 become the next multiple of 16 bytes: of 16 for 8-bit weights,
     of 8 for 16-bit ones; the rows of w2 become a multiple of 8. The new values of weights and
-    biases are 0, of scales 1; every activation of 0 is 0, so the layer's results stay what they
+    biases are 0, of scales 1 (blocks of scales stay as they are: none begins in the padding); every activation of 0 is 0, so the layer's results stay what they
     are, except for the order of float sums. Hidden states, residual and output keep their H:
     `fused_moe` takes both. If H is no multiple of 8, it copies them in every call.
 
@@ -52,14 +52,6 @@ def pad_experts(
         )
     if w2.dtype not in DTYPES:
         raise TypeError(f"w2 must be one of {', '.join(map(str, DTYPES))}, got {w2.dtype}")
-    scales = [scale for scale in (w13_scale, w2_scale) if scale is not None]
-    if any(scale.dim() == 3 and scale.shape[2] != 1 for scale in scales) and w2.dtype in DTYPES:
-        multiple = padded(1, DTYPES[w2.dtype])
-        if w13.shape[2] % multiple or w2.shape[2] % multiple:
-            raise ValueError(
-                f"H and I must be multiples of {multiple} where scales vary along K, because "
-                f"blocks are not padded, got {w13.shape[2]} and {w2.shape[2]}"
-            )
     dtype, rows, inter, hidden = DTYPES[w2.dtype], w13.shape[1], w2.shape[2], w2.shape[1]
     parts = 1 if interleaved else rows // inter
     wide13, wide2 = rows // inter * padded(inter, dtype), padded(hidden, DType.BF16)

@@ -61,8 +61,6 @@ class LayerProblems(NamedTuple):
 
 def quantize_rows(problem: Quantize, k: int) -> Quantize:
     """The problem for rows of K values, which rows of 16 bytes take."""
-    if isinstance(problem, QuantizeGroupsProblem):
-        return replace(problem, k=k)
     return replace(problem, k=k, padded=k % 16 != 0)
 
 
@@ -158,5 +156,5 @@ def layer_problems(
 def _quantize(source: DType, target: DType, k: int, blocks: bool, padded: bool = False) -> Quantize:
     """The quantisation of rows; blocks: with a scale per 128 of K."""
     if blocks:
-        return QuantizeGroupsProblem(source, target, k)
+        return QuantizeGroupsProblem(source, target, k, padded)
     return QuantizeProblem(source, target, k, padded)

@@ -187,12 +187,13 @@ class QuantizeProblem(Step):
 class QuantizeGroupsProblem(Step):
     """Quantises rows [R, K] to q [R, K] with a float32 scale per 128 of K.
 
-    As `cutlass_moe.quantize_per_token_group` does.
+    As `cutlass_moe.quantize_per_token_group` does. padded: as in `QuantizeProblem`.
     """
 
     source: DType
     target: DType
     k: int
+    padded: bool = False
     op: ClassVar[str] = "quantize_groups"
 
     @property
@@ -211,6 +212,8 @@ class QuantizeGroupsProblem(Step):
             return f"rows must be quantised to one of {', '.join(LARGEST)}, got {self.target}"
         if self.k % ROW_VECTOR or self.k < 1:
             return f"K must be a positive multiple of {ROW_VECTOR}, got {self.k}"
+        if self.padded and self.k % 16 == 0:
+            return f"K must be no multiple of 16 where rows of q are padded, got {self.k}"
         return None
 
 

@@ -37,6 +37,7 @@ class QuantizeGroups:
         self.source = ELEMENT[problem.source]
         self.words = ROW_VECTOR * problem.source.bytes // 4  # int32 per thread and group
         self.groups = config.threads // _THREADS  # per CTA, at a time
+        self.columns = problem.k + ROW_VECTOR * problem.padded  # of q
 
     def arguments(self):
         """The arguments of `__call__`, except grid and stream."""
@@ -116,8 +117,8 @@ class QuantizeGroups:
             Divisor(divisor).divide(elements)
             if group < count:
                 row, column = self.place(group, lane)
-                if column < self.problem.k:
-                    target = q + (Int64(row) * self.problem.k + column)
+                if column < self.columns:  # zeros from K on
+                    target = q + (Int64(row) * self.columns + column)
                     quantized = narrow(elements, self.problem.target)
                     cute.autovec_copy(quantized, vector(target, Int32, 2, GMEM))
                 if lane == 0:

@@ -150,8 +150,21 @@ def test_modules_are_quantised() -> None:
     assert "quant='fp8_block'" in repr(layer)
 
 
-def test_padding_of_blocks_is_refused() -> None:
-    w13, scale = cm.quantize_per_block(torch.randn(2, 80, 256), gated=True)
-    w2, w2_scale = cm.quantize_per_block(torch.randn(2, 256, 40))
-    with pytest.raises(ValueError, match="H and I must be multiples of 16 where scales vary along"):
-        cm.pad_experts(w13, w2, w13_scale=scale, w2_scale=w2_scale)
+def test_experts_are_padded() -> None:
+    """Blocks are as many as before, because 16 divides them."""
+    dense = torch.randn(2, 80, 256), torch.randn(2, 256, 40)
+    w13, scale = cm.quantize_per_block(dense[0], gated=True)
+    w2, w2_scale = cm.quantize_per_block(dense[1])
+    experts = cm.pad_experts(w13, w2, w13_scale=scale, w2_scale=w2_scale)
+    assert experts.w13.shape == (2, 96, 256) and experts.w13_scale is scale
+    rest = {
+        "hidden": torch.randn(7, 256).bfloat16(),
+        "topk_weights": torch.rand(7, 1),
+        "topk_ids": torch.arange(7)[:, None].int() % 2,
+        "quant": FP8_BLOCK,
+    }
+    plain = {"w13": w13, "w2": w2, "w13_scale": scale, "w2_scale": w2_scale}
+    assert "pad_experts" in str(cm.why_not(**rest, **plain))
+    wide = experts._asdict()
+    assert cm.why_not(**rest, **wide) is None
+    torch.testing.assert_close(cm.fused_moe(**rest, **wide), cm.fused_moe(**rest, **plain))

@@ -58,7 +58,9 @@ def test_bits(
     options = {"column_major": column_major, "power_of_two": power_of_two}
     q, scale = cm.quantize_per_token_group(x, target, **options)
     want, want_scale = cm.quantize_per_token_group_reference(x, target, **options)
-    assert same_bits(scale, want_scale) and scale.stride() == want_scale.stride()
+    assert same_bits(scale, want_scale)
+    if rows > 1 and scale.shape[1] > 1:
+        assert scale.stride() == ((1, rows) if column_major else (scale.shape[1], 1))
     assert same_bits(q, want)
 
 

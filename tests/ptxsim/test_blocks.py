@@ -36,14 +36,15 @@ def test_kernels_are_right(name: str) -> None:
 def test_groups_are_quantised(
     source: DType, target: DType, k: int, end: int | None, column_major: bool, power_of_two: bool
 ) -> None:
-    rows, problem = 7, QuantizeGroupsProblem(source, target, k)
+    rows, problem = 7, QuantizeGroupsProblem(source, target, k, padded=k % 16 != 0)
+    columns = k + 8 * problem.padded
     generator = torch.Generator().manual_seed(k)
     factors = torch.tensor([1.0, 300.0, 0.0, 1e-3, 1.0, 1.0, 0.0])[:, None]
     x = (torch.randn(rows, k, generator=generator) * factors).to(TORCH_DTYPES[source])
     written = rows if end is None else end
     shape = (problem.groups, rows) if column_major else (rows, problem.groups)
     scale = poisoned(*shape, torch.float32, "cpu")
-    q = torch.full((rows, k), 0x55, dtype=torch.uint8)
+    q = torch.full((rows, columns), 0x55, dtype=torch.uint8)
     arguments = {
         "source": x,
         "end": 0 if end is None else torch.tensor([end], dtype=torch.int32),
@@ -62,5 +63,6 @@ def test_groups_are_quantised(
         x, TORCH_DTYPES[target], power_of_two=power_of_two
     )
     scale = scale.T if column_major else scale
-    assert same_bits(q[:written], want[:written].view(torch.uint8))
+    assert same_bits(q[:written, :k], want[:written].view(torch.uint8))
+    assert not q[:written, k:].any()
     assert torch.equal(scale[:written], want_scale[:written])
