@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 import cutlass_moe as cm
+from cutlass_moe.operands import FP8_BLOCK
 
 Experts = Any  # a module of experts: its classes are made by a decorator
-QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # what `quantize` makes
+BLOCK = 128  # rows and columns that share a scale in the blocks that kernels have
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 # Of values whose pairs tell activations apart: around zero, bends, clamps near and far.
 _SIZES = (0.0, 0.01, 0.3, 1.0, 1.7, 2.3, 3.0, 6.0, 12.0, 90.0, 1e4, 1e15)
@@ -49,8 +51,27 @@ def experts_of(model: nn.Module) -> Iterator[Experts]:
 
 
 def quant_of(module: Experts) -> str | None:
-    """What `quantize` made of a module: "fp8", "int8" or None."""
+    """What `store` made of a module: "fp8", "int8", "fp8_block" or None."""
     return getattr(module, "_cutlass_moe_quant", None)
+
+
+def has_blocks(module: Experts) -> bool:
+    """Whether the scales of 8-bit weights are those of blocks of 128 x 128."""
+    if quant_of(module):
+        return quant_of(module) == FP8_BLOCK
+    return tuple(getattr(module, "block_size", None) or ()) == (BLOCK, BLOCK)
+
+
+def why_not_blocks(module: Experts, inter: int, rows: int = BLOCK) -> str | None:
+    """Why kernels can't read blocks of scales of a module, or None.
+
+    rows: those of gate_up_proj that share a scale.
+    """
+    if is_interleaved(module):
+        return "gates and ups must not be interleaved where scales are those of blocks"
+    if module.has_gate and inter % rows:
+        return f"blocks of {rows} rows must have gates or ups alone, got I = {inter}"
+    return None
 
 
 def is_interleaved(module: Experts) -> bool:
@@ -67,7 +88,8 @@ def weights_of(module: Experts) -> dict[str, Tensor]:
             found[f"{ours}_bias"] = getattr(module, f"{name}_bias")
         if weight.dtype.itemsize == 1:
             scale = getattr(module, f"{name}_scale_inv")
-            found[f"{ours}_scale"] = scale.squeeze(-1) if scale.dim() == 3 else scale
+            plain = scale.dim() == 3 and not has_blocks(module)
+            found[f"{ours}_scale"] = scale.squeeze(-1) if plain else scale
     return found
 
 
@@ -139,7 +161,14 @@ def quantize(module: Experts, quant: str) -> None:
 
 
 def store(module: Experts, weights: Any, quant: str) -> None:
-    """Puts quantised weights, as `pad_experts` gives them, in the place of a module's own."""
+    """Puts quantised weights, as `pad_experts` gives them, in the place of a module's own.
+
+    Raises ValueError for blocks of scales that kernels can't read.
+    """
+    if quant == FP8_BLOCK:
+        reason = why_not_blocks(module, weights.w2.shape[2], weights.block_inter)
+        if reason is not None:
+            raise ValueError(f"{type(module).__name__}: {reason}")
     for ours, name in _names(module).items():
         for stale in (name, f"{name}_scale_inv"):
             if hasattr(module, stale):

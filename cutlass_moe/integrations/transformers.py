@@ -43,20 +43,23 @@ from cutlass_moe.integrations.experts import (
     dequantize,
     experts_of,
     find_activation,
+    has_blocks,
     is_interleaved,
     make_readable,
     quant_of,
     quantize,
     store,
     weights_of,
+    why_not_blocks,
 )
 from cutlass_moe.models.checkpoints import Checkpoint
 from cutlass_moe.models.shards import Shards
+from cutlass_moe.operands import FP8_BLOCK
 
 NAME = "cutlass_moe"
 OLDEST, NEWER = Version("5.17"), Version("5.25")  # tested from the one to below the other
 _DTYPES = {dtype: quant for quant, dtype in QUANTS.items()}
-_BLOCKS = "fp8_block"  # what checkpoints with `weight_block_size` hold
+_LOADED = (*QUANTS, FP8_BLOCK)
 SUMS_QUANTIZED = Version("5.24")  # the first seen to sum over ranks whatever the parameters are
 _LAYER = re.compile(r"\.(\d+)\.")
 _OF_EXPERTS = re.compile(r"(^|\.)experts\.")
@@ -144,22 +147,25 @@ def load_quantized(
     """Loads a model whose experts are stored in 8 bits, or quantises them while they are read.
 
     directory: config.json and safetensors files, as they are published: compressed-tensors with a
-      scale per channel, FP8 with scales per block, or 16 bits.
-    quant: "fp8" or "int8"; default as the experts are stored, which must be one of these. Scales
-      per block need it: the weights are then rounded once more.
+      scale per channel, FP8 with a scale per block of 128 x 128, or 16 bits.
+    quant: "fp8", "int8" or "fp8_block"; default as the experts are stored, which must be one of
+      these. Weights that are stored in another of them are rounded once more.
     dtype: of everything else. What of it is stored in 8 bits is converted, once.
 
     The experts are read one by one, so that no more than one is ever held in 16 bits. The result is
-    that of `quantize_`. Raises ValueError for a directory that is not understood.
+    a model as `quantize_` makes it. Raises ValueError for a directory that is not understood, and
+    for "fp8_block" where gates and ups are interleaved.
     """
     directory = Path(directory)
-    if quant is not None and quant not in QUANTS:
-        raise ValueError(f"quant must be None, {' or '.join(map(repr, QUANTS))}, got {quant!r}")
+    wanted = ", ".join(map(repr, _LOADED))
+    if quant is not None and quant not in _LOADED:
+        raise ValueError(f"quant must be None or one of {wanted}, got {quant!r}")
     with Checkpoint(directory) as checkpoint:
         stored = quant or checkpoint.stored(checkpoint.layers[0])
-        if stored not in QUANTS:
-            wanted = " or ".join(map(repr, QUANTS))
-            raise ValueError(f"quant must be {wanted} for experts stored as {stored}, got None")
+        if stored not in _LOADED:
+            raise ValueError(
+                f"quant must be one of {wanted} for experts stored as {stored}, got None"
+            )
         model = _load_all_but_experts(directory, dtype).to(device)
         named = {id(module): name for name, module in model.named_modules()}
         for module in tqdm(list(experts_of(model)), desc=f"Experts as {stored}", unit="layer"):
@@ -255,8 +261,8 @@ def _forward(
         found = _find_out(self)
     experts = weights_of(self)
     quant: str | None = _DTYPES.get(experts["w13"].dtype)
-    if quant and experts["w13_scale"].dim() == 3:
-        quant = _BLOCKS
+    if quant and has_blocks(self):
+        quant = FP8_BLOCK
     ours = quant_of(self)
     if ours and quant != ours:
         raise RuntimeError(
@@ -291,7 +297,7 @@ def _two_products(self: Experts, call: dict[str, Any]) -> Tensor:
     def multiply(x: Tensor, name: str, index: Tensor | None = None) -> Tensor:
         rows: Any = {"index": index, "offsets": table.offsets, "bias": call.get(f"{name}_bias")}
         dtype = x.dtype
-        if call["quant"] == _BLOCKS:
+        if call["quant"] == FP8_BLOCK:
             x, rows["per_token_scale"] = cm.quantize_per_token_group(x)
             rows["scale"] = call[f"{name}_scale"]
         elif call["quant"]:
@@ -311,6 +317,10 @@ def _why_not(self: Experts, found: _Found | None, call: dict[str, Any]) -> str |
     """Why no kernel serves a call; asked once for each kind of call of a module."""
     if getattr(self, "activation_scheme", "dynamic") != "dynamic":
         return f"tokens must be quantised by scales of their own, got {self.activation_scheme} ones"
+    if call["quant"] == FP8_BLOCK:
+        reason = why_not_blocks(self, call["w2"].shape[2])
+        if reason is not None:
+            return reason
     if found is None or torch.compiler.is_compiling():
         return cm.why_not(**call)
     x, w13, weights, ids = (call[name] for name in ("hidden", "w13", "topk_weights", "topk_ids"))

@@ -30,6 +30,7 @@ from transformers.integrations.moe import use_experts_implementation
 import cutlass_moe as cm
 from cutlass_moe.integrations import transformers as ours
 from cutlass_moe.integrations.experts import find_activation
+from cutlass_moe.operands import NAMED_DTYPES
 from tests.integrations.tiny_models import (
     FAMILIES,
     HIDDEN,
@@ -47,6 +48,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 SHAPES = ["qwen3-moe", "gpt-oss", "nemotron-h"]  # one of each layout
 ACTIVATIONS = {"gpt-oss": ("swiglu", 7.0, 1.702, 1.0), "nemotron-h": ("relu2", None, None, None)}
 LIMITS = {None: 6e-3, "int8": 2e-2, "fp8": 7e-2}  # of a module, from float32
+BLOCKS = {"hidden_size": 320, "moe_intermediate_size": 128}  # of several blocks of 128 x 128
 
 
 @pytest.fixture(autouse=True)
@@ -436,9 +438,12 @@ def test_what_cannot_be_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
 # FP8 checkpoints as transformers holds them
 
 
-def fp8_experts(block_size: tuple[int, int] | None, **options: Any) -> tuple[Any, Any]:
+def fp8_experts(
+    block_size: tuple[int, int] | None, sizes: dict[str, int] | None = None, **options: Any
+) -> tuple[Any, Any]:
     """FP8 experts, and the same in float32 by what their values stand for."""
-    config = make("qwen3-moe", device="meta").config
+    sizes = sizes or {}
+    config = make("qwen3-moe", device="meta", **sizes).config
     config.hidden_act, config._experts_implementation = "silu", "cutlass_moe"
 
     class Experts(finegrained_fp8.FP8Experts):
@@ -448,7 +453,7 @@ def fp8_experts(block_size: tuple[int, int] | None, **options: Any) -> tuple[Any
         experts_class=Experts, experts_interface=finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS
     )
     experts = decorated(config=config, block_size=block_size, **options)
-    wide = copy.deepcopy(experts_of(make("qwen3-moe"))[0]).float()
+    wide = copy.deepcopy(experts_of(make("qwen3-moe", **sizes))[0]).float()
     torch.manual_seed(1)
     for name in ("gate_up_proj", "down_proj"):
         weight, scale = getattr(experts, name), getattr(experts, f"{name}_scale_inv")
@@ -470,13 +475,28 @@ def test_fp8_experts_in_place(block_size: tuple[int, int] | None) -> None:
     assert relative(out, eager(wide, *arguments)) <= LIMITS["fp8"]
 
 
+@pytest.mark.parametrize("gate", [nn.SiLU(), nn.Tanh()], ids=["fused", "two_products"])
+def test_blocks_of_scales_in_place(gate: nn.Module) -> None:
+    experts, wide = fp8_experts((128, 128), BLOCKS)
+    assert experts.gate_up_proj_scale_inv.shape == (E, 2, 3)
+    experts.act_fn = wide.act_fn = gate  # no kernel has tanh
+    _, ids, weights = routing(100)
+    hidden = torch.randn(100, BLOCKS["hidden_size"]).bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = experts(hidden, ids, weights)
+    assert (experts._cutlass_moe.activation is None) == isinstance(gate, nn.Tanh)
+    assert relative(out, eager(wide, hidden, ids, weights)) <= LIMITS["fp8"]
+
+
 @pytest.mark.parametrize(
     ("block_size", "options", "reason"),
     [
         ((16, 16), {}, "w13_scale must have shape"),
+        ((128, 128), {}, "blocks of 128 rows must have gates or ups alone, got I = 32"),
         ((1, HIDDEN), {"activation_scheme": "static"}, "scales of their own, got static ones"),
     ],
-    ids=["block", "static"],
+    ids=["block", "joint-block", "static"],
 )
 def test_fp8_experts_that_fall_back(
     block_size: tuple[int, int],
@@ -533,7 +553,9 @@ def write_8bit(directory: Path, model: Any, quant: str) -> None:
         ("qwen3-moe", "int8", None),
         ("mixtral", "fp8", None),
         ("deepseek-v3", "fp8_block", "int8"),
+        ("deepseek-v3", "fp8_block", None),
         ("deepseek-v3", "bf16", "fp8"),
+        ("nemotron-h", "bf16", "fp8_block"),
     ],
 )
 def test_load_quantized(family: str, stored: str, quant: str | None, tmp_path: Path) -> None:
@@ -546,8 +568,7 @@ def test_load_quantized(family: str, stored: str, quant: str | None, tmp_path: P
     assert type(loaded) is type(model)
     assert loaded.config._experts_implementation == "cutlass_moe"
     assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
-    values = experts_of(loaded)[0].gate_up_proj
-    assert values.dtype == ours.QUANTS[quant or stored]
+    assert experts_of(loaded)[0].down_proj.dtype == NAMED_DTYPES[quant or stored]
     with torch.no_grad():
         error = per_token(loaded(ids).logits, model(ids).logits).median()
     assert error <= (0.05 if "int8" in (stored, quant) and stored != "fp8_block" else 0.2)
@@ -556,11 +577,14 @@ def test_load_quantized(family: str, stored: str, quant: str | None, tmp_path: P
 
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="quant must be None, 'fp8' or 'int8', got 'bf16'"):
+    with pytest.raises(ValueError, match="None or one of 'fp8', 'int8', 'fp8_block', got 'bf16'"):
         ours.load_quantized(tmp_path, "bf16")
     make("qwen3-moe").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must be 'fp8' or 'int8' for experts stored as bf16"):
+    with pytest.raises(ValueError, match="one of 'fp8', 'int8', .* for experts stored as bf16"):
         ours.load_quantized(tmp_path, device="cpu")
+    make("gpt-oss").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Experts: gates and ups must not be interleaved"):
+        ours.load_quantized(tmp_path, "fp8_block", device="cpu")
 
 
 # Versions
