@@ -34,9 +34,9 @@ def warmup(
       Hugging Face config.json or of its directory; it stands for all problems of its layers: those
       of `fused_moe` and of the router.
     device: default the current one.
-    dtype: of a model's weights: "fp8", "int8" or "bf16"; default what the file's
-      quantization_config asks for, else "fp8". What a model does and the kernels do not is a
-      RuntimeWarning.
+    dtype: of a model's weights: "fp8", "fp8_block" (scales that vary along K), "int8" or "bf16";
+      default what the file's quantization_config asks for, else "fp8". What a model does and the
+      kernels do not is a RuntimeWarning.
 
     Raises ValueError for an unknown model, file or dtype, and what `runtime.library.load` raises.
     """
