@@ -9,7 +9,7 @@ from cutlass_moe.models.shapes import DTYPES, MoeShape
 from cutlass_moe.operands import FP8_BLOCK
 from cutlass_moe.ops.block_scales import BLOCKS
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import GemmProblem, Granularity
+from emitters.spec.gemm import ActivationFunction, GemmProblem, Granularity, block_count
 from emitters.spec.layer_steps import (
     MAX_FUSED_EXPERTS,
     RouteLogitsProblem,
@@ -35,8 +35,9 @@ def problems_of_shape(shape: MoeShape, dtype: str) -> LayerProblems:
     scale = Granularity.CHANNEL if operand.quantized else None
     up = down = Projection(scale, DType.BF16 if shape.bias else None)
     if dtype == FP8_BLOCK:
-        up = up._replace(scale=BLOCKS[block_rows(shape.inter)])
-        down = down._replace(scale=BLOCKS[128])
+        gated = ActivationFunction(shape.activation).gated
+        up = up._replace(scale=_blocks(shape.gemms["up"].n, shape.inter, gated))
+        down = down._replace(scale=Granularity.BLOCK_128)
     return layer_problems(
         LayerSizes(shape.num_experts, shape.routed.top_k, shape.hidden, shape.inter),
         operand,
@@ -52,12 +53,23 @@ def block_rows(inter: int) -> int:
     return next((rows for rows in BLOCKS if inter % rows == 0), 128)
 
 
+def _blocks(n: int, inter: int, gated: bool) -> Granularity:
+    """The granularity that a call poses with the scales of an up projection [N, K].
+
+    As `block_granularity` takes it: of those with as many blocks, the one with the most rows.
+    """
+    count = block_count(n, block_rows(inter), gated)
+    return next(one for rows, one in BLOCKS.items() if block_count(n, rows, gated) == count)
+
+
 def gemm_problems(shape: MoeShape, dtype: str) -> dict[str, GemmProblem]:
     """A model's grouped GEMMs: "up" (rows gathered) and "down" (rows in order), with bf16 output,
     and, where a kernel has the activation, "activated", the up projection of `fused_moe`. dtype as
     in `problems_of_shape`."""
     layer = problems_of_shape(_with_activation(shape), dtype)
     up = replace(layer.up, out=DType.BF16, epilogue=layer.up.epilogue[:-1])
+    if dtype == FP8_BLOCK:
+        up = replace(up, weight_scale=_blocks(up.n, shape.inter, gated=False))
     products = {"up": up, "down": layer.down}
     return products if shape.activation is None else {**products, "activated": layer.up}
 

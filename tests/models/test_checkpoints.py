@@ -14,8 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 import cutlass_moe as cm
+from cutlass_moe.layer.checks import problems_of
 from cutlass_moe.models.checkpoints import Checkpoint, Share
 from cutlass_moe.models.expert_weights import ExpertWeights
+from cutlass_moe.models.files import read_model
+from cutlass_moe.models.problems import problems_of_shape
+from cutlass_moe.operands import LayerOperands, LayerOptions
 from tests.support import checkpoints
 from tests.support.checkpoints import (
     BLOCK,
@@ -312,6 +316,20 @@ def test_layer(form: Form, quant: str, limit: float, tp: int, ep: int, tmp_path:
             total += out.float()
     right = by_definition(hidden.float(), written, weights, ids, activation)
     assert (total - right).norm() <= limit * right.norm()
+
+
+@pytest.mark.parametrize("stored", ["bf16", "fp8_block"])
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_blocks_pose_what_is_built(stored: str, tp: int, tmp_path: Path) -> None:
+    """The products of a rank's share are those that `build --tp` compiles, also if converted."""
+    write_checkpoint(tmp_path, QWEN3, stored, **WIDE)
+    shape = read_model(tmp_path).shape.shard(tp)
+    built = problems_of_shape(shape, "fp8_block")
+    weights = read(tmp_path, quant="fp8_block", share=Share(tp, tp - 1)).experts
+    hidden, ids = torch.zeros(3, 160).bfloat16(), torch.zeros(3, TOP_K, dtype=torch.int32)
+    layer = LayerOperands(hidden, weights.w13, weights.w2, torch.zeros(3, TOP_K), ids, *weights[2:])
+    posed = problems_of(layer, LayerOptions("fp8_block", "swiglu"))
+    assert (posed.up, posed.down) == (built.up, built.down)
 
 
 @pytest.mark.parametrize("stored", ["bf16", "fp16", "fp8_block", "fp8"])

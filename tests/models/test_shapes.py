@@ -74,10 +74,10 @@ def test_activations_of_models():
 
 
 @every_dtype
-@pytest.mark.parametrize("bias", [False, True])
-def test_problems_are_those_that_calls_pose(dtype, bias):
+@pytest.mark.parametrize(("inter", "bias"), [(192, False), (64, False), (256, True)])
+def test_problems_are_those_that_calls_pose(dtype, inter, bias):
     """Else a build would compile images that no call asks for."""
-    shape = MoeShape("small", 4, 2, 320, 192, bias)
+    shape = MoeShape("small", 4, 2, 320, inter, bias)
     for problem in gemm_problems(shape, dtype).values():
         operand = NAMED_DTYPES[dtype]
         x_scale, scale = None, None
