@@ -85,7 +85,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "pad_experts": (cm.pad_experts, {"w13": LAYER["w13"], "w2": LAYER["w2"]}),
     "plan": (cm.plan, PRODUCT),
     "quantize_per_channel": (cm.quantize_per_channel, {"weight": W2, "dtype": torch.int8}),
+    "quantize_per_block": (cm.quantize_per_block, {"weight": W2}),
     "quantize_per_token": (cm.quantize_per_token, QUANTIZED),
+    "quantize_per_token_group": (cm.quantize_per_token_group, {"x": X}),
+    "quantize_per_token_group_reference": (cm.quantize_per_token_group_reference, {"x": X}),
     "quantize_per_token_reference": (cm.quantize_per_token_reference, QUANTIZED),
     "renormalize_kept": (
         cm.renormalize_kept,
