@@ -295,9 +295,12 @@ def test_other_architectures_have_a_reason() -> None:
     assert "sm_80" in (why_illegal(PROBLEM, arch="sm_80") or "")
 
 
-def test_two_level_accumulation_does_not_fit_wide_tiles() -> None:
+def test_two_level_accumulation_multiplies_wide_tiles_in_halves() -> None:
     problem = dataclasses.replace(PROBLEM, accumulation=Accumulation.TWO_LEVEL)
-    assert "accumulators" in (why_illegal(problem, GemmSm90Config()) or "")
+    assert GemmSm90Config().parts(PROBLEM) == 1 and GemmSm90Config().parts(problem) == 2
+    assert why_illegal(problem, GemmSm90Config()) is None
+    three = GemmSm90Config(tile_m=192, tile_n=256)  # consumers, with fewer registers each
+    assert "registers" in (why_illegal(problem, three) or "")
     assert len(heuristics.candidates(problem)) >= 2
 
 
