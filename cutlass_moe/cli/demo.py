@@ -109,14 +109,7 @@ def run(
     Prints a table, returns whether the results are right. Raises ValueError where the file of
     topk_ids holds no routing, and what `Checkpoint` raises.
     """
-    activation = shape.activation
-    if activation is None:
-        raise ValueError(f"{shape.name}: no kernel has its experts' activation")
-    if dtype == FP8_BLOCK and shape.inter % block_rows(shape.inter):
-        least = min(BLOCKS)  # else a block of the up projection has gates and ups
-        raise ValueError(
-            f"{shape.name}: inter must be a multiple of {least} for {dtype}, got {shape.inter}"
-        )
+    activation = _activation(shape, dtype)
     shape = shape.padded(dtype)  # as pad_experts makes a layer's weights
     gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     if not gpu:
@@ -156,6 +149,18 @@ def run(
     console.print(table)
     right = max(up_error, down_error) <= ERROR_LIMIT
     return right and layer_error <= LAYER_ERROR_LIMIT
+
+
+def _activation(shape: MoeShape, dtype: str) -> str:
+    """The activation of a layer that can be run; raises ValueError for another layer."""
+    if shape.activation is None:
+        raise ValueError(f"{shape.name}: no kernel has its experts' activation")
+    if dtype == FP8_BLOCK and shape.inter % block_rows(shape.inter):
+        least = min(BLOCKS)  # else a block of the up projection has gates and ups
+        raise ValueError(
+            f"{shape.name}: inter must be a multiple of {least} for {dtype}, got {shape.inter}"
+        )
+    return shape.activation
 
 
 def route_tokens(

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import cutlass_moe as cm
-from cutlass_moe.operands import FP8_BLOCK
 
 Experts = Any  # a module of experts: its classes are made by a decorator
 QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # what `quantize` makes
+FP8_BLOCK = "fp8_block"  # e4m3 as checkpoints with `weight_block_size` hold it
 BLOCK = 128  # rows and columns that share a scale in the blocks that kernels have
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 # Of values whose pairs tell activations apart: around zero, bends, clamps near and far.

@@ -35,6 +35,7 @@ from transformers.utils.logging import tqdm
 import cutlass_moe as cm
 from cutlass_moe.environment import STRICT
 from cutlass_moe.integrations.experts import (
+    FP8_BLOCK,
     GATED,
     NOT_GATED,
     QUANTS,
@@ -54,7 +55,6 @@ from cutlass_moe.integrations.experts import (
 )
 from cutlass_moe.models.checkpoints import Checkpoint
 from cutlass_moe.models.shards import Shards
-from cutlass_moe.operands import FP8_BLOCK
 
 NAME = "cutlass_moe"
 OLDEST, NEWER = Version("5.17"), Version("5.25")  # tested from the one to below the other
