@@ -148,7 +148,7 @@ def _check_scales(layer: LayerOperands, options: LayerOptions) -> None:
         if scale is None:
             continue
         if options.quant is None:
-            raise ValueError(f"{name} needs a quant, got quant None")
+            raise ValueError(f"{name} needs quant 'fp8' or 'int8', got quant None")
         of_tokens = quantized and name == "hidden_scale"
         if options.quant != FP8_BLOCK:
             count = hidden.shape[0] if of_tokens else 1

@@ -26,9 +26,10 @@ def pad_experts(
 
     I and the last dimension of w13 become the next multiple of 16 bytes: of 16 for 8-bit weights,
     of 8 for 16-bit ones; the rows of w2 become a multiple of 8. The new values of weights and
-    biases are 0, of scales 1 (blocks of scales stay as they are: none begins in the padding); every activation of 0 is 0, so the layer's results stay what they
-    are, except for the order of float sums. Hidden states, residual and output keep their H:
-    `fused_moe` takes both. If H is no multiple of 8, it copies them in every call.
+    biases are 0, of scales 1 (blocks of scales stay as they are: none begins in the padding); every
+    activation of 0 is 0, so the layer's results stay what they are, except for the order of float
+    sums. Hidden states, residual and output keep their H: `fused_moe` takes both. If H is no
+    multiple of 8, it copies them in every call.
 
     w13 [E, 2I, H] for a gated activation, else [E, I, H]; w2 [E, H, I]: 8-bit, bfloat16, float16 or
       float32, quantised or not yet.

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cutlass_moe.operands import Experts, Numbers
-from cutlass_moe.ops.activations import activate, is_gated
+from cutlass_moe.ops.activations import activate
 from cutlass_moe.ops.block_scales import expand_weight_scale, expand_x_scale
 from cutlass_moe.ops.quantize import quantize_per_token_reference, quantize_static
 from cutlass_moe.ops.quantize_groups import quantize_per_token_group_reference
@@ -33,7 +33,8 @@ def feed_forward(
     w13, w2, w13_scale, w2_scale, w13_bias, w2_bias = experts
     width = x.shape[-1]
     x = functional.pad(x, (0, w13.shape[2] - width)) if w13.shape[2] > width else x
-    up = _product(x, x_scale, w13, w13_scale, w13_bias, is_gated(activation))
+    gated = w13.shape[1] == 2 * w2.shape[2]
+    up = _product(x, x_scale, w13, w13_scale, w13_bias, gated)
     active = activate(up, activation, interleaved, numbers)
     if x_scale is None:
         return _product(active, None, w2, w2_scale, w2_bias)[..., :width]

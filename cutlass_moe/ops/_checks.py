@@ -56,13 +56,13 @@ def check(operands: Operands, options: Options) -> torch.dtype:
         expect("starts", starts, device, _INT32, ((experts,),))
     if index is not None:
         expect("index", index, device, _INT32, ((index.numel(),),))
-    _check_scales(operands, options)
-    if bias is not None:
-        expect("bias", bias, device, FLOATS, ((experts, n),))
     if activation is not None:
         check_activation("weight", weight, activation, interleaved)
     elif interleaved:
         raise ValueError("interleaved=True needs a gated activation, got None")
+    _check_scales(operands, options)
+    if bias is not None:
+        expect("bias", bias, device, FLOATS, ((experts, n),))
     if expected_rows is not None and expected_rows < 0:
         raise ValueError(f"expected_rows must be 0 or more, got {expected_rows}")
     if num_sms is not None and num_sms < 1:

@@ -62,6 +62,12 @@ def grouped_matmul(
     offsets int32 or int64 [E]: cumulative ends of the experts' rows; the host never reads them.
     per_token_scale [T], [T, 1] or one value; scale [E, N], [E, N, 1], [E], [E, 1] or one value:
       float32, bfloat16 or float16. 8-bit operands need both, others may have either.
+      float8 operands may have scales that vary along K instead, of `quantize_per_token_group` and
+      `quantize_per_block`: per_token_scale [T, K / 128] of any strides, and scale
+      [E, blocks of N, K / 128] of blocks of 128, 64 or 32 rows; sums are then "two_level". With a
+      gated activation gates and ups have blocks of their own; without one all N rows have blocks
+      from the first on, so that scales of gates and ups apart fit only if the rows of a block
+      divide I.
     bias [E, N]: bfloat16, float16 or float32.
     activation: computed in float32. A gated one takes a gate g and an up value u, and N = 2 I:
 

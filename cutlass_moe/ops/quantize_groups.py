@@ -50,6 +50,8 @@ def quantize_per_token_group(
         if x.dim() != 2:
             raise ValueError(f"x must be [T, K], got {list(x.shape)}")
         check_values(x, dtype)
+        if type(power_of_two) is not bool or type(column_major) is not bool:  # torch takes numbers
+            raise TypeError
         return _quantize_op(x, dtype, power_of_two, column_major)
     except Exception:
         check_types(quantize_per_token_group, locals())

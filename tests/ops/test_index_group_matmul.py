@@ -314,7 +314,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "scale_shape_whole": (
         {"scale": torch.ones(24)},
         ValueError,
-        r"scale must have shape \(3, 24\) or \(3, 24, 1\) or \(3,\), got \(24,\)",
+        r"scale must have shape \(3, 24\) or \(3, 24, 1\) or \(3,\) or \(3, 1, 1\), got \(24,\)",
     ),
     "scale_mixed": (
         {"scale": [torch.ones(24), torch.ones(24, 1), torch.ones(24)]},
