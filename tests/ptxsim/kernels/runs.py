@@ -203,7 +203,7 @@ _GATED = replace(
     BASE,
     n=144,
     k=144,
-    out=DType.FP16,
+    out=DType.BF16,
     epilogue=(*SCALES, Activation(ActivationFunction.SWIGLU)),
 )
 _INTERLEAVED = replace(_GATED, interleaved=True)
@@ -263,7 +263,7 @@ ACTIVATED |= {
 _N_MAJOR = replace(
     BASE, weight_major=Major.N, operand=DType.FP16, out=DType.FP16, epilogue=(), n=136, k=136
 )
-_N_GATED = replace(_N_MAJOR, n=144, epilogue=(*SCALES, _GATED.epilogue[-1]))
+_N_GATED = replace(_N_MAJOR, n=144, out=DType.BF16, epilogue=(*SCALES, _GATED.epilogue[-1]))
 _N_FEW = replace(_N_MAJOR, counts=FEW.counts)
 _N_FEW_GATED = replace(_N_GATED, counts=FEW.counts)
 _SWAP_128 = replace(SWAP, tile_n=128)
