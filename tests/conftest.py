@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +19,16 @@ OPTIONAL = {"cutlass", "hypothesis", "click", "rich"}  # also what only their mo
 
 
 @pytest.fixture(scope="session")
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """Of this run alone: of its processes, one compiles an image."""
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of this run alone, for all of its processes."""
     root = tmp_path_factory.getbasetemp()
-    return Cache([(root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "images"])
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+@pytest.fixture(scope="session")
+def shared_cache(run_folder: Path) -> Cache:
+    """Of a run's processes, one compiles an image."""
+    return Cache([run_folder / "images"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,18 +12,15 @@ from tests.ptxsim.operands import F32, I32, I64, U16, U32, U64, B, Op, Operands,
 from tests.ptxsim.ptx import Fault, Instruction
 
 Function = Callable[..., np.ndarray]
+_ONE, _SIXTEEN, _HALF = (np.uint32(number) for number in (1, 16, 0x7FFF))
 
 
 def _shift(function: Function, bits: int) -> Function:
     """Shifts by the register's width or more give 0, of negative numbers -1."""
 
     def shift(a: np.ndarray, by: np.ndarray) -> np.ndarray:
-        by = by.astype(np.int64)
-        if a.dtype.kind == "i":
-            return function(a, np.minimum(by, bits - 1).astype(a.dtype))
-        return np.where(by < bits, function(a, np.minimum(by, bits - 1).astype(a.dtype)), 0).astype(
-            a.dtype
-        )
+        near = function(a, np.minimum(by, bits - 1).astype(a.dtype))
+        return near if a.dtype.kind == "i" else np.where(by < bits, near, a.dtype.type(0))
 
     return shift
 
@@ -47,18 +44,23 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 def bf16_bits(values: np.ndarray) -> np.ndarray:
     """float32 -> uint32 holding bf16, to nearest even."""
-    bits = values.view(np.uint32).astype(np.uint64)
-    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint32)
+    bits = values.view(np.uint32)
+    rounded = bits + _HALF + (bits >> _SIXTEEN & _ONE) >> _SIXTEEN
+    return _numbers_only(values, rounded)
 
 
 def _f16_bits(values: np.ndarray) -> np.ndarray:
-    bits = values.astype(np.float16).view(np.uint16)
-    return np.where(np.isnan(values), 0x7FFF, bits).astype(np.uint32)
+    return _numbers_only(values, values.astype(np.float16).view(np.uint16).astype(np.uint32))
+
+
+def _numbers_only(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """NaNs have one pattern."""
+    nan = values != values
+    return np.where(nan, np.uint32(0x7FFF), bits) if np.count_nonzero(nan) else bits
 
 
 def _pack(convert: Function) -> Function:
-    return lambda high, low: convert(high) << np.uint32(16) | convert(low)
+    return lambda high, low: convert(high) << _SIXTEEN | convert(low)
 
 
 def _fp8_bits(dtype: torch.dtype, largest: float) -> Function:
@@ -120,12 +122,12 @@ def _exp2(a: np.ndarray) -> np.ndarray:
 _TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
     "mul.wide.s32": (lambda a, b: a.astype(np.int64) * b.astype(np.int64), I64, (I32, I32)),
     "mul.wide.u32": (lambda a, b: a.astype(np.uint64) * b.astype(np.uint64), U64, (U32, U32)),
-    "mul.lo.s32": (np.multiply, I32, (I32, I32)),
+    "mul.lo.s32": (np.multiply, U32, (U32, U32)),  # the low half has no sign
     "mul.hi.s32": (_high(np.int64, np.int32), I32, (I32, I32)),
     "mul.hi.u32": (_high(np.uint64, np.uint32), U32, (U32, U32)),
-    "mad.lo.s32": (lambda a, b, c: a * b + c, I32, (I32, I32, I32)),
-    "mad.lo.s64": (lambda a, b, c: a * b + c, I64, (I64, I64, I64)),
-    "mul.lo.s64": (np.multiply, I64, (I64, I64)),
+    "mad.lo.s32": (lambda a, b, c: a * b + c, U32, (U32, U32, U32)),
+    "mad.lo.s64": (lambda a, b, c: a * b + c, U64, (U64, U64, U64)),
+    "mul.lo.s64": (np.multiply, U64, (U64, U64)),
     "abs.f32": (np.abs, F32, (F32,)),
     "neg.f32": (np.negative, F32, (F32,)),
     "max.NaN.f32": (np.maximum, F32, (F32, F32)),
@@ -153,21 +155,23 @@ _TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
     "cvt.f32.bf16": (_wide, F32, (U16,)),
     "cvt.rn.bf16x2.f32": (_pack(bf16_bits), U32, (F32, F32)),
     "cvt.rn.f16x2.f32": (_pack(_f16_bits), U32, (F32, F32)),
-    "shl.b32": (_shift(np.left_shift, 32), U32, (U32, U32)),
-    "shl.b64": (_shift(np.left_shift, 64), U64, (U64, U32)),
-    "shr.u32": (_shift(np.right_shift, 32), U32, (U32, U32)),
-    "shr.s32": (_shift(np.right_shift, 32), I32, (I32, U32)),
-    "shr.u64": (_shift(np.right_shift, 64), U64, (U64, U32)),
 }
+_SHIFTS: dict[str, tuple[Function, np.dtype]] = {
+    "shl.b32": (np.left_shift, U32),
+    "shl.b64": (np.left_shift, U64),
+    "shr.u32": (np.right_shift, U32),
+    "shr.s32": (np.right_shift, I32),
+    "shr.u64": (np.right_shift, U64),
+}
+for _name, (_shifted, _kind) in _SHIFTS.items():
+    _TABLE[_name] = (_shift(_shifted, 8 * _kind.itemsize), _kind, (_kind, U32))
 _op: str
 _function: Function
 for _name, _kind in {"s32": I32, "u32": U32, "s64": I64, "u64": U64}.items():
-    for _op, _function in {
-        "add": np.add,
-        "sub": np.subtract,
-        "min": np.minimum,
-        "max": np.maximum,
-    }.items():
+    for _op, _function in {"min": np.minimum, "max": np.maximum}.items():
+        _TABLE[f"{_op}.{_name}"] = (_function, _kind, (_kind, _kind))
+for _name, _kind in {"s32": U32, "u32": U32, "s64": U64, "u64": U64}.items():
+    for _op, _function in {"add": np.add, "sub": np.subtract}.items():  # the same of both signs
         _TABLE[f"{_op}.{_name}"] = (_function, _kind, (_kind, _kind))
 for _op, _function in {"add": np.add, "sub": np.subtract, "mul": np.multiply}.items():
     _TABLE[f"{_op}.f32"] = (_function, F32, (F32, F32))
@@ -201,6 +205,9 @@ def build(one: Instruction, operands: Operands) -> Op | None:
         function, kind, kinds = _TABLE[one.opcode]
         if len(one.operands) != 1 + len(kinds):
             raise ValueError(f"{one.where()}: {len(kinds)} operands expected")
+        by = one.operands[2] if one.opcode in _SHIFTS else ""
+        if by.isdecimal() and int(by) < 8 * kind.itemsize:
+            function, kinds = _SHIFTS[one.opcode][0], (kind, kind)
         put = operands.sink(one.operands[0], kind)
         sources = [operands.source(t, k) for t, k in zip(one.operands[1:], kinds, strict=True)]
         return _applied(function, put, sources)
@@ -239,7 +246,13 @@ def _move(one: Instruction, operands: Operands, kind: np.dtype) -> Op:
     if source.startswith("{"):
         put = operands.sink(to, kind)
         low, high = (operands.source(name, half) for name in braced(source))
-        return lambda f: put(f, np.stack([low(f), high(f)], axis=1).view(kind)[:, 0])
+
+        def join(f: Any) -> None:
+            parts = np.empty((32, 2), half)
+            parts[:, 0], parts[:, 1] = low(f), high(f)
+            put(f, parts.view(kind)[:, 0])
+
+        return join
     hand, handed = operands.partial_sink(to, kind), operands.partial(source, kind)
     return lambda f: hand(f, *handed(f))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptxsim.order import GENERIC, Clock, Order, Threads
+from tests.ptxsim.order import GENERIC, Clock, Order, Threads, consecutive
 from tests.ptxsim.ptx import Fault
 
 _MAX_COUNT = 2**20 - 1
@@ -29,7 +29,7 @@ class MBarrier:
         self.visible_to_copies = False  # fence.mbarrier_init, or a proxy fence, by its creator
 
     def check_created(self, threads: Threads) -> None:
-        if not self.order.known[GENERIC, threads, self.agent].all():
+        if 0 in self.order.known[GENERIC, consecutive(threads), self.agent].tolist():
             raise Fault(f"mbarrier {self.address} used: nothing orders that after its init")
 
     @property
@@ -75,25 +75,27 @@ class MBarrier:
         """Whether the phase of that parity has completed: of the last one that a thread knows to
         have, and the next, the one that it means. No phase may be waited for twice, nor one left
         out that the thread does not know to have completed. The phase "before" phase 0 has."""
-        self.check_created(threads)
         if parity not in (0, 1):
             raise Fault(f"parity {parity}")
-        known = self.order.known[GENERIC, threads, self.agent] - 1
-        target = np.where(known % 2 == parity, known, known - 1)
-        last = self.waited[threads]
-        if (target <= last).any():
-            raise Fault(
-                f"phase waited for twice, or left out: mbarrier {self.address}, parity {parity}, "
-                f"last waited for phase {int(last[target <= last][0])}"
-            )
+        which = consecutive(threads)
+        known = self.order.known[GENERIC, which, self.agent] - 1
+        target = known - ((known & 1) ^ parity)
+        pairs = set(zip(target.tolist(), self.waited[which].tolist(), strict=True))
+        for phase, last in pairs:
+            if phase <= last:
+                raise Fault(
+                    f"phase waited for twice, or left out: mbarrier {self.address}, "
+                    f"parity {parity}, last waited for phase {last}"
+                )
         complete = self.phase % 2 != parity
-        if ((self.phase > target) != complete).any():
+        first = min(pairs)[0]
+        if any((self.phase > phase) != complete for phase, _ in pairs):
             raise Fault(
                 f"phase missed: mbarrier {self.address} is in phase {self.phase}, "
-                f"a wait for phase {int(target.min())} sees its parity again"
+                f"a wait for phase {first} sees its parity again"
             )
         if complete:
-            self.waited[threads] = target
+            self.waited[which] = target
             self.order.acquire(threads, self.done)
         return complete
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.ptxsim.operands import I32, U16, U32, U64, Op, Operands, Source, braced, integer
 from tests.ptxsim.order import ASYNC, GENERIC, Threads
-from tests.ptxsim.ordered import OFFSET, PARAM_WINDOW, SHARED_WINDOW
+from tests.ptxsim.ordered import OFFSET, PARAM_WINDOW, SHARED_WINDOW, Places, places
 from tests.ptxsim.outcome import YIELD
 from tests.ptxsim.ptx import Fault, Instruction
 from tests.ptxsim.tensormap import TensorMap
@@ -68,8 +68,8 @@ class _Box:
 
 def _linear(address: int, size: int) -> np.ndarray:
     """Addresses of the 16-byte chunks of plain bytes."""
-    if address % 16 or size % 16:
-        raise Fault(f"bulk copy of {size} bytes at {address:#x}: no multiples of 16")
+    if address % 16 or size % 16 or not size:
+        raise Fault(f"bulk copy of {size} bytes at {address:#x}: no multiples of 16 above 0")
     return address + 16 * np.arange(size // 16)
 
 
@@ -94,17 +94,18 @@ def _load(one: Instruction, operands: Operands, rank: int) -> Op:
     if rest:
         raise ValueError(f"{one.where()}: operands {rest}")
 
-    def source(f: Any, lane: int, where: int) -> tuple[np.ndarray, Callable[[], np.ndarray]]:
+    def source(f: Any, lane: int, where: int) -> tuple[Places, Callable[[], np.ndarray]]:
         """-> the chunks of shared memory that are written, what reads the bytes."""
         memory, by = f.warp.cta.cluster.memory, f.access()
         if rank:
             if where % 128:
                 raise Fault(f"bulk tensor copy to {where}, which is no multiple of 128")
             tensor_map, corner = box.at(f, lane)
-            return tensor_map.targets(where), lambda: tensor_map.read_box(memory, by, corner)
+            written = places(tensor_map.targets(where), 16)
+            return written, lambda: tensor_map.read_box(memory, by, corner)
         start, count = int(origin(f)[lane]), int(size(f)[lane])
-        chunks = _linear(start, count)
-        return _linear(where, count), lambda: memory.read_bytes(by, chunks, 16)
+        read = _linear(start, count)
+        return places(_linear(where, count), 16), lambda: memory.read_bytes(by, read, 16)
 
     def copy(f: Any) -> Any:
         cluster, lane = f.warp.cta.cluster, _one_lane(f)
@@ -122,20 +123,20 @@ def _load(one: Instruction, operands: Operands, rank: int) -> Op:
                 raise Fault(
                     f"mbarrier {barrier.address}: no fence after its init makes copies see it"
                 )
-            chunks, read = source(f, lane, offset)
-            target.shared.begin_write(f.threads, chunks, 16, ASYNC)
-            cluster.later(_landing(target, barrier, chunks, read), one, target)
+            written, read = source(f, lane, offset)
+            target.shared.begin_write(f.threads, written, ASYNC)
+            cluster.later(_landing(target, barrier, written, read, ASYNC), one, target)
         return YIELD
 
     return copy
 
 
 def _landing(
-    target: Any, barrier: Any, chunks: np.ndarray, read: Callable[[], np.ndarray]
+    target: Any, barrier: Any, written: Places, read: Callable[[], np.ndarray], proxy: int
 ) -> Callable[[], None]:
     def land() -> None:
-        target.shared.land(chunks, read(), barrier.agent, barrier.next_time)
-        target.cluster.completed(barrier, barrier.land(16 * len(chunks)))
+        target.shared.land(written, read(), barrier.agent, barrier.next_time, proxy)
+        target.cluster.completed(barrier, barrier.land(16 * len(written.numbers)))
 
     return land
 
@@ -157,9 +158,9 @@ def _store_async(one: Instruction, operands: Operands) -> Op:
             targets = {cta.owner(f.threads[own], int(address))[0] for address in where[own]}
             if targets != {owner}:
                 raise Fault("st.async to one CTA, its mbarrier in another")
-            offsets = where[own] & OFFSET
-            owner.shared.begin_write(f.threads[own], offsets, 16, GENERIC)
-            arrived = _landing(owner, barrier, offsets, lambda part=data[own]: part)
+            written = places(where[own] & OFFSET, 16)
+            owner.shared.begin_write(f.threads[own], written, GENERIC)
+            arrived = _landing(owner, barrier, written, lambda part=data[own]: part, GENERIC)
             cta.cluster.later(arrived, one, owner)
         return YIELD
 
@@ -168,10 +169,10 @@ def _store_async(one: Instruction, operands: Operands) -> Op:
 
 @dataclass
 class Stores:
-    """Of one thread: addresses of the chunks that its bulk stores read, by group."""
+    """Of one thread: what its bulk stores read, by group."""
 
-    open: list[np.ndarray] = field(default_factory=list)
-    groups: list[list[np.ndarray]] = field(default_factory=list)
+    open: list[Places] = field(default_factory=list)
+    groups: list[list[Places]] = field(default_factory=list)
 
     @property
     def reading(self) -> bool:
@@ -195,14 +196,14 @@ def _store(one: Instruction, operands: Operands, rank: int) -> Op:
                 if where % 128:
                     raise Fault(f"bulk tensor copy from {where}, which is no multiple of 128")
                 tensor_map, corner = box.at(f, lane)
-                chunks = tensor_map.targets(where)
-                tensor_map.write_box(memory, by, corner, cta.shared.begin_store(own, chunks))
+                read = places(tensor_map.targets(where), 16)
+                tensor_map.write_box(memory, by, corner, cta.shared.begin_store(own, read))
             else:
                 start, count = int(to(f)[lane]), int(size(f)[lane])
-                chunks = _linear(where, count)
-                data = cta.shared.begin_store(own, chunks)
+                read = places(_linear(where, count), 16)
+                data = cta.shared.begin_store(own, read)
                 memory.write_bytes(by, _linear(start, count), data)
-            f.warp.stores.setdefault(lane, Stores()).open.append(chunks)
+            f.warp.stores.setdefault(lane, Stores()).open.append(read)
         return YIELD
 
     return store
@@ -226,8 +227,8 @@ def _wait_group(one: Instruction, operands: Operands) -> Op:
     def wait(f: Any) -> Any:
         for thread, stores in _own_stores(f):
             while len(stores.groups) > remaining:
-                for chunks in stores.groups.pop(0):
-                    f.warp.cta.shared.end_store(thread, chunks)
+                for read in stores.groups.pop(0):
+                    f.warp.cta.shared.end_store(thread, read)
         return YIELD
 
     return wait

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from tests.ptxsim.barriers import ClusterBarrier, MBarrier, NamedBarrier
 from tests.ptxsim.memory import Access, GlobalMemory
+from tests.ptxsim.operands import differ
 from tests.ptxsim.order import GENERIC, Order, Threads
 from tests.ptxsim.ordered import OFFSET, RANK_BIT, shared_memory
 from tests.ptxsim.outcome import DONE, READY
@@ -106,8 +108,8 @@ class Cta:
 
     def barrier(self, f: Fragment, addresses: np.ndarray) -> MBarrier:
         """The CTA's mbarrier that all lanes of a fragment name."""
-        own = addresses[f.lanes]
-        if (own != own[0]).any():
+        own = addresses[f.own]
+        if differ(own):
             raise Fault("lanes name different mbarriers")
         owner, barrier = self.barrier_at(f.threads, int(own[0]))
         if owner is not self:
@@ -153,7 +155,7 @@ class Cluster:
             raise Fault(f"CTA {rank} of a cluster of {len(self.ctas)}")
         return self.ctas[rank]
 
-    def address(self, address: int, rank: int) -> int:
+    def address(self, address: Any, rank: Any) -> Any:
         """shared::cluster address of the same place in a CTA of the cluster. It may be asked for
         where there is no such CTA; only its use is a fault."""
         return (address & OFFSET) | (rank + 1) << RANK_BIT

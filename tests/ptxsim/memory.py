@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from tests.ptxsim.order import Order, Threads
-from tests.ptxsim.ordered import OrderedMemory, aligned
+from tests.ptxsim.ordered import OrderedMemory, aligned, places
 from tests.ptxsim.ptx import Fault
 
 _REGION_BITS = 40
 WORKSPACE = -1  # in place of the number of the grid that writes
 
 
-@dataclass(frozen=True)
-class Access:
+class Access(NamedTuple):
     """Who touches global memory. early: a grid that has not yet waited for the one before it."""
 
     threads: Threads
@@ -31,6 +30,10 @@ class Region:
         self.writes = np.zeros(0 if writer is None else len(data), np.uint8)
         self.ordered: OrderedMemory | None = None
         self.read_by_first = self.written_early = False
+
+    def pieces(self, size: int) -> np.ndarray:
+        """The bytes, [n, size]."""
+        return self.data[: len(self.data) // size * size].reshape(-1, size)
 
     def check_read(self, by: Access) -> None:
         if self.writer == by.grid:
@@ -78,14 +81,13 @@ class GlobalMemory:
 
     def _region(self, addresses: np.ndarray, size: int) -> tuple[Region, np.ndarray]:
         """-> the region, offsets in it. addresses: int64 [n], not empty, all inside one region."""
-        numbers = (addresses >> _REGION_BITS) - 1
-        first = int(numbers[0])
+        first = (int(addresses[0]) >> _REGION_BITS) - 1
         if not 0 <= first < len(self.regions):
             raise Fault(f"global access at {int(addresses[0]):#x}, outside every argument")
         region = self.regions[first]
         offsets = addresses - region.base
-        outside = (offsets < 0) | (offsets + size > len(region.data))
-        if outside.any():
+        outside = (offsets < 0) | (offsets > len(region.data) - size)
+        if np.count_nonzero(outside):
             raise Fault(
                 f"global access of {size} bytes at {region.name} + {int(offsets[outside][0])}, "
                 f"which has {len(region.data)} bytes"
@@ -94,8 +96,9 @@ class GlobalMemory:
 
     def workspace(self, address: int) -> tuple[OrderedMemory, int]:
         """What an atomic access of 4 bytes touches, and where in it."""
-        aligned(np.array([address]), 4, "atomic access")
-        region, offsets = self._region(np.array([address]), 4)
+        where = np.array([address])
+        aligned(where, 4, "atomic access")
+        region, offsets = self._region(where, 4)
         if region.ordered is None:
             raise Fault(f"atomic access of {region.name}, which is no workspace")
         return region.ordered, int(offsets[0])
@@ -105,8 +108,9 @@ class GlobalMemory:
         aligned(addresses, size, "global read")
         region, offsets = self._region(addresses, size)
         if region.ordered is not None:
-            return region.ordered.read(by.threads, offsets, size)
-        return self.read_bytes(by, addresses, size)
+            return region.ordered.read(by.threads, places(offsets, size))
+        region.check_read(by)
+        return region.pieces(size)[offsets // size]
 
     def read_bytes(self, by: Access, addresses: np.ndarray, size: int) -> np.ndarray:
         """The same of any size and alignment, as copies read."""
@@ -122,7 +126,7 @@ class GlobalMemory:
         aligned(addresses, size, "global write")
         region, offsets = self._region(addresses, size)
         if region.ordered is not None:
-            region.ordered.write(by.threads, offsets, values)
+            region.ordered.write(by.threads, places(offsets, size), values)
         else:
             self.write_bytes(by, addresses, values)
 
@@ -133,8 +137,8 @@ class GlobalMemory:
             raise Fault(f"asynchronous copy to {region.name}: not modelled for workspaces")
         region.check_write(by)
         index = offsets[:, None] + np.arange(values.shape[1])
-        np.add.at(region.writes, index, 1)
-        if (region.writes[index] > 1).any():
-            at = int(index[region.writes[index] > 1].flat[0])
-            raise Fault(f"{region.name} + {at} bytes written twice")
+        np.add.at(region.writes, index.ravel(), 1)
+        twice = region.writes[index] > 1
+        if np.count_nonzero(twice):
+            raise Fault(f"{region.name} + {int(index[twice][0])} bytes written twice")
         region.data[index] = values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,22 +24,39 @@ Op = Callable[[Any], Any]
 LANES = np.arange(32)
 
 
-def _same(number: int) -> Lanes:
-    return np.full(32, number, np.uint32)
+@lru_cache(maxsize=4096)
+def same(number: Any, kind: np.dtype = U32) -> Lanes:
+    """A number in all lanes. Nobody changes an array that a register holds."""
+    return np.full(32, number, kind)
+
+
+def mask_of(lanes: Lanes) -> int:
+    """A bit for each of 32 lanes, of bool."""
+    return _mask(lanes.tobytes())
+
+
+@lru_cache(maxsize=4096)
+def _mask(lanes: bytes) -> int:
+    return sum(1 << lane for lane in range(32) if lanes[lane])
+
+
+def differ(lanes: np.ndarray) -> bool:
+    """Whether not all of the values are the same."""
+    return bool(np.count_nonzero(lanes != lanes[0]))
 
 
 _SPECIAL: dict[str, Callable[[Any], Lanes]] = {
     "%tid.x": lambda f: f.warp.tid,
     "%laneid": lambda f: LANES.astype(np.uint32),
     "%lanemask_lt": lambda f: (np.uint32(1) << LANES.astype(np.uint32)) - np.uint32(1),
-    "%ctaid.x": lambda f: _same(f.warp.cta.number),
-    "%nctaid.x": lambda f: _same(f.warp.cta.grid.launch.grid),
-    "%cluster_ctaid.x": lambda f: _same(f.warp.cta.rank),
-    "%cluster_ctarank": lambda f: _same(f.warp.cta.rank),
-    "%cluster_nctaid.x": lambda f: _same(len(f.warp.cta.cluster.ctas)),
-    "%cluster_nctarank": lambda f: _same(len(f.warp.cta.cluster.ctas)),
-    "%clusterid.x": lambda f: _same(f.warp.cta.number // len(f.warp.cta.cluster.ctas)),
-    "%nclusterid.x": lambda f: _same(len(f.warp.cta.grid.clusters)),
+    "%ctaid.x": lambda f: same(f.warp.cta.number),
+    "%nctaid.x": lambda f: same(f.warp.cta.grid.launch.grid),
+    "%cluster_ctaid.x": lambda f: same(f.warp.cta.rank),
+    "%cluster_ctarank": lambda f: same(f.warp.cta.rank),
+    "%cluster_nctaid.x": lambda f: same(len(f.warp.cta.cluster.ctas)),
+    "%cluster_nctarank": lambda f: same(len(f.warp.cta.cluster.ctas)),
+    "%clusterid.x": lambda f: same(f.warp.cta.number // len(f.warp.cta.cluster.ctas)),
+    "%nclusterid.x": lambda f: same(len(f.warp.cta.grid.clusters)),
 }
 
 
@@ -59,16 +77,16 @@ class Operands:
             return self._register(self.program.registers[text], kind, text)
         if text in _SPECIAL:
             return _SPECIAL[text]
-        constant = np.full(32, self._constant(text), dtype=object)
-        mask = (1 << 8 * kind.itemsize) - 1
-        if kind == B:
-            value = constant.astype(np.int64) != 0
-        else:
-            unsigned = np.dtype(f"u{kind.itemsize}")
-            value = np.array([int(c) & mask for c in constant], unsigned).view(kind)
+        value = self.constant(text, kind)
         return lambda f: value
 
-    def _constant(self, text: str) -> int:
+    def constant(self, text: str, kind: np.dtype) -> Lanes:
+        number = self._number(text)
+        if kind == B:
+            return same(number != 0, B)
+        return same(number & (1 << 8 * kind.itemsize) - 1, np.dtype(f"u{kind.itemsize}")).view(kind)
+
+    def _number(self, text: str) -> int:
         if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
             return int(text[2:], 16)
         if text in self.symbols:
@@ -82,19 +100,20 @@ class Operands:
     def _register(self, number: int, kind: np.dtype, name: str) -> Source:
         if self.program.kinds[number].itemsize != kind.itemsize:
             raise ValueError(f"{name} read as {kind}")
-        own = self.program.kinds[number] == kind
-        watched = number in self.accumulators
 
         def read(f: Any) -> Lanes:
-            warp = f.warp
-            if warp.valid[number] & f.mask != f.mask:
+            warp, mask = f.warp, f.mask
+            if warp.valid[number] & mask != mask:
                 self._unreadable(warp, number, name)
-            if watched:
-                warp.queue.touched.add(number)
             value = warp.values[number]
-            return value if own else value.view(kind)
+            return value if value.dtype is kind else value.view(kind)
 
-        return read
+        def read_accumulator(f: Any) -> Lanes:
+            value = read(f)
+            f.warp.queue.touched.add(number)
+            return value
+
+        return read_accumulator if number in self.accumulators else read
 
     def _unreadable(self, warp: Any, number: int, name: str) -> None:
         if warp.valid[number] == BUSY:
@@ -102,35 +121,32 @@ class Operands:
         raise Fault(f"{name} read before it has a value")
 
     def sink(self, text: str, kind: np.dtype) -> Sink:
-        """Writes the fragment's lanes of a register."""
+        """Writes the fragment's lanes of a register, as `kind`: whoever reads it converts."""
         if text == "_":
             return lambda f, value: None
         number = self.program.registers[text]
-        own = self.program.kinds[number]
-        if own.itemsize != kind.itemsize:
+        if self.program.kinds[number].itemsize != kind.itemsize:
             raise ValueError(f"{text} written as {kind}")
-        same = own == kind
-        watched = number in self.accumulators
 
         def write(f: Any, value: Lanes) -> None:
             warp = f.warp
-            if not same:
-                value = value.view(own)
-            if watched:
-                if warp.valid[number] == BUSY:
-                    raise Fault(f"{text} written while a WGMMA writes it: no wait_group in between")
-                warp.queue.touched.add(number)
             if f.mask == ALL:
                 warp.values[number] = value
                 warp.valid[number] = ALL
-            else:
-                old = warp.values[number]
-                warp.values[number] = (
-                    value.copy() if old is None else np.where(f.active, value, old)
-                )
-                warp.valid[number] |= f.mask
+                return
+            old = warp.values[number]
+            if old is not None:
+                value = np.where(f.active, value, old.view(value.dtype))
+            warp.values[number] = value
+            warp.valid[number] |= f.mask
 
-        return write
+        def write_accumulator(f: Any, value: Lanes) -> None:
+            if f.warp.valid[number] == BUSY:
+                raise Fault(f"{text} written while a WGMMA writes it: no wait_group in between")
+            f.warp.queue.touched.add(number)
+            write(f, value)
+
+        return write_accumulator if number in self.accumulators else write
 
     def partial(self, text: str, kind: np.dtype) -> Callable[[Any], tuple[Lanes, int]]:
         """What is only handed on: 32 lanes, and a mask of those that hold a value."""
@@ -169,8 +185,10 @@ class Operands:
         inner = text.strip()[1:-1]
         match = re.fullmatch(r"(.+?)\s*\+\s*(-?\w+)", inner)
         base, offset = (match[1], integer(match[2])) if match else (inner, 0)
-        value = self.source(base, kind)
-        return lambda f: value(f).astype(np.int64) + offset
+        value, more = self.source(base, kind), same(offset, I64)
+        if kind == U64:
+            return lambda f: value(f).view(I64) + more
+        return lambda f: value(f).astype(I64) + more
 
 
 def braced(text: str) -> list[str]:

@@ -16,8 +16,14 @@ import numpy as np
 BARRIERS = 64  # mbarriers of a CTA
 NEVER = np.int32(2**31 - 1)  # stamp of an asynchronous write that has not landed
 GENERIC, ASYNC = 0, 1
-Threads = np.ndarray  # numbers of threads
+Threads = np.ndarray  # numbers of threads, ascending
 Clock = np.ndarray  # int32 [2, agents]
+
+
+def consecutive(numbers: np.ndarray) -> np.ndarray | slice:
+    """Ascending numbers as a slice, where they are one: rows of an array without a copy."""
+    first, end = int(numbers[0]), int(numbers[-1]) + 1
+    return slice(first, end) if end - first == len(numbers) else numbers
 
 
 class Order:
@@ -28,12 +34,16 @@ class Order:
         self.agents = threads + self.warps + self.most_barriers + 1
         self.grid_before = self.agents - 1  # its time is 1 once griddepcontrol.wait has returned
         self.known = np.zeros((2, threads, self.agents), np.int32)
+        self._own = self.known[GENERIC].reshape(-1)[: threads * (self.agents + 1) : self.agents + 1]
         self.ticks = np.zeros(self.warps, np.int32)
         self.everyone = np.arange(threads)
         self.fenced: dict[tuple[int, bool], Clock] = {}  # by thread, and whether all CTAs heard it
         self.observed: dict[int, Clock] = {}  # what relaxed reads of a thread have seen released
         for warp in range(self.warps):
             self._tick(warp)
+
+    def of_warp(self, warp: int) -> Threads:
+        return self.everyone[warp * 32 : warp * 32 + 32]
 
     def queue(self, warp: int) -> int:
         """Agent of a warp's WGMMAs; its time counts them."""
@@ -54,17 +64,17 @@ class Order:
     def _tick(self, warp: int) -> None:
         """What the warp's threads do from now on is later than what they have published."""
         self.ticks[warp] += 1
-        own = self.everyone[warp * 32 : warp * 32 + 32]
-        self.known[GENERIC, own, own] = self.ticks[warp]
+        self._own[warp * 32 : warp * 32 + 32] = self.ticks[warp]
 
     def publish(self, threads: Threads) -> Clock:
         """A release by threads of one warp: what they know together."""
-        clock = self.known[:, threads].max(axis=1)
+        clock = self.known[:, consecutive(threads)].max(axis=1)
         self._tick(threads[0] // 32)
         return clock
 
     def acquire(self, threads: Threads, clock: Clock) -> None:
-        self.known[:, threads] = np.maximum(self.known[:, threads], clock[:, None])
+        which = consecutive(threads)
+        self.known[:, which] = np.maximum(self.known[:, which], clock[:, None])
 
     def join(self, threads: Threads) -> None:
         """All threads, of one warp, learn what any of them knows."""
@@ -72,7 +82,8 @@ class Order:
 
     def fence_async(self, threads: Threads) -> None:
         """fence.proxy.async: what is known becomes good for the async proxy."""
-        self.known[ASYNC, threads] = self.known[GENERIC, threads]
+        which = consecutive(threads)
+        self.known[ASYNC, which] = self.known[GENERIC, which]
         self._tick(threads[0] // 32)
 
     def fence(self, threads: Threads, everywhere: bool) -> None:

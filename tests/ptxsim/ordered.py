@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 
-from tests.ptxsim.order import GENERIC, NEVER, Order, Threads
+from tests.ptxsim.order import ASYNC, GENERIC, NEVER, Order, Threads, consecutive
 from tests.ptxsim.ptx import Fault
 
 SHARED_WINDOW = 0x7000_0000_0000_0000  # of shared memory among generic addresses
@@ -12,13 +15,61 @@ PARAM_WINDOW = 0x6000_0000_0000_0000
 SHARED_BASE = 1024  # address of dynamic shared memory, as after the system's own kilobyte
 RANK_BIT = 24  # of shared::cluster addresses: above it 1 + a CTA's rank; 0 is one's own
 OFFSET = (1 << RANK_BIT) - 1
-_UNWRITTEN, _BARRIER = -1, -2
+_BITS = np.uint32(1) << np.arange(32, dtype=np.uint32)  # of lanes
 
 
 def aligned(addresses: np.ndarray, size: int, what: str) -> None:
-    wrong = addresses % size != 0
-    if wrong.any():
-        raise Fault(f"misaligned {what} of {size} bytes at {int(addresses[wrong][0]):#x}")
+    """size: a power of two."""
+    if np.bitwise_or.reduce(addresses) & (size - 1):
+        wrong = addresses[addresses % size != 0]
+        raise Fault(f"misaligned {what} of {size} bytes at {int(wrong[0]):#x}")
+
+
+class Places:
+    """`size` bytes at each of some addresses, int64 [n].
+
+    numbers: of the pieces of that size in memory, [n]; words: of 4 bytes, [n, size / 4].
+    """
+
+    def __init__(self, addresses: np.ndarray, size: int):
+        self.addresses, self.size = addresses, size
+        self.numbers = addresses // size
+        self.words = addresses[:, None] // 4 + np.arange(size // 4)
+        self.distinct = len(np.unique(addresses)) == len(addresses)
+        self.aligned = not (addresses % size).any()
+        self.first, self.last = int(addresses.min()), int(addresses.max())
+
+
+@lru_cache(maxsize=4096)
+def _places(addresses: bytes, size: int) -> Places:
+    return Places(np.frombuffer(addresses, np.int64), size)
+
+
+def places(addresses: np.ndarray, size: int) -> Places:
+    """Kept, because a kernel uses the same ones again and again."""
+    return _places(addresses.tobytes(), size)
+
+
+# A write is kept as one number: its agent's time, the agent, and the proxy. So the many words that
+# one copy has written are checked at once.
+_UNWRITTEN, _BARRIER = -1, -2
+_AGENTS = 0x7FFF_FFFF
+
+
+def _write(time: int, agent: np.ndarray | int, proxy: int) -> np.ndarray | int:
+    return time << 32 | agent << 1 | proxy
+
+
+def _time(writes: Any) -> Any:
+    return writes >> 32
+
+
+def _agent(writes: Any) -> Any:
+    return writes >> 1 & _AGENTS
+
+
+def _proxy(writes: Any) -> Any:
+    return writes & 1
 
 
 class Location:
@@ -44,179 +95,219 @@ class OrderedMemory:
         began."""
         self.name, self.data, self.first, self.order = name, data, first, order
         words = -(-len(data) // 4)
-        self.agent = np.full(words, 0 if written else _UNWRITTEN, np.int32)
-        self.stamp = np.zeros(words, np.int32)
-        self.generic = np.zeros(words, np.bool_)  # written through the generic proxy
-        self.read_tick = np.zeros((words, order.warps), np.int32)
-        self.read_lanes = np.zeros((words, order.warps), np.uint32)
-        self.queue_reads = np.zeros((words, order.warps), np.int32)
+        self.written = np.full(words, _write(0, 0, ASYNC) if written else _UNWRITTEN, np.int64)
+        self.was_read = np.zeros(words, np.bool_)  # by the generic proxy, since it was written
+        self.read_tick = np.zeros((order.warps, words), np.int32)
+        self.read_lanes = np.zeros((order.warps, words), np.uint32)
+        self.queue_reads = np.zeros((order.warps, words), np.int32)
+        self.multiplying = range(0)  # warps; those between them may be some that do not
         self.store_reads = np.zeros(words, np.int32)
+        self.stores = 0  # 16 bytes each that bulk stores may still read
         self.locations: dict[int, Location] = {}  # by word
 
-    def _words(self, addresses: np.ndarray, size: int, what: str) -> np.ndarray:
-        aligned(addresses, size, f"{self.name} {what}")
+    def pieces(self, size: int) -> np.ndarray:
+        """The bytes, [n, size]."""
+        return self.data[: len(self.data) // size * size].reshape(-1, size)
+
+    def _check_inside(self, at: Places, what: str) -> None:
+        if not at.aligned:
+            aligned(at.addresses, at.size, f"{self.name} {what}")
         size_here = len(self.data)
-        if len(addresses) and not (
-            addresses.min() >= self.first and addresses.max() + size <= size_here
-        ):
-            worst = addresses.max() if addresses.max() + size > size_here else addresses.min()
-            raise Fault(f"{self.name} {what} at {int(worst)}, outside [{self.first}, {size_here})")
-        return addresses[:, None] // 4 + np.arange(size // 4)
+        if at.first < self.first or at.last + at.size > size_here:
+            worst = at.last if at.last + at.size > size_here else at.first
+            raise Fault(f"{self.name} {what} at {worst}, outside [{self.first}, {size_here})")
 
     def take_for_barrier(self, address: int) -> None:
-        words = self._words(np.array([address]), 8, "mbarrier")
-        self.agent[words] = _BARRIER
+        at = places(np.array([address]), 8)
+        self._check_inside(at, "mbarrier")
+        self.written[at.words] = _BARRIER
+
+    def _known(
+        self, threads: Threads, words: np.ndarray, proxy: int, together: bool
+    ) -> np.ndarray | None:
+        """bool like words: whether the last write happened before, in the proxy; None: of all
+        words, and all were written. threads: one for each row of words, or [1]; together: each of
+        them for all words."""
+        writes, order = self.written[words], self.order
+        one = int(writes[0, 0])
+        if one >= 0 and not np.count_nonzero(writes != one):
+            needs = proxy if _proxy(one) == GENERIC else GENERIC
+            times = order.known[needs, consecutive(threads), _agent(one)]
+            if min(times.tolist()) >= _time(one):
+                return None
+        writes = np.maximum(writes, 0)
+        needs = np.where(_proxy(writes) == GENERIC, proxy, GENERIC)
+        if together:
+            times = order.known[:, consecutive(threads)].min(axis=1)[needs, _agent(writes)]
+        else:
+            times = order.known[needs, threads[:, None], _agent(writes)]
+        return times >= _time(writes)
 
     def _check_known(self, words: np.ndarray, known: np.ndarray, what: str) -> None:
-        """known: bool like words, whether the last write of each happened before."""
-        agent = self.agent[words]
-        if (agent < 0).any():
-            if (agent == _BARRIER).any():
+        writes = self.written[words]
+        if np.count_nonzero(writes < 0):
+            if (writes == _BARRIER).any():
                 raise Fault(f"{what} of an mbarrier")
-            at = self._first(words, agent < 0)
+            at = self._first(words, writes < 0)
             raise Fault(f"{what} of uninitialised {self.name} memory at {at}")
-        if not known.all():
-            at = self._first(words, ~known)
-            if (self.stamp[words][~known] == NEVER).any():
+        late = ~known
+        if np.count_nonzero(late):
+            at = self._first(words, late)
+            if self._pending(words[late]):
                 raise Fault(f"{what} at {at} while an asynchronous write is pending")
             raise Fault(f"{what} at {at}: nothing orders it after the write of {self._who(at)}")
 
     def _first(self, words: np.ndarray, where: np.ndarray) -> int:
         return int(words[where].flat[0]) * 4
 
-    def _who(self, address: int) -> str:
-        return self.order.name(int(self.agent[address // 4]))
+    def _pending(self, words: np.ndarray) -> bool:
+        return bool((_time(self.written[words]) == NEVER).any())
 
-    def read(self, threads: Threads, addresses: np.ndarray, size: int) -> np.ndarray:
+    def _who(self, address: int) -> str:
+        return self.order.name(int(_agent(self.written[address // 4])))
+
+    def read(self, threads: Threads, at: Places) -> np.ndarray:
         """By the generic proxy, a thread each: uint8 [n, size]."""
-        words = self._words(addresses, size, "read")
-        self._check_read(threads, words)
+        self._check_inside(at, "read")
+        self._check_read(threads, at.words)
         if self.locations:
-            self._check_locations(threads, words, writes=False)
-        self._keep_read(threads, words)
-        return self.data[addresses[:, None] + np.arange(size)]
+            self._check_locations(threads, at.words, writes=False)
+        self._keep_read(threads, at.words)
+        return self.pieces(at.size)[at.numbers]
 
     def _check_read(self, threads: Threads, words: np.ndarray) -> None:
-        agent = np.maximum(self.agent[words], 0)
-        known = self.order.known[GENERIC][threads[:, None], agent] >= self.stamp[words]
-        self._check_known(words, known, "read")
+        known = self._known(threads, words, GENERIC, together=False)
+        if known is not None:
+            self._check_known(words, known, "read")
 
     def _keep_read(self, threads: Threads, words: np.ndarray) -> None:
-        warp = threads[0] // 32
-        self.read_tick[words, warp] = self.order.ticks[warp]
-        bits = np.uint32(1) << (threads % 32).astype(np.uint32)
-        np.bitwise_or.at(self.read_lanes, (words, warp), bits[:, None])
+        warp = int(threads[0]) // 32
+        self.was_read[words] = True
+        self.read_tick[warp][words] = self.order.ticks[warp]
+        bits = np.broadcast_to(_BITS[threads % 32, None], words.shape)
+        np.bitwise_or.at(self.read_lanes[warp], words.ravel(), bits.ravel())
 
     def _check_write(self, threads: Threads, words: np.ndarray, proxy: int) -> None:
         """Everything done to these words before must have happened before. threads: [n] or [1]."""
-        order, column = self.order, threads[:, None]
-        agent = self.agent[words]
-        if (agent == _BARRIER).any():
-            raise Fault("write to an mbarrier")
-        needs = np.where(self.generic[words], proxy, GENERIC)
-        known = order.known[needs, column, np.maximum(agent, 0)] >= self.stamp[words]
-        known |= agent == _UNWRITTEN
-        if not known.all():
-            at = self._first(words, ~known)
-            pending = (self.stamp[words][~known] == NEVER).any()
-            raise Fault(
-                f"write at {at} while an asynchronous write is pending"
-                if pending
-                else f"write at {at}: nothing orders it after the write of {self._who(at)}"
-            )
-        queues = order.known[GENERIC, threads, order.threads : order.threads + order.warps]
-        if (self.queue_reads[words] > queues[:, None]).any():
-            late = (self.queue_reads[words] > queues[:, None]).any(axis=-1)
-            raise Fault(f"write at {self._first(words, late)} that a WGMMA may still be reading")
-        if self.store_reads[words].any():
+        known = self._known(threads, words, proxy, together=False)
+        if known is not None:
+            writes = self.written[words]
+            if np.count_nonzero(writes == _BARRIER):
+                raise Fault("write to an mbarrier")
+            late = ~known & (writes != _UNWRITTEN)
+            if np.count_nonzero(late):
+                at = self._first(words, late)
+                raise Fault(
+                    f"write at {at} while an asynchronous write is pending"
+                    if self._pending(words[late])
+                    else f"write at {at}: nothing orders it after the write of {self._who(at)}"
+                )
+        if self.multiplying:
+            self._check_queues(threads, words)
+        if self.stores and np.count_nonzero(self.store_reads[words]):
             at = self._first(words, self.store_reads[words] > 0)
             raise Fault(f"write at {at} that a bulk store may still be reading")
-        self._check_readers(column, words)
+        if np.count_nonzero(self.was_read[words]):
+            self._check_readers(threads, words)
 
-    def _check_readers(self, column: np.ndarray, words: np.ndarray) -> None:
-        ticks = self.read_tick[words]
-        warps = np.flatnonzero(ticks.any(axis=(0, 1)))
-        if not len(warps):
-            return
-        lanes = warps[:, None] * 32 + np.arange(32)
-        late = ticks[..., warps, None] > self.order.known[GENERIC][column[..., None, None], lanes]
-        read = self.read_lanes[words][..., warps, None]
-        late &= (read >> np.arange(32, dtype=np.uint32) & 1) == 1
-        if late.any():
-            at = self._first(words, late.any(axis=(-1, -2)))
-            raise Fault(f"write at {at}: nothing orders it after another thread's read")
+    def _check_queues(self, threads: Threads, words: np.ndarray) -> None:
+        warps, order = self.multiplying, self.order
+        reads = self.queue_reads[warps.start : warps.stop].take(words, axis=1)
+        queues = slice(order.queue(warps.start), order.queue(warps.stop))
+        known = order.known[GENERIC, consecutive(threads), queues].T
+        if np.count_nonzero(reads.max(axis=(1, 2)) > known.min(axis=1)):
+            late = (reads > known[:, :, None]).any(axis=0)
+            if late.any():
+                at = self._first(words, late)
+                raise Fault(f"write at {at} that a WGMMA may still be reading")
 
-    def _stamp(self, words: np.ndarray, agent: np.ndarray | int, stamp: int, generic: bool) -> None:
-        self.agent[words], self.stamp[words], self.generic[words] = agent, stamp, generic
-        self.read_tick[words] = 0
-        self.read_lanes[words] = 0
-        self.queue_reads[words] = 0
+    def _check_readers(self, threads: Threads, words: np.ndarray) -> None:
+        ticks = self.read_tick.take(words, axis=1)
+        for warp, latest in enumerate(ticks.max(axis=(1, 2)).tolist()):
+            lanes = slice(warp * 32, warp * 32 + 32)
+            if not latest or latest <= self.order.known[GENERIC, consecutive(threads), lanes].min():
+                continue
+            known = self.order.known[GENERIC, threads, lanes][:, None]
+            read = self.read_lanes[warp][words][..., None] & _BITS != 0
+            late = ((ticks[warp][..., None] > known) & read).any(axis=-1)
+            if late.any():
+                at = self._first(words, late)
+                raise Fault(f"write at {at}: nothing orders it after another thread's read")
+
+    def _stamp(self, words: np.ndarray, write: np.ndarray | int) -> None:
+        """The words' last write, and no read since."""
+        self.written[words] = write
+        if np.count_nonzero(self.was_read[words]):
+            self.was_read[words] = False
+            self.read_tick[:, words] = 0
+            self.read_lanes[:, words] = 0
+        for warp in self.multiplying:
+            self.queue_reads[warp][words] = 0
         for word in self.locations.keys() & set(words.ravel().tolist()) if self.locations else ():
             del self.locations[word]
 
-    def write(self, threads: Threads, addresses: np.ndarray, values: np.ndarray) -> None:
+    def write(self, threads: Threads, at: Places, values: np.ndarray) -> None:
         """By the generic proxy, a thread each. values: uint8 [n, size]."""
-        size = values.shape[1]
-        words = self._words(addresses, size, "write")
-        self._distinct(words)
-        self._check_write(threads, words, GENERIC)
-        if self.locations:
-            self._check_locations(threads, words, writes=True)
-        self._stamp(words, threads[:, None], int(self.order.ticks[threads[0] // 32]), True)
-        self.data[addresses[:, None] + np.arange(size)] = values
+        self._begin(threads, at, GENERIC, "write")
+        tick = int(self.order.ticks[int(threads[0]) // 32])
+        self._stamp(at.words, _write(tick, threads[:, None], GENERIC))
+        self.pieces(at.size)[at.numbers] = values
 
-    def _distinct(self, words: np.ndarray) -> None:
-        if len(np.unique(words)) < words.size:
-            raise Fault(f"two lanes write the same {self.name} memory at once")
-
-    def begin_write(self, threads: Threads, addresses: np.ndarray, size: int, proxy: int) -> None:
+    def begin_write(self, threads: Threads, at: Places, proxy: int) -> None:
         """An asynchronous copy is issued: nobody may touch its target until it is known to be
         there. proxy: GENERIC for cp.async, ASYNC for bulk copies."""
-        words = self._words(addresses, size, "copy")
-        self._distinct(words)
-        self._check_write(threads, words, proxy)
+        self._begin(threads, at, proxy, "copy")
+        self._stamp(at.words, _write(int(NEVER), threads[:, None], proxy))
+
+    def _begin(self, threads: Threads, at: Places, proxy: int, what: str) -> None:
+        self._check_inside(at, what)
+        if not at.distinct:
+            raise Fault(f"two lanes write the same {self.name} memory at once")
+        self._check_write(threads, at.words, proxy)
         if self.locations:
-            self._check_locations(threads, words, writes=True)
-        self._stamp(words, threads[:, None], int(NEVER), proxy == GENERIC)
+            self._check_locations(threads, at.words, writes=True)
 
     def land(
-        self, addresses: np.ndarray, values: np.ndarray, agent: int | np.ndarray, stamp: int
+        self, at: Places, values: np.ndarray, agent: int | np.ndarray, time: int, proxy: int
     ) -> None:
-        """The copy's bytes arrive: known to those who know `stamp` of `agent`. agent: of all, or
-        [n, 1]."""
-        size = values.shape[1]
-        words = addresses[:, None] // 4 + np.arange(size // 4)
-        self.agent[words], self.stamp[words] = agent, stamp
-        self.data[addresses[:, None] + np.arange(size)] = values
+        """The copy's bytes [n, size] arrive: known to those who know `time` of `agent`. agent: of
+        all, or [n, 1]. proxy: as for `begin_write`."""
+        self.written[at.words] = _write(time, agent, proxy)
+        self.pieces(at.size)[at.numbers] = values
 
     def _check_async_read(self, threads: Threads, words: np.ndarray, what: str) -> None:
         """By the async proxy, for all of the threads."""
-        agent = np.maximum(self.agent[words], 0)
-        lanes = self.order.known[:, threads].min(axis=1)
-        known = lanes[self.generic[words].astype(np.intp), agent] >= self.stamp[words]
-        if not known.all() and (lanes[GENERIC, agent] >= self.stamp[words]).all():
+        known = self._known(threads, words, ASYNC, together=True)
+        if known is None:
+            return
+        ordered = self._known(threads, words, GENERIC, together=True)
+        if not known.all() and (ordered is None or ordered.all()):
             at = self._first(words, ~known)
             raise Fault(f"{what} reads {at}, written by the generic proxy: no fence.proxy.async")
         self._check_known(words, known, f"{what} read")
 
-    def queue_read(self, warp: int, number: int, addresses: np.ndarray) -> None:
-        """WGMMA `number` of a warp begins to read 16 bytes at each address."""
-        words = self._words(addresses, 16, "WGMMA operand")
-        self._check_async_read(self.order.everyone[warp * 32 : warp * 32 + 32], words, "WGMMA")
-        self.queue_reads[words, warp] = number
+    def queue_read(self, warp: int, number: int, at: Places) -> None:
+        """WGMMA `number` of a warp begins to read."""
+        self._check_inside(at, "WGMMA operand")
+        self._check_async_read(self.order.of_warp(warp), at.words, "WGMMA")
+        self.queue_reads[warp][at.words] = number
+        if warp not in self.multiplying:
+            warps = [warp, *self.multiplying]
+            self.multiplying = range(min(warps), max(warps) + 1)
 
-    def begin_store(self, threads: Threads, addresses: np.ndarray) -> np.ndarray:
-        """A thread's bulk store begins to read 16 bytes at each address: uint8 [n, 16]."""
-        words = self._words(addresses, 16, "bulk store")
-        self._check_async_read(threads, words, "bulk store")
-        self.store_reads[words] += 1
-        return self.data[addresses[:, None] + np.arange(16)]
+    def begin_store(self, threads: Threads, at: Places) -> np.ndarray:
+        """A thread's bulk store begins to read: uint8 [n, size]."""
+        self._check_inside(at, "bulk store")
+        self._check_async_read(threads, at.words, "bulk store")
+        self.store_reads[at.words] += 1
+        self.stores += len(at.numbers)
+        return self.pieces(at.size)[at.numbers]
 
-    def end_store(self, threads: Threads, addresses: np.ndarray) -> None:
+    def end_store(self, threads: Threads, at: Places) -> None:
         """The thread has waited until that was read."""
-        words = addresses[:, None] // 4 + np.arange(4)
-        self.store_reads[words] -= 1
-        self._keep_read(threads, words)
+        self.store_reads[at.words] -= 1
+        self.stores -= len(at.numbers)
+        self._keep_read(threads, at.words)
 
     def _check_locations(self, threads: Threads, words: np.ndarray, writes: bool) -> None:
         """A plain access comes after the atomic ones that it could race with."""
@@ -234,12 +325,14 @@ class OrderedMemory:
 
     def location(self, thread: int, address: int, reads: bool, writes: bool) -> Location:
         """Of an atomic access, which must come after the plain ones it could race with."""
-        words, threads = self._words(np.array([address]), 4, "atomic access"), np.array([thread])
+        at, threads = places(np.array([address]), 4), np.array([thread])
+        self._check_inside(at, "atomic access")
+        words = at.words
         if reads:
             self._check_read(threads, words)
         if writes:
             self._check_write(threads, words, GENERIC)
-            self.agent[words] = np.maximum(self.agent[words], 0)  # written, if not before
+            self.written[words] = np.maximum(self.written[words], 0)  # if it was not
         location = self.locations.setdefault(address // 4, Location(self.order))
         tick = self.order.ticks[thread // 32]
         if reads:

@@ -58,6 +58,7 @@ _KINDS |= {"b64": np.uint64, "f64": np.uint64}
 _PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr(?:\s+\.\w+(?:\s+\d+)?)*\s+)?([A-Za-z_$][\w$]*)(\[\d+\])?"
 )
+_BRACE, _BLANK = re.compile(r"[{}]"), re.compile(r"\s*")
 _NAME = re.compile(r"%?[A-Za-z_$][\w$.]*(?:<\d+>)?")
 _LABEL = re.compile(r"([A-Za-z_$][\w$]*)\s*:(?!:)")
 _SIZES = {"u64": 8, "b64": 8, "u32": 4, "b32": 4, "s32": 4, "b8": 1}
@@ -91,11 +92,12 @@ def parse(text: str) -> Program:
 
 def _closing(text: str, opening: int) -> int:
     """Where the brace that opens at `opening` closes."""
-    depth, at = 1, opening
-    while depth:
-        at += 1
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-    return at
+    depth = 1
+    for brace in _BRACE.finditer(text, opening + 1):
+        depth += 1 if brace[0] == "{" else -1
+        if not depth:
+            return brace.start()
+    raise ValueError("a brace that nothing closes")
 
 
 def _parameters(head: str) -> list[Parameter]:
@@ -125,14 +127,14 @@ class _Body:
         self.targets: set[int] = set()
 
     def statements(self) -> Iterator[tuple[int, str, str]]:
-        source = ""
+        source, line, before = "", 1, 0
         while True:
-            blank = re.compile(r"\s*").match(self.text, self.at)
+            blank = _BLANK.match(self.text, self.at)
             assert blank is not None
             self.at = blank.end()
             if self.at >= self.end:
                 return
-            line = self.text.count("\n", 0, self.at) + 1
+            line, before = line + self.text.count("\n", before, self.at), self.at
             label = _LABEL.match(self.text, self.at)
             if self.text[self.at] == "{":
                 self._open()

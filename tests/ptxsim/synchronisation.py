@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 
 from tests.ptxsim.barriers import MBarrier, NamedBarrier
-from tests.ptxsim.operands import ALL, LANES, U32, B, Op, Operands, integer
+from tests.ptxsim.operands import (
+    ALL,
+    LANES,
+    U32,
+    B,
+    Op,
+    Operands,
+    differ,
+    integer,
+    mask_of,
+    same,
+)
 from tests.ptxsim.order import ASYNC, GENERIC, Clock
 from tests.ptxsim.outcome import AGAIN, PARKED, WAITING, YIELD
 from tests.ptxsim.ptx import Fault, Instruction
@@ -66,11 +77,6 @@ def _whole_warp(one: Instruction, mask: str) -> None:
         raise ValueError(f"{one.where()}: membermask {mask}, only whole warps are modelled")
 
 
-def _bits(lanes: np.ndarray) -> int:
-    """A bit for each of 32 lanes."""
-    return int(np.packbits(lanes, bitorder="little").view(np.uint32)[0])
-
-
 def _elect(one: Instruction, operands: Operands) -> Op:
     """PTX promises the same leader each time, not which."""
     _whole_warp(one, one.operands[1])
@@ -79,7 +85,7 @@ def _elect(one: Instruction, operands: Operands) -> Op:
 
     def elect(f: Any) -> None:
         leader = f.warp.cta.cluster.schedule.leader
-        put_lane(f, np.full(32, leader, np.uint32))
+        put_lane(f, same(leader))
         put(f, leader == LANES)
 
     return elect
@@ -104,7 +110,7 @@ def _shuffle(one: Instruction, operands: Operands) -> Op:
             lane = LANES ^ step if butterfly else first | step & ~segment
             lane = np.where(lane <= last, lane, LANES)
         value, valid = handed(f)
-        hand(f, value[lane], valid if valid == ALL else _bits(valid >> lane & 1 == 1))
+        hand(f, value[lane], valid if valid == ALL else mask_of(valid >> lane & 1 == 1))
 
     return shuffle
 
@@ -114,7 +120,7 @@ def _ballot(one: Instruction, operands: Operands) -> Op:
     put, predicate = operands.sink(one.operands[0], U32), operands.source(one.operands[1], B)
 
     def ballot(f: Any) -> None:
-        put(f, np.full(32, _bits(predicate(f)), np.uint32))
+        put(f, same(mask_of(predicate(f))))
 
     return ballot
 
@@ -226,7 +232,8 @@ def _init(one: Instruction, operands: Operands) -> Op:
 
 def _fence_init(f: Any) -> None:
     for barrier in f.warp.cta.barriers.values():
-        if barrier.creator in f.threads:
+        warp, lane = divmod(barrier.creator, 32)
+        if warp == f.warp.index and f.active[lane]:
             barrier.visible_to_copies = True
 
 
@@ -242,12 +249,12 @@ def _arrive(one: Instruction, operands: Operands) -> Op:
     expects = "expect_tx" in one.opcode
 
     def arrive(f: Any) -> Any:
-        cta, where = f.warp.cta, address(f)[f.lanes]
-        numbers = number(f)[f.lanes].astype(np.int64)
-        for at in np.unique(where):
+        cta, where = f.warp.cta, address(f)[f.own]
+        numbers = number(f)[f.own].astype(np.int64)
+        for at in sorted(set(where.tolist())):
             own = where == at
             threads, count = f.threads[own], int(numbers[own].sum())
-            _, barrier = cta.barrier_at(threads, int(at))
+            _, barrier = cta.barrier_at(threads, at)
             if expects:
                 barrier.expect(count)
                 count = len(threads)
@@ -263,11 +270,7 @@ def _map_address(one: Instruction, operands: Operands) -> Op:
     address, rank = (operands.source(text, U32) for text in one.operands[1:])
 
     def map_address(f: Any) -> None:
-        mapped = np.zeros(32, np.uint32)
-        wanted = rank(f)
-        for lane in f.lanes:
-            mapped[lane] = f.warp.cta.cluster.address(int(address(f)[lane]), int(wanted[lane]))
-        put(f, mapped)
+        put(f, f.warp.cta.cluster.address(address(f), rank(f)))
 
     return map_address
 
@@ -280,14 +283,14 @@ def _try_wait(one: Instruction, operands: Operands) -> Op:
     def wait(f: Any) -> Any:
         cta = f.warp.cta
         barrier = cta.barrier(f, address(f))
-        wanted = parity(f)[f.lanes]
-        if (wanted != wanted[0]).any():
+        wanted = parity(f)[f.own]
+        if differ(wanted):
             raise Fault("lanes wait for different parities at once")
         if barrier.wait(f.threads, int(wanted[0])):
-            put(f, np.ones(32, np.bool_))
+            put(f, same(True, B))
             return YIELD
         if cta.cluster.schedule.gives_up():
-            put(f, np.zeros(32, np.bool_))
+            put(f, same(False, B))
             return YIELD
         f.state, f.waits_for = WAITING, f"parity {wanted[0]} of {barrier.state()}"
         barrier.waiters.append(f)

@@ -11,7 +11,9 @@ import torch
 from cutlass_moe.images.toolchains import default_build
 from tests.ptxsim.kernels import launch
 from tests.ptxsim.kernels.runs import (
+    ADDRESSES,
     BASE,
+    FEWER,
     SCHEDULES,
     SHAPES,
     SMALL,
@@ -22,6 +24,11 @@ from tests.ptxsim.schedule import Schedule
 from tests.support.cases import Case, make_inputs
 
 pytestmark = pytest.mark.skipif(default_build() is None, reason="needs nvidia-cutlass-dsl")
+
+
+@pytest.mark.parametrize("name", ADDRESSES)
+def test_rows_weights_and_tiles_are_found(name: str) -> None:
+    check_schedules(ADDRESSES[name], FEWER * list(ADDRESSES).index(name), FEWER)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptxsim.memory import Access, GlobalMemory
-from tests.ptxsim.operands import U16, U32, U64, Op, Operands, braced, integer
+from tests.ptxsim.memory import Access
+from tests.ptxsim.operands import ALL, U16, U32, U64, Op, Operands, braced, integer, same
 from tests.ptxsim.order import GENERIC
-from tests.ptxsim.ordered import OFFSET, PARAM_WINDOW, RANK_BIT, SHARED_WINDOW
+from tests.ptxsim.ordered import OFFSET, PARAM_WINDOW, RANK_BIT, SHARED_WINDOW, places
 from tests.ptxsim.outcome import YIELD
 from tests.ptxsim.ptx import Fault, Instruction
 
@@ -86,17 +86,17 @@ def _access(one: Instruction, operands: Operands, match: re.Match[str]) -> Op:
     sources = [operands.source(name, kind) for name in names]
 
     def store(f: Any) -> None:
-        columns = [np.ascontiguousarray(s(f)[f.lanes]).view(np.uint8) for s in sources]
-        data = np.stack([c.reshape(len(f.lanes), -1) for c in columns], axis=1)
-        data = data.reshape(len(f.lanes), size)
-        where = address(f)[f.lanes]
+        values = np.empty((len(f.lanes), count), kind)
+        for i, source in enumerate(sources):
+            values[:, i] = source(f)[f.own]
+        data, where = values.view(np.uint8), address(f)[f.own]
         if space == "global":
             f.warp.cta.cluster.memory.write(f.access(), where, data)
         elif space == "shared":
-            f.warp.cta.shared.write(f.threads, where, data)
+            f.warp.cta.shared.write(f.threads, places(where, size), data)
         else:
             for owner, own, offsets in _owners(f, where):
-                owner.shared.write(f.threads[own], offsets, data[own])
+                owner.shared.write(f.threads[own], places(offsets, size), data[own])
 
     return store
 
@@ -118,19 +118,21 @@ def _load(
     puts = [operands.sink(name, kind) for name in names]
 
     def load(f: Any) -> None:
-        where, cta = address(f)[f.lanes], f.warp.cta
+        where, cta = address(f)[f.own], f.warp.cta
         if space == "global":
             data = cta.cluster.memory.read(f.access(), where, size)
         elif space == "shared":
-            data = cta.shared.read(f.threads, where, size)
+            data = cta.shared.read(f.threads, places(where, size))
         else:
             data = np.zeros((len(where), size), np.uint8)
             for owner, own, offsets in _owners(f, where):
-                data[own] = owner.shared.read(f.threads[own], offsets, size)
-        values = np.zeros((32, len(puts)), kind)
-        values[f.lanes] = data.view(kind)
-        for i, put in enumerate(puts):
-            put(f, values[:, i].copy())
+                data[own] = owner.shared.read(f.threads[own], places(offsets, size))
+        values = data.view(kind)
+        if f.mask != ALL:
+            values = np.zeros((32, len(puts)), kind)
+            values[f.own] = data.view(kind)
+        for put, column in zip(puts, values.T, strict=True):
+            put(f, column)
 
     return load
 
@@ -141,7 +143,7 @@ def _load_parameter(operands: Operands, name: str, text: str, kind: np.dtype) ->
     def load(f: Any) -> None:
         offset = int(address(f)[0])
         data = f.warp.cta.parameters[offset : offset + kind.itemsize]
-        put(f, np.full(32, np.frombuffer(data, kind)[0], kind))
+        put(f, same(int.from_bytes(data, "little"), kind))
 
     return load
 
@@ -165,11 +167,11 @@ def _copy_async(one: Instruction, operands: Operands) -> Op:
     size = operands.source(one.operands[3] if len(one.operands) > 3 else str(width), U32)
 
     def copy(f: Any) -> Any:
-        where, count = to(f)[f.lanes], size(f)[f.lanes].astype(np.int64)
-        if (count > width).any():
+        where, count = to(f)[f.own], size(f)[f.own]
+        if np.count_nonzero(count > width):
             raise Fault(f"cp.async of {int(count.max())} bytes of {width}")
-        origin = source(f)[f.lanes]
-        f.warp.cta.shared.begin_write(f.threads, where, width, GENERIC)
+        origin = source(f)[f.own]
+        f.warp.cta.shared.begin_write(f.threads, places(where, width), GENERIC)
         none = np.full(len(where), -1)
         f.warp.copies.append(Copies(f.lanes, where, origin, count, none, f.access(), one))
         return YIELD
@@ -189,9 +191,7 @@ def _arrive_noinc(one: Instruction, operands: Operands) -> Op:
 
         def land() -> None:
             for copies in taken:
-                with cta.cluster.blaming(copies.issued):
-                    data = _gathered(cta.cluster.memory, copies)
-                    cta.shared.land(copies.to, data, barrier.agent, barrier.next_time)
+                _land(cta, copies, barrier.agent, barrier.next_time)
             cta.cluster.completed(barrier, barrier.arrive(count, clock))
 
         cta.cluster.later(land, one, cta)
@@ -205,10 +205,11 @@ def _take(warp: Any, which: Callable[[Copies], np.ndarray]) -> list[Copies]:
     taken, kept = [], []
     for copies in warp.copies:
         own = which(copies)
-        if own.any():
-            taken.append(copies.part(own))
-        if not own.all():
-            kept.append(copies.part(~own))
+        count = np.count_nonzero(own)
+        if count:
+            taken.append(copies if count == len(own) else copies.part(own))
+        if count < len(own):
+            kept.append(copies.part(~own) if count else copies)
     warp.copies = kept
     return taken
 
@@ -237,24 +238,24 @@ def _wait_group(one: Instruction, operands: Operands) -> Op:
             return f.active[copies.lanes] & (copies.group >= 0) & old
 
         for copies in _take(warp, due):
-            with cta.cluster.blaming(copies.issued):
-                data = _gathered(cta.cluster.memory, copies)
-                threads = (copies.lanes + 32 * warp.index)[:, None]
-                cta.shared.land(copies.to, data, threads, int(cta.order.ticks[warp.index]))
+            threads = (copies.lanes + 32 * warp.index)[:, None]
+            _land(cta, copies, threads, int(cta.order.ticks[warp.index]))
         return YIELD
 
     return wait
 
 
-def _gathered(memory: GlobalMemory, copies: Copies) -> np.ndarray:
-    width = integer(copies.issued.operands[2])
-    data = np.zeros((len(copies.to), width), np.uint8)
-    for size in np.unique(copies.count[copies.count > 0]):
-        rows = copies.count == size
-        if (copies.origin[rows] % width != 0).any():
-            raise Fault("misaligned cp.async source")
-        data[rows, :size] = memory.read_bytes(copies.by, copies.origin[rows], int(size))
-    return data
+def _land(cta: Any, copies: Copies, agent: int | np.ndarray, time: int) -> None:
+    """Their bytes arrive."""
+    with cta.cluster.blaming(copies.issued):
+        width, memory = integer(copies.issued.operands[2]), cta.cluster.memory
+        data = np.zeros((len(copies.to), width), np.uint8)
+        for size in sorted(set(copies.count.tolist()) - {0}):
+            rows = copies.count == size
+            if np.count_nonzero(copies.origin[rows] % width):
+                raise Fault("misaligned cp.async source")
+            data[rows, :size] = memory.read_bytes(copies.by, copies.origin[rows], size)
+        cta.shared.land(places(copies.to, width), data, agent, time, GENERIC)
 
 
 def _store_matrices(one: Instruction, operands: Operands) -> Op:
@@ -267,11 +268,12 @@ def _store_matrices(one: Instruction, operands: Operands) -> Op:
 
     def store(f: Any) -> None:
         # register m of lane 4 * row + pair holds columns 2 * pair and 2 * pair + 1 of matrix m
-        words = np.ascontiguousarray(np.stack([s(f) for s in sources]))
+        words = np.array([source(f) for source in sources])
         matrices = words.view(np.uint16).reshape(count, 8, 8)
         if ".trans." in one.opcode:
             matrices = matrices.transpose(0, 2, 1)
         rows = np.ascontiguousarray(matrices).reshape(count * 8, 8).view(np.uint8)
-        f.warp.cta.shared.write(f.threads[: count * 8], address(f)[: count * 8], rows)
+        to = places(address(f)[: count * 8], 16)
+        f.warp.cta.shared.write(f.threads[: count * 8], to, rows)
 
     return store

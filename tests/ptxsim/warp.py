@@ -14,7 +14,8 @@ import numpy as np
 
 from tests.ptxsim import alu, atomics, bulk, synchronisation, transfers, wgmma
 from tests.ptxsim.memory import Access
-from tests.ptxsim.operands import ALL, LANES, B, Op, Operands, Source
+from tests.ptxsim.operands import ALL, LANES, B, Op, Operands, Source, mask_of
+from tests.ptxsim.order import consecutive
 from tests.ptxsim.outcome import AGAIN, DONE, GATHERING, READY, State
 from tests.ptxsim.ptx import Fault, Instruction, Program
 from tests.ptxsim.wgmma import Queue
@@ -61,13 +62,15 @@ class Code:
 
 
 @lru_cache(maxsize=4096)
-def _lanes(mask: int) -> tuple[np.ndarray, np.ndarray]:
+def _lanes(mask: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | slice]:
     active = (mask >> LANES & 1) == 1
-    return active, np.flatnonzero(active)
+    lanes = np.flatnonzero(active)
+    return active, lanes, consecutive(lanes)
 
 
 class Fragment:
-    """Lanes of one warp at one instruction. threads: their numbers in the order."""
+    """Lanes of one warp at one instruction. own: the lanes, to take them out of an array of 32;
+    threads: their numbers in the order."""
 
     def __init__(self, warp: Warp, mask: int, pc: int):
         self.warp, self.pc = warp, pc
@@ -77,7 +80,7 @@ class Fragment:
 
     def become(self, mask: int) -> None:
         self.mask = mask
-        self.active, self.lanes = _lanes(mask)
+        self.active, self.lanes, self.own = _lanes(mask)
         self.threads = self.lanes + 32 * self.warp.index
 
     def access(self) -> Access:
@@ -112,7 +115,7 @@ class Warp:
 
     @property
     def ready(self) -> bool:
-        return any(f.state is READY for f in self.fragments)
+        return READY in [f.state for f in self.fragments]
 
     @property
     def done(self) -> bool:
@@ -184,7 +187,7 @@ class Warp:
     def _branch(self, f: Fragment, one: Instruction, guard: Source | None) -> None:
         taken = f.mask
         if guard is not None:
-            bits = int(np.packbits(guard(f), bitorder="little").view(np.uint32)[0])
+            bits = mask_of(guard(f))
             taken &= ~bits if one.negated else bits
         if one.opcode == "bra.uni" and taken not in (0, f.mask):
             raise Fault("lanes part at bra.uni")

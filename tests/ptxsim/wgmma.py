@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
 import torch
 
-from tests.ptxsim.operands import ALL, BUSY, U64, B, Op, Operands, integer
-from tests.ptxsim.ordered import OrderedMemory
+from tests.ptxsim.operands import ALL, BUSY, U64, B, Op, Operands, differ, integer
+from tests.ptxsim.order import GENERIC
+from tests.ptxsim.ordered import OrderedMemory, Places
 from tests.ptxsim.outcome import YIELD
 from tests.ptxsim.ptx import Fault, Instruction
 from tests.ptxsim.tensormap import swizzled
@@ -30,8 +32,10 @@ def _table(kind: str) -> np.ndarray:
 _TABLES = {kind: _table(kind) for kind in _FLOAT8}
 
 
-def _values(data: np.ndarray, kind: str) -> np.ndarray:
-    """uint8 [rows, 32] -> float64 [rows, k], exactly."""
+@lru_cache(maxsize=256)  # the warps of a warpgroup read the same B
+def _values(operand: bytes, kind: str) -> np.ndarray:
+    """32 bytes a row -> float64 [rows, k], exactly."""
+    data = np.frombuffer(operand, np.uint8).reshape(-1, 32)
     if kind in _TABLES:
         return _TABLES[kind][data]
     if kind == "s8":
@@ -70,8 +74,8 @@ class Shape:
 
 
 @lru_cache(maxsize=1024)
-def operand_chunks(descriptor: int, first: int, last: int, transposed: bool) -> np.ndarray:
-    """Shared addresses of the 16-byte halves of 32 bytes of K, rows first .. last - 1; transposed:
+def operand_chunks(descriptor: int, first: int, last: int, transposed: bool) -> Places:
+    """In shared memory the 16-byte halves of 32 bytes of K, rows first .. last - 1; transposed:
     of 8 rows each, for all of them at each of 16 elements of K."""
     layout = descriptor >> 62
     if layout != 1:
@@ -84,17 +88,15 @@ def operand_chunks(descriptor: int, first: int, last: int, transposed: bool) -> 
         block_stride = (descriptor >> 16 & 0x3FFF) << 4  # between 64 rows
         k, row = np.arange(16)[:, None], np.arange(first, last, 8)
         linear = base + row // 64 * block_stride + row % 64 * 2 + k // 8 * stride + k % 8 * 128
-        return swizzled(linear.ravel(), 128)
+        return Places(swizzled(linear.ravel(), 128), 16)
     row = np.arange(first, last)[:, None]
     linear = base + row // 8 * stride + row % 8 * 128 + np.array([0, 16])
-    return swizzled(linear.ravel(), 128)
+    return Places(swizzled(linear.ravel(), 128), 16)
 
 
-def _rows(chunks: np.ndarray, transposed: bool) -> np.ndarray:
-    """uint8 [rows, 32] from the chunks at `operand_chunks`."""
-    if not transposed:
-        return chunks.reshape(-1, 32)
-    return np.ascontiguousarray(chunks.view(np.uint16).reshape(16, -1).T).view(np.uint8)
+def _rows(chunks: np.ndarray, transposed: bool) -> bytes:
+    """32 bytes a row, from the chunks at `operand_chunks`."""
+    return (chunks.view(np.uint16).reshape(16, -1).T if transposed else chunks).tobytes()
 
 
 @dataclass
@@ -106,11 +108,11 @@ class Multiply:
     a: int
     b: int
     accumulate: bool
-    registers: list[int]
+    registers: tuple[int, ...]
     number: int = 0
-    operands: tuple[np.ndarray, np.ndarray] | None = None
+    operands: tuple[bytes, bytes] | None = None
 
-    def chunks(self) -> tuple[np.ndarray, np.ndarray]:
+    def chunks(self) -> tuple[Places, Places]:
         first = 16 * self.quarter
         return (
             operand_chunks(self.a, first, first + 16, self.shape.a_transposed),
@@ -120,26 +122,23 @@ class Multiply:
     def fetch(self, memory: OrderedMemory) -> None:
         """Takes the operands' bytes as they are now."""
         if self.operands is None:
-            a, b = (memory.data[at[:, None] + np.arange(16)] for at in self.chunks())
+            a, b = (memory.pieces(16)[operand.numbers] for operand in self.chunks())
             shape = self.shape
             self.operands = _rows(a, shape.a_transposed), _rows(b, shape.b_transposed)
 
-    def result(self, accumulators: list[np.ndarray]) -> np.ndarray:
-        """uint32 [n / 2, 32]: the new accumulators by register and lane."""
+    def result(self, sums: np.ndarray | None) -> np.ndarray:
+        """float32 or int32 [n / 2, 32]: the new accumulators by register and lane."""
         assert self.operands is not None
         a, b = self.operands
         product = _values(a, self.shape.a) @ _values(b, self.shape.b).T
-        by_register = (
+        total = (
             product.reshape(2, 8, self.shape.n // 8, 4, 2).transpose(2, 0, 4, 1, 3).reshape(-1, 32)
         )
-        if self.shape.integer:
-            total = by_register.astype(np.int64)
-            if self.accumulate:
-                total = total + np.array(accumulators).view(np.int32)
-            return np.clip(total, -(2**31), 2**31 - 1).astype(np.int32).view(np.uint32)
         if self.accumulate:
-            by_register = by_register + np.array(accumulators).view(np.float32)
-        return by_register.astype(np.float32).view(np.uint32)
+            total = total + sums
+        if self.shape.integer:  # below 2^53: float64 holds it
+            return np.clip(total, -(2**31), 2**31 - 1).astype(np.int32)
+        return total.astype(np.float32)
 
 
 @dataclass
@@ -149,7 +148,7 @@ class Queue:
     groups: list[list[Multiply]] = field(default_factory=list)
     open: list[Multiply] = field(default_factory=list)
     issued: int = 0
-    owned: dict[int, int] = field(default_factory=dict)  # register -> multiplies in flight on it
+    owned: dict[tuple[int, ...], int] = field(default_factory=dict)  # accumulators -> in flight
     fenced: bool = False
     touched: set[int] = field(default_factory=set)  # accumulators accessed since wgmma.fence
 
@@ -168,7 +167,7 @@ def build(one: Instruction, operands: Operands) -> Op | None:
 
 def _multiply(one: Instruction, operands: Operands) -> Op:
     shape = Shape.parse(one.opcode)
-    registers = operands.numbers(one.operands[0])
+    registers = tuple(operands.numbers(one.operands[0]))
     a, b = (operands.source(name, U64) for name in one.operands[1:3])
     accumulate = operands.source(one.operands[3], B)
     if len(registers) != shape.n // 2:
@@ -183,18 +182,18 @@ def _multiply(one: Instruction, operands: Operands) -> Op:
 
     def multiply(f: Any) -> Any:
         warp = f.warp
-        first = (int(a(f)[0]), int(b(f)[0]), bool(accumulate(f)[0]))
-        for source, value in zip((a, b, accumulate), first, strict=True):
-            if (source(f) != value).any():
-                raise Fault("operands differ among the lanes of a warp")
+        given = (a(f), b(f), accumulate(f))
+        if any(differ(lanes) for lanes in given):
+            raise Fault("operands differ among the lanes of a warp")
+        first = (int(given[0][0]), int(given[1][0]), bool(given[2][0]))
         warp.check_alike(one, first)
         part = Multiply(shape, warp.number % 4, *first, registers)
         _own(warp, part)
         queue = warp.queue
         queue.issued += 1
         part.number = queue.issued
-        for chunks in part.chunks():
-            warp.cta.shared.queue_read(warp.index, part.number, chunks)
+        for operand in part.chunks():
+            warp.cta.shared.queue_read(warp.index, part.number, operand)
         queue.open.append(part)
         if warp.cta.cluster.schedule.reads_early():
             part.fetch(warp.cta.shared)
@@ -208,14 +207,14 @@ def _own(warp: Any, part: Multiply) -> None:
     queue = warp.queue
     if not queue.fenced:
         raise Fault("WGMMA before the first wgmma.fence")
-    touched = queue.touched.intersection(part.registers)
-    if touched:
+    if not queue.touched.isdisjoint(part.registers):
         raise Fault("accumulators touched since the last wgmma.fence")
-    for number in part.registers:
-        if part.accumulate and not queue.owned.get(number) and warp.valid[number] != ALL:
-            raise Fault("accumulators added to before they have values")
-        queue.owned[number] = queue.owned.get(number, 0) + 1
-        warp.valid[number] = BUSY
+    if part.registers not in queue.owned:
+        for number in part.registers:
+            if part.accumulate and warp.valid[number] not in (ALL, BUSY):
+                raise Fault("accumulators added to before they have values")
+            warp.valid[number] = BUSY
+    queue.owned[part.registers] = queue.owned.get(part.registers, 0) + 1
 
 
 def _fence_registers(f: Any) -> None:
@@ -234,22 +233,31 @@ def _wait_group(one: Instruction, operands: Operands) -> Op:
 
     def wait(f: Any) -> Any:
         warp, queue = f.warp, f.warp.queue
-        while len(queue.groups) > remaining:
-            for part in queue.groups.pop(0):
-                _retire(warp, part)
+        done = queue.groups[: max(len(queue.groups) - remaining, 0)]
+        del queue.groups[: len(done)]
+        for registers, parts in groupby(chain(*done), lambda part: part.registers):
+            _retire(warp, registers, list(parts))
         return YIELD
 
     return wait
 
 
-def _retire(warp: Any, part: Multiply) -> None:
-    cta, queue = warp.cta, warp.queue
-    part.fetch(cta.shared)
-    values = part.result([warp.values[n] for n in part.registers] if part.accumulate else [])
-    for number, value in zip(part.registers, values, strict=True):
+def _retire(warp: Any, registers: tuple[int, ...], parts: list[Multiply]) -> None:
+    """In turn, all into the same registers."""
+    cta, owned = warp.cta, warp.queue.owned
+    sums = None
+    if parts[0].accumulate:
+        kind = np.int32 if parts[0].shape.integer else np.float32
+        sums = np.array([warp.values[number].view(kind) for number in registers])
+    for part in parts:
+        part.fetch(cta.shared)
+        sums = part.result(sums)
+    for number, value in zip(registers, sums, strict=True):
         warp.values[number] = value
-        queue.owned[number] -= 1
-        if not queue.owned[number]:
+    owned[registers] -= len(parts)
+    if not owned[registers]:
+        del owned[registers]
+        for number in set(registers).difference(*owned):
             warp.valid[number] = ALL
-    threads = cta.order.everyone[warp.index * 32 : warp.index * 32 + 32]
-    cta.order.known[0, threads, cta.order.queue(warp.index)] = part.number
+    queue = cta.order.queue(warp.index)
+    cta.order.known[GENERIC, cta.order.of_warp(warp.index), queue] = parts[-1].number

@@ -13,10 +13,10 @@ from torch import Tensor
 from cutlass_moe.operands import clamped_numbers
 from cutlass_moe.runtime.parameters import gemm_values, gemm_views
 from cutlass_moe.runtime.tensor_map import View
-from emitters.compile.emit import emit_ptx
 from emitters.spec.gemm import NUMBERS, GemmProblem, Major, WeightStorage
 from emitters.spec.image import LaunchRecord, ParamKind
 from emitters.spec.registry import GemmConfig
+from tests.ptxsim.kernels.compiled import ptx_of
 from tests.ptxsim.machine import Launch, Machine
 from tests.ptxsim.memory import WORKSPACE, GlobalMemory
 from tests.ptxsim.ptx import Fault, parse
@@ -41,13 +41,10 @@ class SimulatedKernel:
         return SimulatedKernel(self.record, ptx, Code(parse(ptx)))
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=4)
 def kernel(problem: GemmProblem, config: GemmConfig, line_info: bool = False) -> SimulatedKernel:
-    """Compiled anew, in this process; one thread at a time may do that.
-
-    line_info: so that faults name lines of the Python source, too.
-    """
-    record, ptx = emit_ptx(problem, config, line_info=line_info)
+    """One thread at a time may compile in a process. line_info: as in `ptx_of`."""
+    record, ptx = ptx_of(problem, config, line_info)
     return SimulatedKernel(record, ptx, Code(parse(ptx)))
 
 
@@ -91,7 +88,9 @@ class Arguments:
         views = gemm_views(self.problem, inputs["weight"].stride(), len(out), interleaved)
         addresses["weight"] = self._weight(inputs["weight"], views["weight"])
         self.counters = np.zeros(2, np.int32)  # of a dynamic schedule
-        addresses["counters"] = self.memory.add("counters", self.counters.view(np.uint8), WORKSPACE)
+        if any(param.name == "counters" for param in kernel.record.params):
+            counters = self.counters.view(np.uint8)
+            addresses["counters"] = self.memory.add("counters", counters, WORKSPACE)
         values = gemm_values(
             self.problem,
             addresses,
@@ -189,10 +188,15 @@ def simulate(
     return out
 
 
-def _predecessor(copies: list[int]) -> Launch:
+@lru_cache(maxsize=1)
+def _late_copies() -> Code:
     from tests.ptxsim.samples import samples  # imports the DSL
 
-    code = Code(parse(samples.emit(samples.Late(), "ppi" * 3)))
+    return Code(parse(samples.emit(samples.Late(), "ppi" * 3)))
+
+
+def _predecessor(copies: list[int]) -> Launch:
+    code = _late_copies()
     packed = bytearray(code.program.parameter_bytes)
     for value, p in zip(copies, code.program.parameters, strict=True):
         packed[p.offset : p.offset + p.size] = value.to_bytes(p.size, "little")

@@ -249,7 +249,8 @@ MUTATIONS: dict[str, Mutation] = {
         (_WRONG, _PENDING, _UNORDERED, _READING, "uninitialised"),
     ),
     "staging_address": Mutation(
-        consumer(r"(stmatrix\S+ \[%r\d+)\]", r"\1+16]"), (_WRONG, "uninitialised", _UNORDERED)
+        consumer(r"(stmatrix\S+ \[%r\d+)\]", r"\1+16]"),
+        (_WRONG, "uninitialised", _UNORDERED, "mbarrier"),
     ),
     "index_of_the_next_row": Mutation(
         producer(r"(ld.global.b32 %r\d+, \[%rd\d+)\+64\];", r"\1+68];"), (_WRONG, "bytes")
@@ -388,7 +389,7 @@ MUTATIONS: dict[str, Mutation] = {
     "turn_not_passed": Mutation(consumer(r"bar.arrive [^;]*;", "", -1), (_DEADLOCK,), "pingpong"),
     "turns_not_awaited": Mutation(
         consumer(r"bar.sync %r\d+, 256;", ""),
-        ("phase", "for the second time", _READING, _UNORDERED),
+        ("phase", "for the second time", _READING, _UNORDERED, "uninitialised"),
         "pingpong",
     ),
 }  # fmt: skip

@@ -7,9 +7,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from emitters.compile.emit import emit_ptx
 from emitters.spec.image import LaunchRecord
 from emitters.spec.layer_steps import Step, StepConfig
+from tests.ptxsim.kernels.compiled import ptx_of
 from tests.ptxsim.machine import Launch, Machine
 from tests.ptxsim.memory import WORKSPACE, GlobalMemory
 from tests.ptxsim.ptx import Fault, parse
@@ -21,9 +21,9 @@ StepKernel = tuple[LaunchRecord, str, Code]
 Arguments = Mapping[str, np.ndarray | int]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def kernel(problem: Step, config: StepConfig) -> StepKernel:
-    record, ptx = emit_ptx(problem, config)
+    record, ptx = ptx_of(problem, config)
     return record, ptx, Code(parse(ptx))
 
 

@@ -1,12 +1,13 @@
 """What is simulated: every template, dtype and epilogue on its smallest interesting shapes.
 
-Two or three tiles with four k-steps over two stages, so that the ring wraps; ragged and empty
-experts, tails of N and K, rows of missing tokens.
+Two or three tiles with three k-steps over two stages, so that the ring wraps, within a tile and
+from one to the next; ragged and empty experts, tails of N and K, rows of missing tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from os import environ
 from typing import Any
 
@@ -36,8 +37,9 @@ SMALL = GemmSm90Config(tile_m=64, tile_n=64, stages=2)
 PINGPONG = replace(SMALL, pingpong=True)
 CLUSTER = replace(SMALL, cluster_m=2)
 SWAP = GemmSwapSm90Config(stages=2)
-BASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=400, spare=3, reads="outside")
+BASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=272, spare=3, reads="outside")
 PAIRS = replace(BASE, counts=(140, 0, 33))  # of M tiles: one, and one tile that is left over
+FEW = replace(BASE, counts=(11, 0, 3))
 EPILOGUES: dict[str, tuple[EpilogueNode, ...]] = {
     "none": (),
     "token": (Granularity.TOKEN,),
@@ -67,22 +69,26 @@ def _k(case: Case, steps: float) -> Case:
     return replace(case, k=int(steps * 128) // case.operand.bytes)
 
 
-NUMBERS: dict[str, Run] = {}  # what changes the numbers: dtypes, accumulations, epilogues
-for _operand, _accumulations in ACCUMULATIONS.items():
-    for _accumulation in _accumulations:
-        _case = replace(BASE, operand=_operand, accumulation=_accumulation, epilogue=SCALES)
-        for _out, _n in zip(OUTPUTS, (40, 64, 72), strict=True):  # a tail, none, two tiles
-            _run = Run(_k(replace(_case, out=_out, n=_n), 3.125))
-            NUMBERS[f"{_operand}_{_accumulation}_{_out}"] = _run
-for _name, _epilogue in EPILOGUES.items():
-    for _operand, _out in (
-        (DType.E4M3, DType.BF16),
-        (DType.INT8, DType.FP32),
-        (DType.FP16, DType.FP16),
-    ):
-        _case = replace(BASE, epilogue=_epilogue, operand=_operand, out=_out)
-        NUMBERS[f"epilogue_{_name}_{_operand}_{_out}"] = Run(_k(_case, 2.25))
-SHAPES: dict[str, Run] = {}  # what does not
+# What changes the numbers: each sum with each output, each kind of operand with each epilogue.
+NUMBERS: dict[str, Run] = {}
+_COLUMNS = dict(zip(OUTPUTS, (40, 64, 72), strict=True))  # a tail, none, two tiles
+for _kind in ((DType.E4M3, DType.E5M2), (DType.INT8,), (DType.FP16, DType.BF16)):
+    _pairs = list(product([(o, a) for o in _kind for a in ACCUMULATIONS[o]], OUTPUTS))
+    for _i in range(max(len(_pairs), len(EPILOGUES))):
+        (_operand, _accumulation), _out = _pairs[_i % len(_pairs)]
+        _name = list(EPILOGUES)[(_i + 2) % len(EPILOGUES)]  # scales where fp16 would overflow
+        _case = replace(BASE, operand=_operand, accumulation=_accumulation, out=_out)
+        _case = replace(_case, n=_COLUMNS[_out], epilogue=EPILOGUES[_name])
+        NUMBERS[f"{_operand}_{_accumulation}_{_out}_{_name}"] = Run(_k(_case, 2.125))
+for _i, ((_operand, _accumulation), _name) in enumerate(
+    zip([(o, a) for o, al in ACCUMULATIONS.items() for a in al], EPILOGUES, strict=True)
+):
+    _case = replace(FEW, operand=_operand, accumulation=_accumulation, out=OUTPUTS[_i % 3])
+    _case = replace(_case, epilogue=EPILOGUES[_name])
+    _config = replace(SWAP, tile_m=(8, 16, 32)[_i % 3], tile_n=(64, 64, 128)[_i % 3])
+    _config = replace(_config, k_boxes=1 + _i % 2)
+    NUMBERS[f"swap_{_operand}_{_accumulation}_{_name}"] = Run(_k(_case, 2.125), _config)
+ADDRESSES: dict[str, Run] = {}  # what changes where rows, weights and tiles are found
 for _m, _n, _group in (
     (64, 128, 1),
     (64, 256, 1),
@@ -94,8 +100,29 @@ for _m, _n, _group in (
 ):
     _case = replace(BASE, counts=(_m + 6, 0, 3), n=_n + 16 if _group > 1 else _n - 24)
     _config = GemmSm90Config(tile_m=_m, tile_n=_n, group_m=_group, stages=2)
-    SHAPES[f"tile_{_m}x{_n}_group_{_group}"] = Run(_case, _config)
-SHAPES |= {
+    ADDRESSES[f"tile_{_m}x{_n}_group_{_group}"] = Run(_case, _config)
+for _m, _n, _boxes in ((8, 128, 4), (48, 128, 1), (64, 64, 2), (96, 128, 1)):
+    _case = replace(BASE, counts=(_m + 5, 0, 3), n=_n + 24)
+    ADDRESSES[f"swap_{_m}x{_n}_boxes_{_boxes}"] = Run(
+        _case, replace(SWAP, tile_m=_m, tile_n=_n, k_boxes=_boxes)
+    )
+ADDRESSES |= {
+    "no_index": Run(replace(BASE, gather=False, reads="any")),
+    "table": Run(BASE, storage=WeightStorage.TABLE),
+    "table_two_consumers": Run(BASE, replace(SMALL, tile_m=128), storage=WeightStorage.TABLE),
+    "experts_32": Run(replace(BASE, counts=(3,) * 6 + (0,) * 25 + (70,), k=144)),
+    "experts_33": Run(replace(BASE, counts=(0,) * 30 + (66, 0, 5), k=144)),
+    "experts_100": Run(replace(BASE, counts=(0, 2, 0, 0) * 25, k=16, n=8)),
+    "no_rows": Run(replace(BASE, counts=(0, 0, 0))),
+    "no_tokens": Run(replace(BASE, tokens=0)),
+    "one_row": Run(replace(BASE, tokens=1, counts=(0, 0, 1), spare=0, reads="any")),
+    "swap_no_index": Run(replace(FEW, gather=False, reads="any"), SWAP),
+    "swap_table": Run(FEW, SWAP, storage=WeightStorage.TABLE),
+    "swap_experts_33": Run(replace(FEW, counts=(0,) * 30 + (9, 0, 5), k=144), SWAP),
+    "swap_no_rows": Run(replace(FEW, counts=(0, 0, 0)), SWAP),
+    "swap_no_tokens": Run(replace(FEW, tokens=0), SWAP),
+}
+SHAPES: dict[str, Run] = {  # what changes the waits
     "all_stages": Run(_k(BASE, 10), replace(SMALL, stages=None, tile_n=128, ctas_per_sm=2)),
     "three_stages": Run(_k(BASE, 7), replace(SMALL, stages=3)),
     "one_step": Run(replace(BASE, k=16)),
@@ -104,19 +131,13 @@ SHAPES |= {
     "group_longer_than_an_expert": Run(
         replace(BASE, counts=(200, 0, 70), n=136, k=144), replace(SMALL, group_m=3)
     ),
-    "no_index": Run(replace(BASE, gather=False, reads="any")),
-    "no_index_bf16": Run(
-        replace(BASE, gather=False, reads="any", operand=DType.BF16, epilogue=(), k=136)
-    ),
-    "table": Run(BASE, storage=WeightStorage.TABLE),
-    "table_two_consumers": Run(BASE, replace(SMALL, tile_m=128), storage=WeightStorage.TABLE),
     "static": Run(BASE, replace(SMALL, schedule=Schedule.STATIC)),
     "static_three_ctas": Run(
-        replace(BASE, counts=(70, 0, 33, 140), n=136), replace(SMALL, schedule=Schedule.STATIC), 3
+        replace(BASE, counts=(70, 0, 173)), replace(SMALL, schedule=Schedule.STATIC), 3
     ),
     "dynamic": Run(BASE, replace(SMALL, schedule=Schedule.DYNAMIC)),
     "dynamic_three_ctas": Run(
-        replace(BASE, counts=(70, 0, 33, 140), k=144), replace(SMALL, schedule=Schedule.DYNAMIC), 3
+        replace(BASE, counts=(70, 0, 173)), replace(SMALL, schedule=Schedule.DYNAMIC), 3
     ),
     "dynamic_one_step": Run(
         replace(BASE, counts=(200, 0, 33), k=80), replace(SMALL, schedule=Schedule.DYNAMIC)
@@ -126,18 +147,17 @@ SHAPES |= {
     "pingpong_128x64": Run(replace(BASE, counts=(200, 0, 140)), replace(PINGPONG, tile_m=128)),
     "pingpong_64x128": Run(replace(BASE, n=264), replace(PINGPONG, tile_n=128, stages=3)),
     "pingpong_one_step": Run(replace(BASE, k=80), PINGPONG),
-    "pingpong_two_steps": Run(replace(BASE, k=144), replace(PINGPONG, stages=5)),
-    "pingpong_many_stages": Run(replace(BASE, k=272), replace(PINGPONG, stages=8)),
+    "pingpong_many_stages": Run(BASE, replace(PINGPONG, stages=8)),
     "pingpong_two_level": Run(replace(BASE, accumulation=Accumulation.TWO_LEVEL), PINGPONG),
     "pingpong_dynamic": Run(
         replace(BASE, counts=(70, 0, 133)), replace(PINGPONG, schedule=Schedule.DYNAMIC)
     ),
-    "pingpong_more_ctas_than_tiles": Run(replace(BASE, counts=(0, 5, 0), n=64), PINGPONG, grid=3),
+    "pingpong_more_ctas_than_tiles": Run(replace(BASE, counts=(0, 5, 0)), PINGPONG, grid=3),
     "cluster": Run(PAIRS, CLUSTER),
     "cluster_of_two_consumers": Run(
         replace(PAIRS, counts=(300, 0, 33), n=136), replace(CLUSTER, tile_m=128, tile_n=128)
     ),
-    "cluster_odd_tiles": Run(replace(PAIRS, counts=(70, 0, 33, 190), n=136), CLUSTER, grid=4),
+    "cluster_odd_tiles": Run(replace(PAIRS, counts=(190, 0, 33)), CLUSTER, grid=4),
     "cluster_one_step": Run(replace(PAIRS, k=80), CLUSTER),
     "cluster_two_level": Run(
         replace(PAIRS, accumulation=Accumulation.TWO_LEVEL), replace(CLUSTER, stages=3)
@@ -145,52 +165,17 @@ SHAPES |= {
     "cluster_static": Run(PAIRS, replace(CLUSTER, schedule=Schedule.STATIC), grid=4),
     "cluster_table": Run(PAIRS, CLUSTER, storage=WeightStorage.TABLE),
     "cluster_pingpong": Run(replace(PAIRS, counts=(270, 0, 33)), replace(CLUSTER, pingpong=True)),
-    "cluster_without_work": Run(replace(BASE, counts=(0, 5, 0), n=64), CLUSTER, grid=4),
+    "cluster_without_work": Run(replace(BASE, counts=(0, 5, 0)), CLUSTER, grid=6),
     "one_cta": Run(BASE, grid=1),
-    "three_ctas": Run(replace(BASE, counts=(70, 0, 33, 140)), grid=3),
-    "more_ctas_than_tiles": Run(replace(BASE, counts=(0, 5, 0), n=64), grid=3),
-    "experts_32": Run(replace(BASE, counts=(3,) * 6 + (0,) * 25 + (70,), k=144)),
-    "experts_33": Run(replace(BASE, counts=(0,) * 30 + (66, 0, 5), k=144)),
-    "experts_100": Run(replace(BASE, counts=(0, 2, 0, 0) * 25, k=16, n=8)),
-    "no_rows": Run(replace(BASE, counts=(0, 0, 0))),
-    "no_tokens": Run(replace(BASE, tokens=0)),
-    "one_row": Run(replace(BASE, tokens=1, counts=(0, 0, 1), spare=0, reads="any")),
+    "three_ctas": Run(replace(BASE, counts=(70, 0, 173)), grid=3),
+    "more_ctas_than_tiles": Run(replace(BASE, counts=(0, 5, 0)), grid=3),
 }
-FEW = replace(BASE, counts=(11, 0, 3))
-SWAPPED: dict[str, Run] = {}  # the template for few rows
-for _i, (_operand, _accumulation) in enumerate(
-    (o, a) for o, al in ACCUMULATIONS.items() for a in al
-):
-    _case = replace(FEW, operand=_operand, accumulation=_accumulation, out=OUTPUTS[_i % 3])
-    _config = replace(SWAP, tile_m=(8, 16)[_i % 2], k_boxes=(1, 1, 2)[_i % 3])
-    SWAPPED[f"swap_{_operand}_{_accumulation}"] = Run(_k(_case, 3.125), _config)
-for _name, _epilogue in EPILOGUES.items():
-    _case = replace(FEW, epilogue=_epilogue, operand=DType.FP16, out=DType.FP16)
-    SWAPPED[f"swap_epilogue_{_name}"] = Run(_k(_case, 2.25), replace(SWAP, tile_m=32, tile_n=128))
-for _m, _n, _boxes in (
-    (8, 128, 4),
-    (16, 64, 1),
-    (48, 128, 1),
-    (64, 64, 2),
-    (96, 64, 1),
-    (96, 128, 1),
-):
-    _case = replace(BASE, counts=(_m + 5, 0, 3), n=_n + 24)
-    SWAPPED[f"swap_{_m}x{_n}_boxes_{_boxes}"] = Run(
-        _case, replace(SWAP, tile_m=_m, tile_n=_n, k_boxes=_boxes)
-    )
-SWAPPED |= {
+SWAPPED: dict[str, Run] = {  # the same of the template for few rows
     "swap_all_stages": Run(_k(FEW, 40), replace(SWAP, stages=None, ctas_per_sm=2)),
-    "swap_evict_first": Run(FEW, replace(SWAP, evict_first=True)),
     "swap_one_step": Run(replace(FEW, k=16), SWAP),
-    "swap_no_index": Run(replace(FEW, gather=False, reads="any"), SWAP),
-    "swap_table": Run(FEW, SWAP, storage=WeightStorage.TABLE),
-    "swap_three_ctas": Run(replace(FEW, counts=(9, 0, 33, 1)), SWAP, grid=3),
-    "swap_more_ctas_than_tiles": Run(replace(FEW, counts=(0, 5, 0), n=64), SWAP, grid=3),
-    "swap_experts_33": Run(replace(FEW, counts=(0,) * 30 + (9, 0, 5), k=144), SWAP),
-    "swap_no_rows": Run(replace(FEW, counts=(0, 0, 0)), SWAP),
-    "swap_no_tokens": Run(replace(FEW, tokens=0), SWAP),
-    "swap_split_2": Run(_k(FEW, 3.125), replace(SWAP, split_k=2), grid=4),
+    "swap_three_ctas": Run(replace(FEW, counts=(9, 0, 34)), SWAP, grid=3),
+    "swap_more_ctas_than_tiles": Run(replace(FEW, counts=(0, 5, 0)), SWAP, grid=3),
+    "swap_split_2": Run(FEW, replace(SWAP, split_k=2), grid=4),
     "swap_split_4": Run(_k(FEW, 9), replace(SWAP, split_k=4, tile_m=16, k_boxes=2), grid=4),
     "swap_split_int8": Run(
         _k(replace(FEW, operand=DType.INT8), 5), replace(SWAP, split_k=4, tile_n=128), grid=4
@@ -213,10 +198,12 @@ ACTIVATED: dict[str, Run] = {}
 for _i, _activation in enumerate(ActivationFunction):
     _nodes = (*EPILOGUES[list(EPILOGUES)[_i % len(EPILOGUES)]], Activation(_activation))
     _case = replace(_GATED, epilogue=_nodes, operand=DType.FP16, out=OUTPUTS[_i % 3], k=136)
-    _case = replace(_case, interleaved=_activation.gated and _i % 2 == 1)
-    ACTIVATED[f"{_activation}"] = Run(_case, _WIDE)
-    _case = replace(_case, counts=FEW.counts, interleaved=_activation.gated and _i % 2 == 0)
-    ACTIVATED[f"swap_{_activation}"] = Run(_case, replace(SWAP, tile_m=(8, 16)[_i % 2]))
+    _case = replace(_case, interleaved=_activation.gated and _i % 4 > 1)
+    if _i % 2:  # the templates in turn: both apply the same function to their values
+        _swapped = replace(_case, counts=FEW.counts)
+        ACTIVATED[f"swap_{_activation}"] = Run(_swapped, replace(SWAP, tile_m=(8, 16)[_i % 4 // 2]))
+    else:
+        ACTIVATED[f"{_activation}"] = Run(_case, _WIDE)
 _BIASED = replace(_GATED, epilogue=(*SCALES, Bias(DType.FP32), _GATED.epilogue[-1]))
 ACTIVATED |= {
     "clamped": Run(
@@ -233,7 +220,9 @@ ACTIVATED |= {
     "gated_64_columns": Run(replace(_INTERLEAVED, out=DType.FP32), SMALL),
     "gated_bias": Run(_BIASED, _WIDE),
     "gated_bias_interleaved": Run(replace(_BIASED, interleaved=True), _WIDE),
-    "gated_table": Run(_INTERLEAVED, _WIDE, storage=WeightStorage.TABLE),
+    "gated_table_int8": Run(
+        replace(_INTERLEAVED, operand=DType.INT8), _WIDE, storage=WeightStorage.TABLE
+    ),
     "gated_cluster": Run(replace(_GATED, counts=PAIRS.counts), replace(CLUSTER, tile_n=128)),
     "gated_cluster_pingpong": Run(
         replace(_INTERLEAVED, counts=(270, 0, 33)),
@@ -242,11 +231,9 @@ ACTIVATED |= {
     "gated_pingpong_128": Run(
         replace(_GATED, counts=(200, 0, 140)), replace(PINGPONG, tile_m=128, tile_n=128)
     ),
-    "gated_int8": Run(replace(_INTERLEAVED, operand=DType.INT8, out=DType.BF16), _WIDE),
     # not with the two k-tiles of the others: its PTX then copies accumulators between WGMMAs, which
     # the simulator refuses and ptxas has to serialise (perf/EXPERIMENTS.md, "Scales that vary")
     "gated_two_level": Run(_k(replace(_GATED, accumulation=Accumulation.TWO_LEVEL), 3), _WIDE),
-    "gated_no_index": Run(replace(_GATED, gather=False, reads="any"), _WIDE),
     "gated_starts": Run(replace(_GATED, apart=19), _WIDE),
     "starts": Run(replace(BASE, apart=19), SMALL),
     "swap_starts": Run(replace(FEW, apart=5), SWAP),
@@ -278,10 +265,8 @@ N_MAJOR: dict[str, Run] = {
         replace(_N_MAJOR, counts=(140, 0, 33)), replace(SMALL, tile_m=128, tile_n=192)
     ),
     "n_major_cluster": Run(replace(_N_MAJOR, counts=PAIRS.counts), replace(CLUSTER, tile_n=128)),
-    "n_major_pingpong": Run(_N_MAJOR, PINGPONG),
     "n_major_gated": Run(_N_GATED, _WIDE),
     "n_major_gated_256": Run(replace(_N_GATED, n=528), replace(SMALL, tile_n=256)),
-    "n_major_gated_fp32": Run(replace(_N_GATED, out=DType.FP32), _WIDE),
     "n_major_gated_cluster": Run(
         replace(_N_GATED, counts=PAIRS.counts), replace(CLUSTER, tile_n=128)
     ),
@@ -299,7 +284,6 @@ N_MAJOR: dict[str, Run] = {
         replace(_N_FEW, n=72), replace(SWAP, tile_m=32, k_boxes=2, evict_first=True)
     ),
     "swap_n_major_split": Run(_k(_N_FEW, 4), replace(_SWAP_128, split_k=4), grid=4),
-    "swap_n_major_gated": Run(_N_FEW_GATED, _SWAP_128),
     "swap_n_major_gated_fp32": Run(
         replace(_N_FEW_GATED, out=DType.FP32, n=272), replace(_SWAP_128, tile_m=48)
     ),
@@ -359,7 +343,7 @@ BLOCKS: dict[str, Run] = {  # scales that vary along K
         _blocks_of(Granularity.BLOCK_64, replace(_BLOCK_GATED, counts=FEW.counts)), SWAP
     ),
 }
-RUNS = NUMBERS | SHAPES | SWAPPED | ACTIVATED | N_MAJOR | BLOCKS
+RUNS = NUMBERS | ADDRESSES | SHAPES | SWAPPED | ACTIVATED | N_MAJOR | BLOCKS
 _ASKED = environ.get("PTXSIM_SCHEDULES")
 SCHEDULES = int(_ASKED or 3)  # of runs that differ in their waits
 FEWER = int(_ASKED or 2)  # of runs that differ in arithmetic and addresses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ class Scene:
         return TensorMap(address, 4, (columns, rows), (columns * 4,), self.box, 0)
 
     def _launch(self, kernel: Kernel, text: str, address: dict[str, int]) -> Launch:
-        code = Code(parse(text))
+        code = _code(text)
         packed = bytearray(code.program.parameter_bytes)
         for value, p in zip(kernel.arguments, code.program.parameters, strict=True):
             number = value if isinstance(value, int) else address[value]
@@ -89,6 +90,11 @@ class Scene:
         return Launch(
             code, kernel.grid, SHARED_BYTES, REGISTERS, bytes(packed), kernel.sample.cluster
         )
+
+
+@lru_cache(maxsize=4)
+def _code(ptx: str) -> Code:
+    return Code(parse(ptx))
 
 
 def _numbers(*shape: int) -> np.ndarray:
