@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType, Name
@@ -166,12 +167,13 @@ class GemmProblem:
     epilogue: tuple[EpilogueNode, ...] = ()
     op: ClassVar[str] = "grouped_gemm"
 
-    def __post_init__(self) -> None:
-        # computed once, because every call of the op hashes its problem
-        object.__setattr__(self, "_hash", hash(tuple(getattr(self, f.name) for f in fields(self))))
+    @cached_property
+    def _hash(self) -> int:
+        """Computed once, because every call of the op hashes its problem."""
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined]
+        return self._hash
 
     @property
     def activation(self) -> Activation | None:

@@ -186,7 +186,8 @@ def test_a_gate_of_its_own(
     with torch.no_grad():
         out = experts(*arguments)
         with no_wait():
-            assert same_bits(out, experts(*arguments))
+            again = experts(*arguments)
+        assert same_bits(out, again)
         assert relative(out, definition(before, *arguments)) <= 1.5 * LIMITS[quant]
     assert experts._cutlass_moe.activation is None
 

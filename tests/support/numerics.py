@@ -136,7 +136,11 @@ def untouched(out: Tensor, rows: Tensor) -> bool:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    """Whether two tensors of one shape and dtype hold the same bytes, NaNs included."""
+    same = a.shape == b.shape and a.dtype == b.dtype
+    # one row or column keeps any stride through `contiguous`, but not through `flatten`
+    a, b = (tensor.contiguous().flatten() for tensor in (a, b))
+    return same and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 @dataclass(frozen=True)
