@@ -31,7 +31,7 @@ def layer(inputs: LayerInputs, quick: Quick) -> Prepared:
     case = inputs.case
     operands = (inputs.hidden, inputs.up.w, inputs.down.w, inputs.topk_weights, inputs.ids)
     options = {
-        "quant": None if case.dtype == "bf16" else case.dtype.partition("_")[0],
+        "quant": None if case.dtype == "bf16" else case.dtype,
         "activation": "swiglu",
         "w13_scale": inputs.up.scale,
         "w2_scale": inputs.down.scale,

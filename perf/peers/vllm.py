@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from perf.cases import BLOCK, TOKEN_SETS, Case
-from perf.operands import LayerInputs, ProductInputs
+from perf.operands import LARGEST, LayerInputs, ProductInputs
 from perf.peers.prepared import Absent, Call, Prepared, Quick, fastest, only, require
 from perf.peers.unpacked import Stubs, load_compiled_ops, nothing, vllm_sources
 
@@ -126,6 +126,8 @@ def _known() -> dict[str, dict[str, Any]]:
             "num_compute_units": lambda *_: sms,
         },
         "vllm.utils.torch_utils": {"direct_register_custom_op": lambda **_: None},
+        "vllm.utils.deep_gemm": {"is_deep_gemm_e8m0_used": lambda: False},
+        f"{UTILS}.quant_utils": {"get_fp8_min_max": lambda: (-LARGEST["fp8"], LARGEST["fp8"])},
         "vllm.v1.worker.workspace": {"is_workspace_manager_initialized": lambda: False},
         MOE: {"get_config": _force},
         f"{MOE}.modular_kernel": {"FusedMoEExpertsModular": experts},
