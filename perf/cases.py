@@ -6,6 +6,7 @@ import random
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 
@@ -160,8 +161,9 @@ def special_units() -> Iterator[list[Case]]:
 def all_cases() -> list[Case]:
     """Every case once, in the order of a run, which is fair to all wherever a budget ends it.
 
-    First the layers of the README's figure. Then passes over all models, parts and dtypes, in
-    random but fixed order, that take one of TOKEN_SETS each; the special ones are in the first.
+    First the layers of the README's figure. Then passes over all models, parts and dtypes, which
+    take one of TOKEN_SETS each: parts and dtypes by turns, models in random but fixed order. The
+    special ones are in the first pass.
     """
     found = [of_shape(m, "layer", "fp8", t) for m in FIGURE_MODELS for t in FIGURE_TOKENS]
     kinds = [
@@ -178,7 +180,11 @@ def all_cases() -> list[Case]:
         ]
         units += special_units() if number == 0 else ()
         random.Random(number).shuffle(units)
-        found += [case for unit in units for case in unit]
+        queues: dict[tuple[str, ...], list[list[Case]]] = {}
+        for unit in units:
+            queues.setdefault((unit[0].suite, unit[0].part, unit[0].dtype), []).append(unit)
+        turns = zip_longest(*queues.values(), fillvalue=[])
+        found += [case for turn in turns for unit in turn for case in unit]
     return list(dict.fromkeys(found))
 
 

@@ -10,6 +10,7 @@ import torch
 
 from cutlass_moe.models import shapes
 from perf.cases import (
+    BLOCK,
     DTYPES,
     FIGURE_MODELS,
     FIGURE_TOKENS,
@@ -32,8 +33,8 @@ def test_every_case_is_there_once() -> None:
     assert len({case.id for case in CASES}) == len(CASES)
     assert set(MODELS) == {*shapes.MODELS, "gpt-oss-20b", "qwen3-30b-tp4"}
     plain = [case for case in CASES if case.suite == "models" and not case.skewed]
-    kinds = len(MODELS) * (3 * len(DTYPES) - 1)
-    assert len(plain) == 15 * kinds
+    cut = [shape for shape in MODELS.values() if shape.inter % BLOCK]  # no layers of fp8_block
+    assert len(plain) == 15 * (len(MODELS) * 3 * len(DTYPES) - len(cut))
     assert {case.tokens for case in plain} == {2**i for i in range(15)}
     special = Counter(case.suite for case in CASES)
     assert (special["seed"], special["tutorial"], special["deepgemm"]) == (6, 9, 8)
@@ -55,7 +56,7 @@ def test_wherever_a_budget_ends_the_sample_is_balanced(most: int) -> None:
     by_dtype = Counter(case.dtype for case in some if case.part == "up")
     assert max(by_dtype.values()) < 2.5 * min(by_dtype.values())
     spans = Counter(min(len(bin(case.tokens)) // 6, 2) for case in some)
-    assert min(spans.values()) > len(some) / 5
+    assert min(spans.values()) > len(some) / 6  # of 15 numbers of tokens, 3 are below 8
     assert len({case.model for case in some}) >= len(MODELS) - 2
 
 
