@@ -245,7 +245,7 @@ def _tune(name: str, problem: GemmProblem, top_k: int, output: Path) -> list[flo
     ratios = []
     for one, entry in zip(measured, entries, strict=True):
         rows = one.tokens * (1 if problem.gather else top_k)
-        us = one.us.get(estimate(problem, rows, one.rows_per_expert))
+        us = one.us.get(estimate(problem, rows, one.rows_per_expert, gpu))
         ratios += [] if us is None else [us / min(one.us.values())]
         cells = (f"{one.rows_per_expert:g}", entry.config.words)
         table.add_row(str(one.tokens), *cells, f"{entry.us:.1f}", "" if us is None else f"{us:.1f}")

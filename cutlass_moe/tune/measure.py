@@ -63,18 +63,26 @@ class Images:
 
 
 def space(problem: GemmProblem) -> tuple[GemmConfig, ...]:
-    """The legal configs that may be the fastest for some number of rows."""
-    wide = ((64, 128), (64, 192), (64, 256), (128, 128))
+    """The legal configs that may be the fastest for some number of rows.
+
+    Those in ping-pong are none of them where sums have two levels: the tensor core would wait for
+    each consumer's additions.
+    """
+    alone = ((64, 128), (64, 192), (64, 256), (128, 128))
     considered = [
         GemmSm90Config(64, 128),
         GemmSm90Config(64, 64, ctas_per_sm=2),
         GemmSm90Config(64, 128, ctas_per_sm=2),
         *(
             GemmSm90Config(m, n, pingpong=True, group_m=16, cluster_m=cluster)
-            for m, n in wide
+            for m, n in (() if problem.two_level else alone)
             for cluster in (1, 2)
         ),
-        *(GemmSm90Config(128, n, cluster_m=cluster) for n in (192, 256) for cluster in (1, 2)),
+        *(
+            GemmSm90Config(128, n, cluster_m=cluster)
+            for n in ((128, 192, 256) if problem.two_level else (192, 256))
+            for cluster in (1, 2)
+        ),
     ]
     legal = (c for c in considered if c.tile_n < problem.n + 64 and why_illegal(problem, c) is None)
     return tuple(dict.fromkeys((*heuristics.candidates(problem), *legal)))
