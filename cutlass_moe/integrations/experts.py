@@ -14,15 +14,18 @@ NAME_scale_inv if the weights have 8 bits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import cutlass_moe as cm
+from cutlass_moe.models.expert_weights import ExpertWeights
+from cutlass_moe.models.problems import block_rows
 
 Experts = Any  # a module of experts: its classes are made by a decorator
-QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # what `quantize` makes
+QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # with a scale per channel
 FP8_BLOCK = "fp8_block"  # e4m3 as checkpoints with `weight_block_size` hold it
 BLOCK = 128  # rows and columns that share a scale in the blocks that kernels have
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -144,20 +147,25 @@ def find_activation(module: Experts) -> ActivationArguments | None:
 
 
 def quantize(module: Experts, quant: str) -> None:
-    """Replaces a module's weights by 8-bit buffers with one scale per output channel."""
-    before, found = weights_of(module), dict[str, Any]()
+    """Replaces a module's weights by 8-bit buffers with the scales that `quant` names.
+
+    Raises ValueError where kernels could not read blocks of scales.
+    """
+    before = {name: _local(tensor.detach()) for name, tensor in weights_of(module).items()}
+    biases = {name: tensor for name, tensor in before.items() if name.endswith("_bias")}
+    interleaved = is_interleaved(module)
+    held = ExpertWeights(before["w13"], before["w2"], None, None, "bf16", interleaved=interleaved)
+    if quant == FP8_BLOCK:
+        _check_blocks(module, held.w2.shape[2], block_rows(held.w2.shape[2]))
     block_size = getattr(module, "block_size", None)
-    for ours in _names(module):
-        weight, blocks = _local(before[ours]), before.get(f"{ours}_scale")
-        values = torch.empty(weight.shape, dtype=QUANTS[quant], device=weight.device)
-        scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
-        for e, expert in enumerate(weight.detach()):  # a float32 copy of all may not fit
-            wide = expert if blocks is None else dequantize(expert, _local(blocks)[e], block_size)
-            values[e], scale[e] = cm.quantize_per_token(wide.contiguous(), QUANTS[quant])
-        found |= {ours: values, f"{ours}_scale": scale}
-        if f"{ours}_bias" in before:
-            found[f"{ours}_bias"] = _local(before[f"{ours}_bias"].detach())
-    store(module, cm.pad_experts(**found, interleaved=is_interleaved(module)), quant)
+    made = held.empty_like(len(held.w13), quant)
+    for e in range(len(held.w13)):  # a float32 copy of all may not fit
+        wide = {name: before[name][e] for name in _names(module)}
+        for name, weight in wide.items():
+            if f"{name}_scale" in before:
+                wide[name] = dequantize(weight, before[f"{name}_scale"][e], block_size)
+        made.store(e, ExpertWeights(wide["w13"][None], wide["w2"][None], None, None, "bf16"), 0)
+    store(module, replace(made, **biases).padded(), quant)
 
 
 def store(module: Experts, weights: Any, quant: str) -> None:
@@ -166,9 +174,7 @@ def store(module: Experts, weights: Any, quant: str) -> None:
     Raises ValueError for blocks of scales that kernels can't read.
     """
     if quant == FP8_BLOCK:
-        reason = why_not_blocks(module, weights.w2.shape[2], weights.block_inter)
-        if reason is not None:
-            raise ValueError(f"{type(module).__name__}: {reason}")
+        _check_blocks(module, weights.w2.shape[2], weights.block_inter)
     for ours, name in _names(module).items():
         for stale in (name, f"{name}_scale_inv"):
             if hasattr(module, stale):
@@ -180,6 +186,12 @@ def store(module: Experts, weights: Any, quant: str) -> None:
             setattr(module, f"{name}_bias", nn.Parameter(bias))
     module._cutlass_moe_quant = quant
     module.requires_grad_(False)
+
+
+def _check_blocks(module: Experts, inter: int, rows: int) -> None:
+    reason = why_not_blocks(module, inter, rows)
+    if reason is not None:
+        raise ValueError(f"{type(module).__name__}: {reason}")
 
 
 def _names(module: Experts) -> dict[str, str]:

@@ -59,7 +59,8 @@ from cutlass_moe.models.shards import Shards
 NAME = "cutlass_moe"
 OLDEST, NEWER = Version("5.17"), Version("5.25")  # tested from the one to below the other
 _DTYPES = {dtype: quant for quant, dtype in QUANTS.items()}
-_LOADED = (*QUANTS, FP8_BLOCK)
+_QUANTS = (*QUANTS, FP8_BLOCK)
+_NAMES = ", ".join(map(repr, _QUANTS))
 SUMS_QUANTIZED = Version("5.24")  # the first seen to sum over ranks whatever the parameters are
 _LAYER = re.compile(r"\.(\d+)\.")
 _OF_EXPERTS = re.compile(r"(^|\.)experts\.")
@@ -94,13 +95,16 @@ def prepare_(model: nn.Module) -> nn.Module:
 def quantize_(model: transformers.PreTrainedModel, quant: str) -> transformers.PreTrainedModel:
     """Quantises the experts of a loaded model, in place, with a progress bar; returns the model.
 
-    quant: "fp8" (float8_e4m3fn) or "int8", with one float32 scale per output channel. Tokens, and
-    the activation's results, are then quantised one by one in every call. Experts that are FP8 with
-    block scales already are quantised again, from their values.
+    quant: "fp8" (float8_e4m3fn) or "int8", with one float32 scale per output channel, or
+    "fp8_block" with one per 128 x 128 (of gate_up_proj per 64 or 32 rows where 128 does not divide
+    I). Tokens, and the activation's results, are then quantised one by one in every call, for
+    "fp8_block" by 128 values. Experts that have 8-bit weights already are quantised again, from
+    their values.
 
       parameter               buffers that replace it, of the same name and logical shape
       gate_up_proj, up_proj   8-bit, K dense; and NAME_scale_inv float32 [E, 2I] or [E, I]
       down_proj               8-bit, K dense; and down_proj_scale_inv float32 [E, H]
+                              of "fp8_block" [E, rows of blocks, columns of blocks]
 
     I is padded to a multiple of 16 where it is none. Biases, routers, shared experts and attention
     stay as they are. The model selects `experts_implementation="cutlass_moe"`; its experts run
@@ -108,14 +112,15 @@ def quantize_(model: transformers.PreTrainedModel, quant: str) -> transformers.P
     refused from then on, since no loader would understand the files, but the state dict loads into
     a model that was quantised in the same way.
 
-    Raises ValueError for another `quant`, for a model without experts of this kind, for one that is
+    Raises ValueError for another `quant`, for "fp8_block" where gates and ups are interleaved or in
+    one block, for a model without experts of this kind, for one that is
     quantised already, whose weights are not loaded, or whose experts ranks share with transformers
     before 5.24, and TypeError for other objects.
     """
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model)}")
-    if quant not in QUANTS:
-        raise ValueError(f"quant must be {' or '.join(map(repr, QUANTS))}, got {quant!r}")
+    if quant not in _QUANTS:
+        raise ValueError(f"quant must be one of {_NAMES}, got {quant!r}")
     experts = list(experts_of(model))
     done = [module for module in experts if quant_of(module)]
     if not experts or done:
@@ -157,14 +162,13 @@ def load_quantized(
     for "fp8_block" where gates and ups are interleaved.
     """
     directory = Path(directory)
-    wanted = ", ".join(map(repr, _LOADED))
-    if quant is not None and quant not in _LOADED:
-        raise ValueError(f"quant must be None or one of {wanted}, got {quant!r}")
+    if quant is not None and quant not in _QUANTS:
+        raise ValueError(f"quant must be None or one of {_NAMES}, got {quant!r}")
     with Checkpoint(directory) as checkpoint:
         stored = quant or checkpoint.stored(checkpoint.layers[0])
-        if stored not in _LOADED:
+        if stored not in _QUANTS:
             raise ValueError(
-                f"quant must be one of {wanted} for experts stored as {stored}, got None"
+                f"quant must be one of {_NAMES} for experts stored as {stored}, got None"
             )
         model = _load_all_but_experts(directory, dtype).to(device)
         named = {id(module): name for name, module in model.named_modules()}
