@@ -152,7 +152,7 @@ def quantize(module: Experts, quant: str) -> None:
     Raises ValueError where kernels could not read blocks of scales.
     """
     before = {name: _local(tensor.detach()) for name, tensor in weights_of(module).items()}
-    biases = {name: tensor for name, tensor in before.items() if name.endswith("_bias")}
+    biases: Any = {name: value for name, value in before.items() if name.endswith("_bias")}
     interleaved = is_interleaved(module)
     held = ExpertWeights(before["w13"], before["w2"], None, None, "bf16", interleaved=interleaved)
     if quant == FP8_BLOCK:
