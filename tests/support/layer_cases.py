@@ -28,7 +28,7 @@ LIMITS = {
     (None, None): 4e-3,
     ("int8", None): 5e-3,
     ("fp8", "two_level"): 1e-2,
-    ("fp8", None): 2.5e-2,
+    ("fp8", None): 3e-2,  # fast sums grow less exact with K: 1.4e-2 at 2,048, 2.5e-2 at 14,336
     (FP8_BLOCK, None): 1e-2,
 }
 ALL_QUANTS = (None, "int8", "fp8", FP8_BLOCK)
