@@ -91,7 +91,10 @@ class Selected:
         generator = torch.Generator("cuda").manual_seed(sequences)
         size = (sequences, CONTEXT)
         ids = torch.randint(151936, size, device="cuda", generator=generator)
-        cache = self.select()(ids, use_cache=True, logits_to_keep=1).past_key_values
+        model = self.select()
+        if self.implementation == "batched_mm":  # its copies of the context's weights would not fit
+            model.config._experts_implementation = "grouped_mm"
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
         def step() -> None:
             self.select()(ids[:, -1:], past_key_values=cache, logits_to_keep=1)
