@@ -144,13 +144,12 @@ class Options(NamedTuple):
         """The numbers of a clamped SwiGLU; None for any other activation."""
         return clamped_numbers(self.activation, self.limit, self.alpha, self.beta)
 
-    @property
-    def activation_node(self) -> Activation | None:
-        """The activation as a node of the kernel's epilogue."""
+    def activation_node(self, n_major: bool) -> Activation | None:
+        """The activation as a node of the kernel's epilogue. n_major: whether weights are."""
         if self.activation is None:
             return None
-        clamped = self.numbers is not None
-        return Activation(ActivationFunction("swiglu_oai" if clamped else self.activation))
+        function = "swiglu_oai" if self.numbers is not None else self.activation
+        return Activation(ActivationFunction(function), n_major and self.interleaved)
 
 
 def split_product(

@@ -82,10 +82,9 @@ def prepare_(model: nn.Module) -> nn.Module:
     """Readies all experts of a model for kernels, in place; returns the model.
 
     Each module's gate is compared with those that kernels have. Weights that are stored transposed
-    (gpt-oss, Aria) are copied to K dense, once, under the same logical shape: kernels need that if
-    gate and up are interleaved, and images that are built for a model have it.
-    The first call of a module outside torch.compile and CUDA graphs does the same. A module whose
-    first call is compiled or captured works without, but more slowly.
+    (gpt-oss, Aria) are copied to K dense, once, under the same logical shape: images that are built
+    for a model have that order. The first call of a module outside torch.compile and CUDA graphs
+    does the same. A module whose first call is compiled or captured works without.
     """
     for experts in experts_of(model):
         _find_out(experts)
@@ -277,7 +276,7 @@ def _forward(
         experts = {name: tensor.detach() for name, tensor in experts.items()}
     interleaved = is_interleaved(self)
     activation = found.activation if found else None
-    if _has_norm(self) or (interleaved and experts["w13"].stride(2) != 1):
+    if _has_norm(self):
         activation = None
     call = {
         "hidden": hidden if quant else hidden.to(experts["w13"].dtype),

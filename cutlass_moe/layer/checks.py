@@ -210,10 +210,12 @@ def problems_of(layer: LayerOperands, options: LayerOptions) -> LayerProblems:
         granularity = weight_granularity(0 if scale is None else scale.dim())
         if scale is not None and options.quant == FP8_BLOCK:
             granularity = block_granularity(scale, weight, gated)
+        n_major = is_n_major(weight)
         return Projection(
             granularity,
             None if bias is None else DTYPES[bias.dtype],
-            is_n_major(weight),
+            n_major,
+            n_major and gated and options.interleaved,
         )
 
     num_experts, hidden, inter = layer.w2.shape

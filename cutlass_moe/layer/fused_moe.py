@@ -90,8 +90,8 @@ def fused_moe(
     max_rows: a bound of the rows that the experts here get together, for workspaces and grids that
       are smaller than all T * k pairs need; rows beyond it are dropped, and their number is written
       to overflow int32 [1], on the device.
-    reduce: "sum"; or "weighted" and "none" for [T, k, H], the rows of each pair with and without
-      their weight, zeros where a pair has none.
+    reduce: "sum"; or "weighted" and "none" for [..., k, H] like topk_ids, the rows of each pair
+      with and without their weight, zeros where a pair has none.
     weight_on_input: a token's only weight (k = 1) multiplies the token, not the result.
     batch_invariant: a token's result does not depend on T or on other tokens: configs are those
       for 64 rows per expert, whatever comes. Fewer tokens then take longer.
@@ -124,7 +124,7 @@ def fused_moe(
         if wants_gradient(layer):
             raise RuntimeError(NO_GRADIENT)
         out = _empty(layer, options) if out is None else out
-        written = out if out.dim() == 2 or reduce != "sum" else out.view(-1, out.shape[-1])
+        written = out.view(-1, *out.shape[(-1 if reduce == "sum" else -2) :])
         if is_plain_eager(hidden, w13):
             _run(written, workspace, layer, options)
         else:

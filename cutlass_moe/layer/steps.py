@@ -80,6 +80,7 @@ class Projection(NamedTuple):
     scale: Granularity | None = None  # of the weights
     bias: DType | None = None
     n_major: bool = False  # weights have N dense instead of K
+    alternating: bool = False  # and their columns are gate, up, gate, up, ...
 
 
 class Forms(NamedTuple):
@@ -146,7 +147,7 @@ def layer_problems(
         quantize_hidden=_quantize(outside, operand, hidden, blocks, read not in (None, hidden))
         if quantized and not forms.quantized_hidden
         else None,
-        up=gemm(up, gates * inter, read or hidden, active, Activation(function)),
+        up=gemm(up, gates * inter, read or hidden, active, Activation(function, up.alternating)),
         quantize_active=_quantize(active, operand, inter, blocks) if quantized else None,
         down=gemm(down, hidden, inter, rows),
         combine=CombineProblem(rows, outside, hidden, top_k if forms.summed else 1, forms.weights),

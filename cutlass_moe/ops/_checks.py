@@ -138,11 +138,6 @@ def check_activation(name: str, weight: Tensor, activation: str, interleaved: bo
                 f"{name} must have an even N for {activation}, half of it gate rows and half up "
                 f"rows, got N = {n}"
             )
-        if interleaved and is_n_major(weight):
-            raise ValueError(
-                f"{name} must have K dense (stride 1) if it is interleaved, got strides "
-                f"{weight.stride()}; {name}.contiguous() has K dense"
-            )
     elif interleaved:
         raise ValueError(f"interleaved=True needs a gated activation, got {activation!r}")
 

@@ -165,7 +165,7 @@ def launch_step(
 def pose(operands: Operands, out_dtype: torch.dtype, options: Options) -> GemmProblem:
     """The problem that checked arguments of `grouped_matmul` pose."""
     scale, bias = operands.scale, operands.bias
-    dtype = DTYPES[operands.x.dtype]
+    dtype, n_major = DTYPES[operands.x.dtype], is_n_major(operands.weight)
     experts, n, k = operands.weight.shape
     x_scale = None if operands.per_token_scale is None else Granularity.TOKEN
     weight_scale = weight_granularity(0 if scale is None else scale.dim())
@@ -178,7 +178,7 @@ def pose(operands: Operands, out_dtype: torch.dtype, options: Options) -> GemmPr
             accumulation = Accumulation.TWO_LEVEL
     return GemmProblem(
         x=dtype,
-        weight=WeightFormat(dtype, Major.N if is_n_major(operands.weight) else Major.K),
+        weight=WeightFormat(dtype, Major.N if n_major else Major.K),
         accumulation=Accumulation(accumulation),
         out=DTYPES[out_dtype],
         n=n,
@@ -188,7 +188,7 @@ def pose(operands: Operands, out_dtype: torch.dtype, options: Options) -> GemmPr
         x_scale=x_scale,
         weight_scale=weight_scale,
         epilogue=make_epilogue(
-            None if bias is None else DTYPES[bias.dtype], options.activation_node
+            None if bias is None else DTYPES[bias.dtype], options.activation_node(n_major)
         ),
     )
 

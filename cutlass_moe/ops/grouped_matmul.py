@@ -55,8 +55,8 @@ def grouped_matmul(
       out[r] = activation(per_token_scale[t] * scale[e] * (x[t] @ weight[e].T) + bias[e])
 
     x [T, K]: float8_e4m3fn, float8_e5m2, int8, bfloat16 or float16.
-    weight [E, N, K]: x's dtype; K dense (stride 1). bfloat16 and float16 weights that are not
-      interleaved may have N dense instead.
+    weight [E, N, K]: x's dtype; K dense (stride 1). bfloat16 and float16 weights may have N dense
+      instead.
     index int32 or int64 [rows]: the row of x that each row of the product reads, sorted by expert;
       None: row r reads x[r]. An index outside [0, T) gives a row of zeros, without bias.
     offsets int32 or int64 [E]: cumulative ends of the experts' rows; the host never reads them.

@@ -122,7 +122,7 @@ class GemmSwapSm90Config(Sm90Config):
             return f"tile_m must be 8 or a multiple of 16 up to 96 (WGMMA's N), got {self.tile_m}"
         if self.tile_n not in (64, 128):
             return f"tile_n must be 64 or 128 (blocks of 64 columns, WGMMA's M), got {self.tile_n}"
-        by_blocks = problem.gated and problem.weight.major is Major.N
+        by_blocks = problem.gated and problem.weight.major is Major.N and not problem.alternating
         if by_blocks and self.tile_n == N_MAJOR_BLOCK:
             return (
                 "tile_n must be 128 for gated N-major weights (a box of gate and one of up "

@@ -124,11 +124,15 @@ NUMBERS = ("limit", "alpha", "beta")  # of SWIGLU_OAI: float32 parameters of its
 class Activation:
     """Applies a function to the columns; it must be the last node.
 
-    A gated function turns N columns into N / 2. The host tells the kernel where the gate and up
-    columns of an output are in weight, scale and bias.
+    A gated function turns N columns into N / 2. Of K-major weights, scale and bias the host tells
+    the kernel where the gate and up columns of an output are.
+
+    alternating: N-major weights, and their bias, have the columns gate, up, gate, up, ... instead
+    of all gates, then all ups.
     """
 
     function: ActivationFunction
+    alternating: bool = False
     kind: ClassVar[str] = "activation"
     operand: ClassVar[None] = None
 
@@ -184,6 +188,11 @@ class GemmProblem:
     @property
     def gated(self) -> bool:
         return self.activation is not None and self.activation.function.gated
+
+    @property
+    def alternating(self) -> bool:
+        """Whether the columns of a tile are gate, up, gate, up, ..., as in memory."""
+        return self.activation is not None and self.activation.alternating
 
     @property
     def out_columns(self) -> int:
@@ -295,6 +304,11 @@ class GemmProblem:
             return f"each epilogue node must come at most once, got {', '.join(kinds)}"
         if Activation.kind in kinds[:-1]:
             return f"the activation must be the last epilogue node, got {', '.join(kinds)}"
+        if self.alternating and not (self.gated and self.weight.major is Major.N):
+            return (
+                "an alternating activation must be a gated one of N-major weights, got "
+                f"{self.activation} and {self.weight.major}-major ones"
+            )
         return None
 
     def to_json(self) -> dict[str, Any]:

@@ -9,6 +9,8 @@ the dimensions in the same order, innermost first:
   K-major, gated   K, 8 columns, gate or up, N / 16, E   128 bytes of K, 8 gates, 8 ups, 8 gates, ..
   N-major          N, K, E                               64 columns, the K of a k-tile
   N-major, gated   N / 2, K, gate or up, E               64 columns, the K of a k-tile
+
+An alternating problem's N-major weights are read as those without a gate.
 """
 
 from __future__ import annotations
@@ -29,15 +31,14 @@ def weight_view(
     """The extents of the weights' tensor map, and the strides of all but its innermost dimension.
 
     Both in elements, innermost first. strides: of E, N and K. interleaved: whether the rows of a
-    gated problem's weights are gate, up, gate, up, ... instead of all gates, then all ups; N-major
-    weights can't be interleaved.
+    gated problem's K-major weights are gate, up, gate, up, ... instead of all gates, then all ups.
     """
     experts = problem.num_experts if problem.weight.storage is WeightStorage.STACKED else 1
     expert_stride, row_stride, k_stride = strides
     if experts == 1:
         expert_stride = max(row_stride, k_stride)  # never used, but checked
     if problem.weight.major is Major.N:
-        if not problem.gated:
+        if not problem.gated or problem.alternating:
             return (problem.n, problem.k, experts), (k_stride, expert_stride)
         half = problem.out_columns
         return (half, problem.k, 2, experts), (k_stride, half, expert_stride)
@@ -51,7 +52,8 @@ def weight_view(
 def weight_box(problem: GemmProblem, columns: int, k: int) -> tuple[int, ...]:
     """The extents of one copy, of up to `columns` columns and k elements of K."""
     if problem.weight.major is Major.N:
-        return (N_MAJOR_BLOCK, k, 1, 1) if problem.gated else (N_MAJOR_BLOCK, k, 1)
+        halves = problem.gated and not problem.alternating
+        return (N_MAJOR_BLOCK, k, 1, 1) if halves else (N_MAJOR_BLOCK, k, 1)
     if problem.gated:
         return (k, GATE_BLOCK, 2, columns // (2 * GATE_BLOCK), 1)
     return (k, columns, 1)
@@ -70,7 +72,7 @@ def weight_corners(
     if problem.weight.major is Major.N:
         block = N_MAJOR_BLOCK
         firsts = [column + first for first in range(0, columns, block)]
-        if problem.gated:
+        if problem.gated and not problem.alternating:
             return [[c // (2 * block) * block, k, c // block % 2, expert] for c in firsts]
         return [[c, k, expert] for c in firsts]
     if problem.gated:

@@ -102,6 +102,8 @@ def every_problem(twins: bool = True) -> list[GemmProblem]:
                 base, DType.BF16, accumulation=Accumulation.FP32, **scales_and_nodes(epilogue)
             )
             ways.append(kept(floats, major=Major.N))
+        alternating = Activation(ActivationFunction.SWIGLU_OAI, alternating=True)
+        ways.append(dataclasses.replace(ways[-1], epilogue=(Bias(DType.BF16), alternating)))
         ways.append(kept(base, storage=WeightStorage.TABLE))
         gated = dataclasses.replace(GATED, n=base.n)
         ways.append(kept(gated, storage=WeightStorage.TABLE))

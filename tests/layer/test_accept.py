@@ -74,6 +74,20 @@ def test_rows_that_are_not_summed() -> None:
     out = torch.empty_like(weighted)
     assert cm.fused_moe(**given, reduce="weighted", out=out) is out
     assert torch.equal(out, weighted)
+    batch = {
+        name: given[name].unflatten(0, (2, 3)) for name in ("hidden", "topk_weights", "topk_ids")
+    }
+    apart = cm.fused_moe(**given | batch, reduce="none")
+    assert torch.equal(apart, plain.unflatten(0, (2, 3)))
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "reglu"])
+def test_interleaved_weights_with_n_dense(activation: str) -> None:
+    given = arguments() | {"activation": activation, "interleaved": True}
+    turned = {
+        name: given[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("w13", "w2")
+    }
+    assert torch.equal(cm.fused_moe(**given | turned), cm.fused_moe(**given))
 
 
 def test_weight_on_input() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,9 +132,10 @@ def test_activations(quant: str | None, activation: str) -> None:
     assert error(launch(given), given) <= limit(given)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("count", [3, 500])
-def test_n_major_weights_in_place(count: int) -> None:
-    given = arguments(SMALL, count, None)
+def test_n_major_weights_in_place(count: int, interleaved: bool) -> None:
+    given = arguments(replace(SMALL, interleaved=interleaved), count, None)
     for name in ("w13", "w2"):
         given[name] = given[name].transpose(1, 2).contiguous().transpose(1, 2)
     assert error(launch(given), given) <= limit(given)

@@ -165,16 +165,6 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "weight must have an even N for geglu, .* got N = 23",
     ),
-    "n_major_interleaved": (
-        {
-            "x": torch.ones(9, 32, dtype=BFLOAT),
-            "weight": torch.ones(3, 32, 24, dtype=BFLOAT).mT,
-            "activation": "swiglu",
-            "interleaved": True,
-        },
-        ValueError,
-        r"weight must have K dense .*if it is interleaved, got strides \(768, 1, 24\)",
-    ),
     "n_major_pitch": (
         {
             "x": torch.ones(9, 32, dtype=BFLOAT),

@@ -120,8 +120,13 @@ class Case:
             k=self.k,
             num_experts=len(self.counts),
             gather=self.gather,
-            **scales_and_nodes(self.epilogue),
+            **scales_and_nodes(tuple(map(self._in_kernel, self.epilogue))),
         )
+
+    def _in_kernel(self, part: Any) -> Any:
+        """A part of the epilogue as the kernel has it, which knows the order of N-major columns."""
+        alternating = self.interleaved and self.weight_major is Major.N
+        return replace(part, alternating=alternating) if isinstance(part, Activation) else part
 
     @property
     def config(self) -> GemmConfig:
@@ -294,6 +299,26 @@ CASES |= {
         counts=even(8, 16),
         reads="outside",
         n=272,
+    ),
+    "n_major_swiglu_interleaved": replace(
+        FLOAT,
+        weight_major=Major.N,
+        epilogue=(Bias(BF16), Activation(ActivationFunction.SWIGLU_OAI)),
+        counts=RAGGED,
+        n=400,
+        k=136,
+        interleaved=True,
+    ),
+    "n_major_swiglu_interleaved_few_rows": replace(
+        FLOAT,
+        operand=FP16,
+        out=FP32,
+        weight_major=Major.N,
+        epilogue=(*SCALES, Activation(ActivationFunction.SWIGLU)),
+        counts=even(8, 16),
+        reads="outside",
+        n=272,
+        interleaved=True,
     ),
     # Scales that vary along K.
     "blocks": replace(BLOCKS, counts=RAGGED, n=264, k=400),

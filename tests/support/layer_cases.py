@@ -111,7 +111,7 @@ def images() -> set[tuple[Problem, Config]]:
             case = replace(SMALL, shape=replace(SMALL.shape, bias=bias), activation=activation)
             for quant in ALL_QUANTS:
                 found |= _images(case, quant, n_major=quant is None)
-    return found
+    return found | _images(replace(SMALL, interleaved=True), None, n_major=True)
 
 
 def _images(
@@ -124,12 +124,13 @@ def _images(
     if quant == FP8_BLOCK:
         scale = Granularity.BLOCK_128
     each = Projection(scale, DType.BF16 if shape.bias else None, n_major)
+    up = each._replace(alternating=n_major and case.interleaved)
     every = layer_problems(
         LayerSizes(shape.num_experts, shape.top_k, shape.hidden, shape.inter),
         operand,
         outside,
         case.activation,
-        each,
+        up,
         each,
         accumulation,
     )

@@ -56,8 +56,11 @@ class Fragment(Protocol):
     def factors(self, scales: list, columns: int) -> Callable[[int], Float32]:
         """The factor of each register of two-level sums, from what `read_scales` read."""
 
-    def gate_pairs(self, count: int) -> list[tuple[int, int]]:
-        """The (gate, up) registers of each output, among `count` registers of a part."""
+    def gates_and_ups(self, values: cute.Tensor) -> list[tuple[Float32, Float32]]:
+        """The gate and up values of each output that the thread computes, of a part's values."""
+
+    def in_order(self, results: cute.Tensor):
+        """The outputs that the thread stores, of those that the lanes computed."""
 
     def read_channels(
         self, pointer: cute.Pointer, values: cute.Tensor, first: int, expert: Int32, column: Int32
@@ -84,7 +87,8 @@ class RowsFragment:
       N-major weights   g0    g1    g2    g3    ...   u0    u1    ...
 
     where g0 is for the outputs 0 - 7, g1 for 8 - 15. `register` puts the second order into the
-    first.
+    first. In an alternating problem the two neighbours are gate and up of an output, and four lanes
+    exchange the outputs of two blocks.
     """
 
     def __init__(
@@ -102,8 +106,10 @@ class RowsFragment:
         self.m_blocks = config.warpgroup_rows // 64
         self.column = lane % 4 * 2
         self.blocks = config.tile_n // 8
-        self.gated = problem.gated
-        self.by_blocks = problem.gated and problem.weight.major is Major.N  # gate and up
+        self.gated, self.alternating = problem.gated, problem.alternating
+        n_major = problem.weight.major is Major.N
+        self.by_blocks = problem.gated and n_major and not problem.alternating  # gate and up
+        self.lane = lane
         self.part_blocks = SLICE_BYTES // problem.out.bytes // 8
         self.parts = config.tile_n // (8 * self.part_blocks)
         self.part_registers = 4 * self.part_blocks
@@ -131,7 +137,7 @@ class RowsFragment:
 
     def by_channel(self, values: cute.Tensor, m: int, part: int):
         first = part * self.part_channels
-        if self.gated:
+        if self.gated and not self.alternating:
             return [self.gate_or_up(values, first, i) for i in range(4 * self.part_blocks)]
         return [values[first + i // 4 * 2 + i % 2] for i in range(4 * self.part_blocks)]
 
@@ -156,8 +162,23 @@ class RowsFragment:
 
         return factor
 
-    def gate_pairs(self, count: int) -> list[tuple[int, int]]:
-        return [(i, i + 4) for block in range(0, count, 8) for i in range(block, block + 4)]
+    def gates_and_ups(self, values: cute.Tensor) -> list[tuple[Float32, Float32]]:
+        firsts = [first + i for first in range(0, cute.size(values), 8) for i in range(4)]
+        if self.alternating:  # of a row the output of each block, instead of the block's columns
+            return [(values[i + 3 * (i % 2)], values[i + 3 * (i % 2) + 1]) for i in firsts]
+        return [(values[i], values[i + 4]) for i in firsts]
+
+    def in_order(self, results: cute.Tensor):
+        if not self.alternating:
+            return results
+        # of every 8 outputs a lane has number q = lane % 4 and number q + 4; it stores 2q and 2q + 1
+        ordered = cute.make_rmem_tensor((cute.size(results),), Float32)
+        for i in range(0, cute.size(results), 2):
+            for c in range(2):
+                source = self.lane // 4 * 4 + (self.lane * 2 + c) % 4
+                low, high = (cute.arch.shuffle_sync(results[i + j], source) for j in range(2))
+                ordered[i + c] = cutlass.select_(self.lane % 4 < 2, low, high)
+        return ordered
 
     def read_channels(
         self,
@@ -167,7 +188,9 @@ class RowsFragment:
         expert: Int32,
         first_column: Int32,
     ):
-        if self.gated:
+        if self.alternating:
+            self.read_pairs(pointer, values, first, expert, 2 * first_column)
+        elif self.gated:
             self.read_gate_and_up(pointer, values, first, expert, first_column)
         else:
             self.read_pairs(pointer, values, first, expert, first_column)
@@ -254,7 +277,8 @@ class ColumnsFragment:
       column     8 * half + lane / 4, within the warp's 16
 
     In a gated problem the halves are gate and up of the warp's 8 outputs. With N-major weights the
-    first 64 columns are gates and the next 64 ups; `register` puts them in the order of halves.
+    first 64 columns are gates and the next 64 ups; `register` puts them in the order of halves. In
+    an alternating problem lanes 4 apart have gate and up of an output of each half.
 
     Each row's values are read by one lane and passed on by shuffles.
     """
@@ -264,8 +288,9 @@ class ColumnsFragment:
     ):
         """Computes what a thread's registers stand for. strides: as in `RowsFragment`."""
         self.lane = lane
-        self.gated = problem.gated
-        self.by_blocks = problem.gated and problem.weight.major is Major.N  # gate and up
+        self.gated, self.alternating = problem.gated, problem.alternating
+        n_major = problem.weight.major is Major.N
+        self.by_blocks = problem.gated and n_major and not problem.alternating  # gate and up
         self.warp_column = warp * (16 if self.by_blocks else config.warp_columns(problem))
         self.block_columns = (1 if self.by_blocks else 4) * config.warp_columns(problem)
         self.tile_m, self.m_registers = config.tile_m, config.tile_m // 2
@@ -332,8 +357,31 @@ class ColumnsFragment:
 
         return factor
 
-    def gate_pairs(self, count: int) -> list[tuple[int, int]]:
-        return [(i, i + 2) for block in range(0, count, 4) for i in range(block, block + 2)]
+    def gates_and_ups(self, values: cute.Tensor) -> list[tuple[Float32, Float32]]:
+        pairs = []
+        for first in range(0, cute.size(values), 4):
+            for i in range(first, first + 2):
+                gate, up = values[i], values[i + 2]
+                if self.alternating:
+                    has_up = self.lane // 4 % 2 != 0  # else a gate; it keeps that half's output
+                    other = cute.arch.shuffle_sync_bfly(cutlass.select_(has_up, gate, up), 4)
+                    gate, up = (
+                        cutlass.select_(has_up, other, gate),
+                        cutlass.select_(has_up, up, other),
+                    )
+                pairs.append((gate, up))
+        return pairs
+
+    def in_order(self, results: cute.Tensor):
+        if not self.alternating:
+            return results
+        # lanes that are a multiple of 8 apart have outputs 0 to 3, those 4 further 4 to 7
+        column = self.lane // 4
+        source = (column % 4 * 2 + column // 4) * 4 + self.lane % 4
+        ordered = cute.make_rmem_tensor((cute.size(results),), Float32)
+        for i in range(cute.size(results)):
+            ordered[i] = cute.arch.shuffle_sync(results[i], source)
+        return ordered
 
     @cute.jit
     def read_channels(
@@ -350,7 +398,10 @@ class ColumnsFragment:
             block_column = first_column + self.block_columns * block + self.warp_column
             column = block_column + (0 if self.gated else 8 * half) + self.lane // 4
             at = column
-            if const_expr(self.gated):
+            if const_expr(self.alternating):
+                at = 2 * block_column + 8 * half + self.lane // 4
+                column = at // 2
+            elif const_expr(self.gated):
                 at = column * self.strides[0] + half * self.strides[1]
             value = pointer.dtype(0)
             if const_expr(self.has_n_tail):

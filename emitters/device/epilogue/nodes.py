@@ -210,15 +210,13 @@ class Epilogue:
 
     def activate(self, values: cute.Tensor):
         """The activation's results, one per output; 0 for zeros, so rows without a token stay 0."""
-        count = cute.size(values)
-        columns = [(i,) for i in range(count)]
+        columns = [(values[i],) for i in range(cute.size(values))]
         if self.problem.gated:
-            columns = self.fragment.gate_pairs(count)
+            columns = self.fragment.gates_and_ups(values)
         result = cute.make_rmem_tensor((len(columns),), Float32)
-        for i, registers in enumerate(columns):
-            columns_of = (values[r] for r in registers)
+        for i, columns_of in enumerate(columns):
             result[i] = activate(self.problem.activation, self.numbers, *columns_of)
-        return result
+        return self.fragment.in_order(result) if self.problem.gated else result
 
     def some_missing(self):
         """Nonzero if any row of the warp has no token."""

@@ -253,6 +253,10 @@ _N_MAJOR = replace(
     BASE, weight_major=Major.N, operand=DType.FP16, out=DType.FP16, epilogue=(), n=136, k=136
 )
 _N_GATED = replace(_N_MAJOR, n=144, out=DType.BF16, epilogue=(*SCALES, _GATED.epilogue[-1]))
+_N_ALTERNATING = replace(
+    _N_GATED, interleaved=True, epilogue=(*SCALES, Bias(DType.FP32), _GATED.epilogue[-1])
+)
+_N_FEW_ALTERNATING = replace(_N_ALTERNATING, counts=FEW.counts)
 _N_FEW = replace(_N_MAJOR, counts=FEW.counts)
 _N_FEW_GATED = replace(_N_GATED, counts=FEW.counts)
 _SWAP_128 = replace(SWAP, tile_n=128)
@@ -276,6 +280,17 @@ N_MAJOR: dict[str, Run] = {
     "n_major_gated_pingpong_128": Run(
         replace(_N_GATED, counts=(200, 0, 140)), replace(PINGPONG, tile_m=128, tile_n=128)
     ),
+    "n_major_alternating": Run(_N_ALTERNATING, _WIDE),
+    "n_major_alternating_fp32": Run(
+        replace(_N_ALTERNATING, out=DType.FP32, n=272), replace(SMALL, tile_n=256)
+    ),
+    "n_major_alternating_cluster": Run(
+        replace(_N_ALTERNATING, counts=PAIRS.counts), replace(CLUSTER, tile_n=128)
+    ),
+    "n_major_alternating_pingpong_128": Run(
+        replace(_N_GATED, counts=(200, 0, 140), interleaved=True),
+        replace(PINGPONG, tile_m=128, tile_n=128),
+    ),
     "swap_n_major": Run(_N_FEW, SWAP),
     "swap_n_major_128": Run(
         replace(_N_FEW, operand=DType.BF16, out=DType.BF16), replace(_SWAP_128, tile_m=16)
@@ -286,6 +301,13 @@ N_MAJOR: dict[str, Run] = {
     "swap_n_major_split": Run(_k(_N_FEW, 4), replace(_SWAP_128, split_k=4), grid=4),
     "swap_n_major_gated_fp32": Run(
         replace(_N_FEW_GATED, out=DType.FP32, n=272), replace(_SWAP_128, tile_m=48)
+    ),
+    "swap_n_major_alternating": Run(_N_FEW_ALTERNATING, SWAP),
+    "swap_n_major_alternating_fp32": Run(
+        replace(_N_FEW_ALTERNATING, out=DType.FP32, n=272), replace(_SWAP_128, tile_m=48)
+    ),
+    "swap_n_major_alternating_split": Run(
+        _k(_N_FEW_ALTERNATING, 4), replace(SWAP, split_k=2, tile_m=16), grid=4
     ),
     "swap_n_major_gated_split": Run(
         _k(_N_FEW_GATED, 4), replace(_SWAP_128, split_k=2, tile_m=16, k_boxes=2), grid=4
