@@ -171,7 +171,7 @@ class RowsFragment:
     def in_order(self, results: cute.Tensor):
         if not self.alternating:
             return results
-        # of every 8 outputs a lane has number q = lane % 4 and number q + 4; it stores 2q and 2q + 1
+        # of every 8 outputs a lane has q = lane % 4 and q + 4; it stores 2q and 2q + 1
         ordered = cute.make_rmem_tensor((cute.size(results),), Float32)
         for i in range(0, cute.size(results), 2):
             for c in range(2):
@@ -375,7 +375,7 @@ class ColumnsFragment:
     def in_order(self, results: cute.Tensor):
         if not self.alternating:
             return results
-        # lanes that are a multiple of 8 apart have outputs 0 to 3, those 4 further 4 to 7
+        # of a warp's 8 outputs, lanes with a gate have the first four, the others the last four
         column = self.lane // 4
         source = (column % 4 * 2 + column // 4) * 4 + self.lane % 4
         ordered = cute.make_rmem_tensor((cute.size(results),), Float32)
