@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cutlass_moe.choose.weight_grads_sm90 import weight_grad_config
+from cutlass_moe.operands import DTYPES
 from cutlass_moe.ops._checks import expect
 from cutlass_moe.ops._copies import as_int32, at_address, refuse_other_devices, writable
 from cutlass_moe.ops._define import define
 from cutlass_moe.ops._types import check_types, typed
+from cutlass_moe.ops.dispatch import Choice
 from cutlass_moe.ops.grouped_matmul import is_plain_eager, wants_gradient
 from cutlass_moe.ops.grouped_matmul_reference import expert_rows, inside
-from cutlass_moe.runtime.parameters import reads_rows
+from cutlass_moe.runtime import library
+from cutlass_moe.runtime.device import on_device
+from cutlass_moe.runtime.fallback import announce_fallback
+from cutlass_moe.runtime.log import logger
+from cutlass_moe.runtime.parameters import reads_rows, weight_grad_values, weight_grad_views
 from cutlass_moe.runtime.signatures import Signatures, signature
+from emitters.spec.registry import why_illegal
+from emitters.spec.weight_grad import Side, WeightGradProblem, WeightGradSm90Config
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # bytes, of the addresses of left, right and out
 
 
-class _SummedOperands(NamedTuple):
+class SummedOperands(NamedTuple):
     """The tensors that the op reads, in the order of its schema."""
 
     left: Tensor
@@ -40,6 +51,27 @@ class _SummedOperands(NamedTuple):
     def shape(self) -> tuple[int, int, int]:
         """The shape of the result."""
         return self.offsets.shape[0], self.left.shape[1], self.right.shape[1]
+
+    def problem(self, out: torch.dtype, accumulate: bool) -> WeightGradProblem:
+        """The problem that the operands pose, for a result of this dtype."""
+        experts, m, n = self.shape
+        gathered = None
+        if self.left_index is not None or self.right_index is not None:
+            gathered = Side.RIGHT if self.left_index is None else Side.LEFT
+        operand = DTYPES[self.left.dtype]
+        return WeightGradProblem(operand, DTYPES[out], m, n, experts, gathered, accumulate)
+
+    def addresses(self, out: Tensor) -> dict[str, int]:
+        """The addresses of the kernel's tensors."""
+        index = self.right_index if self.left_index is None else self.left_index
+        tensors = {"index": index, "starts": self.starts}
+        return {
+            "left": self.left.data_ptr(),
+            "right": self.right.data_ptr(),
+            "offsets": self.offsets.data_ptr(),
+            "out": out.data_ptr(),
+            **{name: x.data_ptr() for name, x in tensors.items() if x is not None},
+        }
 
 
 def grouped_weight_grad(
@@ -72,8 +104,8 @@ def grouped_weight_grad(
       of the expert before.
     out [E, M, N]: the operands' dtype or float32; default: a new tensor of `out_dtype`. If it is
       not contiguous or its address no multiple of 16 bytes, it is copied and written back.
-    accumulate: add to `out`, which must be given, instead of writing to it. The sum is converted to
-      out's dtype first, and the addition rounds again.
+    accumulate: add to `out`, which must be given, instead of writing to it. The addition is
+      float32, and its result is rounded once, to out's dtype.
     out_dtype: the operands' dtype or float32; default: out's dtype, else the operands'.
 
     Rows of no expert are never read. An expert without rows gets zeros, or adds nothing. Products
@@ -86,7 +118,7 @@ def grouped_weight_grad(
     All tensors are on one device. Returns out. Raises ValueError or TypeError that says what must
     be and what came, and RuntimeError where a gradient would be lost: this function has none.
     """
-    operands = _SummedOperands(left, right, offsets, left_index, right_index, starts)
+    operands = SummedOperands(left, right, offsets, left_index, right_index, starts)
     try:
         if wants_gradient((*operands, out)):
             raise RuntimeError(
@@ -124,29 +156,35 @@ def grouped_weight_grad_reference(
     The host reads offsets. Sums are float32, or float64 for float64 operands. A row with an index
     outside [0, T) is left out, so that the other operand's row may be NaN.
     """
-    operands = _SummedOperands(left, right, offsets, left_index, right_index, starts)
-    wide = torch.promote_types(left.dtype, torch.float32)
-    dtype = out_dtype or (left.dtype if out is None else out.dtype)
-    shares: dict[int, Tensor] = {}
+    operands = SummedOperands(left, right, offsets, left_index, right_index, starts)
+    if out is None:
+        wide = torch.promote_types(left.dtype, torch.float32)
+        parts = [left.new_zeros(operands.shape[1:], dtype=wide)] * len(offsets)
+        for expert, part in _sums(operands, wide):
+            parts[expert] = part
+        dtype = out_dtype or left.dtype
+        return (
+            torch.stack(parts).to(dtype) if parts else left.new_zeros(operands.shape, dtype=dtype)
+        )
+    if not accumulate:
+        out.zero_()
+    for expert, part in _sums(operands, torch.promote_types(left.dtype, torch.float32)):
+        out[expert] += part
+    return out
+
+
+def _sums(operands: SummedOperands, wide: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Yields (expert, sum) for every expert that has rows. wide: the dtype of the sums."""
+    left, right, offsets, left_index, right_index, starts = operands
     for expert, first, last in expert_rows(starts, offsets, operands.rows):
         if left_index is not None:
             right_rows, left_rows = inside(left_index, first, last, left)
         else:
             left_rows, right_rows = inside(right_index, first, last, right)
-        shares[expert] = (left[left_rows].to(wide).T @ right[right_rows].to(wide)).to(dtype)
-    if out is None:
-        zeros = left.new_zeros(operands.shape[1:], dtype=dtype)
-        parts = [shares.get(expert, zeros) for expert in range(len(offsets))]
-        return torch.stack(parts) if parts else left.new_zeros(operands.shape, dtype=dtype)
-    for expert in range(len(offsets)):
-        if accumulate and expert in shares:
-            out[expert] += shares[expert]
-        elif not accumulate:
-            out[expert] = shares.get(expert, 0)
-    return out
+        yield expert, left[left_rows].to(wide).T @ right[right_rows].to(wide)
 
 
-def _plain(operands: _SummedOperands) -> _SummedOperands:
+def _plain(operands: SummedOperands) -> SummedOperands:
     """The operands as kernels read them, but for their addresses; copies of those that are not so.
 
     What can't be made so stays, for `_check` to refuse. Extents may be symbolic.
@@ -154,11 +192,11 @@ def _plain(operands: _SummedOperands) -> _SummedOperands:
     left, right, offsets, *rest = operands
     left_index, right_index, starts = (None if i is None else as_int32(i) for i in rest)
     left, right = (x if reads_rows(x) else x.contiguous() for x in (left, right))
-    return _SummedOperands(left, right, as_int32(offsets), left_index, right_index, starts)
+    return SummedOperands(left, right, as_int32(offsets), left_index, right_index, starts)
 
 
 def _check(
-    operands: _SummedOperands, out: Tensor | None, out_dtype: torch.dtype | None
+    operands: SummedOperands, out: Tensor | None, out_dtype: torch.dtype | None
 ) -> torch.dtype:
     """Checks the arguments and returns the dtype of the result. Raises ValueError or TypeError."""
     left, right, offsets, left_index, right_index, starts = operands
@@ -198,12 +236,13 @@ def _check(
 
 
 class _WeightGradCall(NamedTuple):
-    """What the signature of a call decides: the dtype of the result, whether operands are copied.
+    """What the signature of a call decides: the dtype of the result, the kernel.
 
-    copied: they must be made plain first, so all else is decided by another signature.
+    copied: operands or out must be made plain first, so the choice is that of another signature.
     """
 
     dtype: torch.dtype
+    choice: Choice | None  # None: the reference serves it, unless `copied`
     copied: bool = False
 
 
@@ -211,64 +250,107 @@ _calls: Signatures[_WeightGradCall] = Signatures()
 
 
 def _find_call(
-    out: Tensor | None, operands: _SummedOperands, accumulate: bool, out_dtype: torch.dtype | None
+    out: Tensor | None, operands: SummedOperands, accumulate: bool, out_dtype: torch.dtype | None
 ) -> _WeightGradCall:
-    """Checks arguments, once per signature."""
+    """Checks arguments and chooses a kernel, once per signature."""
     key = signature((accumulate, out_dtype), (out, *operands))
     call = _calls.get(key)
     if call is None:
         plain = _plain(operands)
         dtype = _check(plain, out, out_dtype)
         copied = any(a is not b for a, b in zip(plain, operands, strict=True))
-        copied = copied or not (out is None or out.is_contiguous())
-        call = _calls.keep(key, _WeightGradCall(dtype, copied))
+        if copied or not (out is None or out.is_contiguous()):
+            return _calls.keep(key, _WeightGradCall(dtype, None, copied=True))
+        call = _WeightGradCall(dtype, _choose(operands, dtype, accumulate))
+        if call.choice is not None or not operands.left.is_cuda:  # else it is told each time
+            _calls.keep(key, call)
     return call
 
 
+def _choose(operands: SummedOperands, out: torch.dtype, accumulate: bool) -> Choice | None:
+    left, rows = operands.left, operands.rows
+    if not left.is_cuda or not rows:
+        return None
+    problem = operands.problem(out, accumulate)
+    reason = why_illegal(problem, arch=library.device_arch(left.get_device()))
+    if reason is not None:
+        announce_fallback(reason)
+        return None
+    config = weight_grad_config(problem, rows / problem.num_experts)
+    logger.info("%s: %d rows -> %s", problem.words, rows, config.words)
+    return weight_grad_launch(operands, problem, config)
+
+
+def weight_grad_launch(
+    operands: SummedOperands, problem: WeightGradProblem, config: WeightGradSm90Config
+) -> Choice:
+    """Loads the kernel of this config, for operands that pose this problem.
+
+    Raises what `library.load` raises.
+    """
+    left, right, device = operands.left, operands.right, operands.left.get_device()
+    gathered = left if operands.left_index is not None else right
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return Choice(
+        library.load(problem, config, device),
+        min(sms, config.units(problem)),
+        weight_grad_values(problem, {}, len(gathered), operands.rows, _row_stride(gathered)),
+        weight_grad_views(problem, _row_stride(left), _row_stride(right)),
+    )
+
+
+def _row_stride(x: Tensor) -> int:
+    return x.shape[1] if x.is_contiguous() else x.stride(0)  # of one row it may be anything
+
+
 def _weight_grad(
-    out: Tensor | None, operands: _SummedOperands, accumulate: bool, out_dtype: torch.dtype | None
+    out: Tensor | None, operands: SummedOperands, accumulate: bool, out_dtype: torch.dtype | None
 ) -> Tensor:
     call = _find_call(out, operands, accumulate, out_dtype)
     if out is None:
         out = operands.left.new_empty(operands.shape, dtype=call.dtype)
-    left, right = operands[:2]
     if call.copied:
         with writable(out) as room:
             _weight_grad(room, _plain(operands), accumulate, None)
-    elif (left.data_ptr() | right.data_ptr() | out.data_ptr()) % _ALIGNMENT:
+        return out
+    left, right = operands[:2]
+    addresses = operands.addresses(out)
+    if (addresses["left"] | addresses["right"] | addresses["out"]) % _ALIGNMENT:
         left = at_address("left", left, _ALIGNMENT)
         right = at_address("right", right, _ALIGNMENT)
         with writable(out) as room:
             _weight_grad(room, operands._replace(left=left, right=right), accumulate, None)
+    elif call.choice is not None:
+        on_device(left.get_device(), partial(call.choice.launch, addresses))
     else:
         # signatures do not tell the CPU from the meta device
         refuse_other_devices({**operands._asdict(), "out": out}, left.device)
         if not out.is_meta:
-            rest = operands._asdict()
-            grouped_weight_grad_reference(**rest, out=out, accumulate=accumulate)
+            given = operands._asdict()
+            grouped_weight_grad_reference(**given, out=out, accumulate=accumulate)
     return out
 
 
 def _weight_grad_impl(*arguments: Any) -> Tensor:
     *operands, out_dtype = arguments
-    return _weight_grad(None, _SummedOperands(*operands), False, out_dtype)
+    return _weight_grad(None, SummedOperands(*operands), False, out_dtype)
 
 
 def _weight_grad_out_impl(out: Tensor, *arguments: Any) -> None:
     *operands, accumulate, out_dtype = arguments
-    _weight_grad(out, _SummedOperands(*operands), accumulate, out_dtype)
+    _weight_grad(out, SummedOperands(*operands), accumulate, out_dtype)
 
 
 def _weight_grad_fake(*arguments: Any) -> Tensor:
     *tensors, out_dtype = arguments
-    operands = _plain(_SummedOperands(*tensors))
+    operands = _plain(SummedOperands(*tensors))
     dtype = _check(operands, None, out_dtype)
     return operands.left.new_empty(operands.shape, dtype=dtype)
 
 
 def _weight_grad_out_fake(out: Tensor, *arguments: Any) -> None:
     *tensors, _, out_dtype = arguments
-    _check(_plain(_SummedOperands(*tensors)), out, out_dtype)
+    _check(_plain(SummedOperands(*tensors)), out, out_dtype)
 
 
 _INPUTS = (

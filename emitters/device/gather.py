@@ -10,7 +10,6 @@ from cutlass.experimental import primitives as prims
 from emitters.device.memory import VECTOR
 from emitters.device.parameters import Gathered
 from emitters.spec.config_sm90 import K_TILE_BYTES, WARPGROUP
-from emitters.spec.gemm import GemmProblem
 
 _CHUNK = 16  # bytes of one cp.async
 ROW_THREADS = K_TILE_BYTES // _CHUNK  # that copy a row
@@ -18,18 +17,19 @@ ROWS_PER_PASS = WARPGROUP // ROW_THREADS  # of copies, a thread's next row being
 
 
 class GatherIterator:
-    """Copies 128 bytes of K of tile_m gathered rows per stage, by cp.async of 16 bytes.
+    """Copies 128 bytes of each of some gathered rows to a stage, by cp.async of 16 bytes.
 
-    Eight threads copy a row. Throughout a tile a thread copies the same 16 bytes of K of the same
-    rows (every 16th), so it reads the index once per tile. Rows past the expert's end, rows with
-    an index outside [0, T), and bytes past K become zeros; nothing is read for them. Stages have
-    the 128-byte swizzle that WGMMA reads.
+    Eight threads copy a row. A thread copies the same 16 of every 128 bytes of the same rows
+    (every 16th), so it reads the index once for all that is copied of them. Rows past the expert's
+    end, rows with an index outside [0, T), and bytes past the end of a row become zeros; nothing is
+    read for them. Stages have the 128-byte swizzle that WGMMA reads.
+
+    gather: whether rows are read through an index; row_bytes: of x; rows: to copy at a time.
     """
 
-    def __init__(self, problem: GemmProblem, tile_m: int):
-        self.gather = problem.gather
-        self.row_bytes = problem.k * problem.x.bytes
-        self.passes = -(-tile_m // ROWS_PER_PASS)
+    def __init__(self, gather: bool, row_bytes: int, rows: int):
+        self.gather, self.row_bytes = gather, row_bytes
+        self.passes = -(-rows // ROWS_PER_PASS)
 
     def attach(self, gathered: Gathered, thread: Int32):
         """Binds x and its index, and finds this thread's rows. thread: 0 .. 127, in its role."""
@@ -43,7 +43,7 @@ class GatherIterator:
 
     @cute.jit
     def fetch(self, first_row: Int32, rows: Int32):
-        """Starts reading the index entries of the tile after this one; -1 marks a row of zeros."""
+        """Starts reading the index entries of the rows after these; -1 marks a row of zeros."""
         for i in range_constexpr(self.passes):
             row = self.row + i * ROWS_PER_PASS
             token = Int32(-1)
@@ -55,7 +55,7 @@ class GatherIterator:
 
     @cute.jit
     def advance(self):
-        """Makes the fetched tile the current one."""
+        """Makes the fetched rows the current ones."""
         for i in range_constexpr(self.passes):
             token = self.next_tokens[i]
             if token >= self.num_tokens:
@@ -63,9 +63,9 @@ class GatherIterator:
             self.tokens[i] = token
 
     @cute.jit
-    def copy(self, stage: cute.Pointer, k_tile: Int32):
-        """Issues the copies of one stage; the caller arrives on the stage's full barrier."""
-        column = k_tile * K_TILE_BYTES + self.column
+    def copy(self, stage: cute.Pointer, block: Int32):
+        """Issues the copies of the block-th 128 bytes; the caller arrives on a full barrier."""
+        column = block * K_TILE_BYTES + self.column
         for i in range_constexpr(self.passes):
             token = self.tokens[i]
             end = Int32(self.row_bytes)

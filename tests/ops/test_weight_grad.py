@@ -16,74 +16,7 @@ from torch import Tensor
 import cutlass_moe as cm
 from cutlass_moe.runtime import fallback
 from tests.support.layouts import misaligned, padded, strided
-
-NAN = float("nan")
-
-
-def inputs(
-    counts: list[int],
-    m: int,
-    n: int,
-    gathered: str | None = None,
-    *,
-    tokens: int = 5,
-    spare: int = 3,
-    gaps: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Whole numbers, whose sums are exact; NaN in rows that may not be read.
-
-    spare: rows of no expert, at the end and, with gaps, between the experts.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def numbers(rows: int, columns: int) -> Tensor:
-        return torch.randint(-3, 4, (rows, columns), generator=generator).float()
-
-    starts, ends, row = [], [], 0
-    for count in counts:
-        row += spare if gaps else 0
-        starts.append(row)
-        row += count
-        ends.append(row)
-    rows = row + spare
-    unused = torch.ones(rows, dtype=torch.bool)
-    for start, end in zip(starts, ends, strict=True):
-        unused[start:end] = False
-    arguments: dict[str, Any] = {"offsets": torch.tensor(ends, dtype=torch.int32)}
-    if gaps:
-        arguments["starts"] = torch.tensor(starts, dtype=torch.int32)
-    index = torch.randint(-1, tokens + 1, (rows,), generator=generator).int()
-    for name, columns in (("left", m), ("right", n)):
-        values = numbers(tokens if name == gathered else rows, columns)
-        if name == gathered:
-            read = index[~unused]
-            values[~torch.isin(torch.arange(tokens), read)] = NAN
-            arguments[f"{name}_index"] = index
-        else:
-            values[unused] = NAN
-        arguments[name] = values.to(dtype)
-    return arguments
-
-
-def definition(
-    left: Tensor,
-    right: Tensor,
-    offsets: Tensor,
-    left_index: Tensor | None = None,
-    right_index: Tensor | None = None,
-    starts: Tensor | None = None,
-) -> Tensor:
-    """Row by row, in float64."""
-    out = torch.zeros(len(offsets), left.shape[1], right.shape[1], dtype=torch.float64)
-    for expert, end in enumerate(offsets.tolist()):
-        before = offsets[expert - 1].item() if expert else 0
-        for row in range(before if starts is None else starts[expert].item(), end):
-            places = [row if i is None else i[row].item() for i in (left_index, right_index)]
-            if all(0 <= p < len(x) for p, x in zip(places, (left, right), strict=True)):
-                out[expert] += torch.outer(left[places[0]].double(), right[places[1]].double())
-    return out
+from tests.support.weight_grads import NAN, definition, make_inputs
 
 
 @settings(max_examples=60, deadline=None)
@@ -105,7 +38,7 @@ def test_definition(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    arguments = inputs(counts, m, n, gathered, gaps=gaps, dtype=dtype, seed=seed)
+    arguments = make_inputs(counts, m, n, gathered, gaps=gaps, dtype=dtype, seed=seed)
     want = definition(**arguments)
     got = cm.grouped_weight_grad(**arguments)
     assert got.dtype == dtype and torch.equal(got.double(), want)
@@ -147,12 +80,12 @@ def test_an_expert_without_rows_gets_zeros_or_nothing() -> None:
         assert not out[[0, 2]].any() and (out[1] == offsets[1]).all()
 
 
-def test_sixteen_bit_sums_are_rounded_before_they_are_added() -> None:
+def test_sums_are_rounded_once() -> None:
     left = torch.tensor([1, 2**-9]).bfloat16()[:, None].expand(2, 8)
     out = torch.full((1, 8, 8), 256.0).bfloat16()
     ends = torch.tensor([2])
     cm.grouped_weight_grad(left, torch.ones_like(left), ends, out=out, accumulate=True)
-    assert (out == 256).all()  # 1 is added, and 257 is rounded to even; 257.002 would give 258
+    assert (out == 258).all()  # of 257.002; the sum alone, rounded, is 1, and 257 would give 256
 
 
 def test_reference_is_differentiable_in_float64() -> None:
@@ -169,7 +102,7 @@ def test_reference_is_differentiable_in_float64() -> None:
 
 @pytest.mark.parametrize("gathered", [None, "left", "right"])
 def test_op(gathered: str | None) -> None:
-    arguments = inputs([2, 0, 3], 8, 16, gathered, spare=0)
+    arguments = make_inputs([2, 0, 3], 8, 16, gathered, spare=0)
     names = ("left", "right", "offsets", "left_index", "right_index", "starts")
     tensors = [arguments.get(name) for name in names]
     tensors[:2] = [tensor.nan_to_num() for tensor in tensors[:2]]  # NaNs differ from one another
@@ -183,7 +116,7 @@ def test_op(gathered: str | None) -> None:
 
 
 def test_compiled() -> None:
-    arguments = inputs([2, 0, 3], 8, 16, "right")
+    arguments = make_inputs([2, 0, 3], 8, 16, "right")
     want = cm.grouped_weight_grad(**arguments)
     compiled = torch.compile(cm.grouped_weight_grad, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(**arguments), want)
@@ -212,7 +145,7 @@ GIVEN: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("accumulate", [False, True], ids=["write", "add"])
 @pytest.mark.parametrize("given", GIVEN)
 def test_other_forms_give_the_same_sums(given: str, accumulate: bool) -> None:
-    arguments = inputs([3, 0, 2], 8, 16, "right", gaps=True)
+    arguments = make_inputs([3, 0, 2], 8, 16, "right", gaps=True)
     arguments["out"] = torch.ones(3, 8, 16, dtype=torch.bfloat16)
     name = given.partition(",")[0]
     other = {**arguments, name: GIVEN[given](arguments[name].clone())}
@@ -226,7 +159,7 @@ def test_other_forms_give_the_same_sums(given: str, accumulate: bool) -> None:
 @pytest.mark.parametrize("name", ["left", "right", "out"])
 def test_misaligned_tensors_are_copied_with_one_warning(name: str) -> None:
     fallback.announce_copy.cache_clear()
-    arguments = inputs([3, 0, 2], 8, 16, "left")
+    arguments = make_inputs([3, 0, 2], 8, 16, "left")
     arguments["out"] = torch.ones(3, 8, 16, dtype=torch.bfloat16)
     want = cm.grouped_weight_grad(**arguments, accumulate=True).clone()
     arguments["out"].fill_(1)
