@@ -111,7 +111,7 @@ def widths(case: Case) -> tuple[int, int]:
     return (2 * case.inter, case.hidden) if case.part == "up" else (case.hidden, case.inter)
 
 
-class Inputs:
+class GradInputs:
     """The operands of a case on the GPU: of tokens, of rows in order, and the former gathered."""
 
     def __init__(self, case: Case) -> None:
@@ -164,7 +164,7 @@ class Inputs:
 
 
 def measure(case: Case, configs: bool, flush: Tensor) -> dict[str, Timing]:
-    inputs = Inputs(case)
+    inputs = GradInputs(case)
     shape = (case.num_experts, *widths(case))
     calls: dict[str, Call] = {}
     for kind, (dtype, accumulate) in KINDS.items():

@@ -71,7 +71,7 @@ class Case:
         return out
 
     def want(self, inputs: dict[str, Any], before: Tensor) -> Tensor:
-        out = before.float().view(len(self.counts), self.m, self.n)
+        out = before.to(FP32, copy=True).view(len(self.counts), self.m, self.n)
         wide = {**inputs, "left": inputs["left"].float(), "right": inputs["right"].float()}
         cm.grouped_weight_grad_reference(**wide, out=out, accumulate=self.accumulate)
         return out.to(self.out)
