@@ -200,7 +200,9 @@ class WeightGradSm90:
             cute.arch.setmaxregister_decrease(self.config.producer_registers)
             if const_expr(self.gathers):
                 self.gather.attach(gathered, thread)
-            self.load(storage, warp)
+                self.load(storage, warp)
+            elif warp == 0:
+                self.load(storage, warp)  # the other warps have nothing to copy
         else:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
             self.attach_slices(storage, warp - 4, thread % 32)

@@ -15,6 +15,7 @@ from emitters.compile.emit import emit_ptx
 from emitters.spec.image import LaunchRecord
 from emitters.spec.weight_grad import WeightGradProblem, WeightGradSm90Config
 from tests.ptxsim.kernels.launch import pack
+from tests.ptxsim.kernels.mutations import Edit
 from tests.ptxsim.machine import Launch, Machine
 from tests.ptxsim.memory import GlobalMemory
 from tests.ptxsim.ptx import Fault, parse
@@ -29,6 +30,12 @@ WeightGradKernel = tuple[LaunchRecord, str, Code]
 def kernel(problem: WeightGradProblem, config: WeightGradSm90Config) -> WeightGradKernel:
     record, ptx = emit_ptx(problem, config, line_info=False)
     return record, ptx, Code(parse(ptx))
+
+
+def edited(kernel: WeightGradKernel, edit: Edit) -> WeightGradKernel:
+    """The same kernel with other PTX."""
+    record, ptx, _ = kernel
+    return record, edit(ptx), Code(parse(edit(ptx)))
 
 
 def simulate(
