@@ -81,12 +81,12 @@ Call = Callable[[], object]
 
 def select(models: str, tokens: str) -> Iterator[Case]:
     """The cases of these names and numbers, each a list separated by commas; of "", all."""
-    chosen = [name for name in models.split(",") if name] or list(SHAPES)
-    for name in chosen:
+    counts = tuple(int(count) for count in tokens.split(",") if count)
+    for name in [name for name in models.split(",") if name] or SHAPES:
+        if name not in SHAPES:
+            raise click.UsageError(f"model must be one of {', '.join(SHAPES)}, got {name!r}")
         shape = SHAPES[name]
-        for count in (
-            map(int, filter(None, tokens.split(","))) if tokens else TOKENS.get(name, SONIC_TOKENS)
-        ):
+        for count in counts or TOKENS.get(name, SONIC_TOKENS):
             for part in PARTS:
                 sizes = shape.num_experts, shape.top_k, shape.hidden, shape.inter
                 yield Case("weight_grad", name, part, "bf16", count, *sizes)

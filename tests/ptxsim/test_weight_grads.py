@@ -26,7 +26,7 @@ from tests.ptxsim.kernels.weight_grads import WeightGradKernel, edited, kernel, 
 from tests.support.weight_grads import make_inputs
 
 BF16, FP16, FP32 = DType.BF16, DType.FP16, DType.FP32
-SCHEDULES = int(environ.get("PTXSIM_SCHEDULES") or 3)
+SCHEDULES = int(environ.get("PTXSIM_SCHEDULES") or 2)
 
 
 @dataclass(frozen=True)
