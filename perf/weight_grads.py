@@ -66,15 +66,15 @@ OURS, FP32, ADD, TORCH, COPY = "ours", "fp32", "fp32 add", "torch", "torch, copy
 KINDS = {OURS: (torch.bfloat16, False), FP32: (torch.float32, False), ADD: (torch.float32, True)}
 SECONDS = 0.6  # of timing a case
 WORST_ERROR = {torch.bfloat16: 4e-3, torch.float32: 2e-4}  # relative to the largest value
-EVERY_CONFIG = tuple(
-    replace(config, group_m=group_m)
-    for config in (
-        WeightGradSm90Config(128, 256),
-        WeightGradSm90Config(256, 128),
-        WeightGradSm90Config(128, 192, pingpong=True),
-        WeightGradSm90Config(128, 128, pingpong=True),
-    )
-    for group_m in (4, 16)
+_TILES = (
+    WeightGradSm90Config(128, 256),
+    WeightGradSm90Config(256, 128),
+    WeightGradSm90Config(128, 192, pingpong=True),
+    WeightGradSm90Config(128, 128, pingpong=True),
+)
+EVERY_CONFIG = (
+    *(replace(config, group_m=group_m) for config in _TILES for group_m in (4, 16)),
+    *(replace(config, cluster=2, group_m=8) for config in _TILES if config.tile_n % 128 == 0),
 )
 Call = Callable[[], object]
 

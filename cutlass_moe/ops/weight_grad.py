@@ -293,7 +293,7 @@ def weight_grad_launch(
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     return Choice(
         library.load(problem, config, device),
-        min(sms, config.units(problem)),
+        min(sms // config.cluster, config.units(problem)) * config.cluster,
         weight_grad_values(problem, {}, len(gathered), operands.rows, _row_stride(gathered)),
         weight_grad_views(problem, _row_stride(left), _row_stride(right)),
     )

@@ -53,6 +53,11 @@ class WeightGradProblem(Step):
     def gathered_columns(self) -> int:
         return self.m if self.gathered is Side.LEFT else self.n
 
+    @property
+    def shared(self) -> Side:
+        """The operand that the CTAs of a cluster share: one that is read in order."""
+        return Side.LEFT if self.gathered is Side.RIGHT else Side.RIGHT
+
     def why_illegal(self) -> str | None:
         if self.operand not in (DType.BF16, DType.FP16):
             return f"operands must be bf16 or fp16, got {self.operand}"
@@ -70,13 +75,15 @@ class WeightGradProblem(Step):
 class WeightGradSm90Config(StagedConfig):
     """The config of `WeightGradSm90`: two consumer warpgroups and a producer.
 
-    The consumers share a tile or, with pingpong, take whole tiles in turn.
+    The consumers share a tile or, with pingpong, take whole tiles in turn. The CTAs of a cluster
+    take neighbouring tiles and share the columns of one operand, see `WeightGradProblem.shared`.
     """
 
     tile_m: int = 128
     tile_n: int = 256
     pingpong: bool = False
-    group_m: int = 16  # M tiles that use the N tile's columns of right before the next N tile
+    cluster: int = 1  # CTAs
+    group_m: int = 16  # units along M that use the same columns of right before the next ones
     template: ClassVar[str] = "weight_grad_sm90"
 
     MAX_STAGES: ClassVar[int] = 8
@@ -116,14 +123,16 @@ class WeightGradSm90Config(StagedConfig):
         return max(b for b in range(1, most + 1) if self.slices(problem) % b == 0)
 
     def units(self, problem: WeightGradProblem) -> int:
-        """The tiles of all experts."""
-        return problem.num_experts * self.m_tiles(problem) * self.n_tiles(problem)
+        """The units of work of all experts; a cluster computes one at a time."""
+        m, n = self.unit_grid(problem)
+        return problem.num_experts * m * n
 
-    def m_tiles(self, problem: WeightGradProblem) -> int:
-        return -(-problem.m // self.tile_m)
-
-    def n_tiles(self, problem: WeightGradProblem) -> int:
-        return -(-problem.n // self.tile_n)
+    def unit_grid(self, problem: WeightGradProblem) -> tuple[int, int]:
+        """The units of an expert along M and along N: a tile, or the tiles of a cluster."""
+        m, n = -(-problem.m // self.tile_m), -(-problem.n // self.tile_n)
+        if problem.shared is Side.LEFT:
+            return m, -(-n // self.cluster)
+        return -(-m // self.cluster), n
 
     def stage_bytes(self, problem: WeightGradProblem) -> int:
         return (self.tile_m + self.tile_n) * STEP_ROWS * problem.operand.bytes
@@ -140,7 +149,9 @@ class WeightGradSm90Config(StagedConfig):
     def words(self) -> str:
         """A short description, for lists that people read."""
         pingpong = ["ping-pong"] if self.pingpong else []
-        return " ".join([f"{self.tile_m}x{self.tile_n}", *pingpong, f"group {self.group_m}"])
+        cluster = [f"cluster {self.cluster}"] if self.cluster > 1 else []
+        tile, group = f"{self.tile_m}x{self.tile_n}", f"group {self.group_m}"
+        return " ".join([tile, *pingpong, *cluster, group])
 
     def why_illegal(self, problem: WeightGradProblem) -> str | None:
         """Why no kernel can be built with this config for a legal problem, or None."""
@@ -151,6 +162,14 @@ class WeightGradSm90Config(StagedConfig):
             return (
                 f"tile_n must be a multiple of {BLOCK} up to 256 (WGMMA's largest N), "
                 f"got {self.tile_n}"
+            )
+        if self.cluster not in (1, 2):
+            return f"cluster must be 1 or 2, got {self.cluster}"
+        shared = self.tile_m if problem.shared is Side.LEFT else self.tile_n
+        if shared % (BLOCK * self.cluster):
+            return (
+                f"a tile's columns of the operand that a cluster shares must be a multiple of "
+                f"{BLOCK * self.cluster}, got {shared}"
             )
         if self.group_m < 1:
             return f"group_m must be a positive number, got {self.group_m}"

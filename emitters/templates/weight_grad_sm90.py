@@ -4,7 +4,7 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int32, Int64, Uint8, const_expr, range_constexpr
+from cutlass import Float32, Int16, Int32, Int64, Uint8, const_expr, range_constexpr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.experimental import primitives as prims
 
@@ -46,7 +46,7 @@ class WeightGradSm90:
       consumers                  WGMMA, stores            full[s]     empty[s]: 1 per warp
 
       full[s] completes after 1 arrival and the bytes of the operands in order, and 128 more if one
-      is gathered; empty[s] after 8, in ping-pong after 4.
+      is gathered; empty[s] after 8, in ping-pong after 4, times the CTAs of the cluster.
 
     Consumers share a tile, tile_m / 2 rows each, or take whole tiles in ping-pong, as in `GemmSm90`
     (named barriers 1 and 2).
@@ -54,6 +54,9 @@ class WeightGradSm90:
     - Both operands are MN-major: for every 64 columns a stage has 64 rows of 128 bytes, in the
       128-byte swizzle. Rows past the expert's end, and those with an index outside [0, T), are
       zeros. An operand in order has a tensor map of four dimensions for that, see `ragged_view`.
+    - In a cluster of two, a unit is two neighbouring tiles. Each CTA loads half of the operand in
+      order that they share and sends it to both. A stage is empty once the consumers of both CTAs
+      have read it.
     - Results leave in slices of 16 rows x 128 bytes, each by one TMA store of its warp. The tensor
       map of out [E, M, N] cuts off what lies past M and N. An expert without rows gets zeros.
     - To add to out, a warp loads slices of it by TMA before and after the main loop, `buffers` at a
@@ -65,10 +68,10 @@ class WeightGradSm90:
         self.problem, self.config = problem, config
         self.element = ELEMENT[problem.operand]
         self.tile = (config.tile_m, config.tile_n, STEP_ROWS)
-        self.m_tiles, self.n_tiles = config.m_tiles(problem), config.n_tiles(problem)
+        self.m_units, self.n_units = config.unit_grid(problem)
         self.units = config.units(problem)
         self.stages, self.buffers = config.pipeline_stages(problem), config.buffers(problem)
-        self.smem_bytes, self.cluster = config.smem_bytes(problem), 1
+        self.smem_bytes, self.cluster = config.smem_bytes(problem), config.cluster
         row_bytes = problem.operand.bytes * STEP_ROWS
         self.left_bytes, self.right_bytes = row_bytes * config.tile_m, row_bytes * config.tile_n
         self.gathers = problem.gathered is not None
@@ -78,9 +81,8 @@ class WeightGradSm90:
             self.ordered_bytes -= self.left_bytes if left else self.right_bytes
             columns = problem.gathered_columns
             self.gather = GatherIterator(True, columns * problem.operand.bytes, STEP_ROWS)
-        self.ring = Ring(
-            self.stages, 1 + (WARPGROUP if self.gathers else 0), 4 * config.warpgroups_per_tile
-        )
+        arrivals = 1 + (WARPGROUP if self.gathers else 0)
+        self.ring = Ring(self.stages, arrivals, 4 * config.warpgroups_per_tile, self.cluster)
         self.slice_columns = SLICE_BYTES // problem.out.bytes
         self.slice_count = config.slices(problem)
         self.slices = Slices(problem.out)
@@ -135,6 +137,7 @@ class WeightGradSm90:
         ).launch(
             grid=[grid, 1, 1],
             block=[self.config.threads, 1, 1],
+            cluster=[self.cluster, 1, 1],
             min_blocks_per_mp=1,
             preferred_smem_carveout=100,  # else the compiler asks a driver
             stream=stream,
@@ -186,8 +189,10 @@ class WeightGradSm90:
         self.ring.attach(storage.full.data_ptr(), storage.empty.data_ptr())
         self.starts, self.offsets, self.num_rows = starts, offsets, num_rows
         self.left_map, self.right_map, self.out_map = left, right, out
-        self.first, _, _ = cute.arch.block_idx()
-        self.ctas, _, _ = cute.arch.grid_dim()
+        block, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        self.first, self.clusters = block // self.cluster, ctas // self.cluster
+        self.rank = block % self.cluster
         if warp == 0:
             with cute.arch.elect_one():
                 self.ring.init()
@@ -195,7 +200,7 @@ class WeightGradSm90:
                     for i in range_constexpr(8 * self.buffers):
                         cute.arch.mbarrier_init(storage.loaded.data_ptr() + i, 1)
             cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        self.sync_cluster()
         if group == 0:
             cute.arch.setmaxregister_decrease(self.config.producer_registers)
             if const_expr(self.gathers):
@@ -207,6 +212,15 @@ class WeightGradSm90:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
             self.attach_slices(storage, warp - 4, thread % 32)
             self.mma(storage, group - 1, thread - WARPGROUP)
+        if const_expr(self.cluster > 1):
+            self.sync_cluster()  # the other CTA still copies to, and arrives at, this one's memory
+
+    def sync_cluster(self):
+        if self.cluster > 1:
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
 
     @cute.jit
     def locate(self, unit: Int32):
@@ -216,15 +230,19 @@ class WeightGradSm90:
         Rows outside [0, num_rows) are left out.
         """
         unit = cutlass.min(unit, Int32(self.units - 1))
-        expert = unit // (self.m_tiles * self.n_tiles)
-        unit = unit - expert * (self.m_tiles * self.n_tiles)
+        expert = unit // (self.m_units * self.n_units)
+        unit = unit - expert * (self.m_units * self.n_units)
         # units come in groups along M; inside a group M runs first, to share columns of right
         group_m = self.config.group_m
-        first_m = unit // (group_m * self.n_tiles) * group_m
-        unit = unit - first_m * self.n_tiles
-        size = cutlass.min(self.m_tiles - first_m, Int32(group_m))
+        first_m = unit // (group_m * self.n_units) * group_m
+        unit = unit - first_m * self.n_units
+        size = cutlass.min(self.m_units - first_m, Int32(group_m))
         n = unit // size
         m = first_m + unit - n * size
+        if const_expr(self.problem.shared is Side.LEFT):
+            n = n * self.cluster + self.rank
+        else:
+            m = m * self.cluster + self.rank
         ends = cute.make_tensor(self.offsets, cute.make_layout(VECTOR))
         start = Int32(0)
         if self.starts.toint() != 0:
@@ -264,9 +282,9 @@ class WeightGradSm90:
                         barrier = self.ring.expect(state, self.ordered_bytes)
                         row = (RAGGED_ROWS - rows + done, start + rows)
                         if const_expr(self.left_map is not None):
-                            self.copy(left_stage, self.left_map, m, row, self.tile[0], barrier)
+                            self.copy(Side.LEFT, left_stage, m, row, barrier)
                         if const_expr(self.right_map is not None):
-                            self.copy(right_stage, self.right_map, n, row, self.tile[1], barrier)
+                            self.copy(Side.RIGHT, right_stage, n, row, barrier)
                 if const_expr(self.left_map is None):
                     for b in range_constexpr(self.tile[0] // BLOCK):
                         self.gather.copy(left_stage + b * BLOCK_BYTES, m // BLOCK + b)
@@ -276,20 +294,28 @@ class WeightGradSm90:
                 if const_expr(self.gathers):
                     self.ring.arrive_when_copied(state)
                 state.advance()
-            unit += self.ctas
+            unit += self.clusters
 
-    def copy(self, stage, operand, column, row, columns, barrier):
+    def copy(self, side: Side, stage, column, row, barrier):
         """Starts the copies of 64 rows of an operand in order; by one thread.
 
-        row: in the second and in the third dimension of the tensor map, see `ragged_view`.
+        Of the operand that a cluster shares, each CTA copies a part to all. row: in the second and
+        in the third dimension of the tensor map, see `ragged_view`.
         """
-        for b in range(columns // BLOCK):
+        operand = self.left_map if side is Side.LEFT else self.right_map
+        boxes = self.tile[side is Side.RIGHT] // BLOCK
+        shares = self.cluster > 1 and side is self.problem.shared
+        if shares:
+            boxes //= self.cluster
+        for i in range(boxes):
+            box = i + self.rank * boxes if shares else i
             prims.cp_async_bulk_tensor_shared_cluster_global(
-                (stage + b * BLOCK_BYTES).to_llvm_ptr(),
+                (stage + box * BLOCK_BYTES).to_llvm_ptr(),
                 tensor_map_address(operand).to_llvm_ptr(),
-                [column + b * BLOCK, *row, Int32(RAGGED_ROWS)],
+                [column + box * BLOCK, *row, Int32(RAGGED_ROWS)],
                 barrier.to_llvm_ptr(),
                 [],
+                multicast_mask=Int16(2**self.cluster - 1) if shares else None,
             )
 
     def operands(self, storage, consumer):
@@ -320,14 +346,14 @@ class WeightGradSm90:
         shape = of_tile.partition_C(cute.make_identity_tensor(self.tile[:2])).shape
         acc = cute.make_rmem_tensor(shape, Float32)
         state = self.ring.consumer()
-        unit, turn = self.first, self.ctas  # to this consumer's next unit
+        unit, turn = self.first, self.clusters  # to this consumer's next unit
         pingpong = self.config.pingpong
         if const_expr(pingpong):
-            turn = 2 * self.ctas
+            turn = 2 * self.clusters
             if consumer == 1:
                 cute.arch.barrier_arrive(barrier_id=1, number_of_threads=2 * WARPGROUP)
                 state.advance(self.steps_of(unit))  # these stages are the other consumer's
-                unit += self.ctas
+                unit += self.clusters
         expert, m, n, _, rows = self.locate(unit)
         while unit < self.units:
             steps = self.steps(rows)
@@ -349,7 +375,7 @@ class WeightGradSm90:
                     self.ring.release(behind.index)
                     behind.advance()
                 state.advance()
-            others = unit + self.ctas
+            others = unit + self.clusters
             if const_expr(pingpong):
                 if others < self.units:
                     cute.arch.barrier_arrive(

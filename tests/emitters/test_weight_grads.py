@@ -36,6 +36,7 @@ CONFIGS = [
     WeightGradSm90Config(128, 192, pingpong=True),
     WeightGradSm90Config(128, 128, pingpong=True),
     WeightGradSm90Config(64, 256, pingpong=True, stages=2),
+    WeightGradSm90Config(cluster=2),
 ]
 
 
@@ -81,6 +82,7 @@ def test_words() -> None:
     assert replace(PROBLEM, out=DType.FP32, accumulate=True).words == words
     assert replace(PROBLEM, gathered=None).words == "weight_grad bf16 > bf16 E 128 M 1536 N 2048"
     assert CONFIGS[2].words == "128x192 ping-pong group 16"
+    assert CONFIGS[-1].words == "128x256 cluster 2 group 16"
 
 
 @pytest.mark.parametrize(
@@ -108,6 +110,8 @@ def test_illegal_problems_have_a_reason(changes: dict[str, Any], reason: str) ->
         (WeightGradSm90Config(128, 96), "tile_n must be a multiple of 64 up to 256 .* got 96"),
         (WeightGradSm90Config(128, 320), "got 320"),
         (WeightGradSm90Config(group_m=0), "group_m must be a positive number, got 0"),
+        (WeightGradSm90Config(cluster=3), "cluster must be 1 or 2, got 3"),
+        (WeightGradSm90Config(64, 128, pingpong=True, cluster=2), "a multiple of 128, got 64"),
         (WeightGradSm90Config(ctas_per_sm=2), "ctas_per_sm must be 1, got 2"),
         (WeightGradSm90Config(stages=5), "shared memory per CTA must be at most 232448 bytes"),
         (WeightGradSm90Config(stages=1), "stages must be 2 to 8, got 1"),
@@ -124,3 +128,6 @@ def test_tiles_are_counted() -> None:
     wide = replace(PROBLEM, m=2**20, n=2**20, num_experts=1024)
     assert "tiles must be fewer than 2**31" in (why_illegal(wide, CONFIGS[0]) or "")
     assert CONFIGS[0].units(PROBLEM) == 128 * 12 * 8
+    odd = replace(PROBLEM, m=8, n=513)
+    assert CONFIGS[-1].unit_grid(odd) == (1, 2)  # pairs of three N tiles
+    assert CONFIGS[-1].unit_grid(replace(odd, gathered=None)) == (1, 3)

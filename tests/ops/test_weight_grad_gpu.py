@@ -29,6 +29,7 @@ pytestmark = [
 CONFIGS = {
     "128x256": WeightGradSm90Config(128, 256),
     "256x128": WeightGradSm90Config(256, 128, group_m=2),
+    "128x256 pairs": WeightGradSm90Config(128, 256, cluster=2, group_m=2),
     "in turn 128x192": WeightGradSm90Config(128, 192, pingpong=True),
     "in turn 128x128": WeightGradSm90Config(128, 128, pingpong=True, group_m=3),
 }

@@ -81,6 +81,9 @@ RUNS = {
     "in_turn": Run((1, 0, 130, 64), 136, 72, LEFT, config(128, 64, True), out=FP32),
     "in_turn_few_stages": Run((1, 70, 0), 72, 200, RIGHT, config(64, 64, True, stages=2)),
     "in_turn_alone": Run((65,), 8, 8, RIGHT, config(128, 64, True), grid=1),
+    "pair_left": Run(ROWS, 136, 200, RIGHT, config(128, 64, cluster=2)),
+    "pair_right": Run(ROWS, 200, 72, LEFT, config(128, 128, True, cluster=2, group_m=1), grid=4),
+    "pair_in_order": Run((65, 0), 264, 72, None, config(256, 128, cluster=2), out=FP32),
     "no_rows": Run((0, 0), 72, 72, RIGHT, config(128, 64, True)),
     "add": Run(ROWS, 136, 200, RIGHT, config(128, 256), out=FP32, accumulate=True),
     "add_bf16": Run(ROWS, 72, 136, LEFT, config(128, 128), accumulate=True, gaps=True),
@@ -119,6 +122,10 @@ DEFECTS: dict[str, tuple[str, Edit]] = {
     "rows one too early": (
         "right",
         producer(r"(add\.s32 %r\d+, %r\d+), 1073741824;", r"\1, 1073741823;"),
+    ),
+    "a stage not released to the other CTA": (
+        "pair_left",
+        consumer(r"setp\.gt\.u32 (%p\d+), (%r\d+), 1;", r"setp.gt.u32 \1, \2, 0;"),
     ),
     "no turns": ("in_turn", consumer(r"bar\.sync %r\d+, 256;", "")),
     "a turn not passed on": ("in_turn", consumer(r"bar\.arrive %r\d+, 256;", "")),

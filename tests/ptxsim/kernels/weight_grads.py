@@ -69,8 +69,9 @@ def simulate(
     values = weight_grad_values(problem, addresses, len(gathered), rows, gathered.shape[1])
     views = weight_grad_views(problem, left.shape[1], right.shape[1])
     launch = Launch(
-        code, grid, record.smem_bytes, record.registers, pack(record, code, values, views)
-    )
+        code, grid, record.smem_bytes, record.registers, pack(record, code, values, views),
+        cluster=record.cluster[0],
+    )  # fmt: skip
     Machine(memory, [launch], schedule).run()
     ends = inputs["offsets"].clamp(0, rows)
     starts = inputs.get("starts", torch.cat([ends.new_zeros(1), ends[:-1]]))
