@@ -36,9 +36,9 @@ class WeightGradSm90:
       out[e] = sum over the rows r of expert e of left[r].T @ right[r]
 
     A unit of work is a tile of tile_m x tile_n of an expert's result. Their number is known when
-    the kernel is compiled; how many rows a unit sums is read from `offsets`. CTA c computes units
-    c, c + CTAs, c + 2 CTAs, ... Warpgroup 0 is the producer, the other two are consumers. A stage s
-    of the ring holds 64 rows of both operands:
+    the kernel is compiled; how many rows a unit sums is read from `offsets`. Of C CTAs, the c-th
+    computes units c, c + C, c + 2 C, ... Warpgroup 0 is the producer, the other two are consumers.
+    A stage s of the ring holds 64 rows of both operands:
 
       role                       work                     waits for   arrives at
       producer, warp 0, 1 lane   operands in order, TMA   empty[s]    full[s]: 1, and their bytes
@@ -54,9 +54,9 @@ class WeightGradSm90:
     - Both operands are MN-major: for every 64 columns a stage has 64 rows of 128 bytes, in the
       128-byte swizzle. Rows past the expert's end, and those with an index outside [0, T), are
       zeros. An operand in order has a tensor map of four dimensions for that, see `ragged_view`.
-    - In a cluster of two, a unit is two neighbouring tiles. Each CTA loads half of the operand in
-      order that they share and sends it to both. A stage is empty once the consumers of both CTAs
-      have read it.
+    - In a cluster of two, which then counts as one of the C, a unit is two neighbouring tiles. Each
+      CTA loads half of the operand in order that they share and sends it to both. A stage is empty
+      once the consumers of both CTAs have read it.
     - Results leave in slices of 16 rows x 128 bytes, each by one TMA store of its warp. The tensor
       map of out [E, M, N] cuts off what lies past M and N. An expert without rows gets zeros.
     - To add to out, a warp loads slices of it by TMA before and after the main loop, `buffers` at a
