@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint32, const_expr, range_constexpr
+from cutlass import Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
 from cutlass.experimental import primitives as prims
 
 from emitters.device.memory import VECTOR
@@ -39,6 +39,8 @@ class GatherIterator:
         # a thread's rows are 16 apart, so its chunk has the same swizzle in all of them
         self.target = self.row * K_TILE_BYTES + (self.column ^ (self.row % 8 * _CHUNK))
         self.tokens = cute.make_rmem_tensor((self.passes,), Int32)
+        self.sources = cute.make_rmem_tensor((self.passes,), Int64)
+        self.sizes = cute.make_rmem_tensor((self.passes,), Int32)
         self.next_tokens = cute.make_rmem_tensor((self.passes,), Int32)
 
     @cute.jit
@@ -84,3 +86,47 @@ class GatherIterator:
                 prims.LoadCacheModifier.CG,
                 cp_size=size,
             )
+
+    @cute.jit
+    def locate(self, column: Int32):
+        """Makes the fetched rows the current ones, for `copy_blocks` from byte `column` on."""
+        for i in range_constexpr(self.passes):
+            token = self.next_tokens[i]
+            size = Int32(_CHUNK)
+            if token < 0 or token >= self.num_tokens:
+                token, size = Int32(0), Int32(0)
+            chunks = Int64(Uint32(token) * Uint32(self.x_stride))
+            self.sources[i] = (self.x + (chunks * _CHUNK + column + self.column)).toint()
+            self.sizes[i] = size
+
+    @cute.jit
+    def copy_blocks(self, stage: cute.Pointer, column: Int32, blocks: cutlass.Constexpr):
+        """Issues the copies of several times 128 bytes of the rows; as `copy`, after `locate`.
+
+        Each 128 bytes of all rows lie together in the stage. An address is that of its row and a
+        constant: computing each anew takes longer than a WGMMA leaves.
+        """
+        for b in range_constexpr(blocks):
+            skipped = b * K_TILE_BYTES
+            for i in range_constexpr(self.passes):
+                size = self.sizes[i]
+                if const_expr(self.row_bytes % (blocks * K_TILE_BYTES) != 0):  # rows have a tail
+                    size = self.cut(size, column + (self.column + skipped))
+                source = cute.make_ptr(
+                    Uint8, self.sources[i] + skipped, cute.AddressSpace.gmem, assumed_align=_CHUNK
+                )
+                target = self.target + (b * self.passes + i) * (ROWS_PER_PASS * K_TILE_BYTES)
+                prims.cp_async_shared_global(
+                    (stage + target).to_llvm_ptr(),
+                    source.to_llvm_ptr(),
+                    _CHUNK,
+                    prims.LoadCacheModifier.CG,
+                    cp_size=size,
+                )
+
+    @cute.jit
+    def cut(self, size: Int32, column: Int32):
+        """The bytes to copy from byte `column` of a row on: none past its end."""
+        if column >= self.row_bytes:
+            size = Int32(0)
+        return size

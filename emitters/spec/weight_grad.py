@@ -88,12 +88,15 @@ class WeightGradSm90Config(StagedConfig):
 
     MAX_STAGES: ClassVar[int] = 8
     threads: ClassVar[int] = 3 * WARPGROUP
-    producer_registers: ClassVar[int] = 40
     l2_promotion: ClassVar[int] = 256  # bytes that a read of an operand in order brings into L2
 
     @property
     def launch_registers(self) -> int:
         return SM90.registers_per_sm // self.threads // 8 * 8
+
+    @property
+    def producer_registers(self) -> int:
+        return 40 if self.accumulators > 128 else 56
 
     @property
     def consumer_registers(self) -> int:
@@ -108,6 +111,11 @@ class WeightGradSm90Config(StagedConfig):
     def m_blocks(self) -> int:
         """The blocks of 64 rows of a tile that one consumer accumulates."""
         return self.tile_m // (64 * self.warpgroups_per_tile)
+
+    @property
+    def accumulators(self) -> int:
+        """Registers of a consumer thread that hold sums."""
+        return self.m_blocks * self.tile_n // 2
 
     def slices(self, problem: WeightGradProblem) -> int:
         """The slices of 16 rows x 128 bytes that a consumer warp has of a tile."""
@@ -177,9 +185,8 @@ class WeightGradSm90Config(StagedConfig):
             return f"ctas_per_sm must be 1, got {self.ctas_per_sm}"
         if self.units(problem) >= 2**31:
             return f"tiles must be fewer than 2**31, got {self.units(problem)}"
-        accumulators = self.m_blocks * self.tile_n // 2
         return self.why_no_memory(problem) or why_no_registers(
-            accumulators, 40, self.consumer_registers, "consumer thread"
+            self.accumulators, 40, self.consumer_registers, "consumer thread"
         )
 
 

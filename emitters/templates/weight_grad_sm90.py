@@ -266,12 +266,13 @@ class WeightGradSm90:
         unit = self.first
         while unit < self.units:
             _, m, n, start, rows = self.locate(unit)
+            column = (n if self.left_map is not None else m) * self.problem.operand.bytes
             if const_expr(self.gathers):
                 self.gather.fetch(start, rows)
             for k in cutlass.range(self.steps(rows), unroll=1):
                 done = k * STEP_ROWS  # rows
                 if const_expr(self.gathers):
-                    self.gather.advance()
+                    self.gather.locate(column)
                     following = done + STEP_ROWS
                     self.gather.fetch(start + following, rows - following)
                 self.ring.wait_empty(state)
@@ -286,11 +287,9 @@ class WeightGradSm90:
                         if const_expr(self.right_map is not None):
                             self.copy(Side.RIGHT, right_stage, n, row, barrier)
                 if const_expr(self.left_map is None):
-                    for b in range_constexpr(self.tile[0] // BLOCK):
-                        self.gather.copy(left_stage + b * BLOCK_BYTES, m // BLOCK + b)
+                    self.gather.copy_blocks(left_stage, column, self.tile[0] // BLOCK)
                 if const_expr(self.right_map is None):
-                    for b in range_constexpr(self.tile[1] // BLOCK):
-                        self.gather.copy(right_stage + b * BLOCK_BYTES, n // BLOCK + b)
+                    self.gather.copy_blocks(right_stage, column, self.tile[1] // BLOCK)
                 if const_expr(self.gathers):
                     self.ring.arrive_when_copied(state)
                 state.advance()
