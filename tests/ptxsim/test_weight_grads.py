@@ -75,7 +75,7 @@ ROWS = (70, 0, 129)  # ragged, none, more than two stages
 LEFT, RIGHT = Side.LEFT, Side.RIGHT
 RUNS = {
     "right": Run(ROWS, 136, 72, RIGHT, config(128, 64)),
-    "left_tall": Run(ROWS, 264, 72, LEFT, config(256, 64, stages=2)),
+    "left_tall": Run(ROWS, 200, 72, LEFT, config(256, 64, stages=2)),
     "in_order": Run(ROWS, 136, 136, None, config(128, 128, group_m=1), FP16, FP32),
     "gaps": Run(ROWS, 72, 136, RIGHT, config(128, 128), FP16, FP16, gaps=True),
     "in_turn": Run((1, 0, 130, 64), 136, 72, LEFT, config(128, 64, True), out=FP32),
@@ -85,7 +85,7 @@ RUNS = {
     "pair_right": Run(ROWS, 200, 72, LEFT, config(128, 128, True, cluster=2, group_m=1), grid=4),
     "pair_in_order": Run((65, 0), 264, 72, None, config(256, 128, cluster=2), out=FP32),
     "no_rows": Run((0, 0), 72, 72, RIGHT, config(128, 64, True)),
-    "add": Run(ROWS, 136, 200, RIGHT, config(128, 256), out=FP32, accumulate=True),
+    "add": Run(ROWS, 72, 200, RIGHT, config(128, 256), out=FP32, accumulate=True),
     "add_bf16": Run(ROWS, 72, 136, LEFT, config(128, 128), accumulate=True, gaps=True),
     "add_in_turn": Run((1, 0, 70), 136, 72, None, config(128, 128, True), FP16, FP32, True),
     "add_bf16_in_turn": Run((0, 65), 72, 200, LEFT, config(128, 192, True), accumulate=True),
