@@ -26,6 +26,7 @@ from cutlass_moe.ops.quantize_groups import (
 )
 from cutlass_moe.ops.route import RoutingTable, renormalize_kept, route, route_reference
 from cutlass_moe.ops.router import route_logits, topk_router, topk_router_reference
+from cutlass_moe.ops.weight_grad import grouped_weight_grad, grouped_weight_grad_reference
 from cutlass_moe.warmup import warmup
 
 __version__ = "0.1.0"
@@ -44,6 +45,8 @@ __all__ = [
     "grouped_matmul_reference",
     "grouped_mm",
     "grouped_mm_reference",
+    "grouped_weight_grad",
+    "grouped_weight_grad_reference",
     "index_group_matmul",
     "index_group_matmul_workspace_size",
     "pad_experts",

@@ -24,6 +24,7 @@ def warmup(
     model_or_problems: str | Problem | Iterable[Problem],
     device: int | torch.device | None = None,
     dtype: str | None = None,
+    training: bool = False,
 ) -> None:
     """Loads every kernel that calls may choose for these problems, so that no call waits for one.
 
@@ -37,10 +38,12 @@ def warmup(
     dtype: of a model's weights: "fp8", "fp8_block" (scales that vary along K), "int8" or "bf16";
       default what the file's quantization_config asks for, else "fp8". What a model does and the
       kernels do not is a RuntimeWarning.
+    training: of a model with bf16 weights, their gradients too.
 
-    Raises ValueError for an unknown model, file or dtype, and what `runtime.library.load` raises.
+    Raises ValueError for an unknown model, file or dtype, and for training with another dtype than
+    bf16, and what `runtime.library.load` raises.
     """
-    asked = _problems(model_or_problems, dtype)
+    asked = _problems(model_or_problems, dtype, training)
     index = torch.cuda._utils._get_device_index(device, optional=True)
     arch = library.device_arch(index)
     wanted = [
@@ -57,7 +60,7 @@ def warmup(
 
 
 def _problems(
-    model_or_problems: str | Problem | Iterable[Problem], dtype: str | None
+    model_or_problems: str | Problem | Iterable[Problem], dtype: str | None, training: bool
 ) -> list[Problem]:
     if isinstance(model_or_problems, GemmProblem | Step):
         return [model_or_problems]
@@ -73,4 +76,4 @@ def _problems(
         return problems
     model = find_model(model_or_problems)
     warn_of(model)
-    return list(model_problems(model.shape, dtype or model.dtype).values())
+    return list(model_problems(model.shape, dtype or model.dtype, training).values())

@@ -49,6 +49,7 @@ OFFSETS = torch.tensor([2, 4], dtype=torch.int32)
 HALF = torch.bfloat16
 PRODUCT = {"x": X.to(HALF), "weight": W2.to(HALF), "offsets": OFFSETS}
 CUT = {"mat_a": X.to(HALF), "mat_b": W2.to(HALF), "offs": OFFSETS}
+SUMMED = {"left": X.to(HALF), "right": X.to(HALF), "offsets": OFFSETS}
 LAYER = {
     "hidden": X.to(HALF),
     "w13": W13.to(HALF),
@@ -80,6 +81,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "grouped_matmul_reference": (cm.grouped_matmul_reference, PRODUCT),
     "grouped_mm": (cm.grouped_mm, CUT),
     "grouped_mm_reference": (cm.grouped_mm_reference, CUT),
+    "grouped_weight_grad": (cm.grouped_weight_grad, SUMMED),
+    "grouped_weight_grad_reference": (cm.grouped_weight_grad_reference, SUMMED),
     "index_group_matmul": (cm.index_group_matmul, LISTS),
     "index_group_matmul_workspace_size": (cm.index_group_matmul_workspace_size, LISTS),
     "pad_experts": (cm.pad_experts, {"w13": LAYER["w13"], "w2": LAYER["w2"]}),

@@ -15,6 +15,7 @@ from typing import Any
 
 from cutlass_moe.choose import tuned
 from cutlass_moe.choose.gpus import gpu_of
+from cutlass_moe.choose.weight_grads_sm90 import weight_grad_configs
 from emitters.spec.arch import H200, Gpu
 from emitters.spec.config_sm90 import GemmSm90Config, Schedule
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
@@ -30,6 +31,7 @@ from emitters.spec.layer_steps import (
     TopkProblem,
 )
 from emitters.spec.registry import Config, GemmConfig, Problem, as_gemm, why_illegal
+from emitters.spec.weight_grad import WeightGradProblem
 
 GPU = H200.name  # the GPU to choose for where none is named, as in a build
 
@@ -132,6 +134,8 @@ def every_config(problem: Problem) -> tuple[Config, ...]:
     gemm = as_gemm(problem)
     if gemm is not None:
         return candidates(gemm)
+    if isinstance(problem, WeightGradProblem):
+        return weight_grad_configs(problem)
     return tuple(dict.fromkeys((step_config(problem), step_config(problem, few=True))))
 
 

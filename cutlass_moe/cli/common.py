@@ -32,6 +32,10 @@ dtypes_option = click.option(
     "--dtype", "dtypes", type=dtype_choice, multiple=True, help=f"Repeatable {DTYPE_DEFAULT}."
 )
 
+training_option = click.option(
+    "--training", is_flag=True, help="Also the gradients of weights, which must be bf16."
+)
+
 IMAGE_COLUMNS = ("problem", "config", "registers", "spills", "smem")
 
 
@@ -89,14 +93,21 @@ def find_layers(
     return layers
 
 
-def posed(layers: Sequence[Layer], dtypes: Sequence[str] = ()) -> list[Posed]:
-    """dtypes: of all layers, or empty: of each its own."""
-    return [
-        Posed(layer, dtype, name, problem)
-        for layer in layers
-        for dtype in dtypes or (layer.dtype,)
-        for name, problem in model_problems(layer.shape, dtype).items()
-    ]
+def posed(
+    layers: Sequence[Layer], dtypes: Sequence[str] = (), training: bool = False
+) -> list[Posed]:
+    """dtypes: of all layers, or empty: of each its own. training: gradients of weights too.
+
+    Raises click.UsageError for training with another dtype than bf16.
+    """
+    found = []
+    for layer in layers:
+        for dtype in dtypes or (layer.dtype,):
+            if training and dtype != "bf16":
+                raise click.UsageError(f"--training needs --dtype bf16, got {dtype}")
+            problems = model_problems(layer.shape, dtype, training)
+            found += [Posed(layer, dtype, name, problem) for name, problem in problems.items()]
+    return found
 
 
 def padding(shape: MoeShape, dtype: str) -> str:

@@ -26,6 +26,7 @@ from cutlass_moe.cli.common import (
     models_option,
     posed,
     shard_options,
+    training_option,
 )
 from cutlass_moe.images.archive import Archive, write
 from cutlass_moe.images.archive import pack as pack_directory
@@ -95,6 +96,7 @@ def list_images(roots: tuple[Path, ...], as_json: bool) -> None:
 @models_option
 @dtypes_option
 @shard_options
+@training_option
 @click.option(
     "--cuda",
     metavar="MAJOR.MINOR",
@@ -107,6 +109,7 @@ def verify(
     dtypes: tuple[str, ...],
     tp: int | None,
     ep: int | None,
+    training: bool,
     cuda: str | None,
     as_json: bool,
 ) -> None:
@@ -117,9 +120,9 @@ def verify(
     must be there. Exit code: 0 where all is well; 1 where a root or an image is faulty, an image
     that a model needs is missing, or there are no images at all.
     """
-    if (dtypes or tp or ep) and not models:
-        raise click.UsageError("--dtype, --tp and --ep are those of a --model")
-    asked = posed(find_layers(models, tp, ep), dtypes)
+    if (dtypes or tp or ep or training) and not models:
+        raise click.UsageError("--dtype, --tp, --ep and --training are those of a --model")
+    asked = posed(find_layers(models, tp, ep), dtypes, training)
     version = driver_cuda() if cuda is None else _cuda_version(cuda)
     sound: set[str] = set()
     faults: list[Fault] = []
@@ -145,6 +148,7 @@ def verify(
         for model, dtype in dict.fromkeys((need.model, need.dtype) for need in missing):
             words = {"model": model, "dtype": dtype, "tp": tp, "ep": ep}
             given = [f"--{name}={value}" for name, value in words.items() if value]
+            given += ["--training"] if training else []
             click.echo(f"build with: {shlex.join(['cutlass-moe', 'build', *given])}")
     if not well:
         raise SystemExit(1)
@@ -220,8 +224,8 @@ def prune(
     """Remove images from the directory ROOT [default: the writable one of the cache].
 
     Those go that no option keeps: of other builds than --keep-build, of use to none of --keep-model
-    (with any dtype), and written --older-than DAYS ago. What processes that were killed left behind
-    goes too, after a day.
+    (with any dtype, for training too), and written --older-than DAYS ago. What processes that were
+    killed left behind goes too, after a day.
     """
     if not (builds or models or days is not None):
         raise click.UsageError("expected --keep-build, --keep-model or --older-than")
@@ -229,7 +233,8 @@ def prune(
     if not cache.writable:
         raise click.ClickException(f"{cache.root} can't be written to (archives never can)")
     identities = [_installed() if text == INSTALLED else text for text in builds]
-    kept = posed(find_layers(models, tp, ep), tuple(DTYPES))
+    layers = find_layers(models, tp, ep)
+    kept = posed(layers, tuple(DTYPES)) + posed(layers, ("bf16",), training=True)
     used = {need.key for need in _needed(kept)}
     now = time.time()
 

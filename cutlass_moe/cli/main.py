@@ -31,6 +31,7 @@ from cutlass_moe.cli.common import (
     padding,
     posed,
     shard_options,
+    training_option,
 )
 from cutlass_moe.cli.images import COMMANDS
 from cutlass_moe.cli.inspect import inspect
@@ -136,6 +137,7 @@ def demo(
 )
 @dtypes_option
 @shard_options
+@training_option
 @click.option("--for-tuning", is_flag=True, help="Compile also what `tune` would measure.")
 @click.option("--problem", help="One problem, as JSON.")
 @click.option("--config", help="The one config for it, as JSON [default: all it may be given].")
@@ -160,6 +162,7 @@ def build(
     jobs: int | None,
     output: Path | None,
     for_tuning: bool,
+    training: bool,
     **layers: Any,
 ) -> None:
     """Compile kernel images, without a GPU: those of models, or those of one problem.
@@ -167,11 +170,11 @@ def build(
     What exists is not compiled again: a build that was interrupted goes on when it is repeated.
     """
     of_layers = bool(layers["models"] or layers["files"])
-    with_layers = for_tuning or any(layers.values())
+    with_layers = for_tuning or training or any(layers.values())
     if of_layers == bool(problem) or (problem and with_layers) or (config and of_layers):
         raise click.UsageError(
-            "either --model or --shapes (and --dtype, --tp, --ep, --for-tuning), or --problem "
-            "(and --config)"
+            "either --model or --shapes (and --dtype, --tp, --ep, --training, --for-tuning), or "
+            "--problem (and --config)"
         )
     if problem:
         parsed = _parse(problem_from_json, "--problem", problem)
@@ -180,7 +183,8 @@ def build(
         requests = _requests_of("--problem", parsed, configs, arch)
     else:
         dtypes = layers.pop("dtypes")
-        requests = _requests(posed(find_layers(**layers), dtypes), arch, for_tuning)
+        asked = posed(find_layers(**layers), dtypes, training)
+        requests = _requests(asked, arch, for_tuning)
     cache = _destination(output)
     try:
         built = _build(cache, requests, jobs, toolchain)

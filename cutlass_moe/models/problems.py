@@ -16,6 +16,7 @@ from emitters.spec.layer_steps import (
     TopkProblem,
 )
 from emitters.spec.registry import Problem
+from emitters.spec.weight_grad import Side, WeightGradProblem
 
 
 def problems_of_shape(shape: MoeShape, dtype: str) -> LayerProblems:
@@ -74,12 +75,36 @@ def gemm_problems(shape: MoeShape, dtype: str) -> dict[str, GemmProblem]:
     return products if shape.activation is None else {**products, "activated": layer.up}
 
 
-def model_problems(shape: MoeShape, dtype: str) -> dict[str, Problem]:
+def weight_grad_problems(shape: MoeShape, dtype: str) -> dict[str, Problem]:
+    """The gradients of a model's weights by `grouped_weight_grad`, where they can be trained.
+
+    Each is written in bfloat16, and added to a float32 gradient; of weights with K dense, as
+    `fused_moe` has them by default, and with N dense, as the modules of `cutlass_moe.nn` have them.
+    Raises ValueError unless dtype is "bf16".
+    """
+    if dtype != "bf16":
+        raise ValueError(f"gradients of weights are those of bf16 weights, got {dtype!r}")
+    products = gemm_problems(shape, dtype)
+    found: dict[str, Problem] = {}
+    for name, side in (("up", Side.RIGHT), ("down", Side.LEFT)):
+        n, k = products[name].n, products[name].k
+        turned = Side.LEFT if side is Side.RIGHT else Side.RIGHT
+        for major, m, columns, gathered in (("k", n, k, side), ("n", k, n, turned)):
+            written = WeightGradProblem(
+                DType.BF16, DType.BF16, m, columns, shape.num_experts, gathered
+            )
+            added = replace(written, out=DType.FP32, accumulate=True)
+            found[f"{name} gradient {major}"] = written
+            found[f"{name} gradient {major} added"] = added
+    return found
+
+
+def model_problems(shape: MoeShape, dtype: str, training: bool = False) -> dict[str, Problem]:
     """All that a model's layer launches by `grouped_matmul`, `fused_moe`, `quantize_per_token` of
     bf16, by `combine` with bf16 or float32 weights, `route`, and by `topk_router` and
     `route_logits` of bf16 or float32 logits, with the model's scoring and groups. What only an
     activation or a scoring that no kernel has would launch is left out. dtype as in
-    `problems_of_shape`."""
+    `problems_of_shape`. training: `weight_grad_problems` too."""
     layer = problems_of_shape(_with_activation(shape), dtype)
     found: dict[str, Problem] = {**gemm_problems(shape, dtype)}
     for weights in (layer.combine.out, DType.FP32):
@@ -96,6 +121,8 @@ def model_problems(shape: MoeShape, dtype: str) -> dict[str, Problem]:
     if layer.quantize_hidden and layer.quantize_active:
         found["quantize hidden"] = layer.quantize_hidden
         found["quantize inter"] = layer.quantize_active
+    if training:
+        found |= weight_grad_problems(shape, dtype)
     return found
 
 

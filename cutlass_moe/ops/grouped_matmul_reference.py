@@ -61,10 +61,10 @@ def fill_product(out: Tensor, operands: Operands, options: Options) -> None:
     block = max(1, _BLOCK_ELEMENTS // max(weight.shape[1:]))
     gated = is_gated(options.activation)
     blocks = is_block_scaled(operands, gated)
-    for expert, first, last in _groups(starts, offsets, len(out)):
+    for expert, first, last in expert_rows(starts, offsets, len(out)):
         for start in range(first, last, block):
             end = min(start + block, last)
-            row, token = _inside(index, start, end, x)
+            row, token = inside(index, start, end, x)
             if blocks:
                 a, b = _dequantize(operands, gated, token, expert)
                 result = a @ b.T
@@ -114,8 +114,8 @@ def grouped_matmul_backward(
         else None
         for tensor, need in zip(inputs, needs, strict=True)
     )
-    for expert, first, last in _groups(starts, offsets, len(grad)):
-        row, token = _inside(index, first, last, x)
+    for expert, first, last in expert_rows(starts, offsets, len(grad)):
+        row, token = inside(index, first, last, x)
         _add_expert(grads, expert, token, grad[row].to(wide), inputs, options)
     return tuple(
         None if total is None or tensor is None else total.to(tensor.dtype)
@@ -164,7 +164,7 @@ def _add_expert(
         dweight[expert] = grad.T @ a
 
 
-def _groups(starts: Tensor | None, ends: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
+def expert_rows(starts: Tensor | None, ends: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
     """Yields (expert, first row, end row) for every expert that has rows.
 
     starts: first rows per expert; default: the end of the expert before.
@@ -180,7 +180,7 @@ def _groups(starts: Tensor | None, ends: Tensor, rows: int) -> Iterator[tuple[in
             first = last
 
 
-def _inside(index: Tensor | None, start: int, end: int, x: Tensor) -> tuple[Tensor, Tensor]:
+def inside(index: Tensor | None, start: int, end: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """The rows in [start, end) that have an existing token, and these tokens; int64."""
     row = torch.arange(start, end, device=x.device)
     if index is None:

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from cutlass_moe.operands import FLOATS
 from cutlass_moe.ops._types import check_types, typed
-from cutlass_moe.ops.grouped_matmul import grouped_matmul
+from cutlass_moe.ops.grouped_matmul import grouped_matmul, wants_gradient
+from cutlass_moe.ops.weight_grad import grouped_weight_grad
 from cutlass_moe.runtime import library
 from emitters.spec.arch import DEFAULT_ARCH
 
@@ -42,7 +43,8 @@ def grouped_mm(
 
     Kernels serve the first form in bfloat16 and float16 on an SM90 GPU; CPU tensors of these dtypes
     take the reference of `grouped_matmul`. Other dtypes, and other GPUs, are torch's. Of the
-    gradients, that of mat_a is a product of the first form, and that of mat_b one of the second.
+    gradients, that of mat_a is a product of the first form, and that of mat_b comes from
+    `grouped_weight_grad`.
 
     Raises ValueError or TypeError that says what must be and what came, and what torch raises for
     the forms that it computes.
@@ -101,10 +103,16 @@ class _TokensTimesWeights(torch.autograd.Function):
         grad_a = grouped_mm(grad, mat_b.transpose(1, 2), offs) if needs_a else None
         grad_b = None
         if needs_b and mat_b.stride(1) == 1:  # the transpose of weights: so is their gradient
-            grad_b = _torch_grouped_mm(grad.T, mat_a, offs).transpose(1, 2)
+            grad_b = _weight_grad(grad, mat_a, offs).transpose(1, 2)
         elif needs_b:
-            grad_b = _torch_grouped_mm(mat_a.T, grad, offs)
+            grad_b = _weight_grad(mat_a, grad, offs)
         return grad_a, grad_b, None, None
+
+
+def _weight_grad(left: Tensor, right: Tensor, offs: Tensor) -> Tensor:
+    if wants_gradient((left, right)):  # that of a gradient is torch's
+        return _torch_grouped_mm(left.T, right, offs)
+    return grouped_weight_grad(left, right, offs)
 
 
 def _torch_grouped_mm(
@@ -117,8 +125,8 @@ def _torch_grouped_mm(
     function = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
     if function is None:
         raise RuntimeError(
-            "torch must have torch._grouped_mm for gradients of weights, for other forms than "
-            f"[M, K] x [E, K, N] and for other dtypes than {_names(_SERVED)}, got torch "
+            "torch must have torch._grouped_mm for other forms than [M, K] x [E, K, N], for other "
+            f"dtypes than {_names(_SERVED)} and for gradients of gradients, got torch "
             f"{torch.__version__}"
         )
     return function(mat_a, mat_b, offs=offs, bias=bias, out_dtype=out_dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 from cutlass_moe.operands import Operands
 from cutlass_moe.runtime.tensor_map import View
 from emitters.spec.gemm import GemmProblem
+from emitters.spec.weight_grad import RAGGED_ROWS, WeightGradProblem, ragged_view
 from emitters.spec.weight_map import gate_strides, weight_view
 
 Addresses = Mapping[str, int]
@@ -97,6 +98,51 @@ def gemm_views(
             *weight_view(problem, weight_strides, interleaved), problem.weight.dtype.bytes
         ),
         "out_map": View((columns, num_rows), (columns,), problem.out.bytes),
+    }
+
+
+def weight_grad_values(
+    problem: WeightGradProblem,
+    addresses: Addresses,
+    num_tokens: int,
+    num_rows: int,
+    gathered_stride: int,
+) -> dict[str, int]:
+    """The values for a grouped weight gradient.
+
+    addresses: left, right, offsets, out and, if there is one, starts and index. num_tokens: rows of
+    the gathered operand; gathered_stride: from one to the next, in elements.
+    """
+    chunks = gathered_stride * problem.operand.bytes // 16
+    if num_tokens * chunks >= 2**32:
+        raise ValueError(
+            f"{problem.gathered} must span less than 64 GiB, got {num_tokens} rows of "
+            f"{16 * chunks} bytes"
+        )
+    if num_rows > RAGGED_ROWS:
+        raise ValueError(f"rows must be at most {RAGGED_ROWS}, got {num_rows}")
+    return {
+        "starts": 0,
+        **addresses,
+        "num_tokens": num_tokens,
+        "num_rows": num_rows,
+        "gathered_stride": chunks,
+    }
+
+
+def weight_grad_views(
+    problem: WeightGradProblem, left_stride: int, right_stride: int
+) -> dict[str, View]:
+    """The views for the tensor maps of the operands that are read in order, and of out.
+
+    left_stride, right_stride: from a row to the next, in elements.
+    """
+    m, n, experts = problem.m, problem.n, problem.num_experts
+    size = problem.operand.bytes
+    return {
+        "left": View(*ragged_view(m, left_stride), size),
+        "right": View(*ragged_view(n, right_stride), size),
+        "out": View((n, m, experts), (n, m * n), problem.out.bytes),
     }
 
 

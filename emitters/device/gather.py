@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint32, const_expr, range_constexpr
+from cutlass import Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
 from cutlass.experimental import primitives as prims
 
 from emitters.device.memory import VECTOR
 from emitters.device.parameters import Gathered
 from emitters.spec.config_sm90 import K_TILE_BYTES, WARPGROUP
-from emitters.spec.gemm import GemmProblem
 
 _CHUNK = 16  # bytes of one cp.async
 ROW_THREADS = K_TILE_BYTES // _CHUNK  # that copy a row
@@ -18,18 +17,19 @@ ROWS_PER_PASS = WARPGROUP // ROW_THREADS  # of copies, a thread's next row being
 
 
 class GatherIterator:
-    """Copies 128 bytes of K of tile_m gathered rows per stage, by cp.async of 16 bytes.
+    """Copies 128 bytes of each of some gathered rows to a stage, by cp.async of 16 bytes.
 
-    Eight threads copy a row. Throughout a tile a thread copies the same 16 bytes of K of the same
-    rows (every 16th), so it reads the index once per tile. Rows past the expert's end, rows with
-    an index outside [0, T), and bytes past K become zeros; nothing is read for them. Stages have
-    the 128-byte swizzle that WGMMA reads.
+    Eight threads copy a row. A thread copies the same 16 of every 128 bytes of the same rows
+    (every 16th), so it reads the index once for all that is copied of them. Rows past the expert's
+    end, rows with an index outside [0, T), and bytes past the end of a row become zeros; nothing is
+    read for them. Stages have the 128-byte swizzle that WGMMA reads.
+
+    gather: whether rows are read through an index; row_bytes: of x; rows: to copy at a time.
     """
 
-    def __init__(self, problem: GemmProblem, tile_m: int):
-        self.gather = problem.gather
-        self.row_bytes = problem.k * problem.x.bytes
-        self.passes = -(-tile_m // ROWS_PER_PASS)
+    def __init__(self, gather: bool, row_bytes: int, rows: int):
+        self.gather, self.row_bytes = gather, row_bytes
+        self.passes = -(-rows // ROWS_PER_PASS)
 
     def attach(self, gathered: Gathered, thread: Int32):
         """Binds x and its index, and finds this thread's rows. thread: 0 .. 127, in its role."""
@@ -39,11 +39,13 @@ class GatherIterator:
         # a thread's rows are 16 apart, so its chunk has the same swizzle in all of them
         self.target = self.row * K_TILE_BYTES + (self.column ^ (self.row % 8 * _CHUNK))
         self.tokens = cute.make_rmem_tensor((self.passes,), Int32)
+        self.sources = cute.make_rmem_tensor((self.passes,), Int64)
+        self.sizes = cute.make_rmem_tensor((self.passes,), Int32)
         self.next_tokens = cute.make_rmem_tensor((self.passes,), Int32)
 
     @cute.jit
     def fetch(self, first_row: Int32, rows: Int32):
-        """Starts reading the index entries of the tile after this one; -1 marks a row of zeros."""
+        """Starts reading the index entries of the rows after these; -1 marks a row of zeros."""
         for i in range_constexpr(self.passes):
             row = self.row + i * ROWS_PER_PASS
             token = Int32(-1)
@@ -55,7 +57,7 @@ class GatherIterator:
 
     @cute.jit
     def advance(self):
-        """Makes the fetched tile the current one."""
+        """Makes the fetched rows the current ones."""
         for i in range_constexpr(self.passes):
             token = self.next_tokens[i]
             if token >= self.num_tokens:
@@ -63,9 +65,9 @@ class GatherIterator:
             self.tokens[i] = token
 
     @cute.jit
-    def copy(self, stage: cute.Pointer, k_tile: Int32):
-        """Issues the copies of one stage; the caller arrives on the stage's full barrier."""
-        column = k_tile * K_TILE_BYTES + self.column
+    def copy(self, stage: cute.Pointer, block: Int32):
+        """Issues the copies of the block-th 128 bytes; the caller arrives on a full barrier."""
+        column = block * K_TILE_BYTES + self.column
         for i in range_constexpr(self.passes):
             token = self.tokens[i]
             end = Int32(self.row_bytes)
@@ -84,3 +86,47 @@ class GatherIterator:
                 prims.LoadCacheModifier.CG,
                 cp_size=size,
             )
+
+    @cute.jit
+    def locate(self, column: Int32):
+        """Makes the fetched rows the current ones, for `copy_blocks` from byte `column` on."""
+        for i in range_constexpr(self.passes):
+            token = self.next_tokens[i]
+            size = Int32(_CHUNK)
+            if token < 0 or token >= self.num_tokens:
+                token, size = Int32(0), Int32(0)
+            chunks = Int64(Uint32(token) * Uint32(self.x_stride))
+            self.sources[i] = (self.x + (chunks * _CHUNK + column + self.column)).toint()
+            self.sizes[i] = size
+
+    @cute.jit
+    def copy_blocks(self, stage: cute.Pointer, column: Int32, blocks: cutlass.Constexpr):
+        """Issues the copies of several times 128 bytes of the rows; as `copy`, after `locate`.
+
+        Each 128 bytes of all rows lie together in the stage. An address is that of its row and a
+        constant: computing each anew takes longer than a WGMMA leaves.
+        """
+        for b in range_constexpr(blocks):
+            skipped = b * K_TILE_BYTES
+            for i in range_constexpr(self.passes):
+                size = self.sizes[i]
+                if const_expr(self.row_bytes % (blocks * K_TILE_BYTES) != 0):  # rows have a tail
+                    size = self.cut(size, column + (self.column + skipped))
+                source = cute.make_ptr(
+                    Uint8, self.sources[i] + skipped, cute.AddressSpace.gmem, assumed_align=_CHUNK
+                )
+                target = self.target + (b * self.passes + i) * (ROWS_PER_PASS * K_TILE_BYTES)
+                prims.cp_async_shared_global(
+                    (stage + target).to_llvm_ptr(),
+                    source.to_llvm_ptr(),
+                    _CHUNK,
+                    prims.LoadCacheModifier.CG,
+                    cp_size=size,
+                )
+
+    @cute.jit
+    def cut(self, size: Int32, column: Int32):
+        """The bytes to copy from byte `column` of a row on: none past its end."""
+        if column >= self.row_bytes:
+            size = Int32(0)
+        return size

@@ -29,8 +29,8 @@ class Schedule(Name):
 
 
 @dataclass(frozen=True)
-class Sm90Config:
-    """The fields and derived sizes that the configs of both templates have in common."""
+class StagedConfig:
+    """The config of a product whose operands wait in a ring of stages in shared memory."""
 
     tile_m: int  # rows of an output tile
     tile_n: int  # columns of weights that an output tile takes
@@ -42,6 +42,56 @@ class Sm90Config:
 
     def to_json(self) -> dict[str, Any]:
         return {"template": self.template, **to_plain(self)}
+
+    def stage_bytes(self, problem: Any) -> int:
+        """Bytes of shared memory per stage."""
+        raise NotImplementedError
+
+    def fixed_smem_bytes(self, problem: Any) -> int:
+        """Bytes of shared memory for everything except the stages."""
+        raise NotImplementedError
+
+    @property
+    def smem_limit(self) -> int:
+        """Bytes of shared memory that a CTA may have."""
+        return SM90.smem_per_sm // self.ctas_per_sm - SM90.smem_reserved
+
+    def pipeline_stages(self, problem: Any) -> int:
+        if self.stages is not None:
+            return self.stages
+        fit = (self.smem_limit - self.fixed_smem_bytes(problem)) // self.stage_bytes(problem)
+        return max(0, min(fit, self.MAX_STAGES))
+
+    def smem_bytes(self, problem: Any) -> int:
+        """Bytes of shared memory per CTA, padded so that exactly ctas_per_sm CTAs fit on an SM.
+
+        Otherwise, under dependent launch, SMs that drain first would take more than their share.
+        """
+        needed = self.fixed_smem_bytes(problem) + self.pipeline_stages(problem) * self.stage_bytes(
+            problem
+        )
+        too_many = SM90.smem_per_sm // (self.ctas_per_sm + 1) - SM90.smem_reserved
+        return max(needed, too_many + SM90.smem_unit)
+
+    def why_no_memory(self, problem: Any) -> str | None:
+        """Why shared memory can't hold the stages and the rest, or None."""
+        if self.ctas_per_sm not in (1, 2):
+            return f"ctas_per_sm must be 1 or 2, got {self.ctas_per_sm}"
+        stages, stage_bytes = self.pipeline_stages(problem), self.stage_bytes(problem)
+        if not 2 <= stages <= self.MAX_STAGES:
+            return (
+                f"stages must be 2 to {self.MAX_STAGES}, got {stages} of {stage_bytes} bytes each "
+                f"in {self.smem_limit} bytes of shared memory"
+            )
+        smem, limit = self.smem_bytes(problem), self.smem_limit
+        if smem <= limit:
+            return None
+        return f"shared memory per CTA must be at most {limit} bytes, got {smem}"
+
+
+@dataclass(frozen=True)
+class Sm90Config(StagedConfig):
+    """The derived sizes that the configs of both templates of the grouped GEMM have in common."""
 
     def k_tile(self, problem: GemmProblem) -> int:
         """Elements of K in a k-tile: in 128 bytes."""
@@ -80,51 +130,6 @@ class Sm90Config:
         if not problem.block_rows:
             return 0
         return self.tile_m + -(-self.weight_scales(problem) // 4) * 4
-
-    def stage_bytes(self, problem: GemmProblem) -> int:
-        """Bytes of shared memory per stage."""
-        raise NotImplementedError
-
-    def fixed_smem_bytes(self, problem: GemmProblem) -> int:
-        """Bytes of shared memory for everything except the stages."""
-        raise NotImplementedError
-
-    @property
-    def smem_limit(self) -> int:
-        """Bytes of shared memory that a CTA may have."""
-        return SM90.smem_per_sm // self.ctas_per_sm - SM90.smem_reserved
-
-    def pipeline_stages(self, problem: GemmProblem) -> int:
-        if self.stages is not None:
-            return self.stages
-        fit = (self.smem_limit - self.fixed_smem_bytes(problem)) // self.stage_bytes(problem)
-        return max(0, min(fit, self.MAX_STAGES))
-
-    def smem_bytes(self, problem: GemmProblem) -> int:
-        """Bytes of shared memory per CTA, padded so that exactly ctas_per_sm CTAs fit on an SM.
-
-        Otherwise, under dependent launch, SMs that drain first would take more than their share.
-        """
-        needed = self.fixed_smem_bytes(problem) + self.pipeline_stages(problem) * self.stage_bytes(
-            problem
-        )
-        too_many = SM90.smem_per_sm // (self.ctas_per_sm + 1) - SM90.smem_reserved
-        return max(needed, too_many + SM90.smem_unit)
-
-    def why_no_memory(self, problem: GemmProblem) -> str | None:
-        """Why shared memory can't hold the stages and the rest, or None."""
-        if self.ctas_per_sm not in (1, 2):
-            return f"ctas_per_sm must be 1 or 2, got {self.ctas_per_sm}"
-        stages, stage_bytes = self.pipeline_stages(problem), self.stage_bytes(problem)
-        if not 2 <= stages <= self.MAX_STAGES:
-            return (
-                f"stages must be 2 to {self.MAX_STAGES}, got {stages} of {stage_bytes} bytes each "
-                f"in {self.smem_limit} bytes of shared memory"
-            )
-        smem, limit = self.smem_bytes(problem), self.smem_limit
-        if smem <= limit:
-            return None
-        return f"shared memory per CTA must be at most {limit} bytes, got {smem}"
 
 
 @dataclass(frozen=True)

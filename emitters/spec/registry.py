@@ -23,10 +23,11 @@ from emitters.spec.layer_steps import (
     TopkProblem,
 )
 from emitters.spec.plain import from_plain
+from emitters.spec.weight_grad import WeightGradProblem, WeightGradSm90Config
 
 Problem = GemmProblem | Step
 GemmConfig = GemmSm90Config | GemmSwapSm90Config
-Config = GemmConfig | StepConfig
+Config = GemmConfig | WeightGradSm90Config | StepConfig
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,13 @@ TEMPLATES = (
         "quantize_groups:QuantizeGroups",
     ),
     Template("combine", CombineProblem, StepConfig, _SM90, "combine:Combine"),
+    Template(
+        "weight_grad_sm90",
+        WeightGradProblem,
+        WeightGradSm90Config,
+        _SM90,
+        "weight_grad_sm90:WeightGradSm90",
+    ),
 )
 _PROBLEMS = {template.problem.op: template.problem for template in TEMPLATES}
 _CONFIGS = {template.config.template: template.config for template in TEMPLATES}
@@ -120,7 +128,7 @@ def config_from_json(plain: dict[str, Any]) -> Config:
 def gemm_config_from_json(plain: dict[str, Any]) -> GemmConfig:
     """`config_from_json` for a grouped GEMM's config; raises ValueError for other configs too."""
     config = config_from_json(plain)
-    if isinstance(config, StepConfig):
+    if not isinstance(config, GemmConfig):
         names = " or ".join(t.config.template for t in TEMPLATES if t.problem is GemmProblem)
         raise ValueError(f"a grouped GEMM's config must be of {names}, got {config.template}")
     return config

@@ -76,7 +76,7 @@ class GemmSm90:
         self.parts = config.parts(problem)
         self.smem_bytes, self.cluster = config.smem_bytes(problem), config.cluster
         self.units = PostedUnits(problem, config)
-        self.gather = GatherIterator(problem, config.tile_m)
+        self.gather = GatherIterator(problem.gather, problem.k * problem.x.bytes, config.tile_m)
         self.weights = WeightLoader(problem)
         self.ring = Ring(
             self.stages, 1 + WARPGROUP, 4 * config.warpgroups_per_tile, sharers=self.cluster

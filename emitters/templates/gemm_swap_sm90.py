@@ -72,7 +72,7 @@ class GemmSwapSm90:
         self.x_bytes, self.weight_bytes = config.x_bytes(problem), config.weight_bytes(problem)
         self.smem_bytes, self.cluster = config.smem_bytes(problem), config.cluster
         self.experts = ExpertTable(problem, config, cluster_m=1, group_m=GROUP_M)
-        self.gather = GatherIterator(problem, config.tile_m)
+        self.gather = GatherIterator(problem.gather, problem.k * problem.x.bytes, config.tile_m)
         self.weights = WeightLoader(problem, config.evict_first)
         self.ring = Ring(self.stages, 1 + config.gather_threads, 4)
         self.scales = BlockScales(problem, config) if problem.block_rows else None

@@ -149,6 +149,19 @@ def test_build_of_files_and_names(asked, tmp_path):
     assert {problem.num_experts for problem in gemms} == {4, 8, 1}
 
 
+def test_training_adds_the_gradients_of_weights(root, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "_build", lambda _, requests, *__: asked.extend(requests) or True)
+    words = ("--model", "qwen3-30b", "--dtype", "bf16")
+    assert call("build", *words, "--training").exit_code == 0
+    problems = model_problems(TINY, "bf16", training=True).values()
+    assert {request.problem for request in asked} == set(problems)
+    assert len(problems) == len(model_problems(TINY, "bf16")) + 8
+    result = call("verify", *words, "--training")
+    assert "missing: " in result.output and "up gradient k added" in result.output
+    assert "--dtype=bf16 --training" in result.output
+
+
 @needs_dsl
 def test_one_failure_of_many_shows_in_the_exit_code(root, monkeypatch):
     problem, config = REQUESTS[0]
@@ -179,6 +192,8 @@ REFUSED = [
     ("illegal", ("build", "--problem", PROBLEM % 3), 1, "must be a multiple of"),
     ("tp_of_a_problem", ("build", "--problem", PROBLEM % 256, "--tp", "2"), 2, "either --model"),
     ("tuning", ("build", "--problem", PROBLEM % 256, "--for-tuning"), 2, "either --model"),
+    ("training", ("build", "--problem", PROBLEM % 256, "--training"), 2, "either --model"),
+    ("training_in_fp8", ("build", "--model", "mixtral", "--training"), 2, "bf16, got fp8"),
     ("tp", ("build", "--model", "mixtral", "--tp", "3"), 2, "tp 3 does not divide inter 14336"),
     ("no_tp", ("build", "--model", "mixtral", "--tp", "0"), 2, "--tp"),
     ("ep", ("build", "--model", "mixtral", "--ep", "16"), 2, "ep 16 does not divide 8 experts"),

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import cutlass_moe as cm
-from cutlass_moe.choose.heuristics_sm90 import candidates
+from cutlass_moe.choose.heuristics_sm90 import every_config
 from cutlass_moe.compat.deep_gemm import m_grouped_gemm_nt_contiguous, m_grouped_gemm_nt_masked
 from cutlass_moe.compat.grouped_gemm.ops import gmm
 from cutlass_moe.nn import GatedMoeFeedForward, MoeFeedForward, quantize_
 from cutlass_moe.operands import FP8_BLOCK, NAMED_DTYPES, QUANTS
 from cutlass_moe.ops.quantize import quantize_per_channel
 from cutlass_moe.runtime import fallback
-from emitters.spec.gemm import GemmProblem
-from emitters.spec.registry import GemmConfig
+from emitters.spec.dtypes import DType
+from emitters.spec.registry import Config, Problem
+from emitters.spec.weight_grad import WeightGradProblem
 from tests.layer.test_nn import expected
 from tests.support.compat_operands import FORMS, dense, pair
 from tests.support.numerics import poisoned, same_bits
@@ -172,22 +173,24 @@ def test_a_layer_moves_to_the_gpu() -> None:
 SIZES = {"ragged": [70, 0, 1, 129], "no_rows": [0, 0, 0, 0], "one_hot": [0, 0, 300, 0]}
 
 
-def images() -> set[tuple[GemmProblem, GemmConfig]]:
+def images() -> set[tuple[Problem, Config]]:
     """Every (problem, config) that the tests from here on may run."""
     offsets = torch.zeros(4, dtype=torch.int32)
     narrow, wide = torch.empty(1, H).bfloat16(), torch.empty(1, D).bfloat16()
     weight = torch.empty(4, H, D).bfloat16()
-    problems = {
+    problems: set[Problem] = {
         cm.grouped_matmul_problem(wide, weight, offsets=offsets),
         cm.grouped_matmul_problem(wide, weight.view(4, D, H).transpose(1, 2), offsets=offsets),
         cm.grouped_matmul_problem(narrow, weight.transpose(1, 2), offsets=offsets),
         cm.grouped_matmul_problem(narrow, weight.view(4, D, H), offsets=offsets),
+        WeightGradProblem(DType.BF16, DType.BF16, D, H, 4),
+        WeightGradProblem(DType.BF16, DType.BF16, H, D, 4),
     }
     for dtype in QUANTS.values():
         operands = torch.empty(1, D).to(dtype), torch.empty(4, H, D).to(dtype)
         scales = {"per_token_scale": torch.ones(1), "scale": torch.ones(4, H)}
         problems.add(cm.grouped_matmul_problem(*operands, offsets=offsets, **scales))
-    return {(problem, config) for problem in problems for config in candidates(problem)}
+    return {(problem, config) for problem in problems for config in every_config(problem)}
 
 
 @pytest.mark.parametrize("place", ["cpu", "cuda"])
@@ -221,7 +224,7 @@ def test_gmm(sizes: list[int], form: str, place: str) -> None:
 @pytest.mark.parametrize("trans_b", [False, True])
 def test_gmm_does_not_wait(trans_b: bool) -> None:
     a = randn(200, D).requires_grad_()
-    b = randn(4, H, D) if trans_b else randn(4, D, H)
+    b = (randn(4, H, D) if trans_b else randn(4, D, H)).requires_grad_()
     batch_sizes = torch.tensor(SIZES["ragged"], device="cuda")
     grad = randn(200, H)
     for wait in (True, False):

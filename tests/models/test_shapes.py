@@ -9,7 +9,7 @@ import torch
 
 from cutlass_moe import grouped_matmul_problem, pad_experts
 from cutlass_moe.choose.heuristics_sm90 import every_config
-from cutlass_moe.models.problems import gemm_problems, model_problems
+from cutlass_moe.models.problems import gemm_problems, model_problems, weight_grad_problems
 from cutlass_moe.models.shapes import DTYPES, MODELS, MoeShape, Routed
 from cutlass_moe.operands import NAMED_DTYPES
 from emitters.spec.dtypes import Accumulation, DType
@@ -22,6 +22,7 @@ from emitters.spec.layer_steps import (
     TopkProblem,
 )
 from emitters.spec.registry import why_illegal
+from emitters.spec.weight_grad import Side, WeightGradProblem
 
 every_model = pytest.mark.parametrize("shape", MODELS.values(), ids=list(MODELS))
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -115,6 +116,20 @@ def test_steps():
     whole = model_problems(MODELS["qwen3-30b"], "bf16")
     assert whole["route_logits fp32"] == RouteLogitsProblem(128, DType.FP32, "softmax", 1)
     assert not any(isinstance(problem, QuantizeProblem) for problem in whole.values())
+
+
+def test_gradients_of_weights():
+    shape = replace(MODELS["qwen3-30b"], inter=765)  # padded to 768
+    found = weight_grad_problems(shape, "bf16")
+    assert all(why_illegal(problem) is None for problem in found.values())
+    up = WeightGradProblem(DType.BF16, DType.BF16, 1536, 2048, 128, Side.RIGHT)
+    assert found["up gradient k"] == up
+    assert found["down gradient n"] == replace(up, m=768, n=2048)
+    turned = replace(up, m=2048, n=1536, gathered=Side.LEFT)
+    assert found["up gradient n added"] == replace(turned, out=DType.FP32, accumulate=True)
+    assert len(found) == 8
+    with pytest.raises(ValueError, match="are those of bf16 weights, got 'fp8'"):
+        model_problems(shape, "fp8", training=True)
 
 
 def test_shard():

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 import cutlass_moe as cm
-from cutlass_moe.choose.heuristics_sm90 import candidates
-from emitters.spec.gemm import GemmProblem
-from emitters.spec.registry import GemmConfig
+from cutlass_moe.choose.heuristics_sm90 import every_config
+from emitters.spec.dtypes import DType
+from emitters.spec.registry import Config, Problem
+from emitters.spec.weight_grad import WeightGradProblem
 from tests.layer.test_nn_gpu import no_wait, no_warning, randn
 
 pytestmark = pytest.mark.gpu
@@ -18,16 +19,18 @@ E, K, N = 8, 256, 192
 SIZES = {"ragged": [70, 0, 1, 129, 0, 8, 64, 28], "one_hot": [0] * 7 + [300], "no_rows": [0] * 8}
 
 
-def images() -> set[tuple[GemmProblem, GemmConfig]]:
-    """Every (problem, config) that these tests may run: products, and gradients of mat_a."""
+def images() -> set[tuple[Problem, Config]]:
+    """Every (problem, config) that these tests may run: products and gradients."""
     offs = torch.zeros(E, dtype=torch.int32)
     k_dense, n_dense = torch.empty(E, N, K).bfloat16(), torch.empty(E, K, N).bfloat16().mT
-    problems = set()
+    problems: set[Problem] = {
+        WeightGradProblem(DType.BF16, DType.BF16, m, n, E) for m, n in ((K, N), (N, K))
+    }
     for weight in (k_dense, n_dense):
         problems.add(cm.grouped_matmul_problem(torch.empty(1, K).bfloat16(), weight, offsets=offs))
         turned = weight.transpose(1, 2)
         problems.add(cm.grouped_matmul_problem(torch.empty(1, N).bfloat16(), turned, offsets=offs))
-    return {(problem, config) for problem in problems for config in candidates(problem)}
+    return {(problem, config) for problem in problems for config in every_config(problem)}
 
 
 @pytest.mark.parametrize("k_dense", [True, False], ids=["k_dense", "n_dense"])

@@ -23,10 +23,14 @@ class Access(NamedTuple):
 
 
 class Region:
-    """One argument's memory. writer: the grid that writes each byte once, WORKSPACE, or None."""
+    """One argument's memory. writer: the grid that writes each byte once, WORKSPACE, or None.
 
-    def __init__(self, name: str, data: np.ndarray, base: int, writer: int | None):
+    updated: that grid also reads it, each byte before it is written.
+    """
+
+    def __init__(self, name: str, data: np.ndarray, base: int, writer: int | None, updated: bool):
         self.name, self.data, self.base, self.writer = name, data, base, writer
+        self.updated = updated
         self.writes = np.zeros(0 if writer is None else len(data), np.uint8)
         self.ordered: OrderedMemory | None = None
         self.read_by_first = self.written_early = False
@@ -36,7 +40,7 @@ class Region:
         return self.data[: len(self.data) // size * size].reshape(-1, size)
 
     def check_read(self, by: Access) -> None:
-        if self.writer == by.grid:
+        if self.writer == by.grid and not self.updated:
             raise Fault(f"read of {self.name}, an output: only a workspace is written and read")
         if by.early and self.writer is not None:
             raise Fault(
@@ -64,10 +68,12 @@ class GlobalMemory:
     def __init__(self) -> None:
         self.regions: list[Region] = []
 
-    def add(self, name: str, data: np.ndarray, writer: int | None = None) -> int:
+    def add(
+        self, name: str, data: np.ndarray, writer: int | None = None, updated: bool = False
+    ) -> int:
         """data: uint8 [bytes], shared with the caller. Returns its address, 256-byte aligned."""
         base = (len(self.regions) + 1) << _REGION_BITS
-        self.regions.append(Region(name, data, base, writer))
+        self.regions.append(Region(name, data, base, writer, updated))
         return base
 
     @property
@@ -118,7 +124,10 @@ class GlobalMemory:
         if region.ordered is not None:
             raise Fault(f"asynchronous copy from {region.name}: not modelled for workspaces")
         region.check_read(by)
-        return region.data[offsets[:, None] + np.arange(size)]
+        index = offsets[:, None] + np.arange(size)
+        if region.updated and region.writes[index].any():
+            raise Fault(f"read of {region.name} after it was written")
+        return region.data[index]
 
     def write(self, by: Access, addresses: np.ndarray, values: np.ndarray) -> None:
         """values: uint8 [n, size], a thread each."""

@@ -77,10 +77,10 @@ def _access(one: Instruction, operands: Operands, match: re.Match[str]) -> Op:
         raise ValueError(f"{one.where()}: unknown instruction {one.opcode}")
     if space == "param":
         return _load_parameter(operands, names[0], text, kind)
-    if space != "global" and kind is U16:
+    size = count * kind.itemsize
+    if space != "global" and size % 4:
         raise ValueError(f"{one.where()}: {one.opcode}: shared memory is tracked by 4 bytes")
     address = operands.address(text, U64 if space == "global" else U32)
-    size = count * kind.itemsize
     if load:
         return _load(operands, names, address, size, kind, space)
     sources = [operands.source(name, kind) for name in names]

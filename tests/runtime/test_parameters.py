@@ -19,6 +19,8 @@ from cutlass_moe.runtime.parameters import (
     quantize_values,
     route_values,
     router_values,
+    weight_grad_values,
+    weight_grad_views,
 )
 from emitters.spec.config_sm90 import GemmSm90Config, Schedule
 from emitters.spec.dtypes import DType
@@ -40,6 +42,7 @@ from emitters.spec.layer_steps import (
     TopkProblem,
 )
 from emitters.spec.registry import Config, Problem
+from emitters.spec.weight_grad import RAGGED_ROWS, Side, WeightGradProblem
 from tests.support.cases import BASE, FLOAT
 from tests.support.fake_driver import INT, parameters_of
 
@@ -56,6 +59,8 @@ ADDRESS = {  # of any kernel's tensors
             "histograms",
             "logits",
             "correction_bias",
+            "left",
+            "right",
         ),
         start=1,
     )
@@ -72,6 +77,9 @@ _ROUTE = {"num_ids": 9, "pairs": 24, "choices": 3, "capacity": 24}
 _ROUTER = router_values(
     ADDRESS, num_tokens=5, k=2, topk_groups=1, renormalize=True, scale=2.5, threshold=None
 )
+SUMMED = [
+    WeightGradProblem(DType.BF16, DType.FP32, 64, 72, 9, gathered) for gathered in (None, *Side)
+]
 CASES: dict[str, tuple[Problem, Config, dict[str, int]]] = {
     **{
         name: (problem, config, gemm_values(problem, ADDRESS, 8, 24))
@@ -89,6 +97,14 @@ CASES: dict[str, tuple[Problem, Config, dict[str, int]]] = {
             (QuantizeProblem(DType.BF16, DType.E4M3, 64), quantize_values(ADDRESS, 24, 128)),
             (CombineProblem(DType.BF16, DType.BF16, 64, 3), combine_values(ADDRESS, 24, 8, 3)),
         )
+    },
+    **{
+        problem.words: (
+            problem,
+            every_config(problem)[0],
+            weight_grad_values(problem, ADDRESS, 8, 24, 72),
+        )
+        for problem in SUMMED
     },
 }
 
@@ -158,6 +174,21 @@ def test_views() -> None:
     views = gemm_views(problem, (4096, 40, 1), num_rows=10)
     assert views["weight"] == ((32, 64, 3), (40, 4096), 2)
     assert views["out_map"] == ((64, 10), (64,), 4)
+
+
+def test_a_weight_gradient_knows_strides_and_its_limits() -> None:
+    problem = SUMMED[2]
+    views = weight_grad_views(problem, 80, 96)
+    assert views["left"].extents[:2] == (64, RAGGED_ROWS) and views["left"].strides[:2] == (80, 80)
+    assert views["right"].extents[0] == 72
+    for _, row, beyond in (views["left"].strides, views["right"].strides):
+        assert row + beyond == 2**34
+    assert views["out"] == ((72, 64, 9), (72, 64 * 72), 4)
+    assert weight_grad_values(problem, {}, 8, 24, 96)["gathered_stride"] == 12
+    with pytest.raises(ValueError, match="right must span less than 64 GiB, got 134217728 rows"):
+        weight_grad_values(problem, {}, 2**27, 24, 512)
+    with pytest.raises(ValueError, match="rows must be at most 1073741824, got 1073741825"):
+        weight_grad_values(problem, {}, 8, RAGGED_ROWS + 1, 72)
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "scale", "bias", "out"])

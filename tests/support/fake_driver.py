@@ -19,6 +19,7 @@ from emitters.spec.config_sm90 import Schedule
 from emitters.spec.gemm import GemmProblem, WeightStorage
 from emitters.spec.image import Image, Param, ParamKind, TensorMapBox
 from emitters.spec.registry import Config, Problem
+from emitters.spec.weight_grad import Side, WeightGradProblem
 from tests.support.fake_images import make_image
 
 MAP, POINTER, INT = ParamKind.TENSOR_MAP, ParamKind.POINTER, ParamKind.INT32
@@ -43,6 +44,8 @@ SUCCESS = driver.CUresult.CUDA_SUCCESS
 
 def parameters_of(problem: Problem, config: Config) -> list[tuple[str, ParamKind]]:
     """Names and kinds of a kernel's parameters, as the emitters know them, in some order."""
+    if isinstance(problem, WeightGradProblem):
+        return _of_weight_grad(problem)
     if not isinstance(problem, GemmProblem):
         integers = f"{INTEGERS} scale threshold" if "rout" in problem.op else INTEGERS
         names = PARAMETERS[problem.op].split()
@@ -68,6 +71,21 @@ def parameters_of(problem: Problem, config: Config) -> list[tuple[str, ParamKind
         ("scale", POINTER if problem.weight_scale else None),
         *((operand, POINTER) for operand in operands),
         ("counters", POINTER if getattr(config, "schedule", "") == Schedule.DYNAMIC else None),
+    ]
+    return [(name, kind) for name, kind in found if kind is not None]
+
+
+def _of_weight_grad(problem: WeightGradProblem) -> list[tuple[str, ParamKind]]:
+    gathers = problem.gathered is not None
+    found = [
+        *((side.value, POINTER if side is problem.gathered else MAP) for side in Side),
+        ("index", POINTER if gathers else None),
+        ("num_tokens", INT if gathers else None),
+        ("gathered_stride", INT if gathers else None),
+        ("starts", POINTER),
+        ("offsets", POINTER),
+        ("num_rows", INT),
+        ("out", MAP),
     ]
     return [(name, kind) for name, kind in found if kind is not None]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.ops.grouped_matmul import grouped_matmul_out
+from cutlass_moe.ops.weight_grad import grouped_weight_grad
 
 _EPSILON = 1e-8  # of a sum that a number is divided by, in `sinkhorn`
 
@@ -29,11 +30,12 @@ def gmm(
       gmm(a, b [M, N], trans_a=True)     -> [E, K, N]: a_i.T @ b_i, zeros for an empty group
     c: where to write the result, contiguous and of its shape; default a new tensor. Returns it.
 
-    The first two forms run on `cutlass_moe.grouped_matmul` and never wait for the device; the sum
-    of batch_sizes is checked on the CPU only, and further rows of the result are undefined. b is
-    read in place where it or its transpose is contiguous. The third form reads batch_sizes back and
-    makes E products in torch. Raises TypeError or ValueError, with what was expected and what came,
-    for malformed arguments.
+    The first two forms run on `cutlass_moe.grouped_matmul`, the third on
+    `cutlass_moe.grouped_weight_grad`, and none waits for the device. The sum of batch_sizes is
+    checked on the CPU only: further rows of the result are undefined, and the third form does not
+    read further rows. b is read in place where it or its transpose is contiguous, in the third form
+    where its rows are. Raises TypeError or ValueError, with what was expected and what came, for
+    malformed arguments.
     """
     check_gmm(a, b, batch_sizes, trans_a, trans_b)
     if trans_a:
@@ -46,13 +48,13 @@ def gmm(
         got = f"{c.dtype} {list(c.shape)} with strides {c.stride()}"
         raise ValueError(f"c must be a contiguous {a.dtype} {shape}, got {got}")
     with torch.no_grad():
+        offsets = batch_sizes.cumsum(0, dtype=torch.int32).to(a.device, non_blocking=True)
         if trans_a:
-            _outer(a, b, batch_sizes, c)
+            grouped_weight_grad(a, b, offsets, out=c)
         else:
             weight = b if trans_b else b.transpose(1, 2)
             if not (weight.is_contiguous() or weight.transpose(1, 2).is_contiguous()):
                 weight = weight.contiguous()
-            offsets = batch_sizes.cumsum(0, dtype=torch.int32).to(a.device, non_blocking=True)
             grouped_matmul_out(c, a.contiguous(), weight, offsets=offsets)
     return c
 
@@ -161,13 +163,6 @@ def _take(rows: Tensor, index: Tensor) -> Tensor:
     if rows.dtype.itemsize == 1:
         return rows.view(torch.uint8)[index.long()].view(rows.dtype)
     return rows[index.long()]
-
-
-def _outer(a: Tensor, b: Tensor, batch_sizes: Tensor, c: Tensor) -> None:
-    first = 0
-    for product, size in zip(c, batch_sizes.tolist(), strict=True):
-        torch.mm(a[first : first + size].T, b[first : first + size], out=product)
-        first += size
 
 
 def _check_map(row_id_map: Tensor, tokens: int, top_k: int) -> None:

@@ -11,14 +11,13 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.experimental import primitives as prims
 
 from emitters.device.epilogue.fragment import ColumnsFragment, Fragment, RowsFragment
+from emitters.device.epilogue.slices import CHUNK, Slices
 from emitters.device.memory import ELEMENT, GMEM, SMEM, tensor_map_address, vector
 from emitters.device.parameters import Output
 from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import GemmProblem
-
-CHUNK = 16  # bytes of one global store
 
 
 class Store(Protocol):
@@ -63,15 +62,15 @@ class SliceStore:
 
     def __init__(self, problem: GemmProblem):
         self.problem = problem
-        self.element = ELEMENT[problem.out]
         self.slice_columns = SLICE_BYTES // problem.out.bytes
         self.slice_parts = 2 if problem.gated else 1
         self.staging_bytes = SLICE_ROWS * SLICE_BYTES
-        self.stage = self.stage_words if problem.out is DType.FP32 else self.stage_matrices
+        self.slices = Slices(problem.out)
 
     def attach(self, output: Output, fragment: RowsFragment, staging: cute.Pointer, lane: Int32):
         self.out, self.out_map = output
         self.fragment, self.staging, self.lane = fragment, staging, lane
+        self.slices.attach(lane)
 
     @cute.jit
     def put(
@@ -88,7 +87,8 @@ class SliceStore:
             if self.lane == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
             cute.arch.sync_warp()  # the previous slice has left shared memory
-        self.stage(values, in_slice * (SLICE_BYTES // CHUNK // self.slice_parts))
+        first = in_slice * (SLICE_BYTES // CHUNK // self.slice_parts)
+        self.slices.write(self.staging, values, first)
         if const_expr(in_slice == self.slice_parts - 1):
             cute.arch.fence_view_async_shared()
             cute.arch.sync_warp()
@@ -117,43 +117,6 @@ class SliceStore:
         else:
             self.copy_out(first_row, rows, first_column)
 
-    def chunk(self, row: Int32, chunk: Int32):
-        """The address of 16 bytes of a slice, in the 128-byte swizzle (1024-byte aligned)."""
-        return self.staging + (row * SLICE_BYTES + (chunk ^ (row % 8)) * CHUNK)
-
-    @cute.jit
-    def stage_matrices(self, values: cute.Tensor, first: cutlass.Constexpr):
-        """Writes 16-bit outputs to the staging rows, from chunk `first` on.
-
-        One stmatrix takes two blocks of 8 columns and both row halves.
-        """
-        for pair in range_constexpr(cute.size(values) // 8):
-            part = cute.make_rmem_tensor((8,), Float32)
-            packed = cute.make_rmem_tensor((8,), self.element)
-            for i in range_constexpr(8):
-                part[i] = values[8 * pair + i]
-            packed.store(part.load().to(self.element))
-            words = cute.recast_tensor(packed, Int32)
-            target = self.chunk(self.lane % 16, first + 2 * pair + self.lane // 16)
-            prims.stmatrix(
-                target.to_llvm_ptr(),
-                [words[0], words[1], words[2], words[3]],
-                prims.MMALayout.ROW,
-            )
-
-    @cute.jit
-    def stage_words(self, values: cute.Tensor, first: cutlass.Constexpr):
-        """Writes float32 outputs as `stage_matrices` does, two neighbours of a thread at a time."""
-        f = self.fragment
-        for block in range_constexpr(cute.size(values) // 4):
-            for half in range_constexpr(2):
-                pair = cute.make_rmem_tensor((2,), Float32)
-                for c in range_constexpr(2):
-                    pair[c] = values[4 * block + 2 * half + c]
-                row = f.row - f.warp_row + 8 * half
-                target = self.chunk(row, first + 2 * block + f.column // 4)
-                cute.autovec_copy(pair, vector(target + f.column % 4 * 4, Float32, 2, SMEM))
-
     @cute.jit
     def copy_out(self, first_row: Int32, rows: Int32, first_column: Int32):
         chunk = self.lane % (SLICE_BYTES // CHUNK)
@@ -165,7 +128,7 @@ class SliceStore:
                 store = store and column < self.problem.out_columns
             if store:
                 words = cute.make_rmem_tensor((4,), Int32)
-                source = self.chunk(row, chunk)
+                source = self.slices.chunk(self.staging, row, chunk)
                 cute.autovec_copy(vector(source, Int32, 4, SMEM), words)
                 target = self.out + (Int64(first_row + row) * self.problem.out_columns + column)
                 cute.autovec_copy(words, vector(target, Int32, 4, GMEM))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -62,6 +63,36 @@ def numbers_of(inputs: dict[str, Any]) -> tuple[float, ...]:
     return clamped_numbers(*given) or ()
 
 
+def encode_map(record: LaunchRecord, param: str, address: int, view: View) -> bytes:
+    """The tensor map, for one of a kernel's parameters, of the tensor at an address."""
+    box = next(box for box in record.tensor_maps if box.param == param)
+    return TensorMap(
+        pointer=address,
+        element_bytes=view.element_bytes,
+        dims=view.extents,
+        strides=tuple(stride * view.element_bytes for stride in view.strides),
+        box=box.box,
+        swizzle=box.swizzle,
+    ).encode()
+
+
+def pack(
+    record: LaunchRecord, code: Code, values: Mapping[str, int], views: Mapping[str, View]
+) -> bytes:
+    """A kernel's parameters. values, views: as `Kernel.launch` takes them."""
+    packed = bytearray(code.program.parameter_bytes)
+    for param, declared in zip(record.params, code.program.parameters, strict=True):
+        if param.size != declared.size:
+            raise ValueError(f"{param.name}: {param.size} bytes, the PTX has {declared.size}")
+        value = values[param.name]
+        if param.kind is ParamKind.TENSOR_MAP:
+            data = encode_map(record, param.name, value, views[param.name])
+        else:
+            data = value.to_bytes(param.size, "little", signed=param.kind is ParamKind.INT32)
+        packed[declared.offset : declared.offset + len(data)] = data
+    return bytes(packed)
+
+
 class Arguments:
     """Tensors of `grouped_matmul` in simulated global memory, and the kernel's parameters.
 
@@ -100,7 +131,7 @@ class Arguments:
             numbers=numbers_of(inputs),
             early=late,
         )
-        self.parameters = self._pack(kernel, values, views)
+        self.parameters = pack(kernel.record, kernel.code, values, views)
 
     def _add(self, name: str, tensor: Tensor) -> int:
         if not self.grid or name not in _LATE:
@@ -121,35 +152,10 @@ class Arguments:
         if p.weight.storage is WeightStorage.STACKED:
             return base
         step = weight.stride(0) * view.element_bytes
-        maps = [self._map("weight", base + e * step, view) for e in range(p.num_experts)]
+        maps = [
+            encode_map(self.record, "weight", base + e * step, view) for e in range(p.num_experts)
+        ]
         return self.memory.add("tensor maps", np.frombuffer(b"".join(maps), np.uint8))
-
-    def _map(self, param: str, address: int, view: View) -> bytes:
-        box = next(box for box in self.record.tensor_maps if box.param == param)
-        return TensorMap(
-            pointer=address,
-            element_bytes=view.element_bytes,
-            dims=view.extents,
-            strides=tuple(stride * view.element_bytes for stride in view.strides),
-            box=box.box,
-            swizzle=box.swizzle,
-        ).encode()
-
-    def _pack(
-        self, kernel: SimulatedKernel, values: dict[str, int], views: dict[str, View]
-    ) -> bytes:
-        program = kernel.code.program
-        packed = bytearray(program.parameter_bytes)
-        for param, declared in zip(kernel.record.params, program.parameters, strict=True):
-            if param.size != declared.size:
-                raise ValueError(f"{param.name}: {param.size} bytes, the PTX has {declared.size}")
-            value = values[param.name]
-            if param.kind is ParamKind.TENSOR_MAP:
-                data = self._map(param.name, value, views[param.name])
-            else:
-                data = value.to_bytes(param.size, "little", signed=param.kind is ParamKind.INT32)
-            packed[declared.offset : declared.offset + len(data)] = data
-        return bytes(packed)
 
     def check_writes(self, written: Tensor) -> None:
         """written: bool [rows], which rows of `out` must have been written, once; no other."""
