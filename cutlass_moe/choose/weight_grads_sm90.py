@@ -8,7 +8,7 @@ from emitters.spec.weight_grad import Side, WeightGradProblem, WeightGradSm90Con
 
 _WIDE, _TALL = WeightGradSm90Config(128, 256), WeightGradSm90Config(256, 128)
 _IN_TURN = WeightGradSm90Config(128, 192, pingpong=True)
-_SMALL_IN_TURN = WeightGradSm90Config(128, 128, pingpong=True, group_m=8)
+_SMALL_IN_TURN = WeightGradSm90Config(128, 128, pingpong=True)
 _FEW_LEFT, _FEW_RIGHT = WeightGradSm90Config(64, 256, pingpong=True), WeightGradSm90Config(256, 64)
 # Rows per expert up to which adding to float32 takes longer than the sums, and up to which hidden
 # stores are worth more than shared columns.
