@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -149,21 +149,28 @@ class GradInputs:
         addresses = given.addresses(out)
         return partial(on_device, 0, partial(choice.launch, addresses))
 
-    def error(self, out: Tensor) -> float:
-        """The largest difference from float64 over the largest value, of three experts."""
-        worst = 0.0
+    def expected(self) -> dict[int, Tensor]:
+        """The float64 result of three experts."""
+        found = {}
         for expert in {0, self.case.num_experts // 2, self.case.num_experts - 1}:
             end = int(self.ends[expert])
             part = slice(end - int(self.counts[expert]), end)
             rows, tokens = self.rows[part].double(), self.tokens[self.index[part].long()].double()
-            want = rows.T @ tokens if self.up else tokens.T @ rows
-            difference = (out[expert].double() - want).abs().max() / want.abs().max()
-            worst = max(worst, float(difference))
-        return worst
+            found[expert] = rows.T @ tokens if self.up else tokens.T @ rows
+        return found
+
+
+def worst_error(out: Tensor, expected: Mapping[int, Tensor]) -> float:
+    """The largest difference from what is expected over the largest value."""
+    return max(
+        float((out[expert].double() - want).abs().max() / want.abs().max())
+        for expert, want in expected.items()
+    )
 
 
 def measure(case: Case, configs: bool, flush: Tensor) -> dict[str, Timing]:
     inputs = GradInputs(case)
+    expected = inputs.expected()
     shape = (case.num_experts, *widths(case))
     calls: dict[str, Call] = {}
     for kind, (dtype, accumulate) in KINDS.items():
@@ -175,11 +182,12 @@ def measure(case: Case, configs: bool, flush: Tensor) -> dict[str, Timing]:
             out.fill_(0 if accumulate else torch.nan)
             call()
             name = kind if config is None else f"{kind} {config.words}"
-            check(case, name, inputs.error(out), dtype)
+            check(case, name, worst_error(out, expected), dtype)
             calls[name] = call
         out.zero_()
     gathered = inputs.gather()
-    check(case, TORCH, inputs.error(inputs.torch_product(gathered)), torch.bfloat16)
+    check(case, TORCH, worst_error(inputs.torch_product(gathered), expected), torch.bfloat16)
+    del expected
     calls[TORCH] = partial(inputs.torch_product, gathered)
     calls[COPY] = lambda: inputs.torch_product(inputs.gather())
     return interleaved(calls, SECONDS * (4 if configs else 1), flush)

@@ -365,7 +365,10 @@ class WeightGradSm90:
             behind = state.clone()  # the stage of the previous step, which WGMMA still reads
             for k in cutlass.range(steps, unroll=1):
                 self.ring.wait_full(state)
-                begin_products()
+                if const_expr(self.gathers):
+                    begin_products()
+                else:
+                    warpgroup.fence()  # TMA alone wrote the stage
                 issue(mma, acc, tCrA, tCrB, state.index)
                 mma.set(warpgroup.Field.ACCUMULATE, True)  # in this loop's own text
                 warpgroup.commit_group()

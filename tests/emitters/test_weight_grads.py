@@ -23,6 +23,8 @@ PROBLEMS = [
     PROBLEM,
     replace(PROBLEM, m=2048, n=768, gathered=Side.LEFT),
     replace(PROBLEM, gathered=None, operand=DType.FP16, out=DType.FP16),
+    replace(PROBLEM, m=8, num_experts=9),
+    replace(PROBLEM, n=64, num_experts=9, out=DType.FP32, accumulate=True),
     *(
         replace(PROBLEM, m=200, n=n, num_experts=3, gathered=gathered, out=out, accumulate=add)
         for n, gathered in ((136, Side.LEFT), (200, None))
@@ -60,7 +62,7 @@ def test_every_kernel_compiles_without_spills(shared_cache: Cache) -> None:
         assert record.registers == config.launch_registers
 
 
-@pytest.mark.parametrize("rows", [0.0, 1.0, 300.0, 1e5])
+@pytest.mark.parametrize("rows", [0.0, 1.0, 300.0, 2000.0, 1e5])
 def test_choices_are_built(rows: float) -> None:
     for problem in PROBLEMS:
         config = weight_grad_config(problem, rows)

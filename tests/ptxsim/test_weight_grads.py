@@ -84,6 +84,7 @@ RUNS = {
     "pair_left": Run(ROWS, 136, 200, RIGHT, config(128, 64, cluster=2)),
     "pair_right": Run(ROWS, 200, 72, LEFT, config(128, 128, True, cluster=2, group_m=1), grid=4),
     "pair_in_order": Run((65, 0), 264, 72, None, config(256, 128, cluster=2), out=FP32),
+    "few_columns": Run((70, 0, 65), 8, 72, RIGHT, config(64, 256, True), out=FP32),
     "no_rows": Run((0, 0), 72, 72, RIGHT, config(128, 64, True)),
     "add": Run(ROWS, 72, 200, RIGHT, config(128, 256), out=FP32, accumulate=True),
     "add_bf16": Run(ROWS, 72, 136, LEFT, config(128, 128), accumulate=True, gaps=True),
