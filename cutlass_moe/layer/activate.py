@@ -109,7 +109,7 @@ def _launched(
     inter: int,
     options: LayerOptions,
 ) -> bool:
-    """Launches the kernel of this kind. False, after a warning, if there is none for a GPU's tensors.
+    """Launches the kernel of this kind; False, on a GPU after a warning, if there is none.
 
     tensors: by the kernel's parameters.
     """
