@@ -40,6 +40,7 @@ RIGHT: dict[str, tuple[str, ...]] = {
     "nn.Module": (),
     "Problem": (),
     "Iterable[Problem]": ("[]",),
+    "GradInto": (),
     "None": ("None",),
 }
 

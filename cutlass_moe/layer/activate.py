@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -105,7 +107,7 @@ def _pairs_with_rows(inverse: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _launched(
     kind: type[ActivateProblem],
-    tensors: dict[str, Tensor | None],
+    tensors: Mapping[str, Tensor | None],
     inter: int,
     options: LayerOptions,
 ) -> bool:

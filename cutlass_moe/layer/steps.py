@@ -17,12 +17,14 @@ from emitters.spec.gemm import (
     make_epilogue,
 )
 from emitters.spec.layer_steps import (
+    ActivateBackwardProblem,
+    ActivateProblem,
     CombineProblem,
     QuantizeGroupsProblem,
     QuantizeProblem,
     RouteProblem,
 )
-from emitters.spec.registry import why_illegal
+from emitters.spec.registry import Problem, why_illegal
 
 Quantize = QuantizeProblem | QuantizeGroupsProblem
 
@@ -57,6 +59,35 @@ class LayerProblems(NamedTuple):
             down=replace(self.down, n=hidden, k=inter),
             combine=replace(self.combine, n=hidden),
         )
+
+
+def training_problems(layer: LayerProblems, interleaved: bool = False) -> tuple[Problem, ...]:
+    """The problems of a layer's forward and backward in training, except gradients of weights.
+
+    layer: the problems of the same layer without training, not quantised. interleaved: as in
+    `fused_moe`. The up projection is stored before its activation, which is a kernel of its own.
+    """
+    up, down, combine, node = layer.up, layer.down, layer.combine, layer.up.activation
+    assert node is not None
+    rows = ActivateProblem(node.function, up.x, down.k, interleaved)
+    return (
+        layer.route,
+        replace(up, epilogue=up.epilogue[:-1]),
+        rows,
+        down,
+        replace(combine, out=combine.rows),
+        replace(_transposed(down), gather=True),
+        ActivateBackwardProblem(**vars(rows)),
+        replace(_transposed(up), gather=False, out=down.out),
+        replace(combine, out=combine.rows, n=up.k, weights=DType.FP32),
+    )
+
+
+def _transposed(problem: GemmProblem) -> GemmProblem:
+    """The product with the transposed weights, which are read where they lie, to x's dtype."""
+    major = Major.K if problem.weight.major is Major.N else Major.N
+    weight = replace(problem.weight, major=major)
+    return replace(problem, n=problem.k, k=problem.n, weight=weight, epilogue=(), out=problem.x)
 
 
 def quantize_rows(problem: Quantize, k: int) -> Quantize:
