@@ -12,6 +12,7 @@ from cutlass_moe.images.toolchains import default_build
 from cutlass_moe.operands import Operands
 from cutlass_moe.runtime.parameters import (
     Strides,
+    activate_values,
     combine_values,
     gemm_values,
     gemm_views,
@@ -35,6 +36,8 @@ from emitters.spec.gemm import (
     WeightStorage,
 )
 from emitters.spec.layer_steps import (
+    ActivateBackwardProblem,
+    ActivateProblem,
     CombineProblem,
     QuantizeProblem,
     RouteLogitsProblem,
@@ -61,6 +64,11 @@ ADDRESS = {  # of any kernel's tensors
             "correction_bias",
             "left",
             "right",
+            "h",
+            "active",
+            "grad_active",
+            "grad_h",
+            "grad_weights",
         ),
         start=1,
     )
@@ -80,6 +88,8 @@ _ROUTER = router_values(
 SUMMED = [
     WeightGradProblem(DType.BF16, DType.FP32, 64, 72, 9, gathered) for gathered in (None, *Side)
 ]
+_ACTIVATED = activate_values(ADDRESS, 24, 24, {})
+_CLAMPED = activate_values(ADDRESS, 24, 24, {"limit": 7.0, "alpha": 1.702, "beta": 1.0})
 CASES: dict[str, tuple[Problem, Config, dict[str, int]]] = {
     **{
         name: (problem, config, gemm_values(problem, ADDRESS, 8, 24))
@@ -96,6 +106,8 @@ CASES: dict[str, tuple[Problem, Config, dict[str, int]]] = {
             (RouteLogitsProblem(*ROUTER), {**_ROUTER, **route_values(ADDRESS, **_ROUTE)}),
             (QuantizeProblem(DType.BF16, DType.E4M3, 64), quantize_values(ADDRESS, 24, 128)),
             (CombineProblem(DType.BF16, DType.BF16, 64, 3), combine_values(ADDRESS, 24, 8, 3)),
+            (ActivateProblem(ActivationFunction.RELU, DType.BF16, 64), _ACTIVATED),
+            (ActivateBackwardProblem(ActivationFunction.SWIGLU_OAI, DType.BF16, 64), _CLAMPED),
         )
     },
     **{
