@@ -44,7 +44,7 @@ NAMES = ("hidden", "w13", "w2", "topk_weights")  # of what has gradients
 
 
 @dataclass(frozen=True)
-class Case:
+class TrainedCase:
     """A SwiGLU layer. published: of SonicMoE on an H100, TFLOP/s forward and backward."""
 
     name: str
@@ -65,26 +65,26 @@ class Case:
 
 
 CASES = (
-    Case("qwen3-30b", 128, 8, 2048, 768, 16384),
-    Case("qwen3-30b", 128, 8, 2048, 768, 4096),
-    Case("qwen3-30b", 128, 8, 2048, 768, 32768),
-    Case("mixtral", 8, 2, 4096, 14336, 16384),
-    Case("sonic d1536 n256", 128, 8, 1536, 256, 24576, (366, 407)),
-    Case("sonic d4096 n1024 E64", 64, 4, 4096, 1024, 32768, (553, 556)),
-    Case("sonic d4096 n1024 E128", 128, 8, 4096, 1024, 32768, (560, 568)),
-    Case("sonic d4096 n512 E128", 128, 8, 4096, 512, 32768, (503, 512)),
-    Case("sonic d4096 n256 E256", 256, 16, 4096, 256, 32768, (428, 460)),
-    Case("sonic d4096 n2048 E64", 64, 4, 4096, 2048, 32768, (597, 587)),
+    TrainedCase("qwen3-30b", 128, 8, 2048, 768, 16384),
+    TrainedCase("qwen3-30b", 128, 8, 2048, 768, 4096),
+    TrainedCase("qwen3-30b", 128, 8, 2048, 768, 32768),
+    TrainedCase("mixtral", 8, 2, 4096, 14336, 16384),
+    TrainedCase("sonic d1536 n256", 128, 8, 1536, 256, 24576, (366, 407)),
+    TrainedCase("sonic d4096 n1024 E64", 64, 4, 4096, 1024, 32768, (553, 556)),
+    TrainedCase("sonic d4096 n1024 E128", 128, 8, 4096, 1024, 32768, (560, 568)),
+    TrainedCase("sonic d4096 n512 E128", 128, 8, 4096, 512, 32768, (503, 512)),
+    TrainedCase("sonic d4096 n256 E256", 256, 16, 4096, 256, 32768, (428, 460)),
+    TrainedCase("sonic d4096 n2048 E64", 64, 4, 4096, 2048, 32768, (597, 587)),
 )
 
 
-class Layer:
+class TrainedLayer:
     """A case's tensors on the GPU, and the systems that compute it.
 
     Each system maps hidden, w13, w2, topk_weights and topk_ids to the output.
     """
 
-    def __init__(self, case: Case, tokens: int, device: str = "cuda") -> None:
+    def __init__(self, case: TrainedCase, tokens: int, device: str = "cuda") -> None:
         self.case, self.experts = case, case.num_experts
         generator = torch.Generator(device).manual_seed(tokens)
 
@@ -201,11 +201,11 @@ class Layer:
         return {name: round(size / GIB, 3) for name, size in sizes.items()}
 
 
-def measure(case: Case, only: list[str]) -> dict[str, Any]:
+def measure(case: TrainedCase, only: list[str]) -> dict[str, Any]:
     """Errors, times and memory of each system."""
-    errors = Layer(case, min(case.tokens, CHECKED)).errors()
+    errors = TrainedLayer(case, min(case.tokens, CHECKED)).errors()
     torch.cuda.empty_cache()
-    layer = Layer(case, case.tokens)
+    layer = TrainedLayer(case, case.tokens)
     systems = {n: s for n, s in layer.systems().items() if not only or n in only}
     memory: dict[str, dict[str, float]] = {}
     absent: dict[str, str] = {}

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import cutlass_moe as cm
-from emitters.spec.gemm import ActivationFunction
+from cutlass_moe.choose.heuristics_sm90 import choose, every_config
+from cutlass_moe.layer.steps import (
+    Forms,
+    LayerSizes,
+    Projection,
+    layer_problems,
+    training_problems,
+)
+from cutlass_moe.operands import DTYPES
+from emitters.spec.dtypes import DType
+from emitters.spec.gemm import ActivationFunction, GemmProblem, WeightFormat
+from emitters.spec.registry import Config, Problem
 
 DIFFERENTIABLE = ("hidden", "w13", "w2", "topk_weights", "w13_bias", "w2_bias", "residual")
-_NO_OPTIONS: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -125,3 +135,40 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 def _grad_like(out: Tensor) -> Tensor:
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     return grad.to(out.device, out.dtype)
+
+
+def images_of(case: TrainingCase, tokens: int) -> set[tuple[Problem, Config]]:
+    """The kernels of a case's forward and backward; of weights' gradients see `weight_grads`."""
+    operand, biased = DTYPES[case.dtype], DTYPES[case.dtype] if case.bias else None
+    each = Projection(None, biased, case.n_major)
+    top_k = 1 if case.options.get("weight_on_input") else case.top_k
+    layer = layer_problems(
+        LayerSizes(case.experts, top_k, case.hidden, case.inter),
+        operand,
+        operand,
+        _function(case),
+        each,
+        each,
+        forms=Forms(weights=DTYPES[case.weights]),
+    )
+    problems = [*training_problems(layer, case.interleaved)]
+    if case.options.get("recompute"):
+        problems.append(layer.up)
+    if case.bias:
+        weight = WeightFormat(operand)
+        thin = replace(layer.up, n=8, k=case.hidden, weight=weight, epilogue=(), out=DType.FP32)
+        problems.append(thin)
+    pairs = tokens * top_k
+    per_expert = -(-pairs // (case.experts * (3 if case.routing == "foreign" else 1)))
+    found: set[tuple[Problem, Config]] = set()
+    for problem in problems:
+        if isinstance(problem, GemmProblem):
+            x_rows = tokens if problem.gather else pairs
+            found.add((problem, choose(problem, x_rows, per_expert)))
+        else:
+            found |= {(problem, config) for config in every_config(problem)}
+    return found
+
+
+def _function(case: TrainingCase) -> str:
+    return "swiglu_oai" if "limit" in case.options else case.activation
