@@ -178,16 +178,15 @@ class LayerBackward:
         weights float32 [R]: of the rows, default ones. A product with thin rows of two parts: of
         the operands' dtype, they have together twice its digits.
         """
-        count = self.saved.index.shape[0]
-        right = rows.new_zeros(count, _THIN)
+        left = rows.new_zeros(self.saved.index.shape[0], _THIN)
         if weights is None:
-            right[:, 0] = 1
+            left[:, 0] = 1
         else:
-            right[:, :2] = _two_parts(weights, rows.dtype)
+            left[:, :2] = _two_parts(weights, rows.dtype)
         sums = grouped_weight_grad(
-            rows, right, self.saved.offsets, left_index=index, out_dtype=torch.float32
+            left, rows, self.saved.offsets, right_index=index, out_dtype=torch.float32
         )
-        return sums[..., :2].sum(-1)
+        return sums[:, :2].sum(1)
 
     def share_of_bias(self, bias: Tensor) -> Tensor:
         """For each pair the product of the output's gradient with the bias of its expert's w2."""

@@ -25,6 +25,7 @@ from emitters.spec.layer_steps import (
     RouteProblem,
 )
 from emitters.spec.registry import Problem, why_illegal
+from emitters.spec.weight_grad import Side, WeightGradProblem
 
 Quantize = QuantizeProblem | QuantizeGroupsProblem
 
@@ -62,7 +63,7 @@ class LayerProblems(NamedTuple):
 
 
 def training_problems(layer: LayerProblems, interleaved: bool = False) -> tuple[Problem, ...]:
-    """The problems of a layer's forward and backward in training, except gradients of weights.
+    """The problems of a layer's forward and backward in training, except gradients of biases.
 
     layer: the problems of the same layer without training, not quantised. interleaved: as in
     `fused_moe`. The up projection is stored before its activation, which is a kernel of its own.
@@ -80,6 +81,8 @@ def training_problems(layer: LayerProblems, interleaved: bool = False) -> tuple[
         ActivateBackwardProblem(**vars(rows)),
         replace(_transposed(up), gather=False, out=down.out),
         replace(combine, out=combine.rows, n=up.k, weights=DType.FP32),
+        _weight_grad(up, Side.RIGHT),
+        _weight_grad(down, Side.LEFT),
     )
 
 
@@ -88,6 +91,15 @@ def _transposed(problem: GemmProblem) -> GemmProblem:
     major = Major.K if problem.weight.major is Major.N else Major.N
     weight = replace(problem.weight, major=major)
     return replace(problem, n=problem.k, k=problem.n, weight=weight, epilogue=(), out=problem.x)
+
+
+def _weight_grad(product: GemmProblem, gathered: Side) -> WeightGradProblem:
+    """The gradient of a product's weights [E, N, K]. gathered: the side, where K is dense."""
+    n, k = product.n, product.k
+    if product.weight.major is Major.N:
+        n, k = k, n
+        gathered = Side.LEFT if gathered is Side.RIGHT else Side.RIGHT
+    return WeightGradProblem(product.x, product.x, n, k, product.num_experts, gathered)
 
 
 def quantize_rows(problem: Quantize, k: int) -> Quantize:

@@ -22,6 +22,7 @@ from cutlass_moe.operands import DTYPES
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import ActivationFunction, GemmProblem, WeightFormat
 from emitters.spec.registry import Config, Problem
+from emitters.spec.weight_grad import Side, WeightGradProblem
 
 DIFFERENTIABLE = ("hidden", "w13", "w2", "topk_weights", "w13_bias", "w2_bias", "residual")
 
@@ -138,7 +139,7 @@ def _grad_like(out: Tensor) -> Tensor:
 
 
 def images_of(case: TrainingCase, tokens: int) -> set[tuple[Problem, Config]]:
-    """The kernels of a case's forward and backward; of weights' gradients see `weight_grads`."""
+    """The kernels of a case's forward and backward, main gradients included."""
     operand, biased = DTYPES[case.dtype], DTYPES[case.dtype] if case.bias else None
     each = Projection(None, biased, case.n_major)
     top_k = 1 if case.options.get("weight_on_input") else case.top_k
@@ -158,6 +159,13 @@ def images_of(case: TrainingCase, tokens: int) -> set[tuple[Problem, Config]]:
         weight = WeightFormat(operand)
         thin = replace(layer.up, n=8, k=case.hidden, weight=weight, epilogue=(), out=DType.FP32)
         problems.append(thin)
+        for n, gathered in ((layer.up.n, None), (case.hidden, Side.RIGHT)):
+            problems.append(WeightGradProblem(operand, DType.FP32, 8, n, case.experts, gathered))
+    problems += [
+        replace(problem, out=DType.FP32, accumulate=True)
+        for problem in problems
+        if isinstance(problem, WeightGradProblem) and problem.m > 8
+    ]
     pairs = tokens * top_k
     per_expert = -(-pairs // (case.experts * (3 if case.routing == "foreign" else 1)))
     found: set[tuple[Problem, Config]] = set()
