@@ -1,4 +1,4 @@
-"""`python -m perf.training`: one layer's experts forward and backward, and the memory they keep.
+"""`python -m perf.training`: a layer's experts forward and backward, and the memory they keep.
 
 Systems, all from hidden states, router weights and expert ids, in bfloat16:
 
@@ -19,21 +19,36 @@ the backward runs, above what is there before the forward, gradients included.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import cutlass_moe
 from cutlass_moe import nn
+from cutlass_moe.choose.heuristics_sm90 import choose, every_config
+from cutlass_moe.images.cache import default_cache
+from cutlass_moe.images.compiler import Request, build_images
+from cutlass_moe.layer.steps import (
+    Forms,
+    LayerSizes,
+    Projection,
+    layer_problems,
+    training_problems,
+)
 from cutlass_moe.tune.timing import flush_buffer
+from emitters.spec.dtypes import DType
+from emitters.spec.gemm import GemmProblem
+from emitters.spec.registry import Problem
+from emitters.spec.weight_grad import WeightGradProblem
 from perf.systems import OURS
 from perf.timing import interleaved
 
@@ -201,7 +216,7 @@ class TrainedLayer:
         return {name: round(size / GIB, 3) for name, size in sizes.items()}
 
 
-def measure(case: TrainedCase, only: list[str]) -> dict[str, Any]:
+def measure(case: TrainedCase, only: Sequence[str]) -> dict[str, Any]:
     """Errors, times and memory of each system."""
     errors = TrainedLayer(case, min(case.tokens, CHECKED)).errors()
     torch.cuda.empty_cache()
@@ -273,33 +288,101 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def images_of(case: TrainedCase) -> list[Request]:
+    """The kernels that this library launches for a case, as it is checked and as it is timed."""
+    sizes = LayerSizes(case.num_experts, case.top_k, case.hidden, case.inter)
+    forms = Forms(weights=DType.FP32)
+    plain = Projection()
+    layer = layer_problems(sizes, DType.BF16, DType.BF16, "swiglu", plain, plain, forms=forms)
+    problems: list[Problem] = [*training_problems(layer), layer.up]
+    problems += [
+        replace(problem, out=DType.FP32, accumulate=True)
+        for problem in problems
+        if isinstance(problem, WeightGradProblem)
+    ]
+    found = []
+    for problem in problems:
+        if not isinstance(problem, GemmProblem):
+            found += [Request(problem, config) for config in every_config(problem)]
+            continue
+        for tokens in (min(case.tokens, CHECKED), case.tokens):
+            pairs = tokens * case.top_k
+            x_rows = tokens if problem.gather else pairs
+            found.append(Request(problem, choose(problem, x_rows, -(-pairs // case.num_experts))))
+    return found
+
+
+def selected(case: str, tokens: int | None) -> list[TrainedCase]:
+    return [one for one in CASES if one.name.startswith(case) and tokens in (None, one.tokens)]
+
+
+@click.group()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--case", help="only those whose names start with this")
-    parser.add_argument("--tokens", type=int, help="only those of so many tokens")
-    parser.add_argument("--system", action="append", default=[], help="only these systems")
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which to end")
-    parser.add_argument("--output", help="where to write the report as JSON")
-    arguments = parser.parse_args()
+    """A layer's experts forward and backward, and the memory they keep."""
+
+
+case_options = [
+    click.option("--case", default="", help="those whose names start with this"),
+    click.option("--tokens", type=int, help="those of so many tokens"),
+]
+
+
+def with_cases(command: Any) -> Any:
+    for option in case_options:
+        command = option(command)
+    return command
+
+
+@main.command()
+@with_cases
+def build(case: str, tokens: int | None) -> None:
+    """Compile the images of a run with the same options. Needs the DSL, no GPU."""
+    requests = dict.fromkeys(image for one in selected(case, tokens) for image in images_of(one))
+    failed = [result for result in build_images(default_cache(), list(requests)) if result.error]
+    for result in failed:
+        click.echo(f"{result.request.problem.words}, {result.request.config.words}: {result.error}")
+    click.echo(f"{len(requests) - len(failed)} of {len(requests)} images are there")
+
+
+@main.command()
+@with_cases
+@click.option("--system", multiple=True, help="these systems; default: all")
+@click.option("--budget", default=290.0, help="seconds after which no further case is begun")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file")
+def run(
+    case: str, tokens: int | None, system: tuple[str, ...], budget: float, out: Path | None
+) -> None:
+    """Measure; prints a Markdown table."""
     os.environ["CUTLASS_MOE_STRICT"] = "1"  # a fallback must not pass for a kernel
     began = time.monotonic()
-    report: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cases": [],
-    }
-    for case in CASES:
-        wanted = case.name.startswith(arguments.case or "")
-        if not wanted or arguments.tokens not in (None, case.tokens):
-            continue
-        if time.monotonic() - began > arguments.budget:
+    gpu, cases = torch.cuda.get_device_name(), []
+    report = {"gpu": gpu, "torch": torch.__version__, "cases": cases}
+    for one in selected(case, tokens):
+        if time.monotonic() - began > budget:
             break
-        report["cases"].append(measure(case, arguments.system))
+        cases.append(measure(one, system))
         torch.cuda.empty_cache()
-        if arguments.output:
-            with open(arguments.output, "w") as file:
-                json.dump(report, file, indent=1)
-    print(table(report))
+        if out is not None:
+            out.write_text(json.dumps(report, indent=1))
+    click.echo(table(report))
+
+
+@main.command()
+@with_cases
+@click.option("--system", default=OURS, show_default=True)
+def profile(case: str, tokens: int | None, system: str) -> None:
+    """Print the kernels of one forward and backward of each case, with their microseconds."""
+    for one in selected(case, tokens):
+        layer = TrainedLayer(one, one.tokens)
+        call = layer.systems()[system]
+        layer.both(call)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            layer.both(call)
+            torch.cuda.synchronize()
+        click.echo(f"{one.name}, {one.tokens} tokens, {system}")
+        events = sorted(seen.events(), key=lambda event: event.time_range.start)
+        for event in events:
+            click.echo(f"{event.time_range.elapsed_us():10.1f}  {event.name[:100]}")
 
 
 if __name__ == "__main__":
