@@ -26,6 +26,7 @@ from cutlass_moe.ops.quantize_groups import (
 )
 from cutlass_moe.ops.route import RoutingTable, renormalize_kept, route, route_reference
 from cutlass_moe.ops.router import route_logits, topk_router, topk_router_reference
+from cutlass_moe.ops.router_losses import load_balancing_loss, router_z_loss
 from cutlass_moe.ops.weight_grad import grouped_weight_grad, grouped_weight_grad_reference
 from cutlass_moe.warmup import warmup
 
@@ -49,6 +50,7 @@ __all__ = [
     "grouped_weight_grad_reference",
     "index_group_matmul",
     "index_group_matmul_workspace_size",
+    "load_balancing_loss",
     "pad_experts",
     "plan",
     "quantize_per_block",
@@ -61,6 +63,7 @@ __all__ = [
     "route",
     "route_logits",
     "route_reference",
+    "router_z_loss",
     "topk_router",
     "topk_router_reference",
     "warmup",
