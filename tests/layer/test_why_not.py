@@ -219,4 +219,4 @@ def test_modules_ask_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(cm, "why_not", lambda hidden, **call: f"no {sorted(call)}")
     call = module._fused(torch.ones(8, 64).bfloat16(), meta(8, 1), meta(8, 1), None)
-    assert module._why_no_kernel(call, differentiable=False) == f"no {sorted({*call} - {'hidden'})}"
+    assert module._why_no_kernel(call) == f"no {sorted({*call} - {'hidden'})}"
