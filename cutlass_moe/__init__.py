@@ -1,5 +1,6 @@
 """Mixture-of-experts grouped GEMM for PyTorch: no token is copied, kernels come from a cache."""
 
+import cutlass_moe.ops.grouped_matmul_gradient  # noqa: F401  # registers it
 from cutlass_moe.layer.fused_moe import fused_moe, fused_moe_workspace_size
 from cutlass_moe.layer.pad import pad_experts
 from cutlass_moe.layer.reference import fused_moe_reference

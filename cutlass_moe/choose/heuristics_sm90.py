@@ -25,6 +25,7 @@ from emitters.spec.layer_steps import (
     ActivateBackwardProblem,
     ActivateProblem,
     CombineProblem,
+    GatherSumProblem,
     QuantizeGroupsProblem,
     QuantizeProblem,
     RouteLogitsProblem,
@@ -169,6 +170,7 @@ _THREADS: dict[str, Callable[[Any, bool], int]] = {
     QuantizeProblem.op: lambda p, few: next(t for k, t in _ROW_THREADS if p.k <= k),
     QuantizeGroupsProblem.op: lambda p, few: 128,
     CombineProblem.op: lambda p, few: 128,
+    GatherSumProblem.op: lambda p, few: 128,
     ActivateProblem.op: lambda p, few: 128,
     ActivateBackwardProblem.op: lambda p, few: 128,
 }

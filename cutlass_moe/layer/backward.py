@@ -10,12 +10,12 @@ from torch import Tensor
 from cutlass_moe.layer.activate import activate_rows_backward
 from cutlass_moe.operands import LayerOptions
 from cutlass_moe.ops._checks import is_n_major
+from cutlass_moe.ops._row_sums import sum_by_expert, two_parts
 from cutlass_moe.ops.combine import combine
 from cutlass_moe.ops.grouped_matmul import grouped_matmul
 from cutlass_moe.ops.weight_grad import grouped_weight_grad
 from cutlass_moe.runtime.parameters import reads_rows
 
-_THIN = 8  # the least columns of a product: 16 bytes
 GradInto = tuple[Tensor | None, Tensor | None]
 
 
@@ -107,13 +107,15 @@ class LayerBackward:
             found["w2"] = self.weight_grad(saved.w2, self.grad, active, True, into[1])
         del active
         if needs.w2_bias:
-            found["w2_bias"] = self.sum_rows(self.grad, table, self.weights_by_row(weights))
+            found["w2_bias"] = sum_by_expert(
+                self.grad, saved.offsets, index=table, weights=self.weights_by_row(weights)
+            )
         if needs.hidden:
             found["hidden"] = self.hidden_grad(grad_h)
         if needs.w13:
             found["w13"] = self.weight_grad(saved.w13, grad_h, self.hidden, False, into[0])
         if needs.w13_bias:
-            found["w13_bias"] = self.sum_rows(grad_h)
+            found["w13_bias"] = sum_by_expert(grad_h, saved.offsets)
         for name in ("w13_bias", "w2_bias"):
             bias, gradient = getattr(saved, name), found.get(name)
             found[name] = None if gradient is None else gradient.to(bias.dtype)
@@ -170,28 +172,10 @@ class LayerBackward:
         ones = torch.ones_like(saved.inverse, dtype=torch.float32)
         return combine(rows, ones, saved.inverse).to(saved.hidden.dtype)
 
-    def sum_rows(
-        self, rows: Tensor, index: Tensor | None = None, weights: Tensor | None = None
-    ) -> Tensor:
-        """The sum of each expert's rows, float32 [E, N]: the gradient of a bias.
-
-        weights float32 [R]: of the rows, default ones. A product with thin rows of two parts: of
-        the operands' dtype, they have together twice its digits.
-        """
-        left = rows.new_zeros(self.saved.index.shape[0], _THIN)
-        if weights is None:
-            left[:, 0] = 1
-        else:
-            left[:, :2] = _two_parts(weights, rows.dtype)
-        sums = grouped_weight_grad(
-            left, rows, self.saved.offsets, right_index=index, out_dtype=torch.float32
-        )
-        return sums[:, :2].sum(1)
-
     def share_of_bias(self, bias: Tensor) -> Tensor:
         """For each pair the product of the output's gradient with the bias of its expert's w2."""
-        thin = self.grad.new_zeros(len(bias), _THIN, bias.shape[1])
-        thin[:, :2] = _two_parts(bias.float(), thin.dtype).movedim(-1, 1)
+        thin = self.grad.new_zeros(len(bias), 8, bias.shape[1])  # the least columns of a product
+        thin[:, :2] = two_parts(bias.float(), thin.dtype).movedim(-1, 1)
         rows = self.product(self.grad, thin, gather=True, out_dtype=torch.float32)
         inverse = self.saved.inverse
         shares = rows[:, :2].sum(1)[inverse.clamp(min=0).long()] if len(rows) else inverse.float()
@@ -207,9 +191,3 @@ class LayerBackward:
 def rows_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of rows that are summed: one may exceed float16 where their sum does not."""
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-
-
-def _two_parts(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """[..., 2] of a 16-bit dtype whose sum is float32 values [...], but for their last digits."""
-    first = values.to(dtype)
-    return torch.stack([first, (values - first.float()).to(dtype)], -1)

@@ -295,6 +295,11 @@ def combine_values(
     }
 
 
+def gather_sum_values(addresses: Addresses, num_groups: int) -> dict[str, int]:
+    """The values of a gather_sum kernel. addresses: rows, order, bounds and out."""
+    return {**addresses, "num_groups": num_groups}
+
+
 def activate_values(
     addresses: Addresses, num_rows: int, num_pairs: int, numbers: Mapping[str, float]
 ) -> dict[str, int]:

@@ -267,6 +267,37 @@ class CombineProblem(Step):
 
 
 @dataclass(frozen=True)
+class GatherSumProblem(Step):
+    """Sums groups of rows [., N], each of any size: out[g] = sum of the rows that group g names.
+
+    rows, out: dtypes. Sums are float32, in the order of the group.
+    """
+
+    rows: DType
+    out: DType
+    n: int
+    op: ClassVar[str] = "gather_sum"
+
+    @property
+    def columns(self) -> int:
+        """The number of columns that a thread sums: those of 16 bytes of a row."""
+        return 16 // self.rows.bytes
+
+    def ctas(self, groups: int, threads: int) -> int:
+        """The number of CTAs for this many groups, with this many threads per CTA."""
+        return -(-groups * self.n // (self.columns * threads))
+
+    def why_illegal(self) -> str | None:
+        for name in ("rows", "out"):
+            dtype = getattr(self, name)
+            if dtype not in OUTPUTS:
+                return f"{name} must be one of {', '.join(OUTPUTS)}, got {dtype}"
+        if self.n % self.columns or not 0 < self.n <= MAX_ROW:
+            return f"N must be a multiple of {self.columns} up to {MAX_ROW}, got {self.n}"
+        return None
+
+
+@dataclass(frozen=True)
 class ActivateProblem(Step):
     """Applies an activation to the rows of a layer's up projection: h [R, 2I or I] -> [R, I].
 

@@ -16,6 +16,7 @@ from emitters.spec.layer_steps import (
     ActivateBackwardProblem,
     ActivateProblem,
     CombineProblem,
+    GatherSumProblem,
     QuantizeGroupsProblem,
     QuantizeProblem,
     RouteLogitsProblem,
@@ -68,6 +69,7 @@ TEMPLATES = (
         _SM90,
         "weight_grad_sm90:WeightGradSm90",
     ),
+    Template("gather_sum", GatherSumProblem, StepConfig, _SM90, "gather_sum:GatherSum"),
     Template("activate", ActivateProblem, StepConfig, _SM90, "activate:Activate"),
     Template(
         "activate_backward",

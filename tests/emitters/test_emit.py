@@ -34,6 +34,7 @@ from emitters.spec.image import Image, LaunchRecord, image_key
 from emitters.spec.layer_steps import (
     ActivateBackwardProblem,
     ActivateProblem,
+    GatherSumProblem,
     Step,
     StepConfig,
 )
@@ -141,7 +142,7 @@ def compiled(shared_cache: Cache) -> list[Result]:
     for i, problem in enumerate(every_problem(twins=False)):
         configs = heuristics.candidates(problem)
         requests.append(Request(problem, configs[i % len(configs)]))
-    for problem in every_activation():
+    for problem in (*every_activation(), GatherSumProblem(DType.FP32, DType.FP16, 72)):
         requests += [Request(problem, config) for config in heuristics.every_config(problem)]
     return list(build_images(shared_cache, requests))
 

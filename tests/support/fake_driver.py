@@ -26,7 +26,7 @@ from tests.support.fake_images import make_image
 MAP, POINTER, INT = ParamKind.TENSOR_MAP, ParamKind.POINTER, ParamKind.INT32
 INTEGERS = (
     "num_ids pairs choices capacity max_rows phase num_tokens k topk_groups renormalize num_rows "
-    "early source_stride weight_stride num_pairs limit alpha beta"
+    "early source_stride weight_stride num_pairs num_groups limit alpha beta"
 )
 ROUTER = "logits correction_bias weights ids num_tokens k topk_groups renormalize scale threshold"
 TABLE = "index offsets inverse"
@@ -37,6 +37,7 @@ PARAMETERS = {
     "route_logits": f"{ROUTER} {LIMITS} {TABLE}",
     "quantize": "source end q scale static_scale num_rows source_stride early",
     "combine": "rows weights inverse residual out num_rows num_tokens weight_stride",
+    "gather_sum": "rows order bounds out num_groups",
     "activate": "h inverse active num_rows num_pairs",
     "activate_backward": (
         "h grad_active weights inverse grad_h active grad_weights num_rows num_pairs"
