@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutlass_moe.layer.accept import conversions, convert, weigh_input, widened
+from cutlass_moe.layer.accept import Conversion, conversions, convert, weigh_input, widened
 from cutlass_moe.layer.activate import activate_rows
 from cutlass_moe.layer.backward import (
     GradInto,
@@ -33,8 +33,9 @@ from cutlass_moe.operands import LAYER_SCHEMA, LayerOperands, LayerOptions, Prod
 from cutlass_moe.ops._checks import expect
 from cutlass_moe.ops._define import define, define_gradient
 from cutlass_moe.ops.combine import combine
-from cutlass_moe.ops.grouped_matmul import grouped_matmul
+from cutlass_moe.ops.grouped_matmul import grouped_matmul, is_plain_eager
 from cutlass_moe.ops.route import route
+from cutlass_moe.runtime.signatures import Signatures, signature
 
 _COUNT = len(LayerOperands._fields)
 
@@ -58,7 +59,11 @@ def differentiable_layer(
     if options.weight_on_input and layer.topk_ids.shape[-1] == 1:
         layer = weigh_input(layer)
         layer = layer._replace(topk_weights=torch.ones_like(layer.topk_weights))
-    out = _train_op(*layer, *options, recompute, *into)[0]
+        options = options._replace(weight_on_input=False)
+    if into != (None, None) or is_plain_eager(layer.hidden, layer.w13):
+        out = _Layer.apply(into, options, recompute, *layer)
+    else:
+        out = _train_op(*layer, *options, recompute)[0]
     return out[:, : shape[-1]].reshape(shape)
 
 
@@ -104,11 +109,9 @@ def owner(weight: Tensor) -> Tensor:
 # The forward.
 
 
-def _train_impl(*arguments: Any) -> tuple[Tensor, ...]:
+def _train(layer: LayerOperands, options: LayerOptions, recompute: bool) -> tuple[Tensor, ...]:
     """Returns the output, and what `Saved` has of the forward."""
-    layer, options, recompute = _split(arguments)
-    layer = convert(layer, conversions(layer, options))
-    check_layer(layer, options)
+    layer = _checked(layer, options)
     hidden, w13, w2 = layer.hidden, layer.w13, layer.w2
     index, offsets, inverse = _route(layer, options)
     expected = _expected_rows(layer, options)
@@ -136,6 +139,26 @@ def _train_impl(*arguments: Any) -> tuple[Tensor, ...]:
     residual = None if layer.residual is None else layer.residual.to(wide)
     out = combine(down, layer.topk_weights, inverse, residual=residual)
     return out.to(hidden.dtype), h, index, offsets, inverse
+
+
+def _train_impl(*arguments: Any) -> tuple[Tensor, ...]:
+    return _train(*_split(arguments))
+
+
+_conversions: Signatures[list[tuple[str, Conversion]]] = Signatures()
+
+
+def _checked(layer: LayerOperands, options: LayerOptions) -> LayerOperands:
+    """The arguments as kernels read them, checked once per signature."""
+    key = signature(options, layer)
+    needed = _conversions.get(key)
+    if needed is None:
+        needed = conversions(layer, options)
+        layer = convert(layer, needed)
+        check_layer(layer, options)
+        _conversions.keep(key, needed)
+        return layer
+    return convert(layer, needed)
 
 
 def _route(layer: LayerOperands, options: LayerOptions) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,8 +207,8 @@ def _train_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[LayerOperands, LayerOptions, bool]:
-    options = LayerOptions(*arguments[_COUNT:-3])
-    return LayerOperands(*arguments[:_COUNT]), options, arguments[-3]
+    options = LayerOptions(*arguments[_COUNT:-1])
+    return LayerOperands(*arguments[:_COUNT]), options, arguments[-1]
 
 
 # The backward.
@@ -211,44 +234,70 @@ def _split_backward(arguments: tuple[Any, ...]) -> tuple[Saved, How, Needs]:
 # Autograd.
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    layer, options, _ = _split(inputs)
-    _, *forward = output
-    ctx.mark_non_differentiable(*forward)
+def _keep(
+    ctx: Any,
+    layer: LayerOperands,
+    options: LayerOptions,
+    forward: tuple[Tensor, ...],
+    into: GradInto = (None, None),
+) -> None:
+    """Keeps what the backward needs. forward: h and the routing table."""
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        *(getattr(layer, name) for name in Needs._fields),
-        *forward,
-    )
+    ctx.save_for_backward(*(getattr(layer, name) for name in Needs._fields), *forward)
     numbers = options.limit, options.alpha, options.beta
     expected = _expected_rows(layer, options)
     ctx.how = How(options.activation, options.interleaved, *numbers, expected)
-    ctx.grad_into = inputs[-2:]
+    ctx.into = into
     ctx.owners = [
-        None if into is None else owner(weight)
-        for weight, into in zip((layer.w13, layer.w2), ctx.grad_into, strict=True)
+        None if place is None else owner(weight)
+        for weight, place in zip((layer.w13, layer.w2), into, strict=True)
     ]
 
 
-def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    wanted = dict(zip(LayerOperands._fields, ctx.needs_input_grad, strict=False))
-    needs = Needs(*(wanted[name] for name in Needs._fields))
-    found: dict[str, Tensor | None] = {"residual": grad if wanted["residual"] else None}
-    if grad is not None and any(needs):
+def _gradients(
+    ctx: Any, grad: Tensor | None, wanted: tuple[bool, ...], by_op: bool
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `LayerOperands`, those that are wanted. by_op: for torch's dispatcher."""
+    if grad is None:
+        return (None,) * _COUNT
+    want = dict(zip(LayerOperands._fields, wanted, strict=True))
+    needs = Needs(*(want[name] for name in Needs._fields))
+    found: dict[str, Tensor | None] = {"residual": grad if want["residual"] else None}
+    if any(needs):
         saved = Saved(*ctx.saved_tensors)
-        if ctx.grad_into == (None, None):
+        if by_op:
             computed = iter(_backward_op(grad, *saved, *ctx.how, list(needs)))
             for name, need in needs._asdict().items():
                 found[name] = next(computed) if need else None
         else:
             with torch.no_grad():
-                gradients = LayerBackward(grad, saved, ctx.how).gradients(needs, ctx.grad_into)
+                gradients = LayerBackward(grad, saved, ctx.how).gradients(needs, ctx.into)
             found.update(zip(Needs._fields, gradients, strict=True))
             for name, weight in zip(("w13", "w2"), ctx.owners, strict=True):
-                if wanted[name] and weight is not None:
+                if want[name] and weight is not None:
                     found[name] = _added(weight, getattr(saved, name))
-    others = len(ctx.needs_input_grad) - _COUNT
-    return (*(found.get(name) for name in LayerOperands._fields), *(None,) * others)
+    return tuple(found.get(name) for name in LayerOperands._fields)
+
+
+class _Layer(torch.autograd.Function):
+    """The layer without torch's dispatcher, which takes longer than all else on the host.
+
+    The op below is for what traces, and for what chooses by op what to keep.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, into: GradInto, options: LayerOptions, recompute: bool, *tensors: Tensor | None
+    ) -> Tensor:
+        layer = LayerOperands(*tensors)  # type: ignore[arg-type]
+        out, *rest = _train(layer, options, recompute)
+        _keep(ctx, layer, options, tuple(rest), into)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled() and ctx.into == (None, None)  # then the op refuses
+        return None, None, None, *_gradients(ctx, grad, ctx.needs_input_grad[3:], by_op=again)
 
 
 def _added(parameter: Tensor, weight: Tensor) -> Tensor | None:
@@ -264,13 +313,25 @@ def _added(parameter: Tensor, weight: Tensor) -> Tensor | None:
     return torch.zeros_like(weight) if zeros else torch.empty_like(weight)
 
 
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    layer, options, _ = _split(inputs)
+    _, *forward = output
+    ctx.mark_non_differentiable(*forward)
+    _keep(ctx, layer, options, tuple(forward))
+
+
+def _op_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    others = len(ctx.needs_input_grad) - _COUNT
+    found = _gradients(ctx, grad, ctx.needs_input_grad[:_COUNT], by_op=True)
+    return (*found, *(None,) * others)
+
+
 def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("fused_moe is differentiable once, got a gradient of its gradient")
 
 
 _train_op = define(
-    f"fused_moe_train({LAYER_SCHEMA}, bool recompute, Tensor? w13_grad, Tensor? w2_grad)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"fused_moe_train({LAYER_SCHEMA}, bool recompute) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _train_impl,
     _train_fake,
 )
@@ -282,5 +343,5 @@ _backward_op = define(
     _backward_impl,
     _backward_fake,
 )
-define_gradient("fused_moe_train", _gradients, _save_for_backward)
+define_gradient("fused_moe_train", _op_gradients, _save_for_backward)
 define_gradient("fused_moe_backward", _no_second_gradient)

@@ -94,8 +94,9 @@ def test_against_float64(name: str, tokens: int, record_property: Any) -> None:
     given = case.arguments("cuda", tokens)
     dropped = given["topk_ids"] < 0
     leaves = leaves_of(given)
-    with torch.no_grad():
-        leaves["topk_weights"][dropped] = torch.nan  # of pairs that have no row
+    if name != "one_choice":  # whose weights multiply tokens
+        with torch.no_grad():
+            leaves["topk_weights"][dropped] = torch.nan  # of pairs that have no row
     out, found = gradients({**given, **leaves})
     again, repeated = gradients({**given, **leaves})
     want_out, want = reference_gradients(given)
