@@ -13,6 +13,7 @@ import cutlass_moe as cm
 from cutlass_moe.choose.heuristics_sm90 import choose, every_config
 from cutlass_moe.layer.steps import (
     Forms,
+    LayerProblems,
     LayerSizes,
     Projection,
     layer_problems,
@@ -152,20 +153,9 @@ def images_of(case: TrainingCase, tokens: int) -> set[tuple[Problem, Config]]:
         each,
         forms=Forms(weights=DTYPES[case.weights]),
     )
-    problems = [*training_problems(layer, case.interleaved)]
+    problems = trained_problems(layer, case.interleaved)
     if case.options.get("recompute"):
         problems.append(layer.up)
-    if case.bias:
-        weight = WeightFormat(operand)
-        thin = replace(layer.up, n=8, k=case.hidden, weight=weight, epilogue=(), out=DType.FP32)
-        problems.append(thin)
-        for n, gathered in ((layer.up.n, None), (case.hidden, Side.RIGHT)):
-            problems.append(WeightGradProblem(operand, DType.FP32, 8, n, case.experts, gathered))
-    problems += [
-        replace(problem, out=DType.FP32, accumulate=True)
-        for problem in problems
-        if isinstance(problem, WeightGradProblem) and problem.m > 8
-    ]
     pairs = tokens * top_k
     per_expert = -(-pairs // (case.experts * (3 if case.routing == "foreign" else 1)))
     found: set[tuple[Problem, Config]] = set()
@@ -176,6 +166,23 @@ def images_of(case: TrainingCase, tokens: int) -> set[tuple[Problem, Config]]:
         else:
             found |= {(problem, config) for config in every_config(problem)}
     return found
+
+
+def trained_problems(layer: LayerProblems, interleaved: bool = False) -> list[Problem]:
+    """Of a layer's forward and backward, with gradients of biases, and added to main gradients."""
+    up, experts = layer.up, layer.up.num_experts
+    problems = [*training_problems(layer, interleaved)]
+    problems += [
+        replace(problem, out=DType.FP32, accumulate=True)
+        for problem in problems
+        if isinstance(problem, WeightGradProblem)
+    ]
+    if len(up.epilogue) > 1:  # thin products
+        weight = WeightFormat(up.x)
+        problems.append(replace(up, n=8, weight=weight, epilogue=(), out=DType.FP32))
+        for n, gathered in ((up.n, None), (layer.down.n, Side.RIGHT)):
+            problems.append(WeightGradProblem(up.x, DType.FP32, 8, n, experts, gathered))
+    return problems
 
 
 def _function(case: TrainingCase) -> str:
