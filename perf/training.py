@@ -294,7 +294,7 @@ def images_of(case: TrainedCase) -> list[Request]:
     forms = Forms(weights=DType.FP32)
     plain = Projection()
     layer = layer_problems(sizes, DType.BF16, DType.BF16, "swiglu", plain, plain, forms=forms)
-    problems: list[Problem] = [*training_problems(layer), layer.up]
+    problems: list[Problem] = [*training_problems(layer).values(), layer.up]
     problems += [
         replace(problem, out=DType.FP32, accumulate=True)
         for problem in problems

@@ -28,6 +28,7 @@ from emitters.spec.registry import Problem, why_illegal
 from emitters.spec.weight_grad import Side, WeightGradProblem
 
 Quantize = QuantizeProblem | QuantizeGroupsProblem
+_THIN = 8  # the least columns of a product: 16 bytes
 
 
 class LayerProblems(NamedTuple):
@@ -62,8 +63,8 @@ class LayerProblems(NamedTuple):
         )
 
 
-def training_problems(layer: LayerProblems, interleaved: bool = False) -> tuple[Problem, ...]:
-    """The problems of a layer's forward and backward in training, except gradients of biases.
+def training_problems(layer: LayerProblems, interleaved: bool = False) -> dict[str, Problem]:
+    """The problems of a layer's forward and backward in training, by what they compute.
 
     layer: the problems of the same layer without training, not quantised. interleaved: as in
     `fused_moe`. The up projection is stored before its activation, which is a kernel of its own.
@@ -71,19 +72,26 @@ def training_problems(layer: LayerProblems, interleaved: bool = False) -> tuple[
     up, down, combine, node = layer.up, layer.down, layer.combine, layer.up.activation
     assert node is not None
     rows = ActivateProblem(node.function, up.x, down.k, interleaved)
-    return (
-        layer.route,
-        replace(up, epilogue=up.epilogue[:-1]),
-        rows,
-        down,
-        replace(combine, out=combine.rows),
-        replace(_transposed(down), gather=True),
-        ActivateBackwardProblem(**vars(rows)),
-        replace(_transposed(up), gather=False, out=down.out),
-        replace(combine, out=combine.rows, n=up.k, weights=DType.FP32),
-        _weight_grad(up, Side.RIGHT),
-        _weight_grad(down, Side.LEFT),
-    )
+    found: dict[str, Problem] = {
+        "route": layer.route,
+        "up stored": replace(up, epilogue=up.epilogue[:-1]),
+        "activate": rows,
+        "down": down,
+        "combine": replace(combine, out=combine.rows),
+        "gradient of active": replace(_transposed(down), gather=True),
+        "activate backward": ActivateBackwardProblem(**vars(rows)),
+        "gradient of rows": replace(_transposed(up), gather=False, out=down.out),
+        "gradient of hidden": replace(combine, out=combine.rows, n=up.k, weights=DType.FP32),
+        "gradient of w13": _weight_grad(up, Side.RIGHT),
+        "gradient of w2": _weight_grad(down, Side.LEFT),
+    }
+    if down.epilogue:  # sums over rows are products with thin rows
+        sums = WeightGradProblem(up.x, DType.FP32, _THIN, up.n, up.num_experts)
+        found["gradient of w13_bias"] = sums
+        found["gradient of w2_bias"] = replace(sums, n=down.n, gathered=Side.RIGHT)
+        thin = replace(down, n=_THIN, k=down.n, gather=True, epilogue=(), out=DType.FP32)
+        found["w2_bias by weights"] = replace(thin, weight=WeightFormat(up.x))
+    return found
 
 
 def _transposed(problem: GemmProblem) -> GemmProblem:

@@ -141,7 +141,7 @@ def _why_no_layer(layer: LayerOperands, options: LayerOptions, arch: str) -> str
     problems = problems_of(layer, options)
     reason = why_no_layer(problems, arch)
     if reason is None and trained:
-        needed = training_problems(problems, options.interleaved)
+        needed = training_problems(problems, options.interleaved).values()
         reason = next(filter(None, (why_illegal(problem, arch=arch) for problem in needed)), None)
     return reason
 

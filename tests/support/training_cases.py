@@ -21,9 +21,9 @@ from cutlass_moe.layer.steps import (
 )
 from cutlass_moe.operands import DTYPES
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import ActivationFunction, GemmProblem, WeightFormat
+from emitters.spec.gemm import ActivationFunction, GemmProblem
 from emitters.spec.registry import Config, Problem
-from emitters.spec.weight_grad import Side, WeightGradProblem
+from emitters.spec.weight_grad import WeightGradProblem
 
 DIFFERENTIABLE = ("hidden", "w13", "w2", "topk_weights", "w13_bias", "w2_bias", "residual")
 
@@ -169,20 +169,14 @@ def images_of(case: TrainingCase, tokens: int) -> set[tuple[Problem, Config]]:
 
 
 def trained_problems(layer: LayerProblems, interleaved: bool = False) -> list[Problem]:
-    """Of a layer's forward and backward, with gradients of biases, and added to main gradients."""
-    up, experts = layer.up, layer.up.num_experts
-    problems = [*training_problems(layer, interleaved)]
-    problems += [
+    """Of a layer's forward and backward, with weights' gradients added to main gradients too."""
+    problems = [*training_problems(layer, interleaved).values()]
+    added = [
         replace(problem, out=DType.FP32, accumulate=True)
         for problem in problems
         if isinstance(problem, WeightGradProblem)
     ]
-    if len(up.epilogue) > 1:  # thin products
-        weight = WeightFormat(up.x)
-        problems.append(replace(up, n=8, weight=weight, epilogue=(), out=DType.FP32))
-        for n, gathered in ((up.n, None), (layer.down.n, Side.RIGHT)):
-            problems.append(WeightGradProblem(up.x, DType.FP32, 8, n, experts, gathered))
-    return problems
+    return problems + added
 
 
 def _function(case: TrainingCase) -> str:
