@@ -254,11 +254,11 @@ def fp8_experts_forward(
 def _forward(
     library: Forward, self: Experts, hidden: Tensor, ids: Tensor, weights: Tensor
 ) -> Tensor:
-    trained = torch.is_grad_enabled() and _wants_gradient(self, hidden, weights)
     found = getattr(self, "_cutlass_moe", None)
     if not torch.compiler.is_compiling():
         found = _find_out(self)
     experts = weights_of(self)
+    trained = torch.is_grad_enabled() and _wants_gradient(experts, hidden, weights)
     quant: str | None = _DTYPES.get(experts["w13"].dtype)
     if quant and has_blocks(self):
         quant = FP8_BLOCK
@@ -276,7 +276,6 @@ def _forward(
         return library(self, hidden, ids, weights)
     if quant and torch.is_grad_enabled():
         experts = {name: tensor.detach() for name, tensor in experts.items()}
-    interleaved = is_interleaved(self)
     activation = found.activation if found else None
     if _has_norm(self):
         activation = None
@@ -285,7 +284,7 @@ def _forward(
         **{"topk_weights": weights, "topk_ids": ids, "quant": quant, **experts},
         # two products have kernels where a layer with a plain activation has
         **(activation or (GATED if self.has_gate else NOT_GATED)[0])._asdict(),
-        "interleaved": interleaved and activation is not None,
+        "interleaved": is_interleaved(self) and activation is not None,
     }
     reason = None if ours else _why_not(self, found, call)
     if trained and activation is None:
@@ -338,9 +337,8 @@ def _why_not(self: Experts, found: _Found | None, call: dict[str, Any]) -> str |
     return found.reasons[key]
 
 
-def _wants_gradient(self: Experts, hidden: Tensor, weights: Tensor) -> bool:
+def _wants_gradient(experts: dict[str, Tensor], hidden: Tensor, weights: Tensor) -> bool:
     """Whether a gradient may be asked for; 8-bit weights and their scales have none."""
-    experts = weights_of(self)
     trained = () if experts["w13"].dtype in _DTYPES else experts.values()
     return any(tensor.requires_grad for tensor in (hidden, weights, *trained))
 
