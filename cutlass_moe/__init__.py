@@ -1,5 +1,6 @@
 """Mixture-of-experts grouped GEMM for PyTorch: no token is copied, kernels come from a cache."""
 
+import cutlass_moe.ops.grouped_matmul_gradient  # noqa: F401  # registers it
 from cutlass_moe.layer.fused_moe import fused_moe, fused_moe_workspace_size
 from cutlass_moe.layer.pad import pad_experts
 from cutlass_moe.layer.reference import fused_moe_reference
@@ -26,6 +27,7 @@ from cutlass_moe.ops.quantize_groups import (
 )
 from cutlass_moe.ops.route import RoutingTable, renormalize_kept, route, route_reference
 from cutlass_moe.ops.router import route_logits, topk_router, topk_router_reference
+from cutlass_moe.ops.router_losses import load_balancing_loss, router_z_loss
 from cutlass_moe.ops.weight_grad import grouped_weight_grad, grouped_weight_grad_reference
 from cutlass_moe.warmup import warmup
 
@@ -49,6 +51,7 @@ __all__ = [
     "grouped_weight_grad_reference",
     "index_group_matmul",
     "index_group_matmul_workspace_size",
+    "load_balancing_loss",
     "pad_experts",
     "plan",
     "quantize_per_block",
@@ -61,6 +64,7 @@ __all__ = [
     "route",
     "route_logits",
     "route_reference",
+    "router_z_loss",
     "topk_router",
     "topk_router_reference",
     "warmup",

@@ -45,12 +45,17 @@ class MoeFeedForward(nn.Module):
     top_k, router_options (scoring, renormalize, num_groups, topk_groups, scale, threshold) and
       correction_bias: as in `topk_router`. capacity_factor: as in `route`.
     use_grouped_gemm: False always takes the padded path.
+    recompute: computes the up projection again in the backward, instead of keeping it.
+    accumulate_into_main_grad: the gradients of w1 and w2 are added to the tensors `w1.main_grad`
+      and `w2.main_grad`, of their shapes and float32, as in Megatron; see `grad_into` of
+      `fused_moe`. The padded path gives them to `grad`, as ever.
 
-    Kernels serve bfloat16, float16 and quantised layers (`quantize_`) on a GPU when no gradient is
-    wanted. Other calls take the padded path, after one warning unless use_grouped_gemm is False or
-    the module is training. It copies tokens to [E, longest, D] and runs the experts as batched
-    matrix products; the host waits for the device once. It takes any floating dtype and is
-    differentiable in the input and all parameters; quantised layers have no gradient.
+    Kernels serve bfloat16, float16 and quantised layers (`quantize_`) on a GPU, forward and
+    backward, and under autocast to these dtypes layers of any dtype. Where no gradient is wanted,
+    call under torch.no_grad(): the forward is then faster. Other calls take the padded path, after
+    one warning unless use_grouped_gemm is False. It copies tokens to [E, longest, D] and runs the
+    experts as batched matrix products; the host waits for the device once. It takes any floating
+    dtype and is differentiable in the input and all parameters; quantised layers have no gradient.
     """
 
     activations = NOT_GATED  # the first is the default
@@ -71,6 +76,8 @@ class MoeFeedForward(nn.Module):
         correction_bias: bool = False,
         router_bias: bool = False,
         capacity_factor: float | None = None,
+        recompute: bool = False,
+        accumulate_into_main_grad: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         **router_options: Any,
@@ -91,7 +98,8 @@ class MoeFeedForward(nn.Module):
         self.activation, self.top_k = activation, top_k
         self.num_shared_experts = num_shared_experts
         self.use_grouped_gemm = use_grouped_gemm
-        self.capacity_factor = capacity_factor
+        self.capacity_factor, self.recompute = capacity_factor, recompute
+        self.accumulate_into_main_grad = accumulate_into_main_grad
         self.quant: str | None = None  # what `quantize_` made of it
         self.router_options = router_options
         logits = torch.zeros(1, num_experts, device="cpu")
@@ -132,10 +140,8 @@ class MoeFeedForward(nn.Module):
         """
         self._check(hidden)
         x = hidden.reshape(-1, self.embed_dim)
-        differentiable = wants_gradient((x, *self.parameters()))
         logits = self.router(x.to(self.router.weight.dtype))  # may be wider than the experts
-        choose = topk_router_reference if differentiable else cm.topk_router
-        weights, ids = choose(
+        weights, ids = cm.topk_router(
             logits, self.top_k, correction_bias=self.correction_bias, **self.router_options
         )
         residual = None
@@ -143,11 +149,12 @@ class MoeFeedForward(nn.Module):
             every = x.expand(self.num_shared_experts, *x.shape)
             shared = self._experts("shared_")
             residual = feed_forward(every, None, shared, self.activation).sum(0)
-        if self.use_grouped_gemm and not (differentiable and self.training):
+        if self.use_grouped_gemm:
             call = self._fused(x, weights, ids, residual)
-            reason = self._why_no_kernel(call, differentiable)
+            reason = self._why_no_kernel(call)
             if reason is None:
-                return cm.fused_moe(**call).to(hidden.dtype).view(hidden.shape)
+                out = cm.fused_moe(**call, recompute=self.recompute, grad_into=self._main_grads())
+                return out.to(hidden.dtype).view(hidden.shape)
             announce_fallback(reason)
         out = self._padded(x, weights, ids, residual)
         return out.to(hidden.dtype).view(hidden.shape)
@@ -166,10 +173,8 @@ class MoeFeedForward(nn.Module):
                 f"hidden must be {self.w1.dtype} (the parameters' dtype), got {hidden.dtype}"
             )
 
-    def _why_no_kernel(self, call: dict[str, Any], differentiable: bool) -> str | None:
+    def _why_no_kernel(self, call: dict[str, Any]) -> str | None:
         """Why no kernel serves this call of `fused_moe`, or None."""
-        if differentiable:
-            return "kernels have no gradient and one may be asked for: call under torch.no_grad()"
         x: Tensor = call["hidden"]
         return cm.why_not(**call) if x.is_cuda else f"tensors must be on a GPU, got {x.device}"
 
@@ -177,16 +182,38 @@ class MoeFeedForward(nn.Module):
         self, x: Tensor, weights: Tensor, ids: Tensor, residual: Tensor | None
     ) -> dict[str, Any]:
         """The call of `fused_moe` that is this layer."""
+        experts, device = self._experts(), x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x = x.to(dtype)
+            if self.quant is None:
+                w13, w2 = experts.w13.to(dtype), experts.w2.to(dtype)
+                experts = experts._replace(w13=w13, w2=w2)
         return {
             "hidden": x.contiguous(),
             "topk_weights": weights,
             "topk_ids": ids,
-            **self._experts()._asdict(),
+            **experts._asdict(),
             "quant": self.quant,
             "activation": self.activation,
             "capacity_factor": self.capacity_factor,
-            "residual": residual,
+            "residual": None if residual is None else residual.to(x.dtype),
         }
+
+    def _main_grads(self) -> tuple[Tensor | None, Tensor | None] | None:
+        """Where the gradients of the weights are added, in the layout of `_experts`."""
+        if not self.accumulate_into_main_grad or self.quant:
+            return None
+        found: list[Tensor | None] = []
+        for name in ("w1", "w2"):
+            parameter = getattr(self, name)
+            main = getattr(parameter, "main_grad", None) if parameter.requires_grad else None
+            if parameter.requires_grad and not isinstance(main, Tensor):
+                raise ValueError(
+                    f"{name}.main_grad must be a tensor with accumulate_into_main_grad, got {main}"
+                )
+            found.append(None if main is None else main.transpose(1, 2))
+        return found[0], found[1]
 
     def _padded(self, x: Tensor, weights: Tensor, ids: Tensor, residual: Tensor | None) -> Tensor:
         table = cm.route(ids, self.num_experts, capacity_factor=self.capacity_factor)

@@ -275,6 +275,16 @@ class LayerOptions(NamedTuple):
         return self.out_dtype or torch.bfloat16
 
 
+LAYER_SCHEMA = (  # of LayerOperands and LayerOptions, in the schemas of ops
+    "Tensor hidden, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, "
+    "Tensor? w13_scale, Tensor? w2_scale, Tensor? w13_bias, Tensor? w2_bias, Tensor? expert_map, "
+    "Tensor? residual, Tensor? hidden_scale, Tensor? active_scale, Tensor? overflow, "
+    "str? quant, str activation, bool interleaved, float? capacity_factor, str? accumulation, "
+    "bool pdl, float? limit, float? alpha, float? beta, ScalarType? out_dtype, int? max_rows, "
+    "str reduce, bool weight_on_input, bool batch_invariant"
+)
+
+
 def split_layer(
     hidden: Tensor,
     w13: Tensor,

@@ -38,7 +38,7 @@ def warmup(
     dtype: of a model's weights: "fp8", "fp8_block" (scales that vary along K), "int8" or "bf16";
       default what the file's quantization_config asks for, else "fp8". What a model does and the
       kernels do not is a RuntimeWarning.
-    training: of a model with bf16 weights, their gradients too.
+    training: of a model with bf16 weights, what training launches too.
 
     Raises ValueError for an unknown model, file or dtype, and for training with another dtype than
     bf16, and what `runtime.library.load` raises.

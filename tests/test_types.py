@@ -40,6 +40,7 @@ RIGHT: dict[str, tuple[str, ...]] = {
     "nn.Module": (),
     "Problem": (),
     "Iterable[Problem]": ("[]",),
+    "GradInto": (),
     "None": ("None",),
 }
 
@@ -85,6 +86,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "grouped_weight_grad_reference": (cm.grouped_weight_grad_reference, SUMMED),
     "index_group_matmul": (cm.index_group_matmul, LISTS),
     "index_group_matmul_workspace_size": (cm.index_group_matmul_workspace_size, LISTS),
+    "load_balancing_loss": (cm.load_balancing_loss, {"logits": X, "topk_ids": IDS}),
     "pad_experts": (cm.pad_experts, {"w13": LAYER["w13"], "w2": LAYER["w2"]}),
     "plan": (cm.plan, PRODUCT),
     "quantize_per_channel": (cm.quantize_per_channel, {"weight": W2, "dtype": torch.int8}),
@@ -100,6 +102,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "route": (cm.route, ROUTED),
     "route_logits": (cm.route_logits, CHOSEN),
     "route_reference": (cm.route_reference, ROUTED),
+    "router_z_loss": (cm.router_z_loss, {"logits": X}),
     "topk_router": (cm.topk_router, CHOSEN),
     "topk_router_reference": (cm.topk_router_reference, CHOSEN),
     "warmup": (cm.warmup, {"model_or_problems": []}),

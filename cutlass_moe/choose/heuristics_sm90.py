@@ -22,7 +22,10 @@ from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.layer_steps import (
     MAX_ROW,
+    ActivateBackwardProblem,
+    ActivateProblem,
     CombineProblem,
+    GatherSumProblem,
     QuantizeGroupsProblem,
     QuantizeProblem,
     RouteLogitsProblem,
@@ -167,6 +170,9 @@ _THREADS: dict[str, Callable[[Any, bool], int]] = {
     QuantizeProblem.op: lambda p, few: next(t for k, t in _ROW_THREADS if p.k <= k),
     QuantizeGroupsProblem.op: lambda p, few: 128,
     CombineProblem.op: lambda p, few: 128,
+    GatherSumProblem.op: lambda p, few: 128,
+    ActivateProblem.op: lambda p, few: 128,
+    ActivateBackwardProblem.op: lambda p, few: 128,
 }
 
 

@@ -33,7 +33,7 @@ dtypes_option = click.option(
 )
 
 training_option = click.option(
-    "--training", is_flag=True, help="Also the gradients of weights, which must be bf16."
+    "--training", is_flag=True, help="Also what training launches, of bf16 weights."
 )
 
 IMAGE_COLUMNS = ("problem", "config", "registers", "spills", "smem")
@@ -96,7 +96,7 @@ def find_layers(
 def posed(
     layers: Sequence[Layer], dtypes: Sequence[str] = (), training: bool = False
 ) -> list[Posed]:
-    """dtypes: of all layers, or empty: of each its own. training: gradients of weights too.
+    """dtypes: of all layers, or empty: of each its own. training: what training launches too.
 
     Raises click.UsageError for training with another dtype than bf16.
     """

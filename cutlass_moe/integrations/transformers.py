@@ -6,7 +6,7 @@ takes one of three ways, module by module and once for all calls of the same kin
   fused_moe       bfloat16, float16 or quantised experts whose gate is one that kernels have
   two products    the same with another gate or a norm after the experts: the module's own gate
                   runs between two grouped products
-  transformers'   where no kernel serves a call, and where a gradient is wanted: its `grouped_mm`
+  transformers'   where no kernel serves a call, and where a gradient is wanted of any but the first
 
 README.md in this folder says how to see which one was taken.
 """
@@ -65,7 +65,7 @@ SUMS_QUANTIZED = Version("5.24")  # the first seen to sum over ranks whatever th
 _LAYER = re.compile(r"\.(\d+)\.")
 _OF_EXPERTS = re.compile(r"(^|\.)experts\.")
 _SCALES = ("_scale", "_scale_inv")  # what follows the name of a weight
-_NO_GRADIENT = "kernels have no gradient and one may be asked for: call under torch.no_grad()"
+_NO_GRADIENT = "kernels have no gradient {} and one may be asked for: call under torch.no_grad()"
 _logger = logging.getLogger("cutlass_moe")
 
 Forward = Callable[..., Tensor]
@@ -254,15 +254,11 @@ def fp8_experts_forward(
 def _forward(
     library: Forward, self: Experts, hidden: Tensor, ids: Tensor, weights: Tensor
 ) -> Tensor:
-    if torch.is_grad_enabled() and _wants_gradient(self, hidden, weights):
-        if quant_of(self):
-            raise RuntimeError(f"experts are quantised to {quant_of(self)}; {_NO_GRADIENT}")
-        _announce(self, _NO_GRADIENT, strict=not self.training)
-        return library(self, hidden, ids, weights)
     found = getattr(self, "_cutlass_moe", None)
     if not torch.compiler.is_compiling():
         found = _find_out(self)
     experts = weights_of(self)
+    trained = torch.is_grad_enabled() and _wants_gradient(experts, hidden, weights)
     quant: str | None = _DTYPES.get(experts["w13"].dtype)
     if quant and has_blocks(self):
         quant = FP8_BLOCK
@@ -272,9 +268,14 @@ def _forward(
             f"experts must have the {ours} weights that quantize_ gave them, got "
             f"{experts['w13'].dtype}: cast a model before it is quantised, not after"
         )
+    if trained and quant:
+        lost = _NO_GRADIENT.format("through 8-bit experts")
+        if ours:
+            raise RuntimeError(f"experts are quantised to {ours}; {lost}")
+        _announce(self, lost, strict=not self.training)
+        return library(self, hidden, ids, weights)
     if quant and torch.is_grad_enabled():
         experts = {name: tensor.detach() for name, tensor in experts.items()}
-    interleaved = is_interleaved(self)
     activation = found.activation if found else None
     if _has_norm(self):
         activation = None
@@ -283,11 +284,13 @@ def _forward(
         **{"topk_weights": weights, "topk_ids": ids, "quant": quant, **experts},
         # two products have kernels where a layer with a plain activation has
         **(activation or (GATED if self.has_gate else NOT_GATED)[0])._asdict(),
-        "interleaved": interleaved and activation is not None,
+        "interleaved": is_interleaved(self) and activation is not None,
     }
     reason = None if ours else _why_not(self, found, call)
+    if trained and activation is None:
+        reason = reason or _NO_GRADIENT.format("beside a gate or norm of the model's own")
     if reason is not None:
-        _announce(self, reason)
+        _announce(self, reason, strict=not (trained and self.training))
         return library(self, hidden, ids, weights)
     out = cm.fused_moe(**call) if activation else _two_products(self, call)
     return out.to(hidden.dtype)
@@ -328,15 +331,14 @@ def _why_not(self: Experts, found: _Found | None, call: dict[str, Any]) -> str |
         return cm.why_not(**call)
     x, w13, weights, ids = (call[name] for name in ("hidden", "w13", "topk_weights", "topk_ids"))
     key: tuple[Any, ...] = (x.dtype, x.device, w13.dtype, w13.shape, w13.stride())
-    key += (weights.dtype, ids.dtype, ids.shape[1])
+    key += (weights.dtype, ids.dtype, ids.shape[1], torch.is_grad_enabled())
     if key not in found.reasons:
         found.reasons[key] = cm.why_not(**call)
     return found.reasons[key]
 
 
-def _wants_gradient(self: Experts, hidden: Tensor, weights: Tensor) -> bool:
+def _wants_gradient(experts: dict[str, Tensor], hidden: Tensor, weights: Tensor) -> bool:
     """Whether a gradient may be asked for; 8-bit weights and their scales have none."""
-    experts = weights_of(self)
     trained = () if experts["w13"].dtype in _DTYPES else experts.values()
     return any(tensor.requires_grad for tensor in (hidden, weights, *trained))
 

@@ -48,7 +48,7 @@ from emitters.spec.layer_steps import CombineProblem, QuantizeGroupsProblem
 # Up to this many rows per expert, programmatic dependent launch saves 2 to 30% of a layer's time.
 # Above it arithmetic limits the GEMMs, and they take up to a third longer with it (perf/README.md).
 _PDL_ROWS = 32
-_INVARIANT_ROWS = 64  # per expert: what a batch-invariant layer's configs are chosen for
+INVARIANT_ROWS = 64  # per expert: what a batch-invariant layer's configs are chosen for
 
 
 class Link:
@@ -332,7 +332,7 @@ class _LinkMaker:
             self.options.rows(self.layer.topk_ids.numel()),
             getattr(self.layer, weight).stride(),
             Options(
-                expected_rows=_INVARIANT_ROWS if self.options.batch_invariant else self.per_expert,
+                expected_rows=INVARIANT_ROWS if self.options.batch_invariant else self.per_expert,
                 interleaved=interleaved,
                 activation=str(self.options.function) if problem.activation else None,
                 **(numbers._asdict() if numbers and problem.activation else {}),

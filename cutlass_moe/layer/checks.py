@@ -185,6 +185,22 @@ def _check_options(layer: LayerOperands, options: LayerOptions) -> None:
             raise ValueError("overflow needs max_rows, got max_rows None")
 
 
+def why_no_gradient(layer: LayerOperands, options: LayerOptions) -> str | None:
+    """Why `fused_moe` has no gradient for these arguments, in words, or None if it has one."""
+    refused = (
+        ("quant", options.quant, None),
+        ("reduce", options.reduce, "sum"),
+        ("overflow", None if layer.overflow is None else "a tensor", None),
+    )
+    for name, given, needed in refused:
+        if given != needed:
+            return (
+                f"fused_moe has no gradient with {name} and an argument requires one: {name} must "
+                f"be {needed!r}, got {given!r}; or call under torch.no_grad()"
+            )
+    return None
+
+
 def layer_addresses(layer: LayerOperands, out: Tensor) -> dict[str, int]:
     """The addresses of a layer's tensors, by name; 0 for an optional tensor that is None.
 

@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.layer.accept import conversions, convert, widened
+from cutlass_moe.layer.backward import GradInto
 from cutlass_moe.layer.chain import LayerWorkspace, find_chain
 from cutlass_moe.layer.checks import check_layer
-from cutlass_moe.layer.why_not import NO_GRADIENT
-from cutlass_moe.operands import LayerArguments, LayerOperands, LayerOptions, split_layer
+from cutlass_moe.layer.training import check_into, differentiable_layer
+from cutlass_moe.operands import (
+    LAYER_SCHEMA,
+    LayerArguments,
+    LayerOperands,
+    LayerOptions,
+    split_layer,
+)
 from cutlass_moe.ops._checks import expect
 from cutlass_moe.ops._define import define
 from cutlass_moe.ops._types import check_types, typed
@@ -19,6 +26,11 @@ from cutlass_moe.ops.grouped_matmul import is_plain_eager, wants_gradient
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+_NOT_INTO = (
+    "fused_moe has no gradient into out or workspace and an argument requires one: leave them out, "
+    "or call under torch.no_grad()"
+)
 
 
 def fused_moe(
@@ -53,6 +65,8 @@ def fused_moe(
     out: Tensor | None = None,
     workspace: Tensor | None = None,
     pdl: bool = True,
+    recompute: bool = False,
+    grad_into: GradInto | None = None,
 ) -> Tensor:
     """Computes a whole mixture-of-experts layer from each token's experts and weights.
 
@@ -100,6 +114,19 @@ def fused_moe(
       the same time need one each. With out and workspace, a call allocates nothing.
     pdl: lets kernels start before their predecessors end (programmatic dependent launch).
 
+    Gradients: without quant, of hidden, w13, w2, topk_weights, the biases and residual, once, by
+    kernels, under torch.compile and activation checkpointing too. Kept for them are hidden, the
+    up projection before its activation [rows, 2I or I], and the routing table; nothing of rows x H.
+    The activation then reads that projection as it was rounded to hidden's dtype. Weights that need
+    no gradient cost no product. The gradient of a pair that was dropped is 0. Calls that want a
+    gradient take no out, workspace and overflow, and reduce="sum" only.
+    recompute: keeps hidden and the table alone, and computes the up projection again.
+    grad_into: a tuple of two tensors of the shapes of w13 and w2, float32 or of their dtype, one of
+      which may be None: the gradients of the weights are added to these, and `w13.grad` and
+      `w2.grad` stay as they are. Where a weight, or the tensor that it is a view of, has an
+      attribute `grad_added_to_main_grad`, Megatron's convention holds: it is set to True, and
+      autograd gets a gradient without meaning, for its hooks. Not under torch.compile.
+
     Read in place: hidden with a row stride that is a multiple of 16 bytes, and topk_weights with
     any row stride. Every other layout or dtype that is not the first named is converted by a launch
     of its own in every call: scales and maps that are constant should be converted once, at load.
@@ -109,8 +136,7 @@ def fused_moe(
     Returns out. CPU tensors, and problems without a kernel, take `fused_moe_reference`; `why_not`
     says which these are, and `pad_experts` mends those whose I or H makes no rows of 16 bytes.
     Raises TypeError or ValueError that says what must be and what came, and RuntimeError where a
-    gradient would be lost: this function is not differentiable, the modules of `cutlass_moe.nn`
-    are.
+    gradient would be lost.
     """
     layer = LayerOperands(
         hidden, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, w13_bias, w2_bias,
@@ -121,8 +147,13 @@ def fused_moe(
         out_dtype, max_rows, reduce, weight_on_input, batch_invariant,
     )  # fmt: skip
     try:
-        if wants_gradient(layer):
-            raise RuntimeError(NO_GRADIENT)
+        if type(recompute) is not bool:
+            check_types(fused_moe, locals())
+        into = (None, None) if grad_into is None else check_into(layer, grad_into)
+        if wants_gradient((*layer, out, workspace)):
+            if out is not None or workspace is not None:
+                raise RuntimeError(_NOT_INTO)
+            return differentiable_layer(layer, options, recompute, into)
         out = _empty(layer, options) if out is None else out
         written = out.view(-1, *out.shape[(-1 if reduce == "sum" else -2) :])
         if is_plain_eager(hidden, w13):
@@ -212,13 +243,8 @@ def _check_narrow(out: Tensor, layer: LayerOperands, options: LayerOptions) -> N
 
 
 _fused_moe_out_op = define(
-    "fused_moe_out(Tensor(a!) out, Tensor(b!)? workspace, Tensor hidden, Tensor w13, Tensor w2, "
-    "Tensor topk_weights, Tensor topk_ids, Tensor? w13_scale, Tensor? w2_scale, Tensor? w13_bias, "
-    "Tensor? w2_bias, Tensor? expert_map, Tensor? residual, Tensor? hidden_scale, "
-    "Tensor? active_scale, Tensor(c!)? overflow, str? quant, str activation, bool interleaved, "
-    "float? capacity_factor, str? accumulation, bool pdl, float? limit, float? alpha, float? beta, "
-    "ScalarType? out_dtype, int? max_rows, str reduce, bool weight_on_input, bool batch_invariant"
-    ") -> ()",
+    "fused_moe_out(Tensor(a!) out, Tensor(b!)? workspace, "
+    f"{LAYER_SCHEMA.replace('Tensor? overflow', 'Tensor(c!)? overflow')}) -> ()",
     _fused_moe_out_impl,
     _fused_moe_out_fake,
 )

@@ -17,14 +17,18 @@ from emitters.spec.gemm import (
     make_epilogue,
 )
 from emitters.spec.layer_steps import (
+    ActivateBackwardProblem,
+    ActivateProblem,
     CombineProblem,
     QuantizeGroupsProblem,
     QuantizeProblem,
     RouteProblem,
 )
-from emitters.spec.registry import why_illegal
+from emitters.spec.registry import Problem, why_illegal
+from emitters.spec.weight_grad import Side, WeightGradProblem
 
 Quantize = QuantizeProblem | QuantizeGroupsProblem
+_THIN = 8  # the least columns of a product: 16 bytes
 
 
 class LayerProblems(NamedTuple):
@@ -57,6 +61,53 @@ class LayerProblems(NamedTuple):
             down=replace(self.down, n=hidden, k=inter),
             combine=replace(self.combine, n=hidden),
         )
+
+
+def training_problems(layer: LayerProblems, interleaved: bool = False) -> dict[str, Problem]:
+    """The problems of a layer's forward and backward in training, by what they compute.
+
+    layer: the problems of the same layer without training, not quantised. interleaved: as in
+    `fused_moe`. The up projection is stored before its activation, which is a kernel of its own.
+    """
+    up, down, combine, node = layer.up, layer.down, layer.combine, layer.up.activation
+    assert node is not None
+    rows = ActivateProblem(node.function, up.x, down.k, interleaved)
+    found: dict[str, Problem] = {
+        "route": layer.route,
+        "up stored": replace(up, epilogue=up.epilogue[:-1]),
+        "activate": rows,
+        "down": down,
+        "combine": replace(combine, out=combine.rows),
+        "gradient of active": replace(_transposed(down), gather=True),
+        "activate backward": ActivateBackwardProblem(**vars(rows)),
+        "gradient of rows": replace(_transposed(up), gather=False, out=down.out),
+        "gradient of hidden": replace(combine, out=combine.rows, n=up.k, weights=DType.FP32),
+        "gradient of w13": _weight_grad(up, Side.RIGHT),
+        "gradient of w2": _weight_grad(down, Side.LEFT),
+    }
+    if down.epilogue:  # sums over rows are products with thin rows
+        sums = WeightGradProblem(up.x, DType.FP32, _THIN, up.n, up.num_experts)
+        found["gradient of w13_bias"] = sums
+        found["gradient of w2_bias"] = replace(sums, n=down.n, gathered=Side.RIGHT)
+        thin = replace(down, n=_THIN, k=down.n, gather=True, epilogue=(), out=DType.FP32)
+        found["w2_bias by weights"] = replace(thin, weight=WeightFormat(up.x))
+    return found
+
+
+def _transposed(problem: GemmProblem) -> GemmProblem:
+    """The product with the transposed weights, which are read where they lie, to x's dtype."""
+    major = Major.K if problem.weight.major is Major.N else Major.N
+    weight = replace(problem.weight, major=major)
+    return replace(problem, n=problem.k, k=problem.n, weight=weight, epilogue=(), out=problem.x)
+
+
+def _weight_grad(product: GemmProblem, gathered: Side) -> WeightGradProblem:
+    """The gradient of a product's weights [E, N, K]. gathered: the side, where K is dense."""
+    n, k = product.n, product.k
+    if product.weight.major is Major.N:
+        n, k = k, n
+        gathered = Side.LEFT if gathered is Side.RIGHT else Side.RIGHT
+    return WeightGradProblem(product.x, product.x, n, k, product.num_experts, gathered)
 
 
 def quantize_rows(problem: Quantize, k: int) -> Quantize:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.layer.accept import conversions, convert, widened
-from cutlass_moe.layer.checks import check_layer, problems_of
-from cutlass_moe.layer.steps import LayerProblems
+from cutlass_moe.layer.checks import check_layer, problems_of, why_no_gradient
+from cutlass_moe.layer.steps import LayerProblems, training_problems
 from cutlass_moe.operands import (
     LayerArguments,
     LayerOperands,
@@ -29,14 +29,11 @@ from cutlass_moe.ops.reasons import why_no_product
 from cutlass_moe.runtime import library
 from cutlass_moe.runtime.signatures import Signatures, signature
 from emitters.spec.arch import DEFAULT_ARCH
+from emitters.spec.registry import why_illegal
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-NO_GRADIENT = (
-    "fused_moe has no gradient and an argument requires one: use a module of cutlass_moe.nn, or "
-    "call under torch.no_grad()"
-)
 _PRODUCT, _LAYER = ("x", "weight"), LayerOperands._fields[:5]
 _reasons: Signatures[tuple[str | None]] = Signatures()
 
@@ -134,12 +131,19 @@ def _check_types(given: Any, options: Any) -> None:
 
 
 def _why_no_layer(layer: LayerOperands, options: LayerOptions, arch: str) -> str | None:
-    if wants_gradient(layer):
-        return NO_GRADIENT
+    trained = wants_gradient(layer)
+    reason = why_no_gradient(layer, options) if trained else None
+    if reason is not None:
+        return reason
     layer = widened(layer)
     layer = convert(layer, conversions(layer, options))
     check_layer(layer, options)
-    return why_no_layer(problems_of(layer, options), arch)
+    problems = problems_of(layer, options)
+    reason = why_no_layer(problems, arch)
+    if reason is None and trained:
+        needed = training_problems(problems, options.interleaved).values()
+        reason = next(filter(None, (why_illegal(problem, arch=arch) for problem in needed)), None)
+    return reason
 
 
 def _why_no_product(operands: Operands, options: Options, arch: str) -> str | None:

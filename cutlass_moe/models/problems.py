@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cutlass_moe.layer.steps import LayerProblems, LayerSizes, Projection, layer_problems
+from cutlass_moe.layer.steps import (
+    LayerProblems,
+    LayerSizes,
+    Projection,
+    layer_problems,
+    training_problems,
+)
 from cutlass_moe.models.shapes import DTYPES, MoeShape
 from cutlass_moe.operands import FP8_BLOCK
 from cutlass_moe.ops.block_scales import BLOCKS
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import ActivationFunction, GemmProblem, Granularity, block_count
+from emitters.spec.gemm import (
+    ActivationFunction,
+    GemmProblem,
+    Granularity,
+    Major,
+    block_count,
+)
 from emitters.spec.layer_steps import (
     MAX_FUSED_EXPERTS,
     RouteLogitsProblem,
@@ -104,7 +116,8 @@ def model_problems(shape: MoeShape, dtype: str, training: bool = False) -> dict[
     bf16, by `combine` with bf16 or float32 weights, `route`, and by `topk_router` and
     `route_logits` of bf16 or float32 logits, with the model's scoring and groups. What only an
     activation or a scoring that no kernel has would launch is left out. dtype as in
-    `problems_of_shape`. training: `weight_grad_problems` too."""
+    `problems_of_shape`. training: what `fused_moe` launches for gradients too, of weights with K
+    dense and, as the modules of `cutlass_moe.nn` have them, with N dense."""
     layer = problems_of_shape(_with_activation(shape), dtype)
     found: dict[str, Problem] = {**gemm_problems(shape, dtype)}
     for weights in (layer.combine.out, DType.FP32):
@@ -123,7 +136,21 @@ def model_problems(shape: MoeShape, dtype: str, training: bool = False) -> dict[
         found["quantize inter"] = layer.quantize_active
     if training:
         found |= weight_grad_problems(shape, dtype)
+        for major in Major:
+            for name, problem in _trained(layer, major).items():
+                if problem not in found.values():
+                    found[f"training, {major} dense: {name}"] = problem
     return found
+
+
+def _trained(layer: LayerProblems, major: Major) -> dict[str, Problem]:
+    """The problems of a layer's forward and backward, for weights with this dimension dense."""
+    up, down = (
+        replace(product, weight=replace(product.weight, major=major))
+        for product in (layer.up, layer.down)
+    )
+    combine = replace(layer.combine, weights=DType.FP32)
+    return training_problems(layer._replace(up=up, down=down, combine=combine))
 
 
 def _with_activation(shape: MoeShape) -> MoeShape:

@@ -11,20 +11,17 @@ from torch.nn import Parameter
 from cutlass_moe.operands import Operands, Options, ProductArguments, split_product
 from cutlass_moe.ops._checks import check, check_out, product_shape
 from cutlass_moe.ops._copies import aligned, readable, refuse_other_devices, writable
-from cutlass_moe.ops._define import define, define_gradient
+from cutlass_moe.ops._define import define
 from cutlass_moe.ops._types import check_types, typed
 from cutlass_moe.ops.dispatch import enqueue, find_call, pose
-from cutlass_moe.ops.grouped_matmul_reference import (
-    fill_product,
-    grouped_matmul_backward,
-)
+from cutlass_moe.ops.grouped_matmul_reference import fill_product
 from cutlass_moe.runtime.parameters import MisalignedAddress
 from emitters.spec.gemm import GemmProblem
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_COUNT = len(Operands._fields)
+COUNT = len(Operands._fields)
 
 
 def grouped_matmul(
@@ -103,8 +100,10 @@ def grouped_matmul(
 
     All tensors are on one device. Returns [rows, N] or [rows, I]; rows past offsets[-1] are
     undefined. Raises ValueError or TypeError that says what must be and what came. bfloat16 and
-    float16 products are differentiable once, in x, weight, scales and bias: the gradients are
-    computed by plain PyTorch, expert by expert, and read offsets back to the host.
+    float16 products are differentiable once, in x, weight, scales and bias. Without scales and
+    activation kernels compute the gradients, in x's dtype and in a fixed order, whatever tokens the
+    index names how often, and the host waits for nothing; else plain PyTorch does, expert by
+    expert, and reads offsets back to the host.
     """
     operands = Operands(x, weight, index, offsets, per_token_scale, scale, bias, starts)
     options = Options(
@@ -229,100 +228,40 @@ def _without_kernel(out: Tensor, operands: Operands, options: Options) -> None:
 
 
 def _grouped_matmul_impl(*arguments: Any) -> Tensor:
-    return _product(*_split(arguments))
+    return _product(*split(arguments))
 
 
 def _grouped_matmul_out_impl(out: Tensor, *arguments: Any) -> None:
-    _product_into(out, *_split(arguments))
+    _product_into(out, *split(arguments))
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[Operands, Options]:
-    return Operands(*arguments[:_COUNT]), Options(*arguments[_COUNT:])
+def split(arguments: tuple[Any, ...]) -> tuple[Operands, Options]:
+    return Operands(*arguments[:COUNT]), Options(*arguments[COUNT:])
 
 
-# Fakes and gradients.
+# Fakes; gradients are in grouped_matmul_gradient.py.
 
 
 def _grouped_matmul_fake(*arguments: Any) -> Tensor:
-    operands, options = _split(arguments)
+    operands, options = split(arguments)
     operands = readable(operands)
     dtype = check(operands, options)
     return operands.x.new_empty(product_shape(operands, options), dtype=dtype)
 
 
 def _grouped_matmul_out_fake(out: Tensor, *arguments: Any) -> None:
-    operands, options = _split(arguments)
+    operands, options = split(arguments)
     operands = readable(operands)
     dtype = check(operands, options._replace(out_dtype=options.out_dtype or out.dtype))
     check_out(out, operands, options, dtype)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    operands, options = _split(inputs)
-    if operands.x.dtype.itemsize == 1:
-        raise RuntimeError(
-            f"grouped_matmul has no gradient through {operands.x.dtype} operands and an argument "
-            "requires one: use bfloat16 or float16, or call under torch.no_grad()"
-        )
-    ctx.save_for_backward(*operands)
-    ctx.activation = (
-        options.activation, options.interleaved, options.limit, options.alpha, options.beta
-    )  # fmt: skip
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    given = Operands(*ctx.saved_tensors)
-    x, weight, _, _, per_token_scale, scale, bias, _ = ctx.needs_input_grad[:_COUNT]
-    needs = [x, weight, per_token_scale, scale, bias]
-    computed = iter(_backward_op(grad.contiguous(), *readable(given), *ctx.activation, needs))
-    inputs = (given.x, given.weight, given.per_token_scale, given.scale, given.bias)
-    gradients = [
-        _as_given(next(computed), tensor) if need else None
-        for need, tensor in zip(needs, inputs, strict=True)
-    ]
-    return (*gradients[:2], None, None, *gradients[2:], None, *(None for _ in Options._fields))
-
-
-def _as_given(gradient: Tensor, given: Tensor | None) -> Tensor:
-    """The gradient of a tensor as it was given, from that of the copy that was read."""
-    assert given is not None
-    if gradient.shape != given.shape:
-        one = given.numel() == 1 and gradient.numel() != 1  # it stood for all
-        gradient = (gradient.sum() if one else gradient).reshape(given.shape)
-    return gradient.to(given.dtype)
-
-
-def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("grouped_matmul is differentiable once, got a gradient of its gradient")
-
-
-def _split_backward(arguments: tuple[Any, ...]) -> tuple[Operands, tuple[Any, ...]]:
-    return Operands(*arguments[:_COUNT]), arguments[_COUNT:]
-
-
-def _backward_impl(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    """The gradients of those of (x, weight, per_token_scale, scale, bias) that `needs` marks."""
-    operands, (activation, interleaved, limit, alpha, beta, needs) = _split_backward(arguments)
-    options = Options(
-        activation=activation, interleaved=interleaved, limit=limit, alpha=alpha, beta=beta
-    )
-    gradients = grouped_matmul_backward(grad, operands, options, tuple(needs))
-    return [gradient for gradient in gradients if gradient is not None]
-
-
-def _backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    operands, (*_, needs) = _split_backward(arguments)
-    x, weight, _, _, per_token_scale, scale, bias, _ = operands
-    inputs = zip((x, weight, per_token_scale, scale, bias), needs, strict=True)
-    return [torch.empty_like(tensor) for tensor, need in inputs if need and tensor is not None]
-
-
-_TENSORS = (
+TENSORS = (
     "Tensor x, Tensor weight, Tensor? index, Tensor offsets, Tensor? per_token_scale, "
     "Tensor? scale, Tensor? bias, Tensor? starts"
 )
 _INPUTS = (
-    f"{_TENSORS}, ScalarType? out_dtype, str? accumulation, SymInt? expected_rows, int? num_sms, "
+    f"{TENSORS}, ScalarType? out_dtype, str? accumulation, SymInt? expected_rows, int? num_sms, "
     "str? schedule, str? activation, bool interleaved, float? limit=None, float? alpha=None, "
     "float? beta=None"
 )
@@ -334,11 +273,3 @@ _grouped_matmul_out_op = define(
     _grouped_matmul_out_impl,
     _grouped_matmul_out_fake,
 )
-_backward_op = define(
-    f"grouped_matmul_backward(Tensor grad, {_TENSORS}, str? activation, bool interleaved, "
-    "float? limit, float? alpha, float? beta, bool[] needs) -> Tensor[]",
-    _backward_impl,
-    _backward_fake,
-)
-define_gradient("grouped_matmul", _gradients, _save_for_backward)
-define_gradient("grouped_matmul_backward", _no_second_gradient)

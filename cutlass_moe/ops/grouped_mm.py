@@ -1,4 +1,4 @@
-"""grouped_mm: torch's function of that name, with kernels for tokens times experts' weights."""
+"""grouped_mm: torch's function of that name, with kernels for the two forms that experts need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from cutlass_moe.operands import FLOATS
 from cutlass_moe.ops._types import check_types, typed
-from cutlass_moe.ops.grouped_matmul import grouped_matmul, wants_gradient
+from cutlass_moe.ops.grouped_matmul import grouped_matmul, grouped_matmul_out
 from cutlass_moe.ops.weight_grad import grouped_weight_grad
 from cutlass_moe.runtime import library
 from emitters.spec.arch import DEFAULT_ARCH
@@ -30,7 +30,7 @@ def grouped_mm(
 
       mat_a       mat_b       offs cuts              result      made by
       [M, K]      [E, K, N]   M                      [M, N]      `grouped_matmul`
-      [M, K]      [K, N]      K of both              [E, M, N]   torch
+      [M, K]      [K, N]      K of both              [E, M, N]   `grouped_weight_grad`
       [E, M, K]   [K, N]      N                      [M, N]      torch
       [E, M, K]   [E, K, N]   nothing, it is None    [E, M, N]   torch
 
@@ -39,21 +39,21 @@ def grouped_mm(
     mat_a, mat_b: as torch takes them. One of the last two dimensions has stride 1, and all other
       strides are multiples of 16 bytes; `w.transpose(1, 2)` of a contiguous w [E, N, K] will do.
     bias: must be None, as in torch. out_dtype: default mat_a's; in the first form bfloat16,
-      float16 or float32, in the others what torch takes.
+      float16 or float32, in the second mat_a's or float32, in the others what torch takes.
 
-    Kernels serve the first form in bfloat16 and float16 on an SM90 GPU; CPU tensors of these dtypes
-    take the reference of `grouped_matmul`. Other dtypes, and other GPUs, are torch's. Of the
-    gradients, that of mat_a is a product of the first form, and that of mat_b comes from
-    `grouped_weight_grad`.
+    Kernels serve the first two forms in bfloat16 and float16 on an SM90 GPU; CPU tensors of these
+    dtypes take the references of both ops. Other dtypes, and other GPUs, are torch's. Each form's
+    gradients are products of both, any number of times; gradients of what offs leaves out are 0.
 
     Raises ValueError or TypeError that says what must be and what came, and what torch raises for
     the forms that it computes.
     """
     try:
-        if not (mat_a.dim() == 2 and mat_b.dim() == 3 and _has_kernel(mat_a)):
+        if not (mat_a.dim() == 2 and mat_b.dim() in (2, 3) and _has_kernel(mat_a)):
             return _torch_grouped_mm(mat_a, mat_b, offs, bias, out_dtype)
         _check(mat_a, mat_b, offs, bias, out_dtype)
-        return _TokensTimesWeights.apply(mat_a, mat_b, offs, out_dtype)
+        form = _TokensTimesWeights if mat_b.dim() == 3 else _SumOverRows
+        return form.apply(mat_a, mat_b, offs, out_dtype)
     except Exception:
         check_types(grouped_mm, locals())
         raise
@@ -100,19 +100,44 @@ class _TokensTimesWeights(torch.autograd.Function):
         mat_a, mat_b, offs = ctx.saved_tensors
         grad = grad.to(mat_a.dtype).contiguous()
         needs_a, needs_b = ctx.needs_input_grad[:2]
-        grad_a = grouped_mm(grad, mat_b.transpose(1, 2), offs) if needs_a else None
+        grad_a = _rows_times(grad, mat_b.transpose(1, 2), offs) if needs_a else None
         grad_b = None
         if needs_b and mat_b.stride(1) == 1:  # the transpose of weights: so is their gradient
-            grad_b = _weight_grad(grad, mat_a, offs).transpose(1, 2)
+            grad_b = _SumOverRows.apply(grad.T, mat_a, offs, None).transpose(1, 2)
         elif needs_b:
-            grad_b = _weight_grad(mat_a, grad, offs)
+            grad_b = _SumOverRows.apply(mat_a.T, grad, offs, None)
         return grad_a, grad_b, None, None
 
 
-def _weight_grad(left: Tensor, right: Tensor, offs: Tensor) -> Tensor:
-    if wants_gradient((left, right)):  # that of a gradient is torch's
-        return _torch_grouped_mm(left.T, right, offs)
-    return grouped_weight_grad(left, right, offs)
+class _SumOverRows(torch.autograd.Function):
+    """The second form, with its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mat_a: Tensor, mat_b: Tensor, offs: Tensor, out_dtype: torch.dtype | None
+    ) -> Tensor:
+        ctx.save_for_backward(mat_a, mat_b, offs)
+        return grouped_weight_grad(mat_a.T, mat_b, offs, out_dtype=out_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mat_a, mat_b, offs = ctx.saved_tensors
+        grad = grad.to(mat_a.dtype).contiguous()
+        needs_a, needs_b = ctx.needs_input_grad[:2]
+        grad_a = _rows_times(mat_b, grad.transpose(1, 2), offs).T if needs_a else None
+        grad_b = _rows_times(mat_a.T, grad, offs) if needs_b else None
+        return grad_a, grad_b, None, None
+
+
+def _rows_times(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """The first form, with zeros in rows past offs[-1]."""
+    if not torch.is_grad_enabled():  # else this gradient may have a gradient
+        out = rows.new_zeros(len(rows), weight.shape[2])
+        grouped_matmul_out(out, rows, weight.transpose(1, 2), offsets=offs)
+        return out
+    product = _TokensTimesWeights.apply(rows, weight, offs, None)
+    row = torch.arange(len(product), device=offs.device)
+    return product.masked_fill((row >= offs[-1])[:, None], 0)
 
 
 def _torch_grouped_mm(
@@ -125,8 +150,8 @@ def _torch_grouped_mm(
     function = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
     if function is None:
         raise RuntimeError(
-            "torch must have torch._grouped_mm for other forms than [M, K] x [E, K, N], for other "
-            f"dtypes than {_names(_SERVED)} and for gradients of gradients, got torch "
+            "torch must have torch._grouped_mm for other forms than [M, K] x [E, K, N] and "
+            f"[M, K] x [K, N] and for other dtypes than {_names(_SERVED)}, got torch "
             f"{torch.__version__}"
         )
     return function(mat_a, mat_b, offs=offs, bias=bias, out_dtype=out_dtype)
@@ -145,23 +170,25 @@ def _check(
     bias: Tensor | None,
     out_dtype: torch.dtype | None,
 ) -> None:
-    """Checks the arguments of the first form by torch's rules; `grouped_matmul` checks the rest."""
-    experts, k, _ = mat_b.shape
+    """Checks the arguments of the first two forms by torch's rules; the ops check the rest."""
     if offs is None:
         raise ValueError("offs must be given where mat_a is [M, K], got None")
-    if mat_a.shape[1] != k:
+    if mat_a.shape[1] != mat_b.shape[-2]:
+        wanted = "[E, K, N]" if mat_b.dim() == 3 else "[K, N]"
         got = f"{list(mat_a.shape)} and {list(mat_b.shape)}"
-        raise ValueError(f"mat_a must be [M, K] and mat_b [E, K, N], got {got}")
+        raise ValueError(f"mat_a must be [M, K] and mat_b {wanted}, got {got}")
     if mat_b.dtype != mat_a.dtype:
         raise TypeError(f"mat_b must be {mat_a.dtype} like mat_a, got {mat_b.dtype}")
     if offs.dtype != torch.int32:
         raise TypeError(f"offs must be torch.int32, got {offs.dtype}")
+    experts = len(mat_b) if mat_b.dim() == 3 else offs.numel()
     if offs.shape != (experts,):
         raise ValueError(f"offs must be [{experts}], one end per expert, got {list(offs.shape)}")
     if bias is not None:
         raise ValueError("bias must be None, as in torch's function, got a tensor")
-    if out_dtype is not None and out_dtype not in FLOATS:
-        raise TypeError(f"out_dtype must be one of {_names(FLOATS)}, got {out_dtype}")
+    allowed = FLOATS if mat_b.dim() == 3 else (mat_a.dtype, torch.float32)
+    if out_dtype is not None and out_dtype not in allowed:
+        raise TypeError(f"out_dtype must be one of {_names(allowed)}, got {out_dtype}")
     for name, matrix in (("mat_a", mat_a), ("mat_b", mat_b)):
         _check_strides(name, matrix)
 

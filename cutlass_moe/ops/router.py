@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from cutlass_moe.operands import DTYPES, Router, RouterArguments
-from cutlass_moe.ops._define import define
+from cutlass_moe.ops._define import define, define_gradient
+from cutlass_moe.ops._router_gradient import router_gradient
 from cutlass_moe.ops._types import check_types, typed
 from cutlass_moe.ops.dispatch import launch_step, step_kernel
 from cutlass_moe.ops.grouped_matmul import wants_gradient
@@ -69,10 +70,11 @@ def topk_router(
       for the predecessor before it reads anything.
 
     Returns (topk_weights float32 [T, k], topk_ids int32 [T, k]), best first. Kernels serve k <= 32
-    and groups of up to 1024 experts; the reference serves others, and float64 logits.
+    and groups of up to 1024 experts; the reference serves others, and float64 logits. topk_weights
+    are differentiable in logits, by a formula in torch that also serves torch.compile; logits that
+    are NaN or infinite have no gradient, and neither has correction_bias, which only chooses.
 
-    Raises TypeError or ValueError that says what must be and what came, and RuntimeError where a
-    gradient would be lost: topk_router has none, topk_router_reference has.
+    Raises TypeError or ValueError that says what must be and what came.
     """
     router = Router(
         k, scoring, renormalize, num_groups, topk_groups, correction_bias, scale, threshold
@@ -80,7 +82,6 @@ def topk_router(
     try:
         if type(renormalize) is not bool or type(pdl) is not bool:  # torch would take anything
             check_types(topk_router, locals())
-        _refuse_gradient("topk_router", logits, correction_bias)
         return _topk_router_op(logits, *router, pdl)
     except Exception:
         check_types(topk_router, locals())
@@ -100,7 +101,8 @@ def route_logits(
     """`topk_router`, then `route` of the experts it chose; few tokens take one launch for both.
 
     logits, k and arguments: as in `topk_router`. num_experts, expert_map, capacity_factor: as in
-    `route`; num_experts defaults to E, and either of the first two makes it two launches.
+    `route`; num_experts defaults to E, and either of the first two makes it two launches, as does a
+    gradient, which topk_weights have as in `topk_router`.
 
     Returns (RoutingTable, topk_weights float32 [T, k], topk_ids int32 [T, k]). Pairs that are
     dropped keep their weights. Raises what both functions raise.
@@ -109,8 +111,8 @@ def route_logits(
     try:
         if type(router.renormalize) is not bool or type(pdl) is not bool:  # as in topk_router
             check_types(route_logits, locals())
-        _refuse_gradient("route_logits", logits, router.correction_bias)
-        if num_experts is None and expert_map is None:
+        trained = wants_gradient((logits,))
+        if num_experts is None and expert_map is None and not trained:
             *table, weights, ids = _route_logits_op(logits, *router, capacity_factor, pdl)
             return RoutingTable(*table), weights, ids
         weights, ids = _topk_router_op(logits, *router, pdl)
@@ -144,14 +146,6 @@ def _values(
         scale=router.scale,
         threshold=router.threshold,
     )
-
-
-def _refuse_gradient(name: str, *tensors: Tensor | None) -> None:
-    if wants_gradient(tensors):
-        raise RuntimeError(
-            f"{name} has no gradient and an argument requires one: use topk_router_reference, or "
-            "call under torch.no_grad()"
-        )
 
 
 def _check(logits: Tensor, router: Router) -> None:
@@ -275,7 +269,24 @@ _route_logits_op = define(
 )
 
 
-_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: _Pair) -> None:
+    logits, *router, _ = inputs
+    weights, ids = output
+    ctx.mark_non_differentiable(ids)
+    ctx.save_for_backward(logits, weights, ids)
+    ctx.router = Router(*router)
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    logits, weights, ids = ctx.saved_tensors
+    gradient = router_gradient(grad, logits, weights, ids, ctx.router)
+    return (gradient, *(None,) * (len(Router._fields) + 1))
+
+
+define_gradient("topk_router", _gradients, _save_for_backward)
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,
     "sqrtsoftplus": lambda logits: functional.softplus(logits).sqrt(),
@@ -299,7 +310,7 @@ def topk_router_reference(
     missing = wide.isnan()
     top = torch.finfo(wide.dtype).max
     numbers = wide.clamp(-top, top).masked_fill(missing, -torch.inf)  # a NaN has no gradient
-    scores = _SCORES[router.scoring](numbers)
+    scores = SCORES[router.scoring](numbers)
     scores = scores.masked_fill(missing, 0)
 
     choice = numbers.detach()

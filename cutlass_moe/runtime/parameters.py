@@ -295,6 +295,26 @@ def combine_values(
     }
 
 
+def gather_sum_values(addresses: Addresses, num_groups: int) -> dict[str, int]:
+    """The values of a gather_sum kernel. addresses: rows, order, bounds and out."""
+    return {**addresses, "num_groups": num_groups}
+
+
+def activate_values(
+    addresses: Addresses, num_rows: int, num_pairs: int, numbers: Mapping[str, float]
+) -> dict[str, int]:
+    """The values of a kernel that applies an activation, or of one for its gradients.
+
+    addresses: h, inverse and active; for gradients also grad_active, weights, grad_h and
+    grad_weights, and active may be 0: it is then not written. numbers: of a clamped SwiGLU."""
+    return {
+        **addresses,
+        "num_rows": num_rows,
+        "num_pairs": num_pairs,
+        **{name: _float_bits(number) for name, number in numbers.items()},
+    }
+
+
 def _float_bits(value: float) -> int:
     """The bits of a float32, as an int32."""
     return struct.unpack("<i", struct.pack("<f", value))[0]

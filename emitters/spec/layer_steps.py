@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from emitters.spec.dtypes import LARGEST, OUTPUTS, DType
-from emitters.spec.gemm import K_BLOCK, MAX_EXPERTS
+from emitters.spec.gemm import K_BLOCK, MAX_EXPERTS, NUMBERS, ActivationFunction
 from emitters.spec.plain import from_plain, to_plain
 
 ROW_VECTOR = 8  # elements of a row that a thread reads at a time: 16 bytes if they have 16 bits
@@ -59,6 +59,10 @@ _WORDS = {  # how `words` shows each field, in this order
     "logits": "{}",
     "scoring": "{}",
     "num_groups": "groups {}",
+    "function": "{}",
+    "dtype": "{}",
+    "inter": "I {}",
+    "interleaved": "interleaved",
     "source": "{} >",
     "target": "{}",
     "rows": "{} >",
@@ -69,7 +73,12 @@ _WORDS = {  # how `words` shows each field, in this order
     "top_k": "k {}",
     "weights": "{} weights",
 }
-_PLAIN = {"num_groups": 1, "padded": False, "weights": "fp32"}  # values that `words` leaves out
+_PLAIN = {  # values that `words` leaves out
+    "num_groups": 1,
+    "padded": False,
+    "weights": "fp32",
+    "interleaved": False,
+}
 
 
 @dataclass(frozen=True)
@@ -255,6 +264,90 @@ class CombineProblem(Step):
         if not 1 <= self.top_k <= MAX_TOP_K:
             return f"top_k must be 1 to {MAX_TOP_K}, got {self.top_k}"
         return None
+
+
+@dataclass(frozen=True)
+class GatherSumProblem(Step):
+    """Sums groups of rows [., N], each of any size: out[g] = sum of the rows that group g names.
+
+    rows, out: dtypes. Sums are float32, in the order of the group.
+    """
+
+    rows: DType
+    out: DType
+    n: int
+    op: ClassVar[str] = "gather_sum"
+
+    @property
+    def columns(self) -> int:
+        """The number of columns that a thread sums: those of 16 bytes of a row."""
+        return 16 // self.rows.bytes
+
+    def ctas(self, groups: int, threads: int) -> int:
+        """The number of CTAs for this many groups, with this many threads per CTA."""
+        return -(-groups * self.n // (self.columns * threads))
+
+    def why_illegal(self) -> str | None:
+        for name in ("rows", "out"):
+            dtype = getattr(self, name)
+            if dtype not in OUTPUTS:
+                return f"{name} must be one of {', '.join(OUTPUTS)}, got {dtype}"
+        if self.n % self.columns or not 0 < self.n <= MAX_ROW:
+            return f"N must be a multiple of {self.columns} up to {MAX_ROW}, got {self.n}"
+        return None
+
+
+@dataclass(frozen=True)
+class ActivateProblem(Step):
+    """Applies an activation to the rows of a layer's up projection: h [R, 2I or I] -> [R, I].
+
+    dtype: of both. inter: I. interleaved: columns of a gated one are gate, up, gate, up, ...
+    """
+
+    function: ActivationFunction
+    dtype: DType
+    inter: int
+    interleaved: bool = False
+    op: ClassVar[str] = "activate"
+
+    @property
+    def columns(self) -> int:
+        """The columns of h."""
+        return self.inter * (2 if self.function.gated else 1)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The names of the float32 launch parameters that the function takes."""
+        return NUMBERS if self.function is ActivationFunction.SWIGLU_OAI else ()
+
+    def ctas(self, pairs: int, threads: int) -> int:
+        """The number of CTAs for this many (token, choice) pairs: a warp takes a pair's row."""
+        return -(-pairs * 32 // threads)
+
+    def why_illegal(self) -> str | None:
+        if self.dtype not in _ACTIVATED:
+            return f"rows must be one of {', '.join(_ACTIVATED)}, got {self.dtype}"
+        if self.inter % ROW_VECTOR or not 0 < self.inter <= MAX_ROW:
+            return f"I must be a multiple of {ROW_VECTOR} up to {MAX_ROW}, got {self.inter}"
+        if self.interleaved and not self.function.gated:
+            return f"only gated activations can be interleaved, got {self.function}"
+        return None
+
+
+@dataclass(frozen=True)
+class ActivateBackwardProblem(ActivateProblem):
+    """The gradients of a layer's activation, whose result a, weighted, the down projection reads.
+
+    From h and the gradient d [R, I] of the unweighted a, for each row with its router weight w:
+
+      gradient of h = w * d * a'(h)        weighted activation = w * a(h)
+      gradient of w = sum over the row's columns of d * a(h)
+    """
+
+    op: ClassVar[str] = "activate_backward"
+
+
+_ACTIVATED = (DType.BF16, DType.FP16)
 
 
 @dataclass(frozen=True)

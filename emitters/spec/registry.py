@@ -13,7 +13,10 @@ from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.layer_steps import (
+    ActivateBackwardProblem,
+    ActivateProblem,
     CombineProblem,
+    GatherSumProblem,
     QuantizeGroupsProblem,
     QuantizeProblem,
     RouteLogitsProblem,
@@ -65,6 +68,15 @@ TEMPLATES = (
         WeightGradSm90Config,
         _SM90,
         "weight_grad_sm90:WeightGradSm90",
+    ),
+    Template("gather_sum", GatherSumProblem, StepConfig, _SM90, "gather_sum:GatherSum"),
+    Template("activate", ActivateProblem, StepConfig, _SM90, "activate:Activate"),
+    Template(
+        "activate_backward",
+        ActivateBackwardProblem,
+        StepConfig,
+        _SM90,
+        "activate:ActivateBackward",
     ),
 )
 _PROBLEMS = {template.problem.op: template.problem for template in TEMPLATES}

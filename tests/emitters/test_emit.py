@@ -31,7 +31,13 @@ from emitters.spec.gemm import (
     WeightStorage,
 )
 from emitters.spec.image import Image, LaunchRecord, image_key
-from emitters.spec.layer_steps import Step, StepConfig
+from emitters.spec.layer_steps import (
+    ActivateBackwardProblem,
+    ActivateProblem,
+    GatherSumProblem,
+    Step,
+    StepConfig,
+)
 from emitters.spec.registry import (
     Config,
     Problem,
@@ -136,7 +142,20 @@ def compiled(shared_cache: Cache) -> list[Result]:
     for i, problem in enumerate(every_problem(twins=False)):
         configs = heuristics.candidates(problem)
         requests.append(Request(problem, configs[i % len(configs)]))
+    for problem in (*every_activation(), GatherSumProblem(DType.FP32, DType.FP16, 72)):
+        requests += [Request(problem, config) for config in heuristics.every_config(problem)]
     return list(build_images(shared_cache, requests))
+
+
+def every_activation() -> list[ActivateProblem]:
+    """The activations of layers in training, and their gradients: one to four vectors a thread."""
+    return [
+        kind(function, dtype, inter, interleaved)
+        for kind in (ActivateProblem, ActivateBackwardProblem)
+        for number, function in enumerate(ActivationFunction)
+        for dtype, interleaved in ((DType.BF16, False), (DType.FP16, function.gated))
+        for inter in ((256, 768, 1024, 14336)[number % 4],)
+    ]
 
 
 def test_shipped_kernels_compile_without_spills(compiled: list[Result]) -> None:

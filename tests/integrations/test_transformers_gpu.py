@@ -6,6 +6,7 @@ import copy
 import importlib
 from collections.abc import Iterator
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from emitters.spec.registry import Config, Problem
 from tests.integrations.tiny_models import FAMILIES, TOP_K, VOCAB, E, definition, experts_of, make
 from tests.layer.test_nn_gpu import no_wait
 from tests.support.numerics import same_bits
+from tests.support.training_cases import trained_problems
 
 pytestmark = pytest.mark.gpu
 
@@ -50,7 +52,8 @@ def images() -> set[tuple[Problem, Config]]:
                     sizes, operand, DType.BF16, activation, each, each, forms=Forms(64, weights)
                 )
                 plain = replace(layer.up, out=DType.BF16, epilogue=layer.up.epilogue[:-1])
-                for problem in filter(None, (*layer, plain)):
+                trained = trained_problems(layer, family == "gpt-oss") if quant is None else ()
+                for problem in filter(None, (*layer, plain, *trained)):
                     found |= {(problem, config) for config in _configs(problem)}
     return found
 
@@ -58,7 +61,8 @@ def images() -> set[tuple[Problem, Config]]:
 def _configs(problem: Problem) -> set[Config]:
     if not isinstance(problem, GemmProblem):
         return set(every_config(problem))
-    return {choose(problem, tokens, tokens * TOP_K / E) for tokens in TOKENS}
+    rows = (tokens * TOP_K / E for tokens in TOKENS)
+    return {choose(problem, 0, mean) for one in rows for mean in (one, ceil(one))}
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +212,7 @@ def test_a_quantised_model(family: str, quant: str, ours: Any) -> None:
 
 
 @pytest.mark.parametrize("family", SHAPES)
-def test_gradients_are_transformers(family: str) -> None:
+def test_gradients(family: str) -> None:
     experts, arguments = experts_of(model_of(family))[0].train(), routing(64)
     with torch.no_grad():
         experts(*arguments)  # moves gpt-oss's weights
@@ -217,10 +221,12 @@ def test_gradients_are_transformers(family: str) -> None:
         experts.config._experts_implementation = implementation
         hidden = arguments[0].clone().requires_grad_()
         out = experts(hidden, *arguments[1:])
-        return list(torch.autograd.grad(out.float().sum(), [hidden, *experts.parameters()]))
+        generator = torch.Generator("cuda").manual_seed(1)
+        grad = torch.randn(out.shape, generator=generator, device="cuda").to(out.dtype)
+        return list(torch.autograd.grad(out, [hidden, *experts.parameters()], grad))
 
     for mine, right in zip(gradients("cutlass_moe"), gradients("grouped_mm"), strict=True):
-        assert relative(mine, right) <= 1e-3
+        assert relative(mine, right) <= 2e-2
 
 
 def test_what_has_no_kernel_is_transformers(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,10 +140,13 @@ def test_the_named_padding_mends_products() -> None:
 
 
 def test_a_gradient_that_would_be_lost_is_a_reason() -> None:
-    given = layer(hidden=meta(8, 64).requires_grad_())
-    assert "fused_moe has no gradient" in str(cm.why_not(**given))
+    given = layer(weight=FP8, hidden=meta(8, 64).requires_grad_())
+    assert "fused_moe has no gradient with quant" in str(cm.why_not(**given))
     with torch.no_grad():
         assert cm.why_not(**given) is None
+    assert cm.why_not(**layer(hidden=meta(8, 64).requires_grad_())) is None
+    narrow = layer(inter=12, hidden=meta(8, 64).requires_grad_())
+    assert "pad_experts" in str(cm.why_not(**narrow))
     assert cm.why_not(**product(64, 64, x=meta(8, 64).requires_grad_())) is None
 
 
@@ -216,4 +219,4 @@ def test_modules_ask_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(cm, "why_not", lambda hidden, **call: f"no {sorted(call)}")
     call = module._fused(torch.ones(8, 64).bfloat16(), meta(8, 1), meta(8, 1), None)
-    assert module._why_no_kernel(call, differentiable=False) == f"no {sorted({*call} - {'hidden'})}"
+    assert module._why_no_kernel(call) == f"no {sorted({*call} - {'hidden'})}"

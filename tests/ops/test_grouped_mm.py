@@ -44,10 +44,11 @@ def test_products_and_gradients(name: str, k_dense: bool, dtype: torch.dtype) ->
 
     def run(function: Any) -> list[Tensor]:
         out = function(a, weight.transpose(1, 2) if k_dense else weight, offs)
-        of_a, of_weight = torch.autograd.grad(out[:used], (a, weight), grad[:used])
+        of_a, of_weight = torch.autograd.grad(out, (a, weight), grad)
         if function is cm.grouped_mm:
             assert of_weight.stride() == weight.stride()
-        return [out[:used], of_a[:used], of_weight]
+        assert not of_a[used:].any()
+        return [out[:used], of_a, of_weight]
 
     for mine, right in zip(run(cm.grouped_mm), run(cm.grouped_mm_reference), strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-2, atol=1e-3)
@@ -68,7 +69,7 @@ def test_as_torch_does(k_dense: bool) -> None:
 @pytest.mark.parametrize(
     ("a", "b", "offs"),
     [
-        (randn(M, K), randn(K, N), torch.tensor([3, 3, K], dtype=torch.int32)),
+        (randn(M, K).float(), randn(K, N).float(), torch.tensor([3, 3, K], dtype=torch.int32)),
         (randn(E, M, K), randn(K, N), torch.tensor([8, 8, N], dtype=torch.int32)),
         (randn(E, M, K), randn(E, K, N), None),
         (randn(M, K).float(), randn(E, K, N).float(), ends("ragged")),
@@ -86,6 +87,31 @@ def test_other_forms_need_a_torch_that_has_them(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delattr(torch, "_grouped_mm", raising=False)
     with pytest.raises(RuntimeError, match="torch must have torch._grouped_mm"):
         cm.grouped_mm(randn(E, M, K), randn(E, K, N))
+
+
+@dtypes
+@pytest.mark.parametrize("out_dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("name", ENDS)
+def test_sums_over_rows_and_gradients(
+    name: str, transposed: bool, out_dtype: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    """Of rows [M, K] and [M, N], the first transposed; what offs leaves out has no gradient."""
+    offs = ends(name)
+    count = M + 4  # a multiple of 8, as torch wants strides
+    rows, b = randn(count, K, dtype=dtype), randn(count, N, seed=1, dtype=dtype).requires_grad_()
+    a = (rows.T if transposed else rows.T.contiguous()).requires_grad_()
+    grad = randn(E, K, N, seed=2, dtype=dtype).to(out_dtype or dtype)
+
+    def run(function: Any) -> list[Tensor]:
+        out = function(a, b, offs, out_dtype=out_dtype)
+        return [out, *torch.autograd.grad(out, (a, b), grad)]
+
+    mine = run(cm.grouped_mm)
+    for got, want in zip(mine, run(cm.grouped_mm_reference), strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+    assert not mine[1][:, ENDS[name][-1] :].any() and not mine[2][ENDS[name][-1] :].any()
 
 
 @pytest.mark.parametrize("rows", [0, M])
@@ -114,6 +140,9 @@ def test_gradient_of_an_expanded_gradient_and_of_a_gradient() -> None:
     (second,) = torch.autograd.grad(of_a.sum(), weight)
     rows = torch.tensor([5.0, 0.0, 7.0])
     assert torch.equal(second.float(), rows[:, None, None].expand(E, N, K))
+    sums = cm.grouped_mm(a.T, randn(M, N, seed=3).requires_grad_(), ends("ragged"))
+    (of_a,) = torch.autograd.grad(sums.float().square().sum(), a, create_graph=True)
+    assert torch.autograd.grad(of_a.float().sum(), a)[0].isfinite().all()
 
 
 A, B = randn(M, K), randn(E, N, K).transpose(1, 2)
@@ -121,6 +150,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no_offs": ({"offs": None}, ValueError, "offs must be given where mat_a is"),
     "int64": ({"offs": ends("ragged").long()}, TypeError, "offs must be torch.int32, got torch.in"),
     "experts": ({"offs": ends("ragged")[:2]}, ValueError, r"offs must be \[3\], one end per exper"),
+    "sum": ({"mat_b": B[0].T, "mat_a": A}, ValueError, r"mat_b \[K, N\], got \[12, 16\] and"),
     "k": ({"mat_a": randn(M, 8)}, ValueError, r"got \[12, 8\] and \[3, 16, 24\]"),
     "dtype": ({"mat_b": B.half()}, TypeError, "mat_b must be torch.bfloat16 like mat_a, got"),
     "bias": ({"bias": randn(E, N)}, ValueError, "bias must be None, as in torch's function"),

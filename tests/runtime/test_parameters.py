@@ -12,7 +12,9 @@ from cutlass_moe.images.toolchains import default_build
 from cutlass_moe.operands import Operands
 from cutlass_moe.runtime.parameters import (
     Strides,
+    activate_values,
     combine_values,
+    gather_sum_values,
     gemm_values,
     gemm_views,
     operand_addresses,
@@ -35,7 +37,10 @@ from emitters.spec.gemm import (
     WeightStorage,
 )
 from emitters.spec.layer_steps import (
+    ActivateBackwardProblem,
+    ActivateProblem,
     CombineProblem,
+    GatherSumProblem,
     QuantizeProblem,
     RouteLogitsProblem,
     RouteProblem,
@@ -61,6 +66,13 @@ ADDRESS = {  # of any kernel's tensors
             "correction_bias",
             "left",
             "right",
+            "order",
+            "bounds",
+            "h",
+            "active",
+            "grad_active",
+            "grad_h",
+            "grad_weights",
         ),
         start=1,
     )
@@ -80,6 +92,8 @@ _ROUTER = router_values(
 SUMMED = [
     WeightGradProblem(DType.BF16, DType.FP32, 64, 72, 9, gathered) for gathered in (None, *Side)
 ]
+_ACTIVATED = activate_values(ADDRESS, 24, 24, {})
+_CLAMPED = activate_values(ADDRESS, 24, 24, {"limit": 7.0, "alpha": 1.702, "beta": 1.0})
 CASES: dict[str, tuple[Problem, Config, dict[str, int]]] = {
     **{
         name: (problem, config, gemm_values(problem, ADDRESS, 8, 24))
@@ -96,6 +110,9 @@ CASES: dict[str, tuple[Problem, Config, dict[str, int]]] = {
             (RouteLogitsProblem(*ROUTER), {**_ROUTER, **route_values(ADDRESS, **_ROUTE)}),
             (QuantizeProblem(DType.BF16, DType.E4M3, 64), quantize_values(ADDRESS, 24, 128)),
             (CombineProblem(DType.BF16, DType.BF16, 64, 3), combine_values(ADDRESS, 24, 8, 3)),
+            (GatherSumProblem(DType.BF16, DType.BF16, 64), gather_sum_values(ADDRESS, 24)),
+            (ActivateProblem(ActivationFunction.RELU, DType.BF16, 64), _ACTIVATED),
+            (ActivateBackwardProblem(ActivationFunction.SWIGLU_OAI, DType.BF16, 64), _CLAMPED),
         )
     },
     **{

@@ -18,6 +18,7 @@ from cutlass_moe.runtime.kernel import Kernel
 from emitters.spec.config_sm90 import Schedule
 from emitters.spec.gemm import GemmProblem, WeightStorage
 from emitters.spec.image import Image, Param, ParamKind, TensorMapBox
+from emitters.spec.layer_steps import ActivateProblem
 from emitters.spec.registry import Config, Problem
 from emitters.spec.weight_grad import Side, WeightGradProblem
 from tests.support.fake_images import make_image
@@ -25,7 +26,7 @@ from tests.support.fake_images import make_image
 MAP, POINTER, INT = ParamKind.TENSOR_MAP, ParamKind.POINTER, ParamKind.INT32
 INTEGERS = (
     "num_ids pairs choices capacity max_rows phase num_tokens k topk_groups renormalize num_rows "
-    "early source_stride weight_stride"
+    "early source_stride weight_stride num_pairs num_groups limit alpha beta"
 )
 ROUTER = "logits correction_bias weights ids num_tokens k topk_groups renormalize scale threshold"
 TABLE = "index offsets inverse"
@@ -36,6 +37,11 @@ PARAMETERS = {
     "route_logits": f"{ROUTER} {LIMITS} {TABLE}",
     "quantize": "source end q scale static_scale num_rows source_stride early",
     "combine": "rows weights inverse residual out num_rows num_tokens weight_stride",
+    "gather_sum": "rows order bounds out num_groups",
+    "activate": "h inverse active num_rows num_pairs",
+    "activate_backward": (
+        "h grad_active weights inverse grad_h active grad_weights num_rows num_pairs"
+    ),
 }
 SIZES = {ParamKind.TENSOR_MAP: 128, ParamKind.POINTER: 8, ParamKind.INT32: 4}
 COUNTERS = 0xC0 << 8  # the address that every kernel's counters have
@@ -49,6 +55,8 @@ def parameters_of(problem: Problem, config: Config) -> list[tuple[str, ParamKind
     if not isinstance(problem, GemmProblem):
         integers = f"{INTEGERS} scale threshold" if "rout" in problem.op else INTEGERS
         names = PARAMETERS[problem.op].split()
+        if isinstance(problem, ActivateProblem):
+            names += problem.numbers
         return [(name, INT if name in integers.split() else POINTER) for name in names]
     stacked = problem.weight.storage is WeightStorage.STACKED
     operands = (node.operand for node in problem.epilogue if node.operand)

@@ -1,4 +1,5 @@
-"""The kernels that quantise rows and that combine them on tiny tensors, one or two in a chain."""
+"""The kernels that work on rows (quantise, combine, activate) on tiny tensors, alone or two in a
+chain."""
 
 from __future__ import annotations
 
@@ -16,18 +17,18 @@ from tests.ptxsim.memory import GlobalMemory
 from tests.ptxsim.ptx import Fault
 from tests.ptxsim.schedule import Schedule
 
-OUTPUTS = ("q", "scale", "out")
+OUTPUTS = ("q", "scale", "out", "active", "grad_h", "grad_weights")
 
 
 @dataclass(frozen=True)
 class Stage:
     """A launch. arguments: by parameter; a tensor that two stages name is the same memory. written:
-    rows of its outputs that it must write, the first ones, and no other."""
+    rows of its outputs that it must write, the first ones, and no other; or by output."""
 
     kernel: StepKernel
     arguments: Mapping[str, Tensor | int]
     grid: int
-    written: int
+    written: int | Mapping[str, int]
 
 
 def run(stages: Sequence[Stage], schedule: Schedule) -> None:
@@ -44,8 +45,10 @@ def run(stages: Sequence[Stage], schedule: Schedule) -> None:
     Machine(memory, [_launch(stage, address) for stage in stages], schedule).run()
     for stage in stages:
         for name in OUTPUTS:
-            if name in stage.arguments:
-                _check(memory, name, stage.arguments[name], address, stage.written)
+            if isinstance(stage.arguments.get(name), Tensor):
+                written = stage.written
+                written = written if isinstance(written, int) else written[name]
+                _check(memory, name, stage.arguments[name], address, written)
 
 
 def _add(

@@ -1,0 +1,193 @@
+"""The backward of a layer, as a list of launches; training.py says which."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cutlass_moe.layer.activate import activate_rows_backward
+from cutlass_moe.operands import LayerOptions
+from cutlass_moe.ops._checks import is_n_major
+from cutlass_moe.ops._row_sums import sum_by_expert, two_parts
+from cutlass_moe.ops.combine import combine
+from cutlass_moe.ops.grouped_matmul import grouped_matmul
+from cutlass_moe.ops.weight_grad import grouped_weight_grad
+from cutlass_moe.runtime.parameters import reads_rows
+
+GradInto = tuple[Tensor | None, Tensor | None]
+
+
+class Saved(NamedTuple):
+    """The tensors that the backward reads, in the order of its op's schema.
+
+    h: the up projection before its activation; without rows where it is to be computed again.
+    index, offsets, inverse: the routing table.
+    """
+
+    hidden: Tensor
+    w13: Tensor
+    w2: Tensor
+    topk_weights: Tensor
+    w13_bias: Tensor | None
+    w2_bias: Tensor | None
+    h: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    offsets: Tensor
+    inverse: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """Those that may want a gradient, in the order of `Needs`."""
+        return self[: len(Needs._fields)]
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    w13: bool
+    w2: bool
+    topk_weights: bool
+    w13_bias: bool
+    w2_bias: bool
+
+
+class How(NamedTuple):
+    """What the backward knows of the call besides tensors, in the order of its op's schema."""
+
+    activation: str
+    interleaved: bool
+    limit: float | None
+    alpha: float | None
+    beta: float | None
+    expected_rows: int
+
+    @property
+    def options(self) -> LayerOptions:
+        activation, interleaved, limit, alpha, beta, _ = self
+        return LayerOptions(
+            activation=activation, interleaved=interleaved, limit=limit, alpha=alpha, beta=beta
+        )
+
+
+class LayerBackward:
+    """The backward of one call."""
+
+    def __init__(self, grad: Tensor, saved: Saved, how: How) -> None:
+        self.grad, self.saved, self.how = grad.contiguous(), saved, how
+        hidden = saved.hidden
+        self.hidden = hidden if reads_rows(hidden) else hidden.contiguous()
+
+    def gradients(self, needs: Needs, into: GradInto = (None, None)) -> list[Tensor | None]:
+        """The gradients that are wanted, in the order of `Needs`; None for those that are not.
+
+        into: gradients of w13 and w2 that theirs are added to, instead of being returned.
+        """
+        saved, table = self.saved, self.saved.index
+        h, again = saved.h, len(saved.h) < len(table)
+        if again:
+            h = self.product(self.hidden, saved.w13, gather=True, bias=saved.w13_bias)
+        grad_active = self.product(self.grad, saved.w2.transpose(1, 2), gather=True)
+        grad_h = h if again else torch.empty_like(h)
+        active = grad_active if needs.w2 else None
+        weights = saved.topk_weights.float().contiguous()
+        by_weight = activate_rows_backward(
+            h, grad_active, weights, saved.inverse, self.how.options, grad_h, active
+        )
+        del h, grad_active
+        found: dict[str, Tensor | None] = {}
+        if needs.topk_weights:
+            if saved.w2_bias is not None:
+                by_weight += self.share_of_bias(saved.w2_bias)
+            found["topk_weights"] = by_weight.to(saved.topk_weights.dtype)
+        if needs.w2:
+            assert active is not None
+            found["w2"] = self.weight_grad(saved.w2, self.grad, active, True, into[1])
+        del active
+        if needs.w2_bias:
+            found["w2_bias"] = sum_by_expert(
+                self.grad, saved.offsets, index=table, weights=self.weights_by_row(weights)
+            )
+        if needs.hidden:
+            found["hidden"] = self.hidden_grad(grad_h)
+        if needs.w13:
+            found["w13"] = self.weight_grad(saved.w13, grad_h, self.hidden, False, into[0])
+        if needs.w13_bias:
+            found["w13_bias"] = sum_by_expert(grad_h, saved.offsets)
+        for name in ("w13_bias", "w2_bias"):
+            bias, gradient = getattr(saved, name), found.get(name)
+            found[name] = None if gradient is None else gradient.to(bias.dtype)
+        return [found.get(name) for name in Needs._fields]
+
+    def product(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        gather: bool = False,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The rows of x, gathered or in order, times their experts' weights."""
+        return grouped_matmul(
+            x,
+            weight,
+            index=self.saved.index if gather else None,
+            offsets=self.saved.offsets,
+            bias=bias,
+            out_dtype=out_dtype,
+            expected_rows=self.how.expected_rows,
+        )
+
+    def weight_grad(
+        self, weight: Tensor, grad: Tensor, x: Tensor, gather_grad: bool, into: Tensor | None
+    ) -> Tensor | None:
+        """The gradient of weight [E, N, K], in its layout, or None where it is added to `into`.
+
+        grad [., N]: of the product's rows; x [., K]: what it multiplied. One of them is gathered.
+        """
+        index, offsets, swapped = self.saved.index, self.saved.offsets, is_n_major(weight)
+        left, right, gather_left = grad, x, gather_grad
+        if swapped:
+            left, right, gather_left = x, grad, not gather_grad
+        out = into if into is None or not swapped else into.transpose(1, 2)
+        found = grouped_weight_grad(
+            left,
+            right,
+            offsets,
+            left_index=index if gather_left else None,
+            right_index=None if gather_left else index,
+            out=out,
+            accumulate=into is not None,
+        )
+        if into is not None:
+            return None
+        return found.transpose(1, 2) if swapped else found
+
+    def hidden_grad(self, grad_h: Tensor) -> Tensor:
+        """Each token's sum of the gradients of its rows."""
+        saved = self.saved
+        rows = self.product(grad_h, saved.w13.transpose(1, 2), out_dtype=rows_dtype(saved.hidden))
+        ones = torch.ones_like(saved.inverse, dtype=torch.float32)
+        return combine(rows, ones, saved.inverse).to(saved.hidden.dtype)
+
+    def share_of_bias(self, bias: Tensor) -> Tensor:
+        """For each pair the product of the output's gradient with the bias of its expert's w2."""
+        thin = self.grad.new_zeros(len(bias), 8, bias.shape[1])  # the least columns of a product
+        thin[:, :2] = two_parts(bias.float(), thin.dtype).movedim(-1, 1)
+        rows = self.product(self.grad, thin, gather=True, out_dtype=torch.float32)
+        inverse = self.saved.inverse
+        shares = rows[:, :2].sum(1)[inverse.clamp(min=0).long()] if len(rows) else inverse.float()
+        return shares.where(inverse >= 0, 0)
+
+    def weights_by_row(self, weights: Tensor) -> Tensor:
+        """The router weight of each row, float32 [R]; zero in rows of no pair."""
+        inverse, count = self.saved.inverse.flatten(), self.saved.index.shape[0]
+        row = inverse.where(inverse >= 0, count).long()
+        return weights.new_zeros(count + 1).scatter_(0, row, weights.flatten())[:count]
+
+
+def rows_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of rows that are summed: one may exceed float16 where their sum does not."""
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
