@@ -1,7 +1,7 @@
 """Mixture-of-experts grouped GEMM for PyTorch: no token is copied, kernels come from a cache."""
 
 import cutlass_moe.ops.grouped_matmul_gradient  # noqa: F401  # registers it
-from cutlass_moe.layer.fused_moe import fused_moe, fused_moe_workspace_size
+from cutlass_moe.layer.fused_moe import fused_moe, fused_moe_problems, fused_moe_workspace_size
 from cutlass_moe.layer.pad import pad_experts
 from cutlass_moe.layer.reference import fused_moe_reference
 from cutlass_moe.layer.why_not import why_not
@@ -39,6 +39,7 @@ __all__ = [
     "combine",
     "combine_reference",
     "fused_moe",
+    "fused_moe_problems",
     "fused_moe_reference",
     "fused_moe_workspace_size",
     "grouped_matmul",

@@ -72,7 +72,22 @@ LOG = Switch(
     "whether a table or an estimate chose it, the image and the seconds to load or compile it, or "
     "why there is no kernel.",
 )
-VARIABLES: tuple[Text | Switch, ...] = (CACHE_DIR, JIT, TUNING, TRUST_ROOT, STRICT, LOG)
+VLLM = Switch(
+    "CUTLASS_MOE_VLLM", "1", "0: vLLM runs its own experts, although this package is installed."
+)
+SGLANG = Switch(
+    "CUTLASS_MOE_SGLANG", "1", "0: SGLang runs its own experts, although this package is installed."
+)
+VARIABLES: tuple[Text | Switch, ...] = (
+    CACHE_DIR,
+    JIT,
+    TUNING,
+    TRUST_ROOT,
+    STRICT,
+    LOG,
+    VLLM,
+    SGLANG,
+)
 
 
 def markdown() -> str:

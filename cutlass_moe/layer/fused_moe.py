@@ -10,7 +10,7 @@ from torch import Tensor
 from cutlass_moe.layer.accept import conversions, convert, widened
 from cutlass_moe.layer.backward import GradInto
 from cutlass_moe.layer.chain import LayerWorkspace, find_chain
-from cutlass_moe.layer.checks import check_layer
+from cutlass_moe.layer.checks import check_layer, problems_of
 from cutlass_moe.layer.training import check_into, differentiable_layer
 from cutlass_moe.operands import (
     LAYER_SCHEMA,
@@ -23,6 +23,7 @@ from cutlass_moe.ops._checks import expect
 from cutlass_moe.ops._define import define
 from cutlass_moe.ops._types import check_types, typed
 from cutlass_moe.ops.grouped_matmul import is_plain_eager, wants_gradient
+from emitters.spec.registry import Problem
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -181,10 +182,35 @@ def fused_moe_workspace_size(
     tensors may be on the meta device. Raises what `fused_moe` raises.
     """
     layer, options = split_layer(hidden, w13, w2, topk_weights, topk_ids, arguments)
+    return LayerWorkspace(_checked(layer, options), options).layout.size
+
+
+@typed
+def fused_moe_problems(
+    hidden: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    **arguments: Unpack[LayerArguments],
+) -> list[Problem]:
+    """The problems that these arguments pose, for `warmup`; they are the same for any T.
+
+    Takes the arguments of `fused_moe`; tensors may be on the meta device. Raises what `fused_moe`
+    raises.
+
+        cutlass_moe.warmup(cutlass_moe.fused_moe_problems(hidden, w13, w2, topk_weights, topk_ids))
+    """
+    layer, options = split_layer(hidden, w13, w2, topk_weights, topk_ids, arguments)
+    return [problem for problem in problems_of(_checked(layer, options), options) if problem]
+
+
+def _checked(layer: LayerOperands, options: LayerOptions) -> LayerOperands:
+    """The arguments after the conversions that they need, checked."""
     layer = widened(layer)
     layer = convert(layer, conversions(layer, options))
     check_layer(layer, options)
-    return LayerWorkspace(layer, options).layout.size
+    return layer
 
 
 def _empty(layer: LayerOperands, options: LayerOptions) -> Tensor:

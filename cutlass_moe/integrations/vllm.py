@@ -1,0 +1,295 @@
+"""vLLM: experts that its choice of kernels takes for layers which our kernels run.
+
+vLLM 0.33 chooses, for each layer, a backend and a class of experts. Two functions of each module
+that chooses are replaced: one puts the Triton backend first where ours supports a layer, the other
+names our class before Triton's. So weights keep the format of the Triton backend, and what ours
+does not support gets what it would get without this package. Versions with a registry of FP8
+experts get our class through that, selected by `--moe-backend cutlass_moe`.
+
+README.md in this folder says what is supported and how to see it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import (
+    FusedMoEConfig,
+    FusedMoEParallelConfig,
+    FusedMoEQuantConfig,
+)
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.fused_moe.oracle import fp8, int8, unquantized
+from vllm.model_executor.layers.quantization.utils import quant_utils as keys
+from vllm.platforms import current_platform
+
+import cutlass_moe as cm
+from cutlass_moe.integrations import plugins, serving
+from cutlass_moe.integrations.experts import BLOCK, FP8_BLOCK, ActivationArguments
+from cutlass_moe.integrations.serving import ServedExperts
+
+NAME, ENGINE = "cutlass_moe", "vLLM"
+Scheme = tuple[keys.QuantKey | None, keys.QuantKey | None]  # of weights, of activations
+_INT8: Scheme = (keys.kInt8StaticChannelSym, keys.kInt8DynamicTokenSym)
+SCHEMES: dict[Scheme, str | None] = {
+    (None, None): None,
+    _INT8: "int8",
+    (keys.kFp8StaticChannelSym, keys.kFp8DynamicTokenSym): "fp8",
+    (keys.kFp8Static128BlockSym, keys.kFp8Dynamic128Sym): FP8_BLOCK,
+}
+PLAIN = {
+    MoEActivation.SILU: "swiglu",
+    MoEActivation.GELU: "geglu",
+    MoEActivation.GELU_TANH: "geglu_tanh",
+    MoEActivation.SILU_NO_MUL: "silu",
+    MoEActivation.GELU_NO_MUL: "gelu",
+    MoEActivation.GELU_TANH_NO_MUL: "gelu_tanh",
+    MoEActivation.RELU2_NO_MUL: "relu2",
+}
+CLAMPED = (MoEActivation.SWIGLUOAI, MoEActivation.SWIGLUOAI_UNINTERLEAVE)
+
+
+class CutlassMoeExperts(TritonExperts):  # type: ignore[misc]  # vLLM has no types here
+    """vLLM's Triton experts, whose work `fused_moe` does.
+
+    Where that turns out to be impossible once weights are loaded, they are Triton experts.
+    """
+
+    def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig) -> None:
+        super().__init__(moe_config, quant_config)
+        numbers = self.activation_config
+        limits = (numbers.clamp_limit, numbers.alpha, numbers.beta)
+        self.experts, _ = _ask(lambda: describe(moe_config, quant_of(quant_config), *limits))
+        if self.experts:
+            self.options = {
+                **self.experts.options,
+                "w13_bias": self.w1_bias,
+                "w2_bias": self.w2_bias,
+                "w13_scale": self._scale(self.w1_scale),
+                "w2_scale": self._scale(self.w2_scale),
+            }
+
+    @staticmethod
+    def is_supported_config(
+        cls: type[mk.FusedMoEExperts],
+        moe_config: FusedMoEConfig,
+        weight_key: keys.QuantKey | None,
+        activation_key: keys.QuantKey | None,
+        activation_format: mk.FusedMoEActivationFormat,
+    ) -> tuple[bool, str | None]:
+        """Whether our kernels run a layer, else why not; loads them."""
+        scheme = (weight_key, activation_key)
+        if moe_config.moe_backend not in ("auto", NAME):
+            return False, f"--moe-backend is {moe_config.moe_backend}"
+        supported, reason = TritonExperts.is_supported_config(
+            cls, moe_config, *scheme, activation_format
+        )
+        if not supported:
+            serving.refuse(ENGINE, str(reason))
+            return False, reason
+        limits = (moe_config.swiglu_limit, moe_config.swiglu_alpha, moe_config.swiglu_beta)
+        experts, reason = _ask(lambda: describe(moe_config, SCHEMES[scheme], *limits))
+        return experts is not None, reason
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return current_platform.is_cuda()  # `serving.why_not` asks which GPU it is
+
+    @staticmethod
+    def _supports_quant_scheme(
+        weight_key: keys.QuantKey | None, activation_key: keys.QuantKey | None
+    ) -> bool:
+        return (weight_key, activation_key) in SCHEMES
+
+    @staticmethod
+    def _supports_activation(activation: MoEActivation) -> bool:
+        return activation in PLAIN or activation in CLAMPED
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
+        return not moe_parallel_config.use_all2all_kernels
+
+    @staticmethod
+    def _supports_batch_invariance() -> bool:
+        return False  # it is possible, but with few tokens slower than Triton
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a call takes our kernels: not if somebody wants the rows before their sum."""
+        return self.experts is not None and self.post_gemm2_hook is None
+
+    @property
+    def expects_unquantized_inputs(self) -> bool:
+        return self.is_ours or super().expects_unquantized_inputs
+
+    def workspace_shapes(
+        self,
+        M: int,  # noqa: N803  # vLLM's names, which its calls may use
+        N: int,  # noqa: N803
+        K: int,  # noqa: N803
+        topk: int,
+        *others: Any,
+        **named: Any,
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Shapes of two workspaces, in elements of the dtype of hidden states, and the output."""
+        if not self.is_ours:
+            return super().workspace_shapes(M, N, K, topk, *others, **named)
+        assert self.experts is not None
+        size = serving.workspace_size(self.experts, M)
+        return (0,), (M, -(-size // (M * self.experts.dtype.itemsize))), (M, K)
+
+    def apply(self, **call: Any) -> Any:
+        """Writes the layer's output, summed over a token's experts, to `output`.
+
+        vLLM names all arguments: output and hidden_states [T, H], w1 [E, 2I or I, H], w2 [E, H, I],
+        topk_weights and topk_ids [T, k], expert_map int32 [experts of all ranks] or None,
+        workspace2 as `workspace_shapes` says; a token's weight is in hidden_states already if
+        apply_router_weight_on_input.
+        """
+        if not self.is_ours:
+            return super().apply(**call)
+        weights: Tensor = call["topk_weights"]
+        if call["apply_router_weight_on_input"]:
+            weights = torch.ones_like(weights)
+        cm.fused_moe(
+            call["hidden_states"],
+            call["w1"],
+            call["w2"],
+            weights.float(),
+            call["topk_ids"].int(),
+            expert_map=call["expert_map"],
+            out=call["output"],
+            workspace=call["workspace2"].view(-1).view(torch.uint8),
+            **self.options,
+        )
+        return None
+
+    def _scale(self, scale: Tensor | None) -> Tensor | None:
+        if scale is None or self.experts is None or self.experts.quant is None:
+            return None
+        return scale if self.experts.quant == FP8_BLOCK else serving.per_channel(scale)
+
+
+def _ask(make: Callable[[], ServedExperts]) -> tuple[ServedExperts | None, str | None]:
+    """The experts if our kernels run them, else None and the reason."""
+    try:
+        experts = make()
+    except ValueError as error:
+        serving.refuse(ENGINE, str(error))
+        return None, str(error)
+    device = torch.cuda.current_device() if current_platform.is_cuda() else -1
+    reason = serving.why_not(experts, ENGINE, device)
+    return (experts, None) if reason is None else (None, reason)
+
+
+def describe(
+    moe_config: FusedMoEConfig,
+    quant: str | None,
+    limit: float | None,
+    alpha: float | None,
+    beta: float | None,
+) -> ServedExperts:
+    """The experts of a layer as our kernels see them. Raises ValueError for what they can't."""
+    if moe_config.is_lora_enabled:
+        raise ValueError("LoRA needs the rows between the products")
+    activation = moe_config.activation
+    arguments, interleaved = ActivationArguments(PLAIN.get(activation, "swiglu")), False
+    if activation == MoEActivation.SILU:
+        arguments = arguments._replace(limit=limit)
+    elif activation == MoEActivation.SWIGLUOAI_UNINTERLEAVE:
+        if limit is None:
+            raise ValueError(f"{activation.value} needs a limit, got None")
+        arguments = ActivationArguments("swiglu", limit, alpha, beta)
+    elif activation == MoEActivation.SWIGLUOAI:
+        if limit not in (None, 7.0):
+            raise ValueError(f"the limit of {activation.value} must be 7, got {limit}")
+        arguments, interleaved = ActivationArguments("swiglu_oai"), True
+    elif limit is not None:
+        raise ValueError(f"{activation.value} must have no limit, got {limit}")
+    return ServedExperts(
+        num_experts=moe_config.num_local_experts,
+        top_k=moe_config.experts_per_token,
+        hidden=moe_config.hidden_dim,
+        inter=moe_config.intermediate_size_per_partition,
+        dtype=moe_config.in_dtype,
+        quant=quant,
+        activation=arguments,
+        interleaved=interleaved,
+        bias=moe_config.in_dtype if moe_config.has_bias else None,
+    )
+
+
+def quant_of(config: FusedMoEQuantConfig) -> str | None:
+    """How weights and tokens are quantised. Raises ValueError for ways that kernels don't have.
+
+    What was selected may differ from it: INT8 that is made at load keeps tokens in 16 bits.
+    """
+    if config.a1_scale is not None or config.a2_scale is not None:
+        raise ValueError("tokens must be quantised by scales of their own, got static ones")
+    dtypes = (config.weight_quant_dtype, config.quant_dtype)
+    blocks = config.block_shape
+    for quant, dtype in ((None, None), ("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+        if (
+            dtypes == (dtype, dtype)
+            and blocks is None
+            and config.per_act_token_quant == bool(quant)
+        ):
+            return quant
+    if dtypes == (torch.float8_e4m3fn,) * 2 and blocks == [BLOCK, BLOCK]:
+        return FP8_BLOCK
+    raise ValueError(
+        f"weights and tokens must be quantised alike, per channel and token or in blocks of {BLOCK}"
+        f" x {BLOCK}, got {dtypes[0]} and {dtypes[1]} with blocks {blocks}"
+    )
+
+
+@functools.cache
+def register() -> None:
+    """Offers our class to vLLM; twice is the same as once."""
+    if plugins.is_tested("vllm"):
+        for oracle, triton, scheme in (
+            (fp8, fp8.Fp8MoeBackend.TRITON, None),
+            (int8, int8.Int8MoeBackend.TRITON, _INT8),
+            (unquantized, unquantized.UnquantizedMoeBackend.TRITON, (None, None)),
+        ):
+            _offer(oracle, triton, scheme)
+    else:
+        from vllm.model_executor.layers.fused_moe.oracle.fp8_registry import (
+            register_fp8_moe_backend,
+        )
+
+        register_fp8_moe_backend(NAME, f"{__name__}.{CutlassMoeExperts.__name__}")
+
+
+def _offer(oracle: Any, triton: Any, scheme: Scheme | None) -> None:
+    """Replaces the two functions of a module that chooses. scheme: all its layers', if it is one.
+
+    They are looked up in the module at each call, so that those who import what chooses by name get
+    ours too.
+    """
+    backends, classes = oracle._get_priority_backends, oracle.backend_to_kernel_cls
+
+    @functools.wraps(backends)
+    def priorities(moe_config: FusedMoEConfig, *asked: Any, **named: Any) -> list[Any]:
+        found = backends(moe_config, *asked, **named)
+        weight_key, activation_key = scheme or (asked or tuple(named.values()))
+        supported, _ = CutlassMoeExperts.is_supported_config(
+            CutlassMoeExperts,
+            moe_config,
+            weight_key,
+            activation_key,
+            mk.FusedMoEActivationFormat.Standard,
+        )
+        return [triton, *(one for one in found if one != triton)] if supported else found
+
+    @functools.wraps(classes)
+    def with_ours(backend: Any) -> list[type[mk.FusedMoEExperts]]:
+        return [CutlassMoeExperts, *classes(backend)] if backend == triton else classes(backend)
+
+    oracle._get_priority_backends, oracle.backend_to_kernel_cls = priorities, with_ours

@@ -1,0 +1,288 @@
+"""Our experts inside vLLM on a GPU: what is chosen, its kernel class, and whole models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import cutlass_moe as cm
+from cutlass_moe.choose.heuristics_sm90 import every_config
+from cutlass_moe.integrations import serving
+from cutlass_moe.integrations.experts import ActivationArguments
+from cutlass_moe.integrations.serving import ServedExperts
+from cutlass_moe.operands import FP8_BLOCK, QUANTS
+from emitters.spec.registry import Config, Problem
+from tests.integrations.vllm_layers import (
+    ALL_QUANTS,
+    Layer,
+    make_kernel,
+    prepare,
+    relative,
+    run,
+    select,
+)
+from tests.layer.test_nn_gpu import no_wait
+from tests.support.checkpoints import QUANTIZATION
+from tests.support.numerics import same_bits
+
+pytestmark = pytest.mark.gpu
+
+REAL = Layer(None, 128, 8, 2048, 768, "cuda")  # qwen3-30b
+RANK = Layer(None, 128, 8, 2048, 768, "cuda", local=64)  # of two
+TINY = Layer(None, 8, 2, 256, 128, "cuda")  # of the models below
+TOKENS = (1, 16, 128, 1024, 8192)
+# From float64 with the same points of quantisation, and from vLLM's kernels, which have others.
+LIMITS = {None: (5e-3, 1e-2), "int8": (6e-3, 2e-2), "fp8": (3e-2, 4e-2), FP8_BLOCK: (1e-2, 4e-2)}
+CHOSEN = {None: "TritonExperts", "int8": "TritonExperts", "fp8": "TritonOrCutlassExperts"}
+NEAR = 0.05  # of two tokens' log probabilities: either may be chosen
+quants = pytest.mark.parametrize("quant", ALL_QUANTS)
+
+
+def images() -> set[tuple[Problem, Config]]:
+    """All that the integration loads for these layers."""
+    found: set[tuple[Problem, Config]] = set()
+    for layer in (REAL, RANK, TINY):
+        for quant in ALL_QUANTS:
+            sizes = (layer.held, layer.top_k, layer.hidden, layer.inter)
+            swiglu = ActivationArguments("swiglu")
+            experts = ServedExperts(*sizes, torch.bfloat16, quant, swiglu)
+            for problem in cm.fused_moe_problems(**serving.arguments(experts, 1)):
+                found |= {(problem, config) for config in every_config(problem)}
+    return found
+
+
+@pytest.fixture(autouse=True)
+def ours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The integration in vLLM, with an error where it is refused."""
+    pytest.importorskip("vllm", reason="needs vLLM")
+    prepare("cuda")
+    monkeypatch.setenv("CUTLASS_MOE_STRICT", "1")
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.v1.worker.workspace import init_workspace_manager, is_workspace_manager_initialized
+
+    from cutlass_moe.integrations import vllm as integration
+
+    if not is_workspace_manager_initialized():
+        init_workspace_manager(torch.device("cuda:0"))
+    with set_current_vllm_config(VllmConfig()):
+        yield integration
+
+
+def of_quant(layer: Layer, quant: str | None) -> Layer:
+    return replace(layer, quant=quant)
+
+
+@quants
+def test_choice(quant: str | None, ours: Any) -> None:
+    """Before and after registration, in that order whatever ran before."""
+    layer, modules = of_quant(REAL, quant), ("fp8", "int8", "unquantized")
+    oracles = [getattr(ours, name) for name in modules]
+    for oracle in oracles:
+        for name in ("_get_priority_backends", "backend_to_kernel_cls"):
+            function = getattr(oracle, name)
+            setattr(oracle, name, getattr(function, "__wrapped__", function))
+    before = select(layer)[1].__name__
+    assert before == CHOSEN.get(quant, "TritonExperts")
+    ours.register.cache_clear()
+    ours.register()
+    backend, after = select(layer)
+    assert backend.value == "TRITON" and after is ours.CutlassMoeExperts
+
+
+@quants
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_layer(quant: str | None, tokens: int, ours: Any) -> None:
+    """Against float64, Triton's class and, in FP8, CUTLASS's; graphs; nothing waits."""
+    layer = of_quant(REAL, quant)
+    check_layer(layer, tokens, ours)
+
+
+@quants
+@pytest.mark.parametrize("tokens", [1, 128, 1024])
+def test_layer_of_a_rank(quant: str | None, tokens: int, ours: Any) -> None:
+    check_layer(of_quant(RANK, quant), tokens, ours)
+
+
+def check_layer(layer: Layer, tokens: int, ours: Any) -> None:
+    weights, call = layer.weights(), layer.calls(tokens)
+    backend, _ = select_triton(layer)
+    kernel = make_kernel(layer, weights, backend, ours.CutlassMoeExperts)
+    assert kernel.fused_experts.is_ours
+    out = run(kernel, layer, weights, call)
+    with no_wait():
+        again = run(kernel, layer, weights, call)
+    assert same_bits(out, again)
+    few = {name: tensor[:64] for name, tensor in call.items()}
+    want = cm.fused_moe_reference(
+        **few,
+        **weights,
+        quant=layer.quant,
+        expert_map=layer.expert_map(),
+        compute_dtype=torch.float64,
+    )
+    right, alike = LIMITS[layer.quant]
+    assert relative(out[:64], want) <= right
+    for experts in theirs(layer):
+        other = run(make_kernel(layer, weights, *experts), layer, weights, call)
+        assert relative(out, other) <= alike, experts
+
+
+def select_triton(layer: Layer) -> tuple[Any, type]:
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+    from vllm.model_executor.layers.fused_moe.oracle import fp8, int8, unquantized
+
+    modules = {None: unquantized.UnquantizedMoeBackend, "int8": int8.Int8MoeBackend}
+    return modules.get(layer.quant, fp8.Fp8MoeBackend).TRITON, TritonExperts
+
+
+def theirs(layer: Layer) -> list[tuple[Any, type]]:
+    """vLLM's own classes for a layer."""
+    found = [select_triton(layer)]
+    if layer.quant == "fp8":
+        from vllm.model_executor.layers.fused_moe.experts.triton_cutlass_moe import (
+            TritonOrCutlassExperts,
+        )
+        from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+
+        found.append((Fp8MoeBackend.VLLM_CUTLASS, TritonOrCutlassExperts))
+    return found
+
+
+@quants
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_graph_replay_with_new_tokens(quant: str | None, tokens: int, ours: Any) -> None:
+    layer = of_quant(RANK, quant)
+    weights, call = layer.weights(), layer.calls(tokens)
+    backend, _ = select_triton(layer)
+    kernel = make_kernel(layer, weights, backend, ours.CutlassMoeExperts)
+    run(kernel, layer, weights, call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(kernel, layer, weights, call)
+    for seed in (1, 2):
+        for name, tensor in layer.calls(tokens, seed).items():
+            call[name].copy_(tensor)
+        graph.replay()
+        replayed = out.clone()
+        assert same_bits(replayed, run(kernel, layer, weights, call))
+
+
+# Whole models
+
+
+def write_model(directory: Path, quant: str | None) -> None:
+    """A tiny Qwen3-MoE whose experts are quantised, and nothing else."""
+    experts, hidden, inter, layers, vocab = TINY.experts, TINY.hidden, TINY.inter, 2, 512
+    heads, kv_heads, head = 4, 2, 64
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    torch.manual_seed(0)
+    tensors: dict[str, Tensor] = {
+        "model.embed_tokens.weight": torch.randn(vocab, hidden),
+        "model.norm.weight": torch.ones(hidden),
+        "lm_head.weight": torch.randn(vocab, hidden) * hidden**-0.5 * 4,
+    }
+    dense = ["lm_head"]
+    for layer in range(layers):
+        root = f"model.layers.{layer}"
+        columns = (heads * head, kv_heads * head, kv_heads * head)
+        for name, n, k in zip(
+            names, (*columns, hidden), (*(hidden,) * 3, heads * head), strict=True
+        ):
+            tensors[f"{root}.self_attn.{name}.weight"] = torch.randn(n, k) * k**-0.5
+            dense.append(f"{root}.self_attn.{name}")
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{root}.{name}.weight"] = torch.ones(hidden)
+        for name in ("q_norm", "k_norm"):
+            tensors[f"{root}.self_attn.{name}.weight"] = torch.ones(head)
+        tensors[f"{root}.mlp.gate.weight"] = torch.randn(experts, hidden) * hidden**-0.5
+        dense.append(f"{root}.mlp.gate")
+        for e in range(experts):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                n, k = (hidden, inter) if name == "down_proj" else (inter, hidden)
+                weight = torch.randn(1, n, k).bfloat16() * 1.5 * k**-0.5
+                tensors |= stored(f"{root}.mlp.experts.{e}.{name}.weight", weight, quant)
+    wide = {
+        n: t.bfloat16() if t.dtype == torch.float32 and "scale" not in n else t
+        for n, t in tensors.items()
+    }
+    save_file(
+        {name: tensor.contiguous() for name, tensor in wide.items()},
+        directory / "model.safetensors",
+    )
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "torch_dtype": "bfloat16",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "moe_intermediate_size": inter,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head,
+        "num_experts": experts,
+        "num_experts_per_tok": TINY.top_k,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    if quant:
+        how: dict[str, Any] = json.loads(json.dumps(QUANTIZATION[quant]))
+        how["modules_to_not_convert" if quant == FP8_BLOCK else "ignore"] = dense
+        config["quantization_config"] = how
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def stored(name: str, weight: Tensor, quant: str | None) -> dict[str, Tensor]:
+    """A weight [1, N, K] as checkpoints hold it, with its scale."""
+    if quant is None:
+        return {name: weight[0]}
+    if quant == FP8_BLOCK:
+        values, scale = cm.quantize_per_block(weight)
+        return {name: values[0], f"{name}_scale_inv": scale[0]}
+    values, scale = cm.quantize_per_channel(weight, QUANTS[quant])
+    return {name: values[0], f"{name}_scale": scale[0][:, None]}
+
+
+def generate(directory: Path, *options: str) -> dict[str, Any]:
+    out = directory / "out.json"
+    command = [sys.executable, "-m", "tests.integrations.vllm_generate"]
+    ended = subprocess.run(
+        [*command, str(directory), str(out), *options], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-8000:]
+    return json.loads(out.read_text())
+
+
+@quants
+def test_model(quant: str | None, tmp_path: Path) -> None:
+    """Greedy tokens are vLLM's own, up to the first for which two are about as likely."""
+    write_model(tmp_path, quant)
+    want, got = generate(tmp_path), generate(tmp_path, "--ours")
+    graphs = generate(tmp_path, "--ours", "--graphs")
+    assert set(got["experts"]) == set(graphs["experts"]) == {"CutlassMoeExperts"}
+    assert "CutlassMoeExperts" not in want["experts"]
+    for found in (got, graphs):
+        for prompt, right in enumerate(want["tokens"]):
+            for step, (mine, token) in enumerate(zip(found["tokens"][prompt], right, strict=True)):
+                best = want["logprobs"][prompt][step]
+                if mine != token:
+                    assert best[str(token)] - best.get(str(mine), -1e9) <= NEAR, (prompt, step)
+                    break
