@@ -23,6 +23,10 @@ _logger = logging.getLogger("cutlass_moe")
 _known: dict[tuple[ServedExperts, str, int], str | None] = {}  # by experts, engine and device
 
 
+class Unsupported(ValueError):
+    """Experts, or a way to call them, that our kernels don't have; says what must be."""
+
+
 class ServedExperts(NamedTuple):
     """What decides the kernels of a layer: the same for all of a model's layers of one kind."""
 

@@ -45,7 +45,7 @@ from torch import Tensor
 import cutlass_moe as cm
 from cutlass_moe.integrations import serving
 from cutlass_moe.integrations.experts import BLOCK, FP8_BLOCK, ActivationArguments
-from cutlass_moe.integrations.serving import ServedExperts
+from cutlass_moe.integrations.serving import ServedExperts, Unsupported
 
 NAME, ENGINE = "cutlass_moe", "SGLang"
 GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
@@ -117,7 +117,7 @@ def run(
     """
     try:
         experts = describe(dispatch, info, config)
-    except ValueError as error:
+    except Unsupported as error:
         serving.refuse(ENGINE, str(error))
         return None
     hidden: Tensor = dispatch.hidden_states
@@ -157,11 +157,11 @@ def _scale(scale: Tensor | None, experts: ServedExperts) -> Tensor | None:
 def describe(
     dispatch: StandardDispatchOutput, info: TritonMoeQuantInfo, config: MoeRunnerConfig
 ) -> ServedExperts:
-    """The experts of a call as our kernels see them. Raises ValueError for what they can't."""
+    """The experts of a call as our kernels see them. Raises Unsupported for what they can't."""
     _refuse_forms(dispatch, config)
     top_k = dispatch.topk_output.topk_ids.shape[1]
     if config.apply_router_weight_on_input and top_k != 1:
-        raise ValueError(f"weights on the input need one expert per token, got {top_k}")
+        raise Unsupported(f"weights on the input need one expert per token, got {top_k}")
     activation, interleaved = activation_of(config)
     (experts, hidden, inter), bias = info.w2_weight.shape, info.b13
     return ServedExperts(
@@ -178,32 +178,32 @@ def describe(
 
 
 def _refuse_forms(dispatch: StandardDispatchOutput, config: MoeRunnerConfig) -> None:
-    """Raises ValueError for calls that hand over, or want back, something else."""
+    """Raises Unsupported for calls that hand over, or want back, something else."""
     device = dispatch.hidden_states.device.type
     if device not in DEVICES:
-        raise ValueError(f"hidden states must be on {DEVICES[0]}, got {device}")
+        raise Unsupported(f"hidden states must be on {DEVICES[0]}, got {device}")
     if not isinstance(dispatch, StandardDispatchOutput):
-        raise ValueError(f"tokens must be in the standard format, got {dispatch.format.value}")
+        raise Unsupported(f"tokens must be in the standard format, got {dispatch.format.value}")
     if not TopKOutputChecker.format_is_standard(dispatch.topk_output):
-        raise ValueError("experts must be chosen before, got router logits")
+        raise Unsupported("experts must be chosen before, got router logits")
     if dispatch.hidden_states_scale is not None or dispatch.hidden_states_pre_quant is not None:
-        raise ValueError("tokens must not be quantised yet")
+        raise Unsupported("tokens must not be quantised yet")
     if config.no_combine:
-        raise ValueError("a token's rows must be summed, got no_combine")
+        raise Unsupported("a token's rows must be summed, got no_combine")
     if get_exec().moe.enable_fused_moe_sum_all_reduce:
-        raise ValueError("the sum over ranks must be separate, got a fused one")
+        raise Unsupported("the sum over ranks must be separate, got a fused one")
 
 
 def activation_of(config: MoeRunnerConfig) -> tuple[ActivationArguments, bool]:
     """The activation, and whether gates and ups are interleaved.
 
-    Raises ValueError for one that kernels don't have.
+    Raises Unsupported for one that kernels don't have.
     """
     numbers = (config.gemm1_alpha, config.gemm1_clamp_limit, config.swiglu_limit)
     names = GATED if config.is_gated else NOT_GATED
     if config.activation not in names:
         gate = "with" if config.is_gated else "without"
-        raise ValueError(
+        raise Unsupported(
             f"the activation must be one of {', '.join(names)} {gate} a gate, got "
             f"{config.activation}"
         )
@@ -211,12 +211,12 @@ def activation_of(config: MoeRunnerConfig) -> tuple[ActivationArguments, bool]:
     if numbers == (None, None, None):
         return ActivationArguments(name), False
     if name != "swiglu":
-        raise ValueError(f"{config.activation} must have no limits, got {numbers}")
+        raise Unsupported(f"{config.activation} must have no limits, got {numbers}")
     alpha, limit, deepseek = numbers
     if alpha is None and limit is None:
         return ActivationArguments(name, deepseek), False
     if alpha is None or limit is None or config.gemm1_beta not in (None, 1.0):
-        raise ValueError(
+        raise Unsupported(
             "a clamp must come before the activation, with alpha, a limit and beta 1, "
             f"got alpha {alpha}, limit {limit}, beta {config.gemm1_beta}"
         )
@@ -224,19 +224,21 @@ def activation_of(config: MoeRunnerConfig) -> tuple[ActivationArguments, bool]:
 
 
 def quant_of(info: TritonMoeQuantInfo) -> str | None:
-    """How weights and tokens are quantised. Raises ValueError for ways that kernels don't have."""
+    """How weights and tokens are quantised. Raises Unsupported for ways that kernels don't have."""
     other = [name for name in _OTHER_FORMATS if getattr(info, name)]
     if type(info) is not TritonMoeQuantInfo or other:
-        raise ValueError(f"weights must be 16-bit, FP8 or INT8, got {other or type(info).__name__}")
+        raise Unsupported(
+            f"weights must be 16-bit, FP8 or INT8, got {other or type(info).__name__}"
+        )
     if info.a13_scale is not None or info.a2_scale is not None:
-        raise ValueError("tokens must be quantised by scales of their own, got static ones")
+        raise Unsupported("tokens must be quantised by scales of their own, got static ones")
     if not info.use_fp8_w8a8 and not info.use_int8_w8a8:
         return None
     if info.use_fp8_w8a8 and info.block_shape == [BLOCK, BLOCK]:
         return FP8_BLOCK
     if info.block_shape is None and info.per_channel_quant:
         return "fp8" if info.use_fp8_w8a8 else "int8"
-    raise ValueError(
+    raise Unsupported(
         f"scales must be per channel and token, or of FP8 in blocks of {BLOCK} x {BLOCK}, got "
         f"blocks {info.block_shape}"
     )
@@ -267,7 +269,7 @@ def _moe_scheme(
     try:
         return original(self, layer, layer_name)
     except NotImplementedError:
-        found = self.get_scheme_dict(layer, f"{layer_name}.0.gate_proj")
+        found = self.get_scheme_dict(layer, f"{layer_name}.0.gate_proj") or {}
         weights, tokens = found.get("weights"), found.get("input_activations")
         if not self._is_dynamic_token_w8a8(weights, tokens):
             raise

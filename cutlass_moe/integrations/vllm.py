@@ -32,7 +32,7 @@ from vllm.platforms import current_platform
 import cutlass_moe as cm
 from cutlass_moe.integrations import plugins, serving
 from cutlass_moe.integrations.experts import BLOCK, FP8_BLOCK, ActivationArguments
-from cutlass_moe.integrations.serving import ServedExperts
+from cutlass_moe.integrations.serving import ServedExperts, Unsupported
 
 NAME, ENGINE = "cutlass_moe", "vLLM"
 Scheme = tuple[keys.QuantKey | None, keys.QuantKey | None]  # of weights, of activations
@@ -180,7 +180,7 @@ def _ask(make: Callable[[], ServedExperts]) -> tuple[ServedExperts | None, str |
     """The experts if our kernels run them, else None and the reason."""
     try:
         experts = make()
-    except ValueError as error:
+    except Unsupported as error:
         serving.refuse(ENGINE, str(error))
         return None, str(error)
     device = torch.cuda.current_device() if current_platform.is_cuda() else -1
@@ -195,23 +195,23 @@ def describe(
     alpha: float | None,
     beta: float | None,
 ) -> ServedExperts:
-    """The experts of a layer as our kernels see them. Raises ValueError for what they can't."""
+    """The experts of a layer as our kernels see them. Raises Unsupported for what they can't."""
     if moe_config.is_lora_enabled:
-        raise ValueError("LoRA needs the rows between the products")
+        raise Unsupported("LoRA needs the rows between the products")
     activation = moe_config.activation
     arguments, interleaved = ActivationArguments(PLAIN.get(activation, "swiglu")), False
     if activation == MoEActivation.SILU:
         arguments = arguments._replace(limit=limit)
     elif activation == MoEActivation.SWIGLUOAI_UNINTERLEAVE:
         if limit is None:
-            raise ValueError(f"{activation.value} needs a limit, got None")
+            raise Unsupported(f"{activation.value} needs a limit, got None")
         arguments = ActivationArguments("swiglu", limit, alpha, beta)
     elif activation == MoEActivation.SWIGLUOAI:
         if limit not in (None, 7.0):
-            raise ValueError(f"the limit of {activation.value} must be 7, got {limit}")
+            raise Unsupported(f"the limit of {activation.value} must be 7, got {limit}")
         arguments, interleaved = ActivationArguments("swiglu_oai"), True
     elif limit is not None:
-        raise ValueError(f"{activation.value} must have no limit, got {limit}")
+        raise Unsupported(f"{activation.value} must have no limit, got {limit}")
     return ServedExperts(
         num_experts=moe_config.num_local_experts,
         top_k=moe_config.experts_per_token,
@@ -226,12 +226,12 @@ def describe(
 
 
 def quant_of(config: FusedMoEQuantConfig) -> str | None:
-    """How weights and tokens are quantised. Raises ValueError for ways that kernels don't have.
+    """How weights and tokens are quantised. Raises Unsupported for ways that kernels don't have.
 
     What was selected may differ from it: INT8 that is made at load keeps tokens in 16 bits.
     """
     if config.a1_scale is not None or config.a2_scale is not None:
-        raise ValueError("tokens must be quantised by scales of their own, got static ones")
+        raise Unsupported("tokens must be quantised by scales of their own, got static ones")
     dtypes = (config.weight_quant_dtype, config.quant_dtype)
     blocks = config.block_shape
     for quant, dtype in ((None, None), ("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
@@ -243,7 +243,7 @@ def quant_of(config: FusedMoEQuantConfig) -> str | None:
             return quant
     if dtypes == (torch.float8_e4m3fn,) * 2 and blocks == [BLOCK, BLOCK]:
         return FP8_BLOCK
-    raise ValueError(
+    raise Unsupported(
         f"weights and tokens must be quantised alike, per channel and token or in blocks of {BLOCK}"
         f" x {BLOCK}, got {dtypes[0]} and {dtypes[1]} with blocks {blocks}"
     )

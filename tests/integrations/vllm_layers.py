@@ -1,6 +1,6 @@
 """Layers of experts inside vLLM, on the CPU and on a GPU: weights, its configs, its kernels.
 
-Import `prepare` and call it before anything of vLLM is imported.
+Call `prepare` before anything of vLLM is imported.
 """
 
 from __future__ import annotations
