@@ -47,6 +47,7 @@ from perf.timing import interleaved
 THEIRS = "vllm"
 SERVED = ("qwen3-30b", "glm-4.5-air", "dsv3-ep8")
 TOKENS = (1, 16, 128, 1024, 8192)
+WORKSPACE = 4 << 30  # bytes
 HEADER = ("model", "dtype", "tokens", OURS, THEIRS, f"{OURS} / {THEIRS}", "vLLM's experts")
 
 
@@ -104,11 +105,13 @@ class Engine:
         from vllm.model_executor.layers.fused_moe import activation, config, fused_moe
         from vllm.model_executor.layers.fused_moe.oracle import fp8, int8, unquantized
         from vllm.model_executor.layers.quantization.utils import quant_utils
-        from vllm.v1.worker.workspace import init_workspace_manager
+        from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_manager
 
         from cutlass_moe.integrations.vllm import CutlassMoeExperts
 
         init_workspace_manager(torch.device("cuda:0"))
+        # All captured graphs share it, so that it must not move: as large as any case needs.
+        current_workspace_manager().get_simultaneous(((WORKSPACE,), torch.uint8))
         self.version = vllm.__version__
         self.context = set_current_vllm_config(VllmConfig())
         self.fp8, self.int8, self.unquantized = fp8, int8, unquantized
@@ -156,14 +159,20 @@ class Engine:
 
     def kernel(self, case: Case, inputs: RankInputs, ours: bool) -> Any:
         moe, quant = self.moe_config(case, inputs), self.quant_config(case, inputs)
-        backend, experts = self.choose(case, moe)
-        if ours:
-            backend, experts = type(backend).TRITON, self.ours
+        backend, experts = (self.triton(case), self.ours) if ours else self.choose(case, moe)
         if case.dtype == "bf16":
             return self.unquantized.make_unquantized_moe_kernel(quant, moe, backend, experts)
         if case.dtype == "int8":
             return self.int8.make_int8_moe_kernel(backend, quant, moe, experts)
         return self.fp8.make_fp8_moe_kernel(quant, moe, experts, backend)
+
+    def triton(self, case: Case) -> Any:
+        """The backend in whose place our experts are chosen."""
+        if case.dtype == "bf16":
+            return self.unquantized.UnquantizedMoeBackend.TRITON
+        if case.dtype == "int8":
+            return self.int8.Int8MoeBackend.TRITON
+        return self.fp8.Fp8MoeBackend.TRITON
 
     def note(self, case: Case, kernel: Any, ours: bool) -> str:
         """The class of experts, and whether vLLM ships a Triton config for the layer."""

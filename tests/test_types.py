@@ -74,6 +74,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "combine": (cm.combine, COMBINED),
     "combine_reference": (cm.combine_reference, COMBINED),
     "fused_moe": (cm.fused_moe, LAYER),
+    "fused_moe_problems": (cm.fused_moe_problems, LAYER),
     "fused_moe_reference": (cm.fused_moe_reference, LAYER),
     "fused_moe_workspace_size": (cm.fused_moe_workspace_size, LAYER),
     "grouped_matmul": (cm.grouped_matmul, PRODUCT),

@@ -132,6 +132,17 @@ def test_workspace_grows_with_tokens_and_needs_no_memory_to_plan() -> None:
     assert needed <= sizes[-1] <= 1.01 * needed
 
 
+@pytest.mark.parametrize("quant", ALL_QUANTS)
+def test_problems_are_those_of_a_call_whatever_its_tokens(quant: str | None) -> None:
+    problems = cm.fused_moe_problems(**arguments(quant=quant))
+    assert problems == cm.fused_moe_problems(**arguments(70, quant=quant))
+    shape = problems_of_shape(SMALL.shape, quant or "bf16")
+    small = quant == "fp8_block" and SMALL.shape.inter % 128  # whose blocks the shape has smaller
+    assert small or problems == [problem for problem in shape if problem]
+    with pytest.raises(TypeError, match="a keyword argument must be one of"):
+        cm.fused_moe_problems(**arguments(out=None))
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", ["fp8", "int8", "bf16"])
 def test_models_have_kernels(model: str, dtype: str) -> None:
