@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.integrations.vllm_layers import (
     run,
     select,
 )
+from tests.integrations.vllm_models import load_layer, read_layer, write_model
 
 prepare("cpu")  # before anything of vLLM is imported
 ours: Any = import_module("cutlass_moe.integrations.vllm")
@@ -70,6 +72,16 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
     for (oracle, name), function in before.items():
         setattr(oracle, name, function)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """vLLM's groups of ranks, of this process alone."""
+    distributed: Any = import_module("vllm.distributed")
+    meeting = tmp_path_factory.mktemp("ranks") / "file"
+    with config.set_current_vllm_config(config.VllmConfig()):
+        distributed.init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
+        distributed.initialize_model_parallel(1)
 
 
 # What is chosen
@@ -244,6 +256,33 @@ def compare(layer: Layer, tokens: int, options: dict[str, Any]) -> None:
         **options,
     )
     assert got.dtype == torch.bfloat16 and relative(got, want) <= 2e-2
+
+
+@quants
+def test_a_layer_of_a_checkpoint(quant: str | None, tmp_path: Path, one_rank: None) -> None:
+    """vLLM's own module of experts: its choice, its loader, its router and its runner."""
+    write_model(tmp_path, quant)
+    engine = import_module("vllm.engine.arg_utils").EngineArgs(
+        model=str(tmp_path), skip_tokenizer_init=True, max_model_len=256, enforce_eager=True
+    )
+    made = engine.create_engine_config()
+    ours.register()
+    hidden, logits = torch.randn(17, 256).bfloat16(), torch.randn(17, 8)
+    with config.set_current_vllm_config(made):
+        layer, kernel = load_layer(tmp_path, made)
+        assert kernel.fused_experts.is_ours
+        with import_module("vllm.forward_context").set_forward_context(None, made):
+            got = layer(hidden, logits)
+    weights, ids = logits.softmax(-1).topk(2)
+    want = cm.fused_moe_reference(
+        hidden,
+        topk_weights=weights / weights.sum(1, keepdim=True),
+        topk_ids=ids.int(),
+        quant=quant,
+        compute_dtype=torch.float64,
+        **read_layer(tmp_path),
+    )
+    assert relative(got, want) <= 2e-2
 
 
 def test_weights_on_the_input() -> None:

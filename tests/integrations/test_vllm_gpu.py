@@ -12,15 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 import cutlass_moe as cm
 from cutlass_moe.choose.heuristics_sm90 import every_config
 from cutlass_moe.integrations import serving
 from cutlass_moe.integrations.experts import ActivationArguments
 from cutlass_moe.integrations.serving import ServedExperts
-from cutlass_moe.operands import FP8_BLOCK, QUANTS
+from cutlass_moe.operands import FP8_BLOCK
 from emitters.spec.registry import Config, Problem
 from tests.integrations.vllm_layers import (
     ALL_QUANTS,
@@ -31,15 +29,14 @@ from tests.integrations.vllm_layers import (
     run,
     select,
 )
+from tests.integrations.vllm_models import TINY, write_model
 from tests.layer.test_nn_gpu import no_wait
-from tests.support.checkpoints import QUANTIZATION
 from tests.support.numerics import same_bits
 
 pytestmark = pytest.mark.gpu
 
 REAL = Layer(None, 128, 8, 2048, 768, "cuda")  # qwen3-30b
 RANK = Layer(None, 128, 8, 2048, 768, "cuda", local=64)  # of two
-TINY = Layer(None, 8, 2, 256, 128, "cuda")  # of the models below
 TOKENS = (1, 16, 128, 1024, 8192)
 # From float64 with the same points of quantisation, and from vLLM's kernels, which have others.
 LIMITS = {None: (5e-3, 1e-2), "int8": (6e-3, 2e-2), "fp8": (3e-2, 4e-2), FP8_BLOCK: (1e-2, 4e-2)}
@@ -179,86 +176,6 @@ def test_graph_replay_with_new_tokens(quant: str | None, tokens: int, ours: Any)
 
 
 # Whole models
-
-
-def write_model(directory: Path, quant: str | None) -> None:
-    """A tiny Qwen3-MoE whose experts are quantised, and nothing else."""
-    experts, hidden, inter, layers, vocab = TINY.experts, TINY.hidden, TINY.inter, 2, 512
-    heads, kv_heads, head = 4, 2, 64
-    names = ("q_proj", "k_proj", "v_proj", "o_proj")
-    torch.manual_seed(0)
-    tensors: dict[str, Tensor] = {
-        "model.embed_tokens.weight": torch.randn(vocab, hidden),
-        "model.norm.weight": torch.ones(hidden),
-        "lm_head.weight": torch.randn(vocab, hidden) * hidden**-0.5 * 4,
-    }
-    dense = ["lm_head"]
-    for layer in range(layers):
-        root = f"model.layers.{layer}"
-        columns = (heads * head, kv_heads * head, kv_heads * head)
-        for name, n, k in zip(
-            names, (*columns, hidden), (*(hidden,) * 3, heads * head), strict=True
-        ):
-            tensors[f"{root}.self_attn.{name}.weight"] = torch.randn(n, k) * k**-0.5
-            dense.append(f"{root}.self_attn.{name}")
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{root}.{name}.weight"] = torch.ones(hidden)
-        for name in ("q_norm", "k_norm"):
-            tensors[f"{root}.self_attn.{name}.weight"] = torch.ones(head)
-        tensors[f"{root}.mlp.gate.weight"] = torch.randn(experts, hidden) * hidden**-0.5
-        dense.append(f"{root}.mlp.gate")
-        for e in range(experts):
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                n, k = (hidden, inter) if name == "down_proj" else (inter, hidden)
-                weight = torch.randn(1, n, k).bfloat16() * 1.5 * k**-0.5
-                tensors |= stored(f"{root}.mlp.experts.{e}.{name}.weight", weight, quant)
-    wide = {
-        n: t.bfloat16() if t.dtype == torch.float32 and "scale" not in n else t
-        for n, t in tensors.items()
-    }
-    save_file(
-        {name: tensor.contiguous() for name, tensor in wide.items()},
-        directory / "model.safetensors",
-    )
-    config = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "torch_dtype": "bfloat16",
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": inter,
-        "moe_intermediate_size": inter,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head,
-        "num_experts": experts,
-        "num_experts_per_tok": TINY.top_k,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    if quant:
-        how: dict[str, Any] = json.loads(json.dumps(QUANTIZATION[quant]))
-        how["modules_to_not_convert" if quant == FP8_BLOCK else "ignore"] = dense
-        config["quantization_config"] = how
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-def stored(name: str, weight: Tensor, quant: str | None) -> dict[str, Tensor]:
-    """A weight [1, N, K] as checkpoints hold it, with its scale."""
-    if quant is None:
-        return {name: weight[0]}
-    if quant == FP8_BLOCK:
-        values, scale = cm.quantize_per_block(weight)
-        return {name: values[0], f"{name}_scale_inv": scale[0]}
-    values, scale = cm.quantize_per_channel(weight, QUANTS[quant])
-    return {name: values[0], f"{name}_scale": scale[0][:, None]}
 
 
 def generate(directory: Path, *options: str) -> dict[str, Any]:
