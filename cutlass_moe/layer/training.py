@@ -60,7 +60,8 @@ def differentiable_layer(
         layer = weigh_input(layer)
         layer = layer._replace(topk_weights=torch.ones_like(layer.topk_weights))
         options = options._replace(weight_on_input=False)
-    if into != (None, None) or is_plain_eager(layer.hidden, layer.w13):
+    plain = is_plain_eager(layer.hidden, layer.w13) and not layer.hidden.is_meta
+    if plain or into != (None, None):
         out = _Layer.apply(into, options, recompute, *layer)
     else:
         out = _train_op(*layer, *options, recompute)[0]
@@ -296,7 +297,9 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        again = torch.is_grad_enabled() and ctx.into == (None, None)  # then the op refuses
+        again = torch.is_grad_enabled()  # then the op refuses
+        if again and ctx.into != (None, None):
+            raise RuntimeError("grad_into must be None where a gradient has a gradient")
         return None, None, None, *_gradients(ctx, grad, ctx.needs_input_grad[3:], by_op=again)
 
 

@@ -276,6 +276,21 @@ def test_differentiable_once() -> None:
     (grad,) = torch.autograd.grad(out.square().sum(), leaves["hidden"], create_graph=True)
     with pytest.raises(RuntimeError, match="fused_moe is differentiable once"):
         grad.sum().backward()
+    out = cm.fused_moe(**{**given, **leaves}, grad_into=main_grads(given))
+    with pytest.raises(RuntimeError, match="grad_into must be None where a gradient has a grad"):
+        torch.autograd.grad(out.square().sum(), leaves["hidden"], create_graph=True)
+
+
+def test_on_the_meta_device() -> None:
+    given = {
+        name: value.to("meta") if isinstance(value, Tensor) else value
+        for name, value in BASE.arguments("cpu").items()
+    }
+    leaves = leaves_of(given)
+    out = cm.fused_moe(**{**given, **leaves})
+    found = torch.autograd.grad(out, list(leaves.values()), torch.empty_like(out))
+    for gradient, leaf in zip(found, leaves.values(), strict=True):
+        assert gradient.is_meta and gradient.shape == leaf.shape
 
 
 REFUSED = {
