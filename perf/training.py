@@ -121,14 +121,15 @@ class TrainedLayer:
         self.grad = random(tokens, hidden)
         self.main: tuple[Tensor, Tensor] | None = None
 
-    def systems(self) -> dict[str, Callable[..., Tensor]]:
-        return {
+    def systems(self, only: Sequence[str] = ()) -> dict[str, Callable[..., Tensor]]:
+        every = {
             OURS: cutlass_moe.fused_moe,
             f"{OURS} recompute": lambda *given: cutlass_moe.fused_moe(*given, recompute=True),
             f"{OURS} main_grad": self.with_main_gradients,
             "torch": self.torch_grouped,
             "padded": self.padded,
         }
+        return {name: system for name, system in every.items() if not only or name in only}
 
     def with_main_gradients(self, *given: Tensor) -> Tensor:
         if self.main is None:
@@ -175,7 +176,7 @@ class TrainedLayer:
     def both(self, system: Callable[..., Tensor]) -> None:
         self.backward(self.forward(system))
 
-    def errors(self) -> dict[str, dict[str, float]]:
+    def errors(self, only: Sequence[str]) -> dict[str, dict[str, float]]:
         """Each system's relative errors to float64, of output and gradients."""
         wide = {name: t.detach().double().requires_grad_() for name, t in self.tensors.items()}
         want = cutlass_moe.fused_moe_reference(
@@ -184,7 +185,7 @@ class TrainedLayer:
         wanted = (want, *torch.autograd.grad(want, list(wide.values()), self.grad.double()))
         del wide, want
         found: dict[str, dict[str, float]] = {}
-        for name, system in self.systems().items():
+        for name, system in self.systems(only).items():
             out = self.forward(system)
             gradients = list(self.backward(out))
             if self.main is not None:
@@ -218,10 +219,10 @@ class TrainedLayer:
 
 def measure(case: TrainedCase, only: Sequence[str]) -> dict[str, Any]:
     """Errors, times and memory of each system."""
-    errors = TrainedLayer(case, min(case.tokens, CHECKED)).errors()
+    errors = TrainedLayer(case, min(case.tokens, CHECKED)).errors(only)
     torch.cuda.empty_cache()
     layer = TrainedLayer(case, case.tokens)
-    systems = {n: s for n, s in layer.systems().items() if not only or n in only}
+    systems = layer.systems(only)
     memory: dict[str, dict[str, float]] = {}
     absent: dict[str, str] = {}
     for name, system in systems.items():

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cutlass_moe.layer.activate import activate_rows_backward
-from cutlass_moe.operands import LayerOptions
+from cutlass_moe.operands import QUANTS, LayerOptions
 from cutlass_moe.ops._checks import is_n_major
 from cutlass_moe.ops._row_sums import sum_by_expert, two_parts
 from cutlass_moe.ops.combine import combine
-from cutlass_moe.ops.grouped_matmul import grouped_matmul
+from cutlass_moe.ops.grouped_matmul import grouped_matmul, grouped_matmul_out
+from cutlass_moe.ops.quantize import quantize_per_token
 from cutlass_moe.ops.weight_grad import grouped_weight_grad
 from cutlass_moe.runtime.parameters import reads_rows
 
+_SOME_BYTES = 128 << 20  # of bfloat16 weights that are there at a time
 GradInto = tuple[Tensor | None, Tensor | None]
 
 
@@ -32,6 +34,8 @@ class Saved(NamedTuple):
     topk_weights: Tensor
     w13_bias: Tensor | None
     w2_bias: Tensor | None
+    w13_scale: Tensor | None
+    w2_scale: Tensor | None
     h: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
     offsets: Tensor
@@ -62,20 +66,72 @@ class How(NamedTuple):
     limit: float | None
     alpha: float | None
     beta: float | None
+    quant: str | None
+    accumulation: str | None
     expected_rows: int
 
     @property
     def options(self) -> LayerOptions:
-        activation, interleaved, limit, alpha, beta, _ = self
+        activation, interleaved, limit, alpha, beta, quant, accumulation, _ = self
         return LayerOptions(
-            activation=activation, interleaved=interleaved, limit=limit, alpha=alpha, beta=beta
+            quant=quant,
+            activation=activation,
+            interleaved=interleaved,
+            accumulation=accumulation,
+            limit=limit,
+            alpha=alpha,
+            beta=beta,
         )
+
+
+class Factor(NamedTuple):
+    """What rows are multiplied with: w13 or w2, and its scale and bias."""
+
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+
+def project(
+    x: Tensor,
+    factor: Factor,
+    how: How,
+    offsets: Tensor,
+    index: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    activated: bool = False,
+) -> Tensor:
+    """Rows of x, gathered if there is an index, times a factor; x is quantised if the factor is.
+
+    out_dtype: default x's, or bfloat16 where it is quantised.
+    """
+    per_token_scale = None
+    if how.quant is not None:
+        x, per_token_scale = quantize_per_token(x, QUANTS[how.quant])
+    activation: dict[str, Any] = {}
+    if activated:
+        names = ("activation", "interleaved", "limit", "alpha", "beta")
+        activation = {name: getattr(how, name) for name in names}
+    return grouped_matmul(
+        x,
+        factor.weight,
+        index=index,
+        offsets=offsets,
+        per_token_scale=per_token_scale,
+        scale=factor.scale,
+        bias=factor.bias,
+        out_dtype=out_dtype,
+        accumulation=how.accumulation,
+        expected_rows=how.expected_rows,
+        **activation,
+    )
 
 
 class LayerBackward:
     """The backward of one call."""
 
     def __init__(self, grad: Tensor, saved: Saved, how: How) -> None:
+        grad = grad if how.quant is None else grad.bfloat16()  # as what is not quantised
         self.grad, self.saved, self.how = grad.contiguous(), saved, how
         hidden = saved.hidden
         self.hidden = hidden if reads_rows(hidden) else hidden.contiguous()
@@ -88,8 +144,9 @@ class LayerBackward:
         saved, table = self.saved, self.saved.index
         h, again = saved.h, len(saved.h) < len(table)
         if again:
-            h = self.product(self.hidden, saved.w13, gather=True, bias=saved.w13_bias)
-        grad_active = self.product(self.grad, saved.w2.transpose(1, 2), gather=True)
+            up = Factor(saved.w13, saved.w13_scale, saved.w13_bias)
+            h = project(self.hidden, up, self.how, saved.offsets, table)
+        grad_active = self.turned(self.grad, saved.w2, saved.w2_scale, gather=True)
         grad_h = h if again else torch.empty_like(h)
         active = grad_active if needs.w2 else None
         weights = saved.topk_weights.float().contiguous()
@@ -122,12 +179,7 @@ class LayerBackward:
         return [found.get(name) for name in Needs._fields]
 
     def product(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        gather: bool = False,
-        bias: Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
+        self, x: Tensor, weight: Tensor, gather: bool, out_dtype: torch.dtype | None = None
     ) -> Tensor:
         """The rows of x, gathered or in order, times their experts' weights."""
         return grouped_matmul(
@@ -135,10 +187,42 @@ class LayerBackward:
             weight,
             index=self.saved.index if gather else None,
             offsets=self.saved.offsets,
-            bias=bias,
             out_dtype=out_dtype,
             expected_rows=self.how.expected_rows,
         )
+
+    def turned(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        gather: bool,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The rows of x times their experts' transposed weights.
+
+        8-bit weights become bfloat16 some experts at a time, so that there is no copy of all.
+        """
+        if scale is None:
+            return self.product(x, weight.transpose(1, 2), gather, out_dtype)
+        index, ends = self.saved.index, self.saved.offsets
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        out = x.new_empty(index.shape[0], weight.shape[2], dtype=out_dtype or x.dtype)
+        some = max(1, _SOME_BYTES // max(1, 2 * weight[0].numel()))
+        for first in range(0, len(weight), some):
+            part = slice(first, first + some)
+            scales = scale[part].view(len(weight[part]), -1, 1)
+            wide = (weight[part].float() * scales).to(x.dtype)
+            grouped_matmul_out(
+                out,
+                x,
+                wide.transpose(1, 2),
+                index=index if gather else None,
+                offsets=ends[part],
+                starts=starts[part],
+                expected_rows=self.how.expected_rows,
+            )
+        return out
 
     def weight_grad(
         self, weight: Tensor, grad: Tensor, x: Tensor, gather_grad: bool, into: Tensor | None
@@ -168,7 +252,8 @@ class LayerBackward:
     def hidden_grad(self, grad_h: Tensor) -> Tensor:
         """Each token's sum of the gradients of its rows."""
         saved = self.saved
-        rows = self.product(grad_h, saved.w13.transpose(1, 2), out_dtype=rows_dtype(saved.hidden))
+        dtype = rows_dtype(saved.hidden)
+        rows = self.turned(grad_h, saved.w13, saved.w13_scale, gather=False, out_dtype=dtype)
         ones = torch.ones_like(saved.inverse, dtype=torch.float32)
         return combine(rows, ones, saved.inverse).to(saved.hidden.dtype)
 

@@ -187,18 +187,38 @@ def _check_options(layer: LayerOperands, options: LayerOptions) -> None:
 
 def why_no_gradient(layer: LayerOperands, options: LayerOptions) -> str | None:
     """Why `fused_moe` has no gradient for these arguments, in words, or None if it has one."""
-    refused = (
-        ("quant", options.quant, None),
-        ("reduce", options.reduce, "sum"),
-        ("overflow", None if layer.overflow is None else "a tensor", None),
-    )
-    for name, given, needed in refused:
-        if given != needed:
-            return (
-                f"fused_moe has no gradient with {name} and an argument requires one: {name} must "
-                f"be {needed!r}, got {given!r}; or call under torch.no_grad()"
-            )
+    for name, given, served in (
+        ("quant", options.quant, (None, "fp8", "int8")),
+        ("reduce", options.reduce, ("sum",)),
+        ("overflow", _said(layer.overflow), (None,)),
+        ("hidden_scale", _said(layer.hidden_scale), (None,)),
+        ("active_scale", _said(layer.active_scale), (None,)),
+    ):
+        if given not in served:
+            return _no_gradient(f"{name} must be {' or '.join(map(repr, served))}, got {given!r}")
+    if options.quant is None:
+        return None
+    for name in ("w13", "w2", "w13_scale", "w2_scale"):
+        tensor = getattr(layer, name)
+        if tensor is not None and tensor.requires_grad:
+            return _no_gradient(f"{name} must be frozen with quant, got one that requires one")
+    if layer.w13.shape[-1] != layer.hidden.shape[-1]:
+        return _no_gradient(
+            f"w13 must have the width of hidden with quant, {layer.hidden.shape[-1]}, got "
+            f"{layer.w13.shape[-1]}"
+        )
     return None
+
+
+def _said(tensor: Tensor | None) -> str | None:
+    return None if tensor is None else "a tensor"
+
+
+def _no_gradient(why: str) -> str:
+    return (
+        f"fused_moe has no gradient here and an argument requires one: {why}; or call under "
+        "torch.no_grad()"
+    )
 
 
 def layer_addresses(layer: LayerOperands, out: Tensor) -> dict[str, int]:

@@ -115,12 +115,14 @@ def fused_moe(
       the same time need one each. With out and workspace, a call allocates nothing.
     pdl: lets kernels start before their predecessors end (programmatic dependent launch).
 
-    Gradients: without quant, of hidden, w13, w2, topk_weights, the biases and residual, once, by
-    kernels, under torch.compile and activation checkpointing too. Kept for them are hidden, the
-    up projection before its activation [rows, 2I or I], and the routing table; nothing of rows x H.
-    The activation then reads that projection as it was rounded to hidden's dtype. Weights that need
-    no gradient cost no product. The gradient of a pair that was dropped is 0. Calls that want a
-    gradient take no out, workspace and overflow, and reduce="sum" only.
+    Gradients: of hidden, w13, w2, topk_weights, the biases and residual, once, by kernels, under
+    torch.compile and activation checkpointing too. Kept for them are hidden, the up projection
+    before its activation [rows, 2I or I], and the routing table; nothing of rows x H. The
+    activation then reads that projection as it was rounded to hidden's dtype. Weights that need no
+    gradient cost no product. The gradient of a pair that was dropped is 0. With quant "fp8" and
+    "int8" weights are frozen, quantisations of tokens and activations have the gradient of the
+    identity, and the backward makes bfloat16 of 128 MiB of weights at a time. Calls that want a
+    gradient take no out, workspace, overflow and static scales, and reduce="sum" only.
     recompute: keeps hidden and the table alone, and computes the up projection again.
     grad_into: a tuple of two tensors of the shapes of w13 and w2, float32 or of their dtype, one of
       which may be None: the gradients of the weights are added to these, and `w13.grad` and

@@ -20,20 +20,22 @@ from torch import Tensor
 from cutlass_moe.layer.accept import Conversion, conversions, convert, weigh_input, widened
 from cutlass_moe.layer.activate import activate_rows
 from cutlass_moe.layer.backward import (
+    Factor,
     GradInto,
     How,
     LayerBackward,
     Needs,
     Saved,
+    project,
     rows_dtype,
 )
 from cutlass_moe.layer.chain import INVARIANT_ROWS
 from cutlass_moe.layer.checks import check_layer, why_no_gradient
-from cutlass_moe.operands import LAYER_SCHEMA, LayerOperands, LayerOptions, ProductArguments
+from cutlass_moe.operands import LAYER_SCHEMA, LayerOperands, LayerOptions
 from cutlass_moe.ops._checks import expect
 from cutlass_moe.ops._define import define, define_gradient
 from cutlass_moe.ops.combine import combine
-from cutlass_moe.ops.grouped_matmul import grouped_matmul, is_plain_eager
+from cutlass_moe.ops.grouped_matmul import is_plain_eager
 from cutlass_moe.ops.route import route
 from cutlass_moe.runtime.signatures import Signatures, signature
 
@@ -56,11 +58,16 @@ def differentiable_layer(
         if tensor is not None and tensor.dim() > 2:
             layer = layer._replace(**{name: tensor.flatten(0, -2)})
     layer = widened(layer)
+    if options.quant is not None:
+        for name, conversion in conversions(layer, options):
+            if name in ("w13_scale", "w2_scale"):  # the backward reads them too
+                layer = layer._replace(**{name: conversion(getattr(layer, name))})
     if options.weight_on_input and layer.topk_ids.shape[-1] == 1:
         layer = weigh_input(layer)
         layer = layer._replace(topk_weights=torch.ones_like(layer.topk_weights))
         options = options._replace(weight_on_input=False)
-    if into != (None, None) or is_plain_eager(layer.hidden, layer.w13):
+    plain = is_plain_eager(layer.hidden, layer.w13) and not layer.hidden.is_meta
+    if plain or into != (None, None):
         out = _Layer.apply(into, options, recompute, *layer)
     else:
         out = _train_op(*layer, *options, recompute)[0]
@@ -112,33 +119,38 @@ def owner(weight: Tensor) -> Tensor:
 def _train(layer: LayerOperands, options: LayerOptions, recompute: bool) -> tuple[Tensor, ...]:
     """Returns the output, and what `Saved` has of the forward."""
     layer = _checked(layer, options)
-    hidden, w13, w2 = layer.hidden, layer.w13, layer.w2
+    hidden, how = layer.hidden, _how(layer, options)
+    up = Factor(layer.w13, layer.w13_scale, layer.w13_bias)
+    down = Factor(layer.w2, layer.w2_scale, layer.w2_bias)
     index, offsets, inverse = _route(layer, options)
-    expected = _expected_rows(layer, options)
-    up: ProductArguments = {
-        "index": index,
-        "offsets": offsets,
-        "bias": layer.w13_bias,
-        "expected_rows": expected,
-    }
     if recompute:
-        h = hidden.new_empty(0, w13.shape[1])
-        active = grouped_matmul(hidden, w13, **up, **_activation(options))
+        h = hidden.new_empty(0, layer.w13.shape[1], dtype=_stored(hidden, options))
+        active = project(hidden, up, how, offsets, index, h.dtype, activated=True)
     else:
-        h = grouped_matmul(hidden, w13, **up)
+        h = project(hidden, up, how, offsets, index, _stored(hidden, options))
         active = activate_rows(h, inverse, options)
     wide = rows_dtype(hidden)
-    down = grouped_matmul(
-        active,
-        w2,
-        offsets=offsets,
-        bias=layer.w2_bias,
-        out_dtype=wide,
-        expected_rows=expected,
-    )
+    rows = project(active, down, how, offsets, out_dtype=wide)
     residual = None if layer.residual is None else layer.residual.to(wide)
-    out = combine(down, layer.topk_weights, inverse, residual=residual)
+    out = combine(rows, layer.topk_weights, inverse, residual=residual)
     return out.to(hidden.dtype), h, index, offsets, inverse
+
+
+def _stored(hidden: Tensor, options: LayerOptions) -> torch.dtype:
+    """The dtype of the up projection as it is kept."""
+    return hidden.dtype if options.quant is None else torch.bfloat16
+
+
+def _how(layer: LayerOperands, options: LayerOptions) -> How:
+    numbers = options.limit, options.alpha, options.beta
+    return How(
+        options.activation,
+        options.interleaved,
+        *numbers,
+        options.quant,
+        options.accumulation,
+        _expected_rows(layer, options),
+    )
 
 
 def _train_impl(*arguments: Any) -> tuple[Tensor, ...]:
@@ -177,12 +189,6 @@ def _route(layer: LayerOperands, options: LayerOptions) -> tuple[Tensor, Tensor,
     return index, offsets, inverse
 
 
-def _activation(options: LayerOptions) -> dict[str, Any]:
-    """The activation, as `grouped_matmul` takes it."""
-    names = ("activation", "interleaved", "limit", "alpha", "beta")
-    return {name: getattr(options, name) for name in names}
-
-
 def _expected_rows(layer: LayerOperands, options: LayerOptions) -> int:
     """The rows per expert that configs are chosen for."""
     if options.batch_invariant:
@@ -199,7 +205,9 @@ def _train_fake(*arguments: Any) -> tuple[Tensor, ...]:
     rows = options.rows(ids.numel())
     return (
         hidden.new_empty(hidden.shape[0], layer.w2.shape[1]),
-        hidden.new_empty(0 if recompute else rows, layer.w13.shape[1]),
+        hidden.new_empty(
+            0 if recompute else rows, layer.w13.shape[1], dtype=_stored(hidden, options)
+        ),
         ids.new_empty(rows, dtype=torch.int32),
         ids.new_empty(layer.w2.shape[0], dtype=torch.int32),
         ids.new_empty(ids.shape, dtype=torch.int32),
@@ -243,10 +251,9 @@ def _keep(
 ) -> None:
     """Keeps what the backward needs. forward: h and the routing table."""
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(getattr(layer, name) for name in Needs._fields), *forward)
-    numbers = options.limit, options.alpha, options.beta
-    expected = _expected_rows(layer, options)
-    ctx.how = How(options.activation, options.interleaved, *numbers, expected)
+    inputs = Saved._fields[: -len(forward)]
+    ctx.save_for_backward(*(getattr(layer, name) for name in inputs), *forward)
+    ctx.how = _how(layer, options)
     ctx.into = into
     ctx.owners = [
         None if place is None else owner(weight)
@@ -296,7 +303,9 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        again = torch.is_grad_enabled() and ctx.into == (None, None)  # then the op refuses
+        again = torch.is_grad_enabled()  # then the op refuses
+        if again and ctx.into != (None, None):
+            raise RuntimeError("grad_into must be None where a gradient has a gradient")
         return None, None, None, *_gradients(ctx, grad, ctx.needs_input_grad[3:], by_op=again)
 
 
@@ -337,9 +346,10 @@ _train_op = define(
 )
 _backward_op = define(
     "fused_moe_backward(Tensor grad, Tensor hidden, Tensor w13, Tensor w2, Tensor topk_weights, "
-    "Tensor? w13_bias, Tensor? w2_bias, Tensor h, Tensor index, Tensor offsets, Tensor inverse, "
-    "str activation, bool interleaved, float? limit, float? alpha, float? beta, "
-    "SymInt expected_rows, bool[] needs) -> Tensor[]",
+    "Tensor? w13_bias, Tensor? w2_bias, Tensor? w13_scale, Tensor? w2_scale, Tensor h, "
+    "Tensor index, Tensor offsets, Tensor inverse, "
+    "str activation, bool interleaved, float? limit, float? alpha, float? beta, str? quant, "
+    "str? accumulation, SymInt expected_rows, bool[] needs) -> Tensor[]",
     _backward_impl,
     _backward_fake,
 )

@@ -14,7 +14,7 @@ from torch.utils import checkpoint
 import cutlass_moe as cm
 from cutlass_moe.layer import backward
 from cutlass_moe.layer.activate import activate_rows_backward_reference, activate_rows_reference
-from cutlass_moe.operands import LayerOptions
+from cutlass_moe.operands import QUANTS, LayerOptions
 from cutlass_moe.ops.activations import ACTIVATIONS
 from tests.support.training_cases import (
     DIFFERENTIABLE,
@@ -181,6 +181,50 @@ def test_what_is_kept(recompute: bool) -> None:
     assert leaves["residual"].data_ptr() not in kept and out.data_ptr() not in kept
 
 
+# Frozen 8-bit experts.
+
+
+def quantised(quant: str, one_scale: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of a layer with 8-bit weights, and of one with their values in bfloat16."""
+    given = TrainingCase(tokens=40, hidden=64, inter=48, bias=True).arguments("cpu")
+    wide = dict(given)
+    for name in ("w13", "w2"):
+        values, scale = cm.quantize_per_channel(given[name], QUANTS[quant])
+        wide[name] = (values.float() * scale[..., None]).bfloat16()
+        given[name], given[f"{name}_scale"] = values, scale[..., None] if one_scale else scale
+    return {**given, "quant": quant}, wide
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("quant", ["fp8", "int8"])
+def test_frozen_8_bit_experts(quant: str, recompute: bool) -> None:
+    """Close to the gradients of the same weights in bfloat16: quantisations pass them on."""
+    given, wide = quantised(quant)
+    trained = [name for name in DIFFERENTIABLE if name not in ("w13", "w2")]
+    leaves = {name: leaf for name, leaf in leaves_of(wide).items() if name in trained}
+    out, found = gradients({**given, **leaves, "recompute": recompute})
+    want_out, want = gradients({**wide, **leaves})
+    limit = {"fp8": 0.1, "int8": 0.04}[quant]
+    assert 1e-3 < relative(out, want_out.double()) < limit
+    for name, gradient in found.items():
+        assert gradient.dtype == leaves[name].dtype
+        assert relative(gradient, want[name].double()) < limit, name
+    compiled = torch.compile(cm.fused_moe, fullgraph=True, backend="aot_eager")
+    got, same = gradients({**given, **leaves, "recompute": recompute}, call=compiled)
+    assert torch.equal(got, out) and all(torch.equal(same[name], found[name]) for name in found)
+
+
+def test_8_bit_weights_are_widened_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, _ = quantised("int8", one_scale=True)
+    given["topk_ids"] = given["topk_ids"].clamp(max=3)  # none for the last expert
+    hidden = given["hidden"].clone().requires_grad_()
+    found = []
+    for some in (1 << 27, 1, 4 * 64 * 96):  # all experts, one, two at a time
+        monkeypatch.setattr(backward, "_SOME_BYTES", some)
+        found.append(torch.autograd.grad(cm.fused_moe(**{**given, "hidden": hidden}).sum(), hidden))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][0], found[2][0])
+
+
 # As torch sees it.
 
 
@@ -197,7 +241,8 @@ def test_opcheck() -> None:
     with torch.no_grad():
         out, *saved = torch.ops.cutlass_moe.fused_moe_train(*values)
     tensors = [given[name] for name in backward.Needs._fields]
-    arguments = (out, *tensors, *saved, "swiglu", False, None, None, None, 12, [True] * 6)
+    how = ("swiglu", False, None, None, None, None, None, 12)
+    arguments = (out, *tensors, None, None, *saved, *how, [True] * 6)
     torch.library.opcheck(
         torch.ops.cutlass_moe.fused_moe_backward.default,
         arguments,
@@ -276,12 +321,28 @@ def test_differentiable_once() -> None:
     (grad,) = torch.autograd.grad(out.square().sum(), leaves["hidden"], create_graph=True)
     with pytest.raises(RuntimeError, match="fused_moe is differentiable once"):
         grad.sum().backward()
+    out = cm.fused_moe(**{**given, **leaves}, grad_into=main_grads(given))
+    with pytest.raises(RuntimeError, match="grad_into must be None where a gradient has a grad"):
+        torch.autograd.grad(out.square().sum(), leaves["hidden"], create_graph=True)
+
+
+def test_on_the_meta_device() -> None:
+    given = {
+        name: value.to("meta") if isinstance(value, Tensor) else value
+        for name, value in BASE.arguments("cpu").items()
+    }
+    leaves = leaves_of(given)
+    out = cm.fused_moe(**{**given, **leaves})
+    found = torch.autograd.grad(out, list(leaves.values()), torch.empty_like(out))
+    for gradient, leaf in zip(found, leaves.values(), strict=True):
+        assert gradient.is_meta and gradient.shape == leaf.shape
 
 
 REFUSED = {
-    "quant": ({"quant": "fp8"}, "no gradient with quant .* must be None, got 'fp8'"),
-    "reduce": ({"reduce": "none"}, "no gradient with reduce .* must be 'sum', got 'none'"),
-    "overflow": ({"overflow": torch.zeros(1).int()}, "no gradient with overflow .* None"),
+    "quant": ({"quant": "fp8_block"}, "quant must be None or 'fp8' or 'int8', got 'fp8_block'"),
+    "frozen": ({"quant": "fp8"}, "w13 must be frozen with quant, got one that requires one"),
+    "reduce": ({"reduce": "none"}, "here .* reduce must be 'sum', got 'none'; or call under"),
+    "overflow": ({"overflow": torch.zeros(1).int()}, "overflow must be None, got 'a tensor'"),
     "out": ({"out": torch.zeros(12, 64).bfloat16()}, "no gradient into out or workspace"),
     "workspace": ({"workspace": torch.zeros(1)}, "no gradient into out or workspace"),
 }

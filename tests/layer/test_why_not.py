@@ -140,8 +140,8 @@ def test_the_named_padding_mends_products() -> None:
 
 
 def test_a_gradient_that_would_be_lost_is_a_reason() -> None:
-    given = layer(weight=FP8, hidden=meta(8, 64).requires_grad_())
-    assert "fused_moe has no gradient with quant" in str(cm.why_not(**given))
+    given = layer(weight=FP8, hidden=meta(8, 64).requires_grad_(), reduce="none")
+    assert "no gradient here and an argument requires one: reduce" in str(cm.why_not(**given))
     with torch.no_grad():
         assert cm.why_not(**given) is None
     assert cm.why_not(**layer(hidden=meta(8, 64).requires_grad_())) is None
