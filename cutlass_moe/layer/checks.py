@@ -231,8 +231,8 @@ def why_no_gradient(layer: LayerOperands, options: LayerOptions) -> str | None:
     )
     if packing_of(layer.w13) is not None:
         return (
-            "fused_moe has no gradient with packed weights and an argument requires one: call under "
-            "torch.no_grad()"
+            "fused_moe has no gradient with packed weights and an argument requires one: call "
+            "under torch.no_grad()"
         )
     for name, given, needed in refused:
         if given != needed:
