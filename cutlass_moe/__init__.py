@@ -14,6 +14,12 @@ from cutlass_moe.ops.grouped_matmul import (
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference
 from cutlass_moe.ops.grouped_mm import grouped_mm, grouped_mm_reference
 from cutlass_moe.ops.index_group_matmul import index_group_matmul, index_group_matmul_workspace_size
+from cutlass_moe.ops.pack import (
+    dequantize_packed,
+    pack_weights,
+    quantize_packed,
+    unpack_weights,
+)
 from cutlass_moe.ops.plan import Plan, plan
 from cutlass_moe.ops.quantize import (
     quantize_per_channel,
@@ -38,6 +44,7 @@ __all__ = [
     "RoutingTable",
     "combine",
     "combine_reference",
+    "dequantize_packed",
     "fused_moe",
     "fused_moe_problems",
     "fused_moe_reference",
@@ -53,8 +60,10 @@ __all__ = [
     "index_group_matmul",
     "index_group_matmul_workspace_size",
     "load_balancing_loss",
+    "pack_weights",
     "pad_experts",
     "plan",
+    "quantize_packed",
     "quantize_per_block",
     "quantize_per_channel",
     "quantize_per_token",
@@ -68,6 +77,7 @@ __all__ = [
     "router_z_loss",
     "topk_router",
     "topk_router_reference",
+    "unpack_weights",
     "warmup",
     "why_not",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import cutlass_moe as cm
 from cutlass_moe.layer.padded import feed_forward, quantized
-from cutlass_moe.operands import FP8_BLOCK, QUANTS, Experts
+from cutlass_moe.operands import FP8_BLOCK, PACKINGS, QUANTS, Experts
 from cutlass_moe.ops._types import typed
 from cutlass_moe.ops.activations import GATED, NOT_GATED
 from cutlass_moe.ops.combine import combine_reference
@@ -20,6 +20,7 @@ from cutlass_moe.ops.quantize_groups import quantize_per_block
 from cutlass_moe.ops.route import check_capacity
 from cutlass_moe.ops.router import topk_router_reference
 from cutlass_moe.runtime.fallback import announce_fallback
+from emitters.spec.packing import BLOCK_ROWS
 
 _QUANTIZED = ("w1_quantized", "w1_scale", "w2_quantized", "w2_scale")
 
@@ -140,6 +141,8 @@ class MoeFeedForward(nn.Module):
         """
         self._check(hidden)
         x = hidden.reshape(-1, self.embed_dim)
+        if self.quant in PACKINGS:
+            x = x.bfloat16()
         logits = self.router(x.to(self.router.weight.dtype))  # may be wider than the experts
         weights, ids = cm.topk_router(
             logits, self.top_k, correction_bias=self.correction_bias, **self.router_options
@@ -194,7 +197,7 @@ class MoeFeedForward(nn.Module):
             "topk_weights": weights,
             "topk_ids": ids,
             **experts._asdict(),
-            "quant": self.quant,
+            "quant": None if self.quant in PACKINGS else self.quant,
             "activation": self.activation,
             "capacity_factor": self.capacity_factor,
             "residual": None if residual is None else residual.to(x.dtype),
@@ -233,7 +236,11 @@ class MoeFeedForward(nn.Module):
 
         experts = self._experts()
         values, scale = x, None
-        if self.quant:
+        if self.quant in PACKINGS:
+            w13 = cm.dequantize_packed(experts.w13, self.embed_dim, x.dtype)
+            w2 = cm.dequantize_packed(experts.w2, self.hidden_dim, x.dtype)
+            experts = experts._replace(w13=w13, w2=w2)
+        elif self.quant:
             blocks = self.quant == FP8_BLOCK
             values, scale = quantized(x, experts.w13.dtype, torch.float32, blocks=blocks)
         out = feed_forward(
@@ -252,6 +259,15 @@ class MoeFeedForward(nn.Module):
             return Experts(q1, q2, scale1, scale2, b1, b2)
         w1, w2 = getattr(self, f"{prefix}w1"), getattr(self, f"{prefix}w2")
         return Experts(w1.transpose(1, 2), w2.transpose(1, 2), w13_bias=b1, w2_bias=b2)
+
+    def _pack(self, quant: str) -> None:
+        """Quantises to packed 4-bit weights."""
+        for name in ("w1", "w2"):
+            weight = getattr(self, name).detach().transpose(1, 2)
+            setattr(self, f"{name}_quantized", cm.quantize_packed(weight, quant))
+            setattr(self, name, None)
+        self.quant = quant
+        self.requires_grad_(False)
 
     def _quantize(self, quant: str) -> None:
         found: dict[str, Any] = {"w13_bias": self.b1, "w2_bias": self.b2}  # may be None
@@ -320,6 +336,7 @@ def quantize_(module: nn.Module, quant: str) -> nn.Module:
       parameter      buffers that replace it
       w1 [E, D, F]   w1_quantized [E, F, D], w1_scale float32 [E, F]
       w2 [E, H, D]   w2_quantized [E, D, H], w2_scale float32 [E, D]
+      4 bits         w1_quantized, w2_quantized uint8, packed with their scales
 
     Where H or D is no multiple of 16, it is padded with zeros in these buffers, b1 and b2, as
     kernels need it (`cutlass_moe.pad_experts`); inputs and outputs keep their D.
@@ -327,20 +344,32 @@ def quantize_(module: nn.Module, quant: str) -> nn.Module:
     quant: "fp8" (float8_e4m3fn), "int8" or "fp8_block" (float8_e4m3fn; w1_scale and w2_scale are
     [E, blocks of rows, columns / 128], see `quantize_per_block`). From then on inputs and
     activations are quantised per token, or per token and 128 values, and nothing in the layers
-    requires a gradient. Biases, routers and shared experts stay as
+    requires a gradient. "int4_g128", "int4_g32" and "mxfp4" make 4-bit weights of `quantize_packed`
+    instead and leave activations in bfloat16, to which inputs are converted; D must then be a
+    multiple of 32, and so must H. Biases, routers and shared experts stay as
     they are. The state dict loads into a module that was quantised in the same way.
 
     Raises ValueError for another `quant`, for a module without a MoeFeedForward, and for one that
     is quantised already.
     """
-    if quant not in QUANTS:
-        expected = ", ".join(map(repr, QUANTS))
+    if quant not in (*QUANTS, *PACKINGS):
+        expected = ", ".join(map(repr, (*QUANTS, *PACKINGS)))
         raise ValueError(f"quant must be {expected}, got {quant!r}")
     layers = [layer for layer in module.modules() if isinstance(layer, MoeFeedForward)]
     done = [layer for layer in layers if layer.quant]
     if not layers or done:
         got = f"one that is {done[0].quant} already" if done else type(module).__name__
         raise ValueError(f"module must contain unquantised MoeFeedForward layers, got {got}")
+    for layer in layers if quant in PACKINGS else ():
+        sizes = layer.embed_dim, layer.hidden_dim
+        if sizes[0] % BLOCK_ROWS or sizes[1] % BLOCK_ROWS:
+            raise ValueError(
+                f"embed_dim and hidden_dim must be multiples of {BLOCK_ROWS} for {quant!r}, got "
+                f"{sizes[0]} and {sizes[1]}"
+            )
     for layer in layers:
-        layer._quantize(quant)
+        if quant in PACKINGS:
+            layer._pack(quant)
+        else:
+            layer._quantize(quant)
     return module

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import Activation, ActivationFunction
+from emitters.spec.packing import Packing
 
 if TYPE_CHECKING:
     from typing_extensions import Required
@@ -34,6 +35,7 @@ FP8_BLOCK = "fp8_block"  # e4m3 with scales that vary along K: 1 x 128, and 128 
 NAMED_DTYPES = {name: dtype for dtype, _, name in _TABLE if name}
 NAMED_DTYPES[FP8_BLOCK] = torch.float8_e4m3fn
 QUANTS = {name: dtype for name, dtype in NAMED_DTYPES.items() if dtype.itemsize == 1}
+PACKINGS = tuple(map(str, Packing))  # names of the formats of packed 4-bit weights
 FLOATS = tuple(dtype for dtype in DTYPES if dtype.is_floating_point and dtype.itemsize > 1)
 IDS = (torch.int32, torch.int64)  # dtypes of expert ids
 

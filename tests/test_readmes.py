@@ -66,6 +66,8 @@ def prepared() -> dict[str, Any]:
         "router": torch.nn.Linear(hidden_size, experts, dtype=bf16).requires_grad_(False),
         "topk_weights": topk_weights,
         "topk_ids": topk_ids,
+        "w13_blocks": torch.zeros((experts, 2 * inter, hidden_size // 32, 16), dtype=torch.uint8),
+        "w13_scales": torch.full((experts, 2 * inter, hidden_size // 32), 120, dtype=torch.uint8),
         # of other libraries' functions
         "a": hidden,
         "b": w13.transpose(1, 2).contiguous(),

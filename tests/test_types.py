@@ -66,6 +66,8 @@ LISTS = {
     "group_list": OFFSETS,
     "out": torch.ones(4, 16, dtype=HALF),
 }
+PACKED = cm.quantize_packed(torch.ones(1, 32, 32), "mxfp4")
+BLOCKS = torch.ones((1, 32, 1, 16), dtype=torch.uint8)
 COMBINED = {"rows": X, "topk_weights": torch.ones(4, 1), "inverse": IDS}
 MODULE = {"embed_dim": 16, "hidden_dim": 16, "num_experts": 2}
 ROUTED, CHOSEN = {"topk_ids": IDS, "num_experts": 2}, {"logits": X, "k": 2}
@@ -88,8 +90,11 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "index_group_matmul": (cm.index_group_matmul, LISTS),
     "index_group_matmul_workspace_size": (cm.index_group_matmul_workspace_size, LISTS),
     "load_balancing_loss": (cm.load_balancing_loss, {"logits": X, "topk_ids": IDS}),
+    "dequantize_packed": (cm.dequantize_packed, {"packed": PACKED}),
+    "pack_weights": (cm.pack_weights, {"values": BLOCKS, "scale": BLOCKS[..., 0]}),
     "pad_experts": (cm.pad_experts, {"w13": LAYER["w13"], "w2": LAYER["w2"]}),
     "plan": (cm.plan, PRODUCT),
+    "quantize_packed": (cm.quantize_packed, {"weight": torch.ones(1, 32, 32), "format": "mxfp4"}),
     "quantize_per_channel": (cm.quantize_per_channel, {"weight": W2, "dtype": torch.int8}),
     "quantize_per_block": (cm.quantize_per_block, {"weight": W2}),
     "quantize_per_token": (cm.quantize_per_token, QUANTIZED),
@@ -106,6 +111,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "router_z_loss": (cm.router_z_loss, {"logits": X}),
     "topk_router": (cm.topk_router, CHOSEN),
     "topk_router_reference": (cm.topk_router_reference, CHOSEN),
+    "unpack_weights": (cm.unpack_weights, {"packed": PACKED}),
     "warmup": (cm.warmup, {"model_or_problems": []}),
     "MoeFeedForward": (MoeFeedForward, MODULE),
     "GatedMoeFeedForward": (GatedMoeFeedForward, MODULE),

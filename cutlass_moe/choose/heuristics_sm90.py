@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 from cutlass_moe.choose import tuned
 from cutlass_moe.choose.gpus import gpu_of
 from cutlass_moe.choose.weight_grads_sm90 import weight_grad_configs
 from emitters.spec.arch import H200, Gpu
+from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
 from emitters.spec.config_sm90 import GemmSm90Config, Schedule
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem
@@ -46,7 +47,16 @@ _MANY_ROWS = {192: 180, 256: 768}  # by tile_n: with more rows per expert, CTA p
 FEW_PAIRS = 1024  # up to this many pairs, 256 threads route faster than 1024
 # (elements per row up to, threads per CTA) for quantisation
 _ROW_THREADS = ((8192, 128), (16_384, 256), (MAX_ROW, 512))
+_PACKED = (  # the same for packed weights, with (tile_m, tile_n, CTAs per SM)
+    (2.5, (8, 64, 2)),
+    (10, (16, 64, 2)),
+    (20, (32, 64, 2)),
+    (40, (48, 64, 2)),
+    (inf, (96, 128, 1)),
+)
 _EVICT_FIRST_BYTES = 300e6  # with more active weights, an H200's L2 had them evict one another
+
+Family = tuple[GemmConfig, ...]
 
 
 def _first_legal(problem: GemmProblem, *configs: GemmConfig) -> tuple[GemmConfig, ...]:
@@ -147,8 +157,20 @@ def candidates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     return tuple(dict.fromkeys((*tuned.configs(problem), *_estimates(problem))))
 
 
+@lru_cache(maxsize=1024)
+def _packed(problem: GemmProblem, tile: tuple[int, int, int], evict_first: bool) -> Family:
+    """A config for packed weights: of this tile if it is legal, else narrower or of fewer CTAs."""
+    tile_m, tile_n, ctas = tile
+    wanted = GemmPackedSm90Config(tile_m, tile_n, ctas_per_sm=ctas, evict_first=evict_first)
+    fewer = replace(wanted, ctas_per_sm=1)
+    return _first_legal(problem, wanted, fewer, replace(fewer, tile_n=64))
+
+
 def _estimates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """Every config that `estimate` may return."""
+    if problem.weight.packing:
+        families = [_packed(problem, tile, first) for _, tile in _PACKED for first in (True, False)]
+        return tuple(dict.fromkeys(config for family in families for config in family))
     families = [*_one_wave(problem), _swap(problem, 8, 64, True), _swap(problem, 8, 64, False)]
     evict_first = _evict_first(problem, problem.num_experts, H200)
     for rows in (*(rows for rows, _ in _SWAP_ROWS[1:]), _swap_rows(problem, H200)):
@@ -187,14 +209,16 @@ def choose(
 
     num_tokens: rows of x. rows_per_expert: the mean, or the caller's hint. schedule: the caller's
     wish. The swap-AB template has one schedule only, so another one brings a config of the template
-    for many rows; a dynamic schedule has no clusters. Raises ValueError, with the reason, if no
-    config is legal.
+    for many rows; a dynamic schedule has no clusters. Packed weights keep theirs. Raises
+    ValueError, with the reason, if no config is legal.
     """
     config = tuned.lookup(problem, gpu, rows_per_expert)
     config = config or estimate(problem, num_tokens, rows_per_expert, gpu)
     if schedule is None:
         return config
     scheduled = config.scheduled(Schedule(schedule))
+    if scheduled is None and problem.weight.packing:
+        return config  # packed weights have no other template
     if scheduled is None:
         (config,) = _some_rows(problem)
         scheduled = config.scheduled(Schedule(schedule))
@@ -222,6 +246,10 @@ def estimate(
 
 def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[GemmConfig, ...]:
     experts = problem.num_experts
+    if problem.weight.packing:
+        active = experts * (1 - (1 - 1 / experts) ** (rows_per_expert * experts))
+        packed = next(tile for rows, tile in _PACKED if rows_per_expert <= rows)
+        return _packed(problem, packed, _evict_first(problem, active, gpu))
     if rows_per_expert > _swap_rows(problem, gpu):
         # Half of the rows of one large tile may be empty: that costs nothing only as long as
         # reading the weights takes longer than the arithmetic.
@@ -268,4 +296,6 @@ def _swap_tile(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[
 def _evict_first(problem: GemmProblem, experts: float, gpu: Gpu) -> bool:
     """Whether weights should leave L2 first. experts: those that have rows."""
     weight_bytes = experts * problem.n * problem.k * problem.x.bytes
+    if problem.weight.packing:
+        weight_bytes /= 4
     return weight_bytes <= _EVICT_FIRST_BYTES * gpu.l2 / H200.l2

@@ -39,11 +39,13 @@ def name_of(problem: GemmProblem) -> str:
     """The name of a problem in tables.
 
     It leaves out gather, output, epilogue and the rows of a block of scales, which hardly change
-    which config is fastest. Scales that vary along K do: "e4m3 two_level 1x128, E 8, ...".
+    which config is fastest. Scales that vary along K do: "e4m3 two_level 1x128, E 8, ...", and so
+    does the format of packed weights: "bf16 x mxfp4 fp32, E 8, ...".
     """
     size = f"E {problem.num_experts}, N {problem.n}, K {problem.k}"
     blocks = f" {problem.x_scale}" if problem.block_rows else ""
-    return f"{problem.x} {problem.accumulation}{blocks}, {size}"
+    operands = f"{problem.x} x {problem.weight.packing}" if problem.weight.packing else problem.x
+    return f"{operands} {problem.accumulation}{blocks}, {size}"
 
 
 def lookup(problem: GemmProblem, gpu: str, rows_per_expert: float) -> GemmConfig | None:

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from cutlass_moe.models.files import Model, find_model, read_shapes
 from cutlass_moe.models.problems import model_problems
-from cutlass_moe.models.shapes import DEFAULT_DTYPE, DTYPES, MODELS, MoeShape
-from cutlass_moe.operands import padded
+from cutlass_moe.models.shapes import DEFAULT_DTYPE, DTYPES, MODELS, MoeShape, padded_size
+from cutlass_moe.operands import PACKINGS
 from emitters.spec.image import LaunchRecord
 from emitters.spec.registry import Problem, config_from_json, problem_from_json
 
@@ -113,15 +113,15 @@ def posed(
 def padding(shape: MoeShape, dtype: str) -> str:
     """What must be padded for a layer's kernels, in words; "" if nothing must be."""
     sizes = {name: getattr(shape, name) for name in ("inter", "hidden")}
-    wide = {name: padded(size, DTYPES[dtype]) for name, size in sizes.items()}
+    wide = {name: padded_size(size, dtype) for name, size in sizes.items()}
     said = [f"{name} {sizes[name]} is padded with zeros to {wide[name]}" for name in wide]
     said = [words for words, name in zip(said, wide, strict=True) if wide[name] != sizes[name]]
     if not said:
         return ""
-    return (
-        f"{shape.name}: {' and '.join(said)} for {dtype} weights; "
-        "cutlass_moe.pad_experts does it, once at load"
-    )
+    how = "cutlass_moe.pad_experts does it, once at load"
+    if dtype in PACKINGS:
+        how = "do it before cutlass_moe.pack_weights"
+    return f"{shape.name}: {' and '.join(said)} for {dtype} weights; {how}"
 
 
 def image_cells(record: LaunchRecord) -> list[str]:

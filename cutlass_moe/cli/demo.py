@@ -25,15 +25,18 @@ from cutlass_moe.models.expert_weights import BLOCK, ExpertWeights
 from cutlass_moe.models.problems import block_rows
 from cutlass_moe.models.shapes import MODELS, MoeShape
 from cutlass_moe.models.shards import has_weights
-from cutlass_moe.operands import FP8_BLOCK, NAMED_DTYPES
+from cutlass_moe.operands import FP8_BLOCK, NAMED_DTYPES, PACKINGS
+from cutlass_moe.ops._packed import columns, packed_shape, packing_of
 from cutlass_moe.ops.activations import activate
 from cutlass_moe.ops.block_scales import BLOCKS
 from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.grouped_matmul import grouped_matmul
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference
+from cutlass_moe.ops.pack import dequantize_packed, quantize_packed
 from cutlass_moe.ops.quantize import quantize_per_channel, quantize_per_token
 from cutlass_moe.ops.quantize_groups import quantize_per_block, quantize_per_token_group
 from cutlass_moe.ops.route import RoutingTable, route
+from emitters.spec.packing import Packing
 
 GPU_TOKENS, CPU_TOKENS = 4096, 4
 ERROR_LIMIT = 4e-3  # rounding to bf16 gives 1.7e-3, the fast sums of fp8 up to 2.5e-3
@@ -46,7 +49,7 @@ CHECKED_ROWS = 16
 
 @dataclass(frozen=True)
 class Operand:
-    """8-bit values and float32 scales of their rows, or bf16 values alone.
+    """8-bit values and float32 scales of their rows, or bf16 values or packed weights alone.
 
     block_rows: of how many rows a scale is, if it is one for each 128 columns; else None.
     """
@@ -81,7 +84,7 @@ class Product:
         return out[: self.rows]
 
     def flops(self) -> float:
-        return 2.0 * self.rows * self.weight.values[0].numel()
+        return 2.0 * self.rows * columns(self.weight.values) * self.x.values.shape[1]
 
     def moved_weights(self) -> float:
         """Bytes of the experts that have rows."""
@@ -232,7 +235,7 @@ def random_weights(shape: MoeShape, dtype: str, offsets: Tensor) -> ExpertWeight
 
 
 def _operand(x: Tensor, dtype: str) -> Operand:
-    if dtype == "bf16":
+    if dtype == "bf16" or dtype in PACKINGS:
         return Operand(x)
     if dtype == FP8_BLOCK:
         return Operand(*quantize_per_token_group(x), block_rows=1)
@@ -253,7 +256,10 @@ def _random_weight(shape: MoeShape, name: str, dtype: str, offsets: Tensor) -> O
     """
     n, k = shape.gemms[name]
     counts = offsets.diff(prepend=offsets.new_zeros(1))
-    values = torch.empty(shape.num_experts, n, k, dtype=NAMED_DTYPES[dtype], device=offsets.device)
+    packing = Packing(dtype) if dtype in PACKINGS else None
+    one = packed_shape(packing, n, k) if packing else (n, k)
+    values_dtype = torch.uint8 if packing else NAMED_DTYPES[dtype]
+    values = torch.empty(shape.num_experts, *one, dtype=values_dtype, device=offsets.device)
     rows = None
     if dtype == FP8_BLOCK:
         rows = block_rows(shape.inter) if name == "up" else BLOCK
@@ -262,10 +268,12 @@ def _random_weight(shape: MoeShape, name: str, dtype: str, offsets: Tensor) -> O
         dense = torch.randn(1, n, k, device=offsets.device).div_(k**0.5)
         if dtype == "bf16":
             values[expert] = dense[0]
+        elif packing:
+            values[expert] = quantize_packed(dense, dtype)[0]
         else:
             q, scale_of_one = _quantize_weight(dense, dtype, rows)
             values[expert], scales[expert] = q[0], scale_of_one[0]
-    if dtype == "bf16":
+    if dtype == "bf16" or packing:
         return Operand(values)
     ones = torch.ones_like(next(scale for scale in scales if scale is not None))
     scale = torch.stack([ones if scale is None else scale for scale in scales])
@@ -343,7 +351,10 @@ def _some_rows(product: Product, out: Tensor) -> tuple[Tensor, Tensor]:
     experts = torch.searchsorted(product.offsets, rows, right=True)
     tokens = rows if product.index is None else product.index[rows].long()
     pairs = zip(experts, tokens, strict=True)
-    expected = torch.stack([_dense(product.weight, e) @ _dense(product.x, t) for e, t in pairs])
+    k = product.x.values.shape[1]
+    expected = torch.stack(
+        [_dense(product.weight, e)[:, :k] @ _dense(product.x, t) for e, t in pairs]
+    )
     if product.bias is not None:
         expected += product.bias[experts]
     return out[rows], expected
@@ -351,6 +362,8 @@ def _some_rows(product: Product, out: Tensor) -> tuple[Tensor, Tensor]:
 
 def _dense(operand: Operand, i: Tensor) -> Tensor:
     """A row [K] of x, or the weights [N, K] of an expert."""
+    if packing_of(operand.values) is not None:
+        return dequantize_packed(operand.values[i, None])[0]
     values = operand.values[i].float()
     if operand.scale is None:
         return values

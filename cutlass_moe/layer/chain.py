@@ -86,7 +86,8 @@ class LayerWorkspace:
 
     def __init__(self, layer: LayerOperands, options: LayerOptions) -> None:
         problems = problems_of(layer, options)
-        tokens, (experts, hidden, inter) = len(layer.hidden), layer.w2.shape
+        tokens, experts = len(layer.hidden), len(layer.w2)
+        hidden, inter = problems.down.n, problems.down.k
         pairs, quant = layer.topk_ids.numel(), options.quant
         rows = options.rows(pairs)
         self.layout = layout = WorkspaceLayout(layer.hidden.device)
@@ -237,7 +238,7 @@ def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProb
         up_x["per_token_scale"] = "hidden_scale"
     links.append(make.gemm(problems.up, tokens, "w13", {**up_x, **routing}, "active"))
     if problems.quantize_active:
-        stride = 2 * layer.w2.shape[2]
+        stride = 2 * problems.down.k
         read = {"source": "active", "end": "last_end", "static_scale": "active_scale"}
         links.append(make.quantize(problems.quantize_active, rows, stride, read))
         down_x = {"x": "active_q", "per_token_scale": "active_q_scale"}

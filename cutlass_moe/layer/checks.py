@@ -19,10 +19,13 @@ from cutlass_moe.operands import (
 from cutlass_moe.ops._checks import (
     check_accumulation,
     check_activation,
+    check_packed,
     check_weight,
     expect,
     is_n_major,
 )
+from cutlass_moe.ops._packed import block_sizes, packing_of
+from cutlass_moe.ops._packed import columns as columns_of
 from cutlass_moe.ops.activations import is_gated
 from cutlass_moe.ops.block_scales import block_granularity, block_shapes
 from cutlass_moe.ops.route import check_capacity
@@ -49,17 +52,13 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
         names = ", ".join(map(repr, QUANTS))
         raise ValueError(f"quant must be None or one of {names}, got {options.quant!r}")
     check_capacity(options.capacity_factor)
-    if hidden.dim() != 2 or w13.dim() != 3 or w2.dim() != 3 or layer.topk_ids.dim() != 2:
-        raise ValueError(
-            "hidden must be [T, H], w13 [E, 2I or I, H], w2 [E, H, I] and topk_ids [T, k], got "
-            + ", ".join(str(tuple(t.shape)) for t in (hidden, w13, w2, layer.topk_ids))
-        )
+    packed = _check_dims(layer)
     check_activation("w13", w13, options.activation, options.interleaved)
     if options.quant == FP8_BLOCK:
         _check_block_options(options)
     gates = 2 if is_gated(options.activation) else 1
     tokens, width = hidden.shape
-    experts, _, inter = w2.shape
+    experts, inter = len(w2), inner_size(w13, w2, gates == 2)
     choices = (tokens, layer.topk_ids.shape[1])
     dtype = QUANTS[options.quant] if options.quant else hidden.dtype
     read, columns = _widths(layer, dtype)
@@ -75,7 +74,10 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
         ("w13", w13, (experts, gates * inter, read)),
         ("w2", w2, (experts, columns, inter)),
     ):
-        check_weight(name, weight, hidden, shape, dtype)
+        if packed:
+            _check_packed(name, weight, hidden, shape)
+        else:
+            check_weight(name, weight, hidden, shape, dtype)
         scale, bias = getattr(layer, f"{name}_scale"), getattr(layer, f"{name}_bias")
         if (scale is None) != (options.quant is None):
             got = "None" if scale is None else "a tensor"
@@ -96,6 +98,38 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
         expect("residual", layer.residual, device, (outside,), ((tokens, columns),))
     if out is not None:
         expect("out", out, device, (outside,), (out_shape(layer, options),))
+
+
+def _check_dims(layer: LayerOperands) -> bool:
+    """Checks the numbers of dimensions; returns whether the weights are packed."""
+    hidden, w13, w2 = layer.hidden, layer.w13, layer.w2
+    packed = packing_of(w13) is not None and packing_of(w2) is not None
+    dims = (4, 4) if packed else (3, 3)
+    if hidden.dim() != 2 or (w13.dim(), w2.dim()) != dims or layer.topk_ids.dim() != 2:
+        raise ValueError(
+            "hidden must be [T, H], w13 [E, 2I or I, H], w2 [E, H, I] (or both packed uint8 of "
+            f"block bytes {block_sizes()}) and topk_ids [T, k], got "
+            + ", ".join(str(tuple(t.shape)) for t in (hidden, w13, w2, layer.topk_ids))
+        )
+    return packed
+
+
+def inner_size(w13: Tensor, w2: Tensor, gated: bool) -> int:
+    """I of a layer's experts, packed or not."""
+    if packing_of(w2) is None:
+        return w2.shape[2]
+    return columns_of(w13) // (2 if gated else 1)
+
+
+def _check_packed(name: str, weight: Tensor, hidden: Tensor, shape: tuple[int, ...]) -> None:
+    if hidden.dtype is not torch.bfloat16:
+        raise TypeError(f"hidden must be {torch.bfloat16} for packed weights, got {hidden.dtype}")
+    check_packed(name, weight, hidden, shape[2])
+    if (len(weight), columns_of(weight)) != shape[:2]:
+        raise ValueError(
+            f"packed {name} must have E {shape[0]} and N {shape[1]} (N / 32 blocks), got "
+            f"{tuple(weight.shape)}"
+        )
 
 
 def _check_block_options(options: LayerOptions) -> None:
@@ -122,7 +156,10 @@ def _widths(layer: LayerOperands, dtype: torch.dtype) -> tuple[int, int]:
 
     dtype: of the weights.
     """
-    width, read, columns = layer.hidden.shape[1], layer.w13.shape[2], layer.w2.shape[1]
+    width = layer.hidden.shape[1]
+    if packing_of(layer.w2) is not None:
+        return width, width
+    read, columns = layer.w13.shape[2], layer.w2.shape[1]
     if layer.hidden.dtype.itemsize == 1 and padded(columns, DTYPES[dtype]) == width:
         return width, columns
     if padded(width, DTYPES.get(dtype, DType.BF16)) == read:
@@ -133,7 +170,7 @@ def _widths(layer: LayerOperands, dtype: torch.dtype) -> tuple[int, int]:
 def out_shape(layer: LayerOperands, options: LayerOptions) -> tuple[int, ...]:
     """The shape of the layer's output: [T, H], or [T, k, H] of rows that are not summed."""
     tokens, choices = layer.topk_ids.shape
-    columns = layer.w2.shape[1]
+    columns = columns_of(layer.w2)
     return (tokens, columns) if options.reduce == "sum" else (tokens, choices, columns)
 
 
@@ -196,6 +233,8 @@ def why_no_gradient(layer: LayerOperands, options: LayerOptions) -> str | None:
     ):
         if given not in served:
             return _no_gradient(f"{name} must be {' or '.join(map(repr, served))}, got {given!r}")
+    if packing_of(layer.w13) is not None:
+        return _no_gradient("w13 must not be packed, got 4-bit weights")
     if options.quant is None:
         return None
     for name in ("w13", "w2", "w13_scale", "w2_scale"):
@@ -252,12 +291,15 @@ def problems_of(layer: LayerOperands, options: LayerOptions) -> LayerProblems:
             None if bias is None else DTYPES[bias.dtype],
             n_major,
             n_major and gated and options.interleaved,
+            packing_of(weight),
         )
 
-    num_experts, hidden, inter = layer.w2.shape
+    packed = packing_of(layer.w2) is not None
+    inter = inner_size(layer.w13, layer.w2, is_gated(options.activation))
+    hidden, read = columns_of(layer.w2), None if packed else layer.w13.shape[2]
     return layer_problems(
-        LayerSizes(num_experts, layer.topk_ids.shape[1], hidden, inter, layer.w13.shape[2]),
-        DTYPES[layer.w2.dtype],
+        LayerSizes(len(layer.w2), layer.topk_ids.shape[1], hidden, inter, read),
+        DTYPES[(layer.hidden if packed else layer.w2).dtype],
         DTYPES[options.outside(layer.hidden.dtype)],
         options.function,
         projection(layer.w13, layer.w13_scale, layer.w13_bias, is_gated(options.activation)),

@@ -79,7 +79,9 @@ def fused_moe(
       of 8 or 16 bits. An id outside [0, E) adds nothing. The host reads neither.
     w13 [E, 2I, H] for a gated activation, else [E, I, H]; w2 [E, H, I]. Without quant they have
       hidden's dtype, and either dimension of a matrix may be dense: `w.transpose(1, 2)` of a
-      contiguous w [E, K, N] will do.
+      contiguous w [E, K, N] will do. Or both are packed 4-bit weights, of `pack_weights` or
+      `quantize_packed`, beside bfloat16 hidden: then quant is None, I and H are multiples of 32,
+      and w13's rows are gates, then ups.
     quant: "fp8" (float8_e4m3fn weights) or "int8". Needs w13_scale float32 [E, 2I or I] or [E], and
       w2_scale float32 [E, H] or [E]. Tokens, and the activation's results in bfloat16, are
       quantised as `quantize_per_token` does. "fp8_block" (float8_e4m3fn) needs w13_scale float32
@@ -95,7 +97,8 @@ def fused_moe(
     activation: "swiglu", "geglu", "geglu_tanh", "reglu" or "swiglu_oai", which are gated, or
       "gelu", "gelu_tanh", "silu", "relu" or "relu2"; formulas in `grouped_matmul`, and limit, alpha
       and beta too.
-    interleaved: the rows of w13 are gate, up, gate, up, ... instead of all gates, then all ups.
+    interleaved: the rows of w13 are gate, up, gate, up, ... instead of all gates, then all ups; of
+      packed weights, those of w13_bias alone.
     w13_bias [E, 2I or I], w2_bias [E, H]: bfloat16, float16 or float32.
     expert_map int32 or int64 [experts of all ranks]: the local id in [0, E) of each id, or -1.
     capacity_factor: limits the rows of an expert, as in `route`; later tokens are dropped.

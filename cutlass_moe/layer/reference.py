@@ -8,10 +8,22 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.layer.accept import conversions, convert, weigh_input
+from cutlass_moe.layer.checks import inner_size
 from cutlass_moe.layer.padded import feed_forward, quantized
-from cutlass_moe.operands import FP8_BLOCK, LayerArguments, LayerOperands, LayerOptions, split_layer
+from cutlass_moe.operands import (
+    FP8_BLOCK,
+    Experts,
+    LayerArguments,
+    LayerOperands,
+    LayerOptions,
+    split_layer,
+)
+from cutlass_moe.ops._packed import columns as columns_of
+from cutlass_moe.ops._packed import packing_of
 from cutlass_moe.ops._types import typed
+from cutlass_moe.ops.activations import is_gated
 from cutlass_moe.ops.combine import combine_reference
+from cutlass_moe.ops.pack import dequantize_packed
 from cutlass_moe.ops.route import local_experts, row_capacity
 
 if TYPE_CHECKING:
@@ -53,7 +65,7 @@ def fused_moe_reference(
     x, x_scale = _tokens(layer, options, compute_dtype)
     most = options.rows(ids.numel())
 
-    columns = min(x.shape[1], w2.shape[1])  # of padded experts, either may be wider
+    columns = min(x.shape[1], columns_of(w2))  # of padded experts, either may be wider
     rows, inverse, first = [x.new_empty(0, columns)], torch.full_like(ids, -1), 0
     dropped = 0
     for e in range(len(w13)):
@@ -66,19 +78,37 @@ def fused_moe_reference(
         inverse[token, choice] = torch.arange(first, first + len(token), device=ids.device)
         first += len(token)
         scale = None if x_scale is None else x_scale[None, token]
-        expert = layer.experts.only(e)
+        expert = unpacked(layer.experts.only(e), options, x)
         rows += feed_forward(
             x[None, token],
             scale,
             expert,
             options.activation,
-            options.interleaved,
+            options.interleaved and packing_of(w13) is None,
             options.numbers,
             layer.active_scale,
         )
     if layer.overflow is not None:
         layer.overflow.fill_(dropped)
     return _combine(torch.cat(rows), layer, inverse, options.reduce, out)
+
+
+def unpacked(experts: Experts, options: LayerOptions, like: Tensor) -> Experts:
+    """The experts with packed weights as values of like's dtype, for the tokens `like` [T, H].
+
+    Packed rows are gates, then ups; a bias that is interleaved gets that order too.
+    """
+    if packing_of(experts.w13) is None:
+        return experts
+    inter = inner_size(experts.w13, experts.w2, is_gated(options.activation))
+    bias = experts.w13_bias
+    if bias is not None and options.interleaved:
+        bias = torch.cat([bias[:, ::2], bias[:, 1::2]], 1)
+    return experts._replace(
+        w13=dequantize_packed(experts.w13, like.shape[1], like.dtype),
+        w2=dequantize_packed(experts.w2, inter, like.dtype),
+        w13_bias=bias,
+    )
 
 
 def _tokens(

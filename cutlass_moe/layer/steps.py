@@ -24,10 +24,12 @@ from emitters.spec.layer_steps import (
     QuantizeProblem,
     RouteProblem,
 )
+from emitters.spec.packing import BLOCK_ROWS, Packing
 from emitters.spec.registry import Problem, why_illegal
 from emitters.spec.weight_grad import Side, WeightGradProblem
 
 Quantize = QuantizeProblem | QuantizeGroupsProblem
+MAJORS = {False: Major.K, True: Major.N}  # by whether N is dense
 _THIN = 8  # the least columns of a product: 16 bytes
 
 
@@ -47,8 +49,13 @@ class LayerProblems(NamedTuple):
         return next(filter(None, reasons), None)
 
     def padded(self) -> LayerProblems:
-        """The problems of the layer with weights that `pad_experts` has padded."""
+        """The problems of the layer with weights that `pad_experts` has padded.
+
+        Those of packed weights are padded to whole blocks of rows before they are packed.
+        """
         hidden, inter = padded(self.down.n, DType.BF16), padded(self.down.k, self.down.x)
+        if self.down.weight.packing:
+            inter = -(-inter // BLOCK_ROWS) * BLOCK_ROWS
         tokens, active = self.quantize_hidden, self.quantize_active
         return self._replace(
             quantize_hidden=None if tokens is None else quantize_rows(tokens, hidden),
@@ -132,6 +139,7 @@ class Projection(NamedTuple):
     bias: DType | None = None
     n_major: bool = False  # weights have N dense instead of K
     alternating: bool = False  # and their columns are gate, up, gate, up, ...
+    packing: Packing | None = None  # of packed weights
 
 
 class Forms(NamedTuple):
@@ -160,9 +168,8 @@ def layer_problems(
     bfloat16, which adds at most 0.5% to the error of an int8 layer. Where the output is float16, an
     expert's row can exceed it and the weighted sum not, so rows are float32.
 
-    operand: the dtype of the weights, and of the rows that they are multiplied with. outside: the
-    dtype of the layer's input and output; it equals operand unless the layer is quantised. up,
-    down: the two products.
+    operand: the dtype of the rows that are multiplied and, unless they are packed, of the weights.
+    outside: that of the layer's input and output; it equals operand unless the layer is quantised.
     """
     forms = forms or Forms()
     num_experts, top_k, hidden, inter, read = sizes
@@ -180,7 +187,7 @@ def layer_problems(
     ) -> GemmProblem:
         return GemmProblem(
             x=operand,
-            weight=WeightFormat(operand, Major.N if projection.n_major else Major.K),
+            weight=WeightFormat(projection.packing or operand, MAJORS[projection.n_major]),
             accumulation=Accumulation(accumulation or sums),
             out=out,
             n=n,

@@ -12,7 +12,7 @@ from cutlass_moe.layer.steps import (
     training_problems,
 )
 from cutlass_moe.models.shapes import DTYPES, MoeShape
-from cutlass_moe.operands import FP8_BLOCK
+from cutlass_moe.operands import FP8_BLOCK, PACKINGS
 from cutlass_moe.ops.block_scales import BLOCKS
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import (
@@ -27,6 +27,7 @@ from emitters.spec.layer_steps import (
     RouteLogitsProblem,
     TopkProblem,
 )
+from emitters.spec.packing import Packing
 from emitters.spec.registry import Problem
 from emitters.spec.weight_grad import Side, WeightGradProblem
 
@@ -37,7 +38,8 @@ def problems_of_shape(shape: MoeShape, dtype: str) -> LayerProblems:
     inter or hidden, the layer is that of `pad_experts`.
 
     dtype: "fp8" (e4m3), "fp8_block" (scales of 128 x 128 blocks; where a rank's share cuts blocks
-    of inter, of the 64 or 32 rows that divide it), "int8" or "bf16". Raises ValueError for
+    of inter, of the 64 or 32 rows that divide it), "int8", "bf16", or "int4_g128", "int4_g32" or
+    "mxfp4" (packed weights, bfloat16 activations). Raises ValueError for
     another, and for a shape whose activation no kernel has.
     """
     if shape.activation is None:
@@ -47,6 +49,8 @@ def problems_of_shape(shape: MoeShape, dtype: str) -> LayerProblems:
     operand = DTYPES[dtype]
     scale = Granularity.CHANNEL if operand.quantized else None
     up = down = Projection(scale, DType.BF16 if shape.bias else None)
+    if dtype in PACKINGS:
+        up, down = (one._replace(packing=Packing(dtype)) for one in (up, down))
     if dtype == FP8_BLOCK:
         gated = ActivationFunction(shape.activation).gated
         up = up._replace(scale=_blocks(shape.gemms["up"].n, shape.inter, gated))

@@ -6,14 +6,24 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from cutlass_moe import operands
+from emitters.spec.dtypes import DType
 from emitters.spec.gemm import ActivationFunction
 from emitters.spec.layer_steps import SCORINGS
+from emitters.spec.packing import BLOCK_ROWS
 
 DTYPES = {name: operands.DTYPES[dtype] for name, dtype in operands.NAMED_DTYPES.items()}
+DTYPES |= dict.fromkeys(operands.PACKINGS, DType.BF16)  # of packed 4-bit weights, x's
 DEFAULT_DTYPE = "fp8"  # of a model that asks for none
 FUNCTIONS = tuple(map(str, ActivationFunction))
 CLAMPED = str(ActivationFunction.SWIGLU_OAI)
 CLAMPED_NUMBERS = tuple(operands.Numbers())  # limit, alpha and beta where none are given
+
+
+def padded_size(size: int, dtype: str) -> int:
+    """The least inter or hidden from this size up that kernels take, for one of DTYPES."""
+    if dtype in operands.PACKINGS:
+        return -(-size // BLOCK_ROWS) * BLOCK_ROWS
+    return operands.padded(size, DTYPES[dtype])
 
 
 class Gemm(NamedTuple):
@@ -93,9 +103,10 @@ class MoeShape:
     def padded(self, dtype: str) -> MoeShape:
         """The shape with the inter that kernels take for weights of this dtype, one of DTYPES.
 
-        `cutlass_moe.pad_experts` makes such weights of others.
+        `cutlass_moe.pad_experts` makes such weights of others; those to be packed must be padded
+        before.
         """
-        return replace(self, inter=operands.padded(self.inter, DTYPES[dtype]))
+        return replace(self, inter=padded_size(self.inter, dtype))
 
     @property
     def routed(self) -> Routed:

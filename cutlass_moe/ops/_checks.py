@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.operands import DTYPES, FLOATS, Operands, Options, clamped_numbers
+from cutlass_moe.ops._packed import block_sizes, columns, packing_of
 from cutlass_moe.ops.activations import ACTIVATIONS, is_gated
 from cutlass_moe.ops.block_scales import block_shapes, is_block_scaled
 from cutlass_moe.runtime.parameters import reads_rows
 from emitters.spec.config_sm90 import Schedule
 from emitters.spec.dtypes import ACCUMULATIONS
 from emitters.spec.gemm import K_BLOCK
+from emitters.spec.packing import BLOCK_K
 
 _ACCUMULATIONS = {
     dtype: tuple(map(str, ACCUMULATIONS[operand]))
@@ -25,7 +27,7 @@ _FLOAT32, _INT32 = (torch.float32,), (torch.int32,)
 
 def product_shape(operands: Operands, options: Options) -> tuple[int, int]:
     """The shape of the product: [rows, N], or [rows, N / 2] if the activation is gated."""
-    n = operands.weight.shape[1]
+    n = columns(operands.weight)
     return operands.rows, n // 2 if is_gated(options.activation) else n
 
 
@@ -42,15 +44,22 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     if allowed is None:
         names = ", ".join(map(str, _ACCUMULATIONS))
         raise TypeError(f"x must be one of {names}, got {x.dtype}")
-    if x.dim() != 2 or weight.dim() != 3:
-        got = f"{tuple(x.shape)} and {tuple(weight.shape)}"
-        raise ValueError(f"x must be [T, K] and weight [E, N, K], got {got}")
-    experts, n, _ = weight.shape
+    packed = packing_of(weight) is not None
+    if x.dim() != 2 or not (weight.dim() == 3 or packed):
+        got = f"{tuple(x.shape)} and {weight.dtype} {tuple(weight.shape)}"
+        raise ValueError(
+            "x must be [T, K] and weight [E, N, K], or packed uint8 [E, N / 32, K / 128, block "
+            f"bytes] ({block_sizes()}), got {got}"
+        )
+    experts, n = weight.shape[0], columns(weight)
     if not reads_rows(x):
         raise ValueError(
             f"x must have contiguous rows at a stride of a multiple of 16 bytes, got {x.stride()}"
         )
-    check_weight("weight", weight, x, (*weight.shape[:2], x.shape[1]), x.dtype)
+    if packed:
+        check_packed("weight", weight, x, x.shape[1])
+    else:
+        check_weight("weight", weight, x, (*weight.shape[:2], x.shape[1]), x.dtype)
     expect("offsets", offsets, device, _INT32, ((experts,),))
     if starts is not None:
         expect("starts", starts, device, _INT32, ((experts,),))
@@ -79,7 +88,8 @@ def check(operands: Operands, options: Options) -> torch.dtype:
 
 def _check_scales(operands: Operands, options: Options) -> None:
     x, weight, _, _, per_token_scale, scale, *_ = operands
-    device, tokens, (experts, n, k) = x.get_device(), x.shape[0], weight.shape
+    device, (tokens, k) = x.get_device(), x.shape
+    experts, n = weight.shape[0], columns(weight)
     if x.dtype.itemsize == 1 and (per_token_scale is None or scale is None):
         missing = "per_token_scale" if per_token_scale is None else "scale"
         raise ValueError(
@@ -128,7 +138,7 @@ def check_out(out: Tensor, operands: Operands, options: Options, dtype: torch.dt
 
 def check_activation(name: str, weight: Tensor, activation: str, interleaved: bool) -> None:
     """Checks that an activation exists and fits weights [E, N, K]; raises ValueError if not."""
-    n = weight.shape[1]
+    n = columns(weight)
     if activation not in ACTIVATIONS:
         names = ", ".join(ACTIVATIONS)
         raise ValueError(f"activation must be one of {names}, got {activation!r}")
@@ -148,6 +158,24 @@ def is_n_major(weight: Tensor) -> bool:
     weight [E, N, K].
     """
     return weight.dtype.itemsize == 2 and weight.stride(1) == 1 and weight.stride(2) != 1
+
+
+def check_packed(name: str, weight: Tensor, like: Tensor, k: int) -> None:
+    """Checks packed weights that are multiplied by x of this K; raises as `check_weight` does."""
+    if like.dtype is not torch.bfloat16:
+        raise TypeError(f"x must be {torch.bfloat16} for packed weights, got {like.dtype}")
+    experts, n_blocks, k_blocks, _ = weight.shape
+    if k_blocks != -(-k // BLOCK_K) or 0 in (experts, n_blocks):
+        raise ValueError(
+            f"packed {name} must be [E > 0, N / 32 > 0, {-(-k // BLOCK_K)}, block bytes] for "
+            f"K = {k}, got {tuple(weight.shape)}"
+        )
+    if not weight.is_contiguous():
+        raise ValueError(
+            f"packed {name} must be a contiguous tensor, got strides {weight.stride()}"
+        )
+    if weight.get_device() != like.get_device():
+        raise ValueError(f"{name} must be on {like.device}, got one on {weight.device}")
 
 
 def check_weight(

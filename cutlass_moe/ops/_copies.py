@@ -35,7 +35,7 @@ def readable(operands: Operands) -> Operands:
     `check` to refuse. Extents may be symbolic.
     """
     x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
-    if x.dim() != 2 or weight.dim() != 3:
+    if x.dim() != 2 or weight.dim() not in (3, 4):
         return operands
     return Operands(
         x if reads_rows(x) else x.contiguous(),

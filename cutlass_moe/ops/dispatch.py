@@ -18,6 +18,7 @@ from cutlass_moe.images.cache import MissingImage
 from cutlass_moe.operands import DTYPES, Operands, Options, ProductArguments
 from cutlass_moe.ops._checks import check, check_out, is_n_major, product_shape
 from cutlass_moe.ops._copies import reads_in_place, refuse_misaligned
+from cutlass_moe.ops._packed import columns, packing_of
 from cutlass_moe.ops._types import check_types
 from cutlass_moe.ops.activations import is_gated
 from cutlass_moe.ops.block_scales import block_granularity
@@ -166,7 +167,7 @@ def pose(operands: Operands, out_dtype: torch.dtype, options: Options) -> GemmPr
     """The problem that checked arguments of `grouped_matmul` pose."""
     scale, bias = operands.scale, operands.bias
     dtype, n_major = DTYPES[operands.x.dtype], is_n_major(operands.weight)
-    experts, n, k = operands.weight.shape
+    experts, n, k = operands.weight.shape[0], columns(operands.weight), operands.x.shape[1]
     x_scale = None if operands.per_token_scale is None else Granularity.TOKEN
     weight_scale = weight_granularity(0 if scale is None else scale.dim())
     accumulation = options.accumulation or ACCUMULATIONS[dtype][0]
@@ -178,7 +179,7 @@ def pose(operands: Operands, out_dtype: torch.dtype, options: Options) -> GemmPr
             accumulation = Accumulation.TWO_LEVEL
     return GemmProblem(
         x=dtype,
-        weight=WeightFormat(dtype, Major.N if n_major else Major.K),
+        weight=WeightFormat(packing_of(operands.weight) or dtype, Major.N if n_major else Major.K),
         accumulation=Accumulation(accumulation),
         out=DTYPES[out_dtype],
         n=n,

@@ -53,7 +53,9 @@ def grouped_matmul(
 
     x [T, K]: float8_e4m3fn, float8_e5m2, int8, bfloat16 or float16.
     weight [E, N, K]: x's dtype; K dense (stride 1). bfloat16 and float16 weights may have N dense
-      instead.
+      instead. Beside bfloat16 x also packed 4-bit weights of `pack_weights` or `quantize_packed`,
+      which hold scales of their own: a contiguous uint8 [E, N / 32, K / 128 rounded up, block
+      bytes].
     index int32 or int64 [rows]: the row of x that each row of the product reads, sorted by expert;
       None: row r reads x[r]. An index outside [0, T) gives a row of zeros, without bias.
     offsets int32 or int64 [E]: cumulative ends of the experts' rows; the host never reads them.
@@ -80,7 +82,8 @@ def grouped_matmul(
       They are no part of the kernel: one image serves all numbers.
 
     interleaved: N holds gate, up, gate, up, ... instead of I gates, then I ups; this is the order
-      of weight, scale and bias.
+      of weight, scale and bias. Packed weights always hold gates, then ups; it is then the order
+      of scale and bias alone.
     starts int32 or int64 [E]: the first row of each expert, for layouts with gaps (masked or
       aligned); default: the end of the expert before. Rows in gaps are undefined.
     out_dtype: bfloat16, float16 or float32; default: bfloat16 for 8-bit operands, else x's dtype.

@@ -11,6 +11,7 @@ from cutlass_moe.operands import Operands, Options
 from cutlass_moe.ops._checks import is_n_major
 from cutlass_moe.ops._copies import readable
 from cutlass_moe.ops._define import define, define_gradient
+from cutlass_moe.ops._packed import packing_of
 from cutlass_moe.ops._row_sums import sum_by_expert, sum_by_index
 from cutlass_moe.ops.grouped_matmul import (
     COUNT,
@@ -25,6 +26,11 @@ from cutlass_moe.ops.weight_grad import grouped_weight_grad
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     operands, options = split(inputs)
+    if packing_of(operands.weight) is not None:
+        raise RuntimeError(
+            "grouped_matmul has no gradient through packed weights and an argument requires one: "
+            "call under torch.no_grad()"
+        )
     if operands.x.dtype.itemsize == 1:
         raise RuntimeError(
             f"grouped_matmul has no gradient through {operands.x.dtype} operands and an argument "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.operands import Operands, Options, ProductArguments, split_product
+from cutlass_moe.ops._packed import columns, dequantize_expert, packing_of
 from cutlass_moe.ops._types import typed
 from cutlass_moe.ops.activations import activate, activate_backward, is_gated
 from cutlass_moe.ops.block_scales import expand_weight_scale, expand_x_scale, is_block_scaled
@@ -36,9 +37,9 @@ def grouped_matmul_reference(
     """
     operands, options = split_product(x, weight, arguments)
     default = torch.bfloat16 if x.element_size() == 1 else x.dtype
-    n = weight.shape[1]
-    columns = n // 2 if is_gated(options.activation) else n
-    out = x.new_zeros((operands.rows, columns), dtype=options.out_dtype or default)
+    n = columns(weight)
+    width = n // 2 if is_gated(options.activation) else n
+    out = x.new_zeros((operands.rows, width), dtype=options.out_dtype or default)
     fill_product(out, operands, options)
     return out
 
@@ -58,9 +59,12 @@ def grouped_matmul_reference_out(
 def fill_product(out: Tensor, operands: Operands, options: Options) -> None:
     """`grouped_matmul_reference_out` for arguments that are split into operands and options."""
     x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
-    block = max(1, _BLOCK_ELEMENTS // max(weight.shape[1:]))
+    block = max(1, _BLOCK_ELEMENTS // max(columns(weight), x.shape[1]))
     gated = is_gated(options.activation)
     blocks = is_block_scaled(operands, gated)
+    interleaved = options.interleaved
+    if interleaved and packing_of(weight) is not None:  # its rows are halves already
+        scale, bias, interleaved = _halves(scale), _halves(bias), False
     for expert, first, last in expert_rows(starts, offsets, len(out)):
         for start in range(first, last, block):
             end = min(start + block, last)
@@ -69,7 +73,7 @@ def fill_product(out: Tensor, operands: Operands, options: Options) -> None:
                 a, b = _dequantize(operands, gated, token, expert)
                 result = a @ b.T
             else:
-                result = x[token].double() @ weight[expert].double().T
+                result = x[token].double() @ _values(weight, expert, x.shape[1]).T
             if per_token_scale is not None and not blocks:
                 result *= per_token_scale.flatten().expand(len(x))[token].double()[:, None]
             if scale is not None and not blocks:
@@ -78,9 +82,24 @@ def fill_product(out: Tensor, operands: Operands, options: Options) -> None:
             if bias is not None:
                 result += bias[expert].double()
             if options.activation is not None:
-                result = activate(result, options.activation, options.interleaved, options.numbers)
+                result = activate(result, options.activation, interleaved, options.numbers)
             out[start:end] = 0
             out[row] = result.to(out.dtype)
+
+
+def _halves(of_rows: Tensor | None) -> Tensor | None:
+    """Values [E, N] of gate, up, gate, up, ... in the order of all gates, then all ups."""
+    if of_rows is None or of_rows.dim() < 2:
+        return of_rows
+    return torch.cat([of_rows[:, ::2], of_rows[:, 1::2]], 1)
+
+
+def _values(weight: Tensor, expert: int, k: int) -> Tensor:
+    """An expert's weights [N, K], packed or not, in float64."""
+    packing = packing_of(weight)
+    if packing is None:
+        return weight[expert].double()
+    return dequantize_expert(weight[expert], packing, k, torch.float64)
 
 
 def _dequantize(

@@ -35,7 +35,7 @@ def _padded_columns(problem: GemmProblem) -> int:
     if problem.gated:  # either half in blocks of 8 columns
         return 2 * padded(problem.n // 2, DType.BF16)
     n_major = problem.weight.major is Major.N  # rows of weights are columns then
-    return padded(problem.n, problem.weight.dtype if n_major else problem.out)
+    return padded(problem.n, problem.x if n_major else problem.out)
 
 
 def _pad_k(x: DType, k: int) -> str:

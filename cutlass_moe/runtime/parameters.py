@@ -88,17 +88,16 @@ def gemm_values(
 def gemm_views(
     problem: GemmProblem, weight_strides: tuple[int, ...], num_rows: int, interleaved: bool = False
 ) -> dict[str, View]:
-    """The views for the tensor maps of weight and out.
+    """The views for the tensor maps of out and of weight, unless that is packed.
 
     weight_strides: of E, N and K, in elements; for weights in a table, those of one expert's.
     """
     columns = problem.out_columns
-    return {
-        "weight": View(
-            *weight_view(problem, weight_strides, interleaved), problem.weight.dtype.bytes
-        ),
-        "out_map": View((columns, num_rows), (columns,), problem.out.bytes),
-    }
+    views = {"out_map": View((columns, num_rows), (columns,), problem.out.bytes)}
+    if not problem.weight.packing:
+        view = weight_view(problem, weight_strides, interleaved)
+        views["weight"] = View(*view, problem.x.bytes)
+    return views
 
 
 def weight_grad_values(

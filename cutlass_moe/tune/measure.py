@@ -18,9 +18,11 @@ from cutlass_moe.images.cache import MissingImage
 from cutlass_moe.operands import TORCH_DTYPES
 from cutlass_moe.ops import dispatch
 from cutlass_moe.ops.grouped_matmul import grouped_matmul_out
+from cutlass_moe.ops.pack import quantize_packed
 from cutlass_moe.ops.route import route
 from cutlass_moe.runtime import library
 from cutlass_moe.tune.timing import batch_us, flush_buffer
+from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
 from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.gemm import Bias, GemmProblem
 from emitters.spec.image import Image
@@ -69,7 +71,7 @@ def space(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     each consumer's additions.
     """
     alone = ((64, 128), (64, 192), (64, 256), (128, 128))
-    considered = [
+    considered: list[GemmConfig] = [
         GemmSm90Config(64, 128),
         GemmSm90Config(64, 64, ctas_per_sm=2),
         GemmSm90Config(64, 128, ctas_per_sm=2),
@@ -82,6 +84,12 @@ def space(problem: GemmProblem) -> tuple[GemmConfig, ...]:
             GemmSm90Config(128, n, cluster_m=cluster)
             for n in ((128, 192, 256) if problem.two_level else (192, 256))
             for cluster in (1, 2)
+        ),
+        *(  # of packed weights
+            GemmPackedSm90Config(m, n, ctas_per_sm=ctas)
+            for m in (8, 16, 32, 48, 64, 96, 128)
+            for n in (64, 128, 256)
+            for ctas in (1, 2, 3, 4)
         ),
     ]
     legal = (c for c in considered if c.tile_n < problem.n + 64 and why_illegal(problem, c) is None)
@@ -200,10 +208,7 @@ class RandomOperands:
     def of(cls, problem: GemmProblem, top_k: int, tokens: int) -> RandomOperands:
         dtype = TORCH_DTYPES[problem.x]
         experts, n, k = problem.num_experts, problem.n, problem.k
-        weight = torch.empty(experts, n, k, dtype=dtype, device="cuda")
-        for expert in weight:
-            expert.copy_(_values(dtype, n, k))
-        fixed = {"weight": weight}
+        fixed = {"weight": _weights(problem, dtype)}
         of_expert: tuple[int, ...] = (n,)
         of_token: tuple[int, ...] = ()
         if problem.block_rows:
@@ -247,6 +252,19 @@ def random_ids(
     # the largest of log(u) / chance are a draw without replacement (Efraimidis and Spirakis, 2006)
     draws = torch.rand(tokens, experts, device=device).log() / chances
     return draws.topk(top_k).indices
+
+
+def _weights(problem: GemmProblem, dtype: torch.dtype) -> Tensor:
+    """Random weights, made expert by expert."""
+    experts, n, k = problem.num_experts, problem.n, problem.k
+    packing = problem.weight.packing
+    if packing is not None:
+        parts = [quantize_packed(_values(dtype, n, k)[None], str(packing)) for _ in range(experts)]
+        return torch.cat(parts)
+    weight = torch.empty(experts, n, k, dtype=dtype, device="cuda")
+    for expert in weight:
+        expert.copy_(_values(dtype, n, k))
+    return weight
 
 
 def _values(dtype: torch.dtype, rows: int, columns: int) -> Tensor:

@@ -69,3 +69,15 @@ class Ring:
             lane = cute.arch.lane_idx()
             if lane < self.sharers:
                 cute.arch.mbarrier_arrive(barrier, lane)
+
+    def release_unless(self, stage: Int32, kept: Int32):
+        """`release` without a branch, of a CTA that shares no stages; nothing if kept is not 0.
+
+        It may stand between a WGMMA and the wait for it, where a branch costs their overlap.
+        """
+        assert self.sharers == 1
+        cute.arch.inline_ptx(
+            "{{ .reg .pred p; setp.eq.b32 p, {$r1}, 0; "
+            "@p mbarrier.arrive.shared.b64 _, [{$r0}]; }}",
+            read_only_args=[(self.empty + stage).toint(), cute.arch.lane_idx() | kept],
+        )

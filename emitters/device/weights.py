@@ -19,7 +19,7 @@ OPERAND_MAJOR = {
     Major.K: cute.nvgpu.OperandMajorMode.K,
     Major.N: cute.nvgpu.OperandMajorMode.MN,
 }
-_EVICT_FIRST = 0x12F0000000000000  # the L2 policy that createpolicy returns for evict_first
+EVICT_FIRST = 0x12F0000000000000  # the L2 policy that createpolicy returns for evict_first
 
 
 class WeightLoader:
@@ -31,7 +31,7 @@ class WeightLoader:
     def __init__(self, problem: GemmProblem, evict_first: bool = False):
         self.problem = problem
         self.stacked = problem.weight.storage is WeightStorage.STACKED
-        self.l2_hint = Int64(_EVICT_FIRST) if evict_first else None
+        self.l2_hint = Int64(EVICT_FIRST) if evict_first else None
 
     def carrier(self, weight, stage_layout, box: tuple[int, int]):
         """The kernel's argument for a [N, K, E] tensor of weights: a TMA atom.

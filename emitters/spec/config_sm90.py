@@ -39,6 +39,7 @@ class StagedConfig:
     ctas_per_sm: int = field(default=1, kw_only=True)
     template: ClassVar[str]
     MAX_STAGES: ClassVar[int]
+    MAX_CTAS: ClassVar[int] = 2  # per SM
 
     def to_json(self) -> dict[str, Any]:
         return {"template": self.template, **to_plain(self)}
@@ -75,8 +76,9 @@ class StagedConfig:
 
     def why_no_memory(self, problem: Any) -> str | None:
         """Why shared memory can't hold the stages and the rest, or None."""
-        if self.ctas_per_sm not in (1, 2):
-            return f"ctas_per_sm must be 1 or 2, got {self.ctas_per_sm}"
+        if not 1 <= self.ctas_per_sm <= self.MAX_CTAS:
+            most = "1 or 2" if self.MAX_CTAS == 2 else f"1 to {self.MAX_CTAS}"
+            return f"ctas_per_sm must be {most}, got {self.ctas_per_sm}"
         stages, stage_bytes = self.pipeline_stages(problem), self.stage_bytes(problem)
         if not 2 <= stages <= self.MAX_STAGES:
             return (
@@ -110,7 +112,7 @@ class Sm90Config(StagedConfig):
 
     def weight_bytes(self, problem: GemmProblem) -> int:
         """Bytes of shared memory for one k-tile of a tile's columns of weights."""
-        return self.tile_n * self.k_tile(problem) * problem.weight.dtype.bytes
+        return self.tile_n * K_TILE_BYTES  # weights that are not packed have x's dtype
 
     def scale_columns(self, problem: GemmProblem) -> int:
         """Columns of the output, in a tile, that share a scale of the weights along K."""
@@ -263,6 +265,8 @@ class GemmSm90Config(Sm90Config):
         )
 
     def _why_tile(self, problem: GemmProblem) -> str | None:
+        if problem.weight.packing:
+            return f"weights must not be packed for this config, got {problem.weight.dtype}"
         if self.tile_m not in (64, 128, 192):
             return (
                 f"tile_m must be 64, 128 or 192 (64 rows per consumer warpgroup), got {self.tile_m}"

@@ -30,9 +30,18 @@ class GemmSwapSm90Config(Sm90Config):
         return min(WARPGROUP, self.tile_m * K_TILE_BYTES // 16)
 
     @property
+    def consumers(self) -> int:
+        """The number of consumer warpgroups, which run WGMMA on columns of their own."""
+        return 1
+
+    @property
     def threads(self) -> int:
-        """Threads per CTA: a consumer warpgroup, the gather's warps, one warp for the weights."""
-        return WARPGROUP + 32 + self.gather_threads
+        """Threads per CTA: the consumers, the gather's warps, one warp for the weights."""
+        return WARPGROUP * self.consumers + 32 + self.gather_threads
+
+    def weight_copies(self, problem: GemmProblem) -> int:
+        """The parts of K in which a stage's weights are copied."""
+        return self.k_boxes
 
     @property
     def cluster(self) -> int:
@@ -65,8 +74,8 @@ class GemmSwapSm90Config(Sm90Config):
         return (self.warp_columns(problem) * problem.out.bytes // 16 | 1) * 16
 
     def staging_bytes(self, problem: GemmProblem) -> int:
-        """Bytes of staging memory of the four consumer warps."""
-        return 4 * self.part_rows * self.staging_pitch(problem)
+        """Bytes of staging memory of the consumers' warps, four each."""
+        return 4 * self.consumers * self.part_rows * self.staging_pitch(problem)
 
     @property
     def partial_bytes(self) -> int:
@@ -118,6 +127,8 @@ class GemmSwapSm90Config(Sm90Config):
         )
 
     def _why_tile(self, problem: GemmProblem) -> str | None:
+        if problem.weight.packing:
+            return f"weights must not be packed for this config, got {problem.weight.dtype}"
         if self.tile_m != 8 and (self.tile_m % 16 or not 16 <= self.tile_m <= 96):
             return f"tile_m must be 8 or a multiple of 16 up to 96 (WGMMA's N), got {self.tile_m}"
         if self.tile_n not in (64, 128):
@@ -130,6 +141,9 @@ class GemmSwapSm90Config(Sm90Config):
             )
         if self.k_boxes not in (1, 2, 4):
             return f"k_boxes must be 1, 2 or 4, got {self.k_boxes}"
+        return self._why_split(problem)
+
+    def _why_split(self, problem: GemmProblem) -> str | None:
         if self.split_k not in (1, 2, 4, 8):
             return f"split_k must be 1, 2, 4 or 8 (CTAs per cluster), got {self.split_k}"
         if self.split_k > self.k_stages(problem):

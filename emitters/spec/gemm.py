@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType, Name
+from emitters.spec.packing import BLOCK_ROWS, Packing
 from emitters.spec.plain import from_plain, to_plain
 
 MAX_EXPERTS = 1024  # 32 lanes x 32 experts: two ballots of a warp find an expert
@@ -31,11 +32,19 @@ class Major(Name):
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """The element type and memory layout of the weights [E, N, K]."""
+    """The element type and memory layout of the weights [E, N, K].
 
-    dtype: DType
+    Packed 4-bit weights hold their scales themselves, beside those that a problem names.
+    """
+
+    dtype: DType | Packing
     major: Major = Major.K
     storage: WeightStorage = WeightStorage.STACKED
+
+    @property
+    def packing(self) -> Packing | None:
+        """The format of packed weights; None for others, which have x's dtype."""
+        return self.dtype if isinstance(self.dtype, Packing) else None
 
 
 class Granularity(Name):
@@ -224,7 +233,8 @@ class GemmProblem:
         scales = [f"{scale} scale" for scale in (self.x_scale, self.weight_scale) if scale]
         nodes = [node.kind for node in self.epilogue]
         gather = ["gather"] if self.gather else []
-        return " ".join([f"{self.x} > {self.out}", size, *gather, *scales, *nodes])
+        operands = f"{self.x} x {self.weight.packing}" if self.weight.packing else self.x
+        return " ".join([f"{operands} > {self.out}", size, *gather, *scales, *nodes])
 
     def why_illegal(self) -> str | None:
         """Why no config can be legal for this problem, or None."""
@@ -258,6 +268,8 @@ class GemmProblem:
 
     def _why_weight(self) -> str | None:
         weight = self.weight
+        if isinstance(weight.dtype, Packing):
+            return self._why_packed()
         if weight.dtype is not self.x:
             return f"weights must be {self.x} like x, got {weight.dtype}"
         if weight.major is Major.K:
@@ -271,6 +283,19 @@ class GemmProblem:
             return "N-major weights must be one stacked tensor, got a table of one per expert"
         if self.n * weight.dtype.bytes % 16:
             return f"N must be {_16_bytes(weight.dtype)} for N-major weights, got {self.n}"
+        return None
+
+    def _why_packed(self) -> str | None:
+        if self.x is not DType.BF16:
+            return f"x must be bf16 for packed weights, got {self.x}"
+        if self.weight.major is not Major.K:
+            return f"packed weights must be K-major, got {self.weight.major}-major"
+        if self.weight.storage is WeightStorage.TABLE:
+            return "packed weights must be one stacked tensor, got a table of one per expert"
+        multiple = 2 * BLOCK_ROWS if self.gated else BLOCK_ROWS
+        if self.n % multiple:
+            halves = " (gates and ups in blocks of their own)" if self.gated else ""
+            return f"N must be a multiple of {multiple} for packed weights{halves}, got {self.n}"
         return None
 
     def _why_scales(self) -> str | None:

@@ -43,6 +43,9 @@ def _value(kind: Any, value: Any, what: str) -> Any:
         return from_plain(typing.cast(type, kind), value, what)
     if value is not None and isinstance(kind, type) and issubclass(kind, Name):
         return kind(value)
+    if isinstance(kind, types.UnionType):  # of enums
+        arms: tuple[type[Name], ...] = typing.get_args(kind)
+        return next((arm for arm in arms if value in list(arm)), arms[0])(value)
     return value
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from emitters.spec.arch import DEFAULT_ARCH, SM90
+from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
 from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem
@@ -29,7 +30,7 @@ from emitters.spec.plain import from_plain
 from emitters.spec.weight_grad import WeightGradProblem, WeightGradSm90Config
 
 Problem = GemmProblem | Step
-GemmConfig = GemmSm90Config | GemmSwapSm90Config
+GemmConfig = GemmSm90Config | GemmSwapSm90Config | GemmPackedSm90Config
 Config = GemmConfig | WeightGradSm90Config | StepConfig
 
 
@@ -49,6 +50,9 @@ TEMPLATES = (
     Template("gemm_sm90", GemmProblem, GemmSm90Config, _SM90, "gemm_sm90:GemmSm90"),
     Template(
         "gemm_swap_sm90", GemmProblem, GemmSwapSm90Config, _SM90, "gemm_swap_sm90:GemmSwapSm90"
+    ),
+    Template(
+        "gemm_packed_sm90", GemmProblem, GemmPackedSm90Config, _SM90, "gemm_swap_sm90:GemmSwapSm90"
     ),
     Template("route", RouteProblem, StepConfig, _SM90, "route:Route"),
     Template("route_logits", RouteLogitsProblem, StepConfig, _SM90, "route:RouteLogits"),

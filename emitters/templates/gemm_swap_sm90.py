@@ -1,5 +1,7 @@
 """The SM90 grouped GEMM template for few rows per expert: weights are WGMMA's M operand."""
 
+from functools import partial
+
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
@@ -14,8 +16,10 @@ from emitters.device.epilogue.fragment import ColumnsFragment
 from emitters.device.epilogue.nodes import Epilogue
 from emitters.device.epilogue.store import TransposedStore, make_out_map
 from emitters.device.gather import GatherIterator
+from emitters.device.mainloop_packed_sm90 import PackedProducts
 from emitters.device.mainloop_sm90 import add_products, begin_products, issue, make_sums, sum_type
 from emitters.device.memory import ELEMENT, SMEM, vector
+from emitters.device.packed import PackedLoader
 from emitters.device.parameters import Gate, Gathered, Output, Rows, Scales
 from emitters.device.ring import Ring
 from emitters.device.scales import BlockScales
@@ -68,13 +72,17 @@ class GemmSwapSm90:
         self.element = ELEMENT[problem.x]
         self.tile = (config.tile_n, config.tile_m, config.k_tile(problem))
         self.stages = config.pipeline_stages(problem)
-        # bytes per box
-        self.x_bytes, self.weight_bytes = config.x_bytes(problem), config.weight_bytes(problem)
+        self.x_bytes = config.x_bytes(problem)  # per box
+        self.weight_bytes = config.weight_bytes(problem)  # per copy
+        self.weight_copies = config.weight_copies(problem)  # per stage
         self.smem_bytes, self.cluster = config.smem_bytes(problem), config.cluster
         self.experts = ExpertTable(problem, config, cluster_m=1, group_m=GROUP_M)
         self.gather = GatherIterator(problem.gather, problem.k * problem.x.bytes, config.tile_m)
-        self.weights = WeightLoader(problem, config.evict_first)
-        self.ring = Ring(self.stages, 1 + config.gather_threads, 4)
+        self.packed = PackedProducts(problem, config) if problem.weight.packing else None
+        loader = PackedLoader if self.packed else WeightLoader
+        self.weights = loader(problem, config.evict_first)
+        self.consumer_threads = WARPGROUP * config.consumers
+        self.ring = Ring(self.stages, 1 + config.gather_threads, 4 * config.consumers)
         self.scales = BlockScales(problem, config) if problem.block_rows else None
         store = TransposedStore(problem, config)
         self.epilogue = Epilogue(problem, config, ColumnsFragment, store)
@@ -126,17 +134,20 @@ class GemmSwapSm90:
         )
 
     def storage(self):
-        columns, rows, tile_k = self.tile
-        per_row = tile_k * self.stages * self.config.k_boxes
+        boxes = self.stages * self.config.k_boxes
+        x_count = self.x_bytes * boxes // self.problem.x.bytes
+        weight_element = Uint8 if self.packed else self.element
+        weight_bytes = self.weight_bytes * self.weight_copies * self.stages
+        weight_count = weight_bytes * 8 // weight_element.width
         words = self.config.table_words(self.problem)
         staging_bytes = self.config.staging_bytes(self.problem)
         partial_bytes = self.config.partial_bytes
-        scale_words = self.config.scale_words(self.problem) * self.stages * self.config.k_boxes
+        scale_words = self.config.scale_words(self.problem) * boxes
 
         @cute.struct
         class Storage:
-            weight: cute.struct.Align[cute.struct.MemRange[self.element, columns * per_row], 1024]
-            x: cute.struct.Align[cute.struct.MemRange[self.element, rows * per_row], 1024]
+            x: cute.struct.Align[cute.struct.MemRange[self.element, x_count], 1024]
+            weight: cute.struct.Align[cute.struct.MemRange[weight_element, weight_count], 1024]
             partial: cute.struct.Align[cute.struct.MemRange[Uint8, partial_bytes], 16]
             staging: cute.struct.Align[cute.struct.MemRange[Uint8, staging_bytes], 16]
             full: cute.struct.MemRange[Int64, self.stages]
@@ -169,7 +180,8 @@ class GemmSwapSm90:
         if const_expr(self.scales is not None):
             self.scales.attach(storage.scales.data_ptr())
 
-        weight_warp = (WARPGROUP + self.config.gather_threads) // 32
+        consumer_warps = self.consumer_threads // 32
+        weight_warp = consumer_warps + self.config.gather_threads // 32
         if warp == weight_warp:
             if rows.early == 0:
                 wait_for_previous()
@@ -181,7 +193,7 @@ class GemmSwapSm90:
                 self.ring.init()
                 if const_expr(self.config.split_k > 1):
                     cute.arch.mbarrier_init(sums, 1)
-                    cute.arch.mbarrier_init(sums + 1, 4)
+                    cute.arch.mbarrier_init(sums + 1, consumer_warps)
             cute.arch.mbarrier_init_fence()
             self.weights.prefetch_map(weight)
         self.sync_cluster(alone=True)
@@ -190,10 +202,13 @@ class GemmSwapSm90:
             wait_for_previous()
             if thread == 0:
                 launch_next()
-        if warp < 4:
+        if warp < consumer_warps:
             staging = storage.staging.data_ptr()
             self.epilogue.attach(node_tensors, gate, gathered, output, staging, warp, thread % 32)
-            self.mma(storage, sums, thread)
+            if const_expr(self.packed is not None):
+                self.mma_packed(storage, sums, thread)
+            else:
+                self.mma(storage, sums, thread)
         elif warp < weight_warp:
             self.gather.attach(gathered, thread % WARPGROUP)
             if const_expr(self.scales is not None):
@@ -230,7 +245,8 @@ class GemmSwapSm90:
     def load_weights(self, weight, storage):
         """The loop over tiles of the weights' warp: fills the stages with weights."""
         stages = cute.recast_ptr(storage.weight.data_ptr(), dtype=Uint8)
-        boxes = self.config.k_boxes
+        copies = self.weight_copies
+        step = 1 if self.packed else self.tile[2]  # blocks or elements of K
         tile, end, stride = self.share(storage)
         first_k, end_k = self.k_range()
         state = self.ring.producer()
@@ -240,10 +256,10 @@ class GemmSwapSm90:
             for k in cutlass.range(first_k, end_k, unroll=1):
                 self.ring.wait_empty(state)
                 with cute.arch.elect_one():
-                    barrier = self.ring.expect(state, self.weight_bytes * boxes)
-                    for i in range_constexpr(boxes):
-                        stage = stages + (state.index * boxes + i) * self.weight_bytes
-                        corner = ((k * boxes + i) * self.tile[2], column, expert)
+                    barrier = self.ring.expect(state, self.weight_bytes * copies)
+                    for i in range_constexpr(copies):
+                        stage = stages + (state.index * copies + i) * self.weight_bytes
+                        corner = ((k * copies + i) * step, column, expert)
                         self.weights.copy(stage, weight_map, corner, self.tile[0], barrier)
                 state.advance()
             tile += stride
@@ -319,19 +335,66 @@ class GemmSwapSm90:
                 state.advance()
                 if k == first_k:  # the wait for the index and the first weights hides this
                     self.epilogue.load(expert, column)
-            if const_expr(self.config.split_k > 1):
-                rank = cute.arch.block_idx_in_cluster()
-                partial = storage.partial.data_ptr()
-                if rank == 0:
-                    self.add_sums(sums, partial, sums_full, cluster_state.phase, thread)
-                    self.epilogue.store(sums, expert, row, rows, column)
-                else:
-                    self.send_sums(sums, partial, sums_full, cluster_state.phase, rank, thread)
-                cluster_state.advance()
-            else:
-                self.epilogue.store(sums, expert, row, rows, column)
+            self.store(storage, sums, sums_full, cluster_state, thread, (expert, row, rows, column))
+            cluster_state.advance()
             tile += stride
         self.epilogue.finish()
+
+    @cute.jit
+    def mma_packed(self, storage, sums_full, thread):
+        """`mma` for packed weights, which WGMMA reads from registers."""
+        _, x_layout = self.stage_layouts()
+        x = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
+        self.packed.attach(storage.weight.data_ptr(), x, thread)
+
+        tile, end, stride = self.share(storage)
+        first_k, end_k = self.k_range()
+        state = self.ring.consumer()
+        cluster_state = pipeline.make_pipeline_state(PipelineUserType.Consumer, 1)
+        while tile < end:
+            expert, row, rows, column, _ = self.experts.locate(tile, end, Int32(0))
+            self.epilogue.begin(row, rows)
+            self.packed.begin()
+            behind = state.clone()  # the stage before, which WGMMA still reads
+            for k in cutlass.range(first_k, end_k, unroll=1):
+                self.ring.wait_full(state)
+                first = Int32(k == first_k)
+                self.packed.add_stage(state.index, partial(self.release, behind.index, first))
+                if k > first_k:
+                    behind.advance()
+                state.advance()
+                if k == first_k:
+                    self.epilogue.load(expert, column)
+            self.packed.finish()
+            self.release(behind.index)
+            place = (expert, row, rows, column)
+            self.store(storage, self.packed.sums, sums_full, cluster_state, thread, place)
+            cluster_state.advance()
+            tile += stride
+        self.epilogue.finish()
+
+    def release(self, stage, kept=0):
+        """Releases a stage that all lanes have read; see `Ring.release_unless`."""
+        cute.arch.sync_warp()
+        self.ring.release_unless(stage, Int32(kept))
+
+    @cute.jit
+    def store(self, storage, sums, sums_full, cluster_state, thread, place):
+        """Stores a tile's sums; with split_k, after adding those of the cluster's other CTAs.
+
+        place: the tile's expert, first row, rows and first column.
+        """
+        expert, row, rows, column = place
+        if const_expr(self.config.split_k > 1):
+            rank = cute.arch.block_idx_in_cluster()
+            partial_sums = storage.partial.data_ptr()
+            if rank == 0:
+                self.add_sums(sums, partial_sums, sums_full, cluster_state.phase, thread)
+                self.epilogue.store(sums, expert, row, rows, column)
+            else:
+                self.send_sums(sums, partial_sums, sums_full, cluster_state.phase, rank, thread)
+        else:
+            self.epilogue.store(sums, expert, row, rows, column)
 
     def multiply(self, mma, acc, tCrA, tCrB, stage, sums):
         """Multiplies one stage and waits for the result.
@@ -389,5 +452,5 @@ class GemmSwapSm90:
     def partial_vector(self, partial, peer, i, thread, element):
         """The place of a thread's i-th four sums from the CTA of rank peer + 1."""
         share = self.config.tile_m * self.config.tile_n * 4
-        at = partial + (peer * share + i * (WARPGROUP * 16) + thread * 16)
+        at = partial + (peer * share + i * (self.consumer_threads * 16) + thread * 16)
         return vector(at, element, 4, SMEM)

@@ -16,6 +16,7 @@ from emitters.spec.config_sm90 import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import NUMBERS, EpilogueNode, GemmProblem, Granularity, Major, WeightStorage
 from emitters.spec.image import ParamKind, TensorMapBox
+from emitters.spec.packing import Packing
 from emitters.spec.weight_map import weight_box
 
 
@@ -116,11 +117,14 @@ def _scales(problem: GemmProblem) -> Argument:
 
 
 def _weight(problem: GemmProblem) -> Argument:
+    dtype = problem.weight.dtype
+    if isinstance(dtype, Packing):
+        return pointer("weight", Uint8, 16)
     if problem.weight.storage is WeightStorage.TABLE:
         return pointer("weight", Uint8, 64)
     return tensor_map(
         "weight",
-        ELEMENT[problem.weight.dtype],
+        ELEMENT[dtype],
         (problem.n, problem.k, problem.num_experts),
         (1, 0, 2) if problem.weight.major is Major.K else (0, 1, 2),
     )
@@ -138,14 +142,21 @@ def _applied(node: Granularity | EpilogueNode) -> Argument:
 def gemm_tensor_maps(
     problem: GemmProblem, columns: int, k: int, l2_promotion: int
 ) -> tuple[TensorMapBox, ...]:
-    """The tensor maps of the weights and of the output.
+    """The tensor maps of the weights, unless they are packed, and of the output.
 
     columns, k: of the weights that one copy takes. l2_promotion: bytes that a read of weights
     brings into L2.
     """
+    out = TensorMapBox(
+        "out_map",
+        box=(SLICE_BYTES // problem.out.bytes, SLICE_ROWS),
+        swizzle=SLICE_BYTES,
+        l2_promotion=128,
+    )
+    if problem.weight.packing:
+        return (out,)
     box = weight_box(problem, columns, k)
-    out = (SLICE_BYTES // problem.out.bytes, SLICE_ROWS)
     return (
         TensorMapBox("weight", box=box, swizzle=K_TILE_BYTES, l2_promotion=l2_promotion),
-        TensorMapBox("out_map", box=out, swizzle=SLICE_BYTES, l2_promotion=128),
+        out,
     )

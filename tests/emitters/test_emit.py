@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import struct
 from typing import Any
 
 import pytest
@@ -15,8 +16,12 @@ from cutlass_moe.images.compiler import Request, Result, build_images, compile_i
 from cutlass_moe.images.toolchains import default_build
 from cutlass_moe.models import shapes
 from cutlass_moe.models.problems import model_problems
+from emitters.compile.cubin import _sections as sections
 from emitters.compile.cubin import read_cubin
+from emitters.compile.emit import _emit as emit_all
 from emitters.compile.emit import param_kinds
+from emitters.spec.arch import DEFAULT_ARCH
+from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
 from emitters.spec.config_sm90 import GemmSm90Config, Schedule
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType
@@ -38,8 +43,10 @@ from emitters.spec.layer_steps import (
     Step,
     StepConfig,
 )
+from emitters.spec.packing import Packing
 from emitters.spec.registry import (
     Config,
+    GemmConfig,
     Problem,
     config_from_json,
     problem_from_json,
@@ -116,7 +123,19 @@ def every_problem(twins: bool = True) -> list[GemmProblem]:
         ways.append(dataclasses.replace(base, num_experts=1024))
         ways.append(dataclasses.replace(base, num_experts=1, k=16))
         problems += ways if twins else ways[i::2]
+    for i, packing in enumerate(Packing):
+        problems.append(packed(packing))
+        problems.append(packed(packing, n=320, k=1032, out=OUTPUTS[i], gather=False))
+        for epilogue in EPILOGUES[3:6]:
+            problems.append(packed(packing, **scales_and_nodes(epilogue)))
     return problems
+
+
+def packed(packing: Packing, **changes: Any) -> GemmProblem:
+    """A problem with packed weights."""
+    plain = {"accumulation": Accumulation.FP32, "x_scale": None, "weight_scale": None}
+    problem = dataclasses.replace(PROBLEM, x=DType.BF16, weight=WeightFormat(packing), **plain)
+    return dataclasses.replace(problem, **changes)
 
 
 def shipped(dtype: str) -> list[Request]:
@@ -163,6 +182,21 @@ def test_shipped_kernels_compile_without_spills(compiled: list[Result]) -> None:
     assert [(r.request, r.error) for r in compiled if r.image is None] == []
     images = {r.request: r.image for r in compiled if r.image is not None}
     assert {q: i.record.spill_bytes for q, i in images.items() if i.record.spill_bytes} == {}
+
+
+@pytest.mark.parametrize("packing", Packing)
+def test_wgmmas_of_packed_weights_overlap(packing: Packing) -> None:
+    """ptxas waits for each WGMMA where it can't tell who touches a register in between."""
+    problem = packed(packing)
+    for config in heuristics.candidates(problem):
+        image, ptx = emit_all(problem, config, DEFAULT_ARCH)
+        assert image.record.spill_bytes == 0
+        (text,) = (data for name, data in sections(image.cubin) if name.startswith(".text."))
+        waits = sum(
+            word & 0xFFFF == 0x79C5 and word >> 47 & 1  # WARPGROUP.DEPBAR; else .ARRIVE
+            for word, _ in struct.iter_unpack("<QQ", text)
+        )
+        assert 0 < waits <= ptx.count("wgmma.wait_group"), (config, waits)
 
 
 def test_parameters_are_the_cubins_own(compiled: list[Result]) -> None:
@@ -326,8 +360,65 @@ def test_illegal_swap_configs_have_a_reason(changes: dict, reason: str) -> None:
     assert reason in (why_illegal(PROBLEM, GemmSwapSm90Config(**changes)) or "")
 
 
-@pytest.mark.parametrize("config", [GemmSm90Config(group_m=3), GemmSwapSm90Config(split_k=2)])
-def test_configs_round_trip(config: GemmSm90Config | GemmSwapSm90Config) -> None:
+PACKED_PROBLEM_REASONS = [
+    ("fp16 x", {"x": DType.FP16}, "x must be bf16 for packed weights, got fp16"),
+    ("N-major", {"weight": WeightFormat(Packing.MXFP4, Major.N)}, "must be K-major"),
+    (
+        "a table",
+        {"weight": WeightFormat(Packing.MXFP4, storage=WeightStorage.TABLE)},
+        "one stacked tensor",
+    ),
+    ("ragged N", {"n": 1544}, "N must be a multiple of 32"),
+    ("ragged gates", {"n": 1568, "epilogue": GATED.epilogue}, "N must be a multiple of 64"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [r[1:] for r in PACKED_PROBLEM_REASONS],
+    ids=[r[0] for r in PACKED_PROBLEM_REASONS],
+)
+def test_illegal_packed_problems_have_a_reason(changes: dict, reason: str) -> None:
+    problem = packed(Packing.MXFP4)
+    assert why_illegal(problem) is None
+    problem = dataclasses.replace(problem, **changes)
+    assert reason in (why_illegal(problem) or "")
+    assert heuristics.candidates(problem) == ()
+
+
+PACKED_REASONS = [
+    ("24 rows", {"tile_m": 24}, "multiple of 16"),
+    ("many rows", {"tile_m": 272}, "up to 256"),
+    ("columns between consumers", {"tile_n": 192}, "64, 128 or 256"),
+    ("one block of K", {"k_boxes": 2}, "k_boxes must be 4"),
+    ("a cluster of three", {"split_k": 3}, "1, 2, 4 or 8"),
+    ("five CTAs", {"ctas_per_sm": 5}, "1 to 4"),
+    ("more stages than fit", {"stages": 30}, "shared memory per CTA must be"),
+    ("registers", {"tile_m": 256, "tile_n": 128}, "registers"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [r[1:] for r in PACKED_REASONS], ids=[r[0] for r in PACKED_REASONS]
+)
+def test_illegal_packed_configs_have_a_reason(changes: dict, reason: str) -> None:
+    problem = packed(Packing.INT4_G128)
+    assert why_illegal(problem, GemmPackedSm90Config()) is None
+    assert reason in (why_illegal(problem, GemmPackedSm90Config(**changes)) or "")
+
+
+def test_packed_weights_have_a_template_of_their_own() -> None:
+    problem = packed(Packing.MXFP4)
+    assert "must be packed" in (why_illegal(PROBLEM, GemmPackedSm90Config()) or "")
+    for config in (GemmSm90Config(), GemmSwapSm90Config()):
+        assert "must not be packed" in (why_illegal(problem, config) or "")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GemmSm90Config(group_m=3), GemmSwapSm90Config(split_k=2), GemmPackedSm90Config(ctas_per_sm=3)],
+)
+def test_configs_round_trip(config: GemmConfig) -> None:
     plain = json.loads(json.dumps(config.to_json()))
     assert config_from_json(plain) == config
     for wrong in ({**plain, "template": "gemm"}, {**plain, "tile": 1}):
@@ -355,6 +446,9 @@ def test_choices_are_candidates(rows: float) -> None:
         assert config in heuristics.candidates(problem)
         for schedule in Schedule:
             named = heuristics.choose(problem, 1, rows, str(schedule))
+            if problem.weight.packing:
+                assert named == config  # there is one schedule only
+                continue
             assert named.scheduled(schedule) == named
             assert why_illegal(problem, named) is None
             assert named.tile_m == config.tile_m or isinstance(config, GemmSwapSm90Config)

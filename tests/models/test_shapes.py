@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cutlass_moe import grouped_matmul_problem, pad_experts
+from cutlass_moe import grouped_matmul_problem, pad_experts, quantize_packed
 from cutlass_moe.choose.heuristics_sm90 import every_config
 from cutlass_moe.models.problems import gemm_problems, model_problems, weight_grad_problems
 from cutlass_moe.models.shapes import DTYPES, MODELS, MoeShape, Routed
-from cutlass_moe.operands import NAMED_DTYPES
+from cutlass_moe.operands import NAMED_DTYPES, PACKINGS
 from emitters.spec.dtypes import Accumulation, DType
 from emitters.spec.gemm import Activation, ActivationFunction, Granularity
 from emitters.spec.layer_steps import (
@@ -46,8 +46,10 @@ def test_problems(dtype):
     up, down, activated = gemm_problems(MODELS["mixtral"], dtype).values()
     assert (up.gather, down.gather) == (True, False)
     assert (up.n, up.k, down.n, down.k) == (28672, 4096, 4096, 14336)
+    packed = dtype in PACKINGS
     scales = {
         "bf16": (None, None),
+        **dict.fromkeys(PACKINGS, (None, None)),
         "fp8_block": (Granularity.TOKEN_BLOCK, Granularity.BLOCK_128),
     }.get(dtype, (Granularity.TOKEN, Granularity.CHANNEL))
     for problem in (up, down):
@@ -55,6 +57,8 @@ def test_problems(dtype):
     assert up.out is DType.BF16
     expected = {"fp8": Accumulation.FAST, "int8": Accumulation.INT32, "bf16": Accumulation.FP32}
     expected |= {"fp8_block": Accumulation.TWO_LEVEL}
+    expected |= dict.fromkeys(PACKINGS, Accumulation.FP32)
+    assert up.weight.packing == down.weight.packing == (dtype if packed else None)
     assert up.accumulation is expected[dtype]
     assert activated.out_columns == down.k
     assert activated.out is DType.BF16
@@ -80,7 +84,10 @@ def test_problems_are_those_that_calls_pose(dtype, inter, bias):
     """Else a build would compile images that no call asks for."""
     shape = MoeShape("small", 4, 2, 320, inter, bias)
     for problem in gemm_problems(shape, dtype).values():
-        operand = NAMED_DTYPES[dtype]
+        operand = NAMED_DTYPES.get(dtype, torch.bfloat16)
+        weight = torch.empty(4, problem.n, problem.k, dtype=operand)
+        if dtype in PACKINGS:
+            weight = quantize_packed(weight.zero_(), dtype)
         x_scale, scale = None, None
         if problem.block_rows:
             blocks, groups = problem.scale_blocks
@@ -89,7 +96,7 @@ def test_problems_are_those_that_calls_pose(dtype, inter, bias):
             x_scale, scale = torch.ones(3), torch.ones(4, problem.n)
         posed = grouped_matmul_problem(
             torch.empty(3, problem.k, dtype=operand),
-            torch.empty(4, problem.n, problem.k, dtype=operand),
+            weight,
             index=torch.zeros(6, dtype=torch.int32) if problem.gather else None,
             offsets=torch.zeros(4, dtype=torch.int32),
             per_token_scale=x_scale,
@@ -155,12 +162,16 @@ def test_ranks_pose_the_problems_of_padded_experts(shape, inter, padded, dtype):
     """Those that fused_moe poses for what pad_experts returns; 16-bit rows here need no padding."""
     rank = shape.shard(tp=8)
     size = inter if dtype == "bf16" else padded
+    if dtype in PACKINGS:
+        size = -(-inter // 32) * 32
     assert (rank.inter, rank.padded(dtype).inter) == (inter, size)
     assert rank.padded(dtype).padded(dtype) == rank.padded(dtype)
     assert model_problems(rank, dtype) == model_problems(rank.padded(dtype), dtype)
     for problem in model_problems(rank, dtype).values():
         assert every_config(problem)
         assert all(why_illegal(problem, config) is None for config in every_config(problem))
+    if dtype in PACKINGS:
+        return  # padded before they are packed
     operand = NAMED_DTYPES[dtype]
     gates = rank.gemms["up"].n // inter
     w13 = torch.empty(128, gates * inter, shape.hidden, dtype=operand, device="meta")
@@ -185,5 +196,5 @@ def test_sizes_are_positive_integers(wrong):
 
 
 def test_unknown_dtype():
-    with pytest.raises(ValueError, match="fp8, int8, bf16, fp8_block, got 'fp4'"):
+    with pytest.raises(ValueError, match="fp8, int8, bf16, fp8_block, .*mxfp4, got 'fp4'"):
         gemm_problems(MODELS["mixtral"], "fp4")

@@ -67,8 +67,9 @@ def integer(text: str) -> int:
 class Operands:
     """Compiles operand texts to functions of a fragment."""
 
-    def __init__(self, program: Program, accumulators: set[int]):
-        self.program, self.accumulators = program, accumulators
+    def __init__(self, program: Program, accumulators: set[int], fragments: set[int]):
+        """accumulators, fragments: registers that WGMMAs write, and those from which they read."""
+        self.program, self.accumulators, self.fragments = program, accumulators, fragments
         self.symbols = {p.name: p.offset for p in program.parameters}
 
     def source(self, text: str, kind: np.dtype) -> Source:
@@ -146,6 +147,15 @@ class Operands:
             f.warp.queue.touched.add(number)
             write(f, value)
 
+        def write_fragment(f: Any, value: Lanes) -> None:
+            queue = f.warp.queue
+            if queue.read.get(number):
+                raise Fault(f"{text} written while a WGMMA reads it: no wait_group in between")
+            queue.touched.add(number)
+            (write_accumulator if number in self.accumulators else write)(f, value)
+
+        if number in self.fragments:
+            return write_fragment
         return write_accumulator if number in self.accumulators else write
 
     def partial(self, text: str, kind: np.dtype) -> Callable[[Any], tuple[Lanes, int]]:

@@ -40,6 +40,10 @@ KERNELS: dict[str, tuple[Case, GemmConfig]] = {
     "gated": (GATED, replace(SMALL, tile_n=128)),
     "swap_gated": (replace(GATED, counts=(9, 0, 5)), RUNS["swap_gated_128"].config),
     "n_major": (N_MAJOR, SMALL),
+    **{
+        name: (RUNS[run].case, RUNS[run].config)
+        for name, run in (("packed", "packed_int4_g128"), ("packed_mxfp4", "packed_mxfp4"))
+    },
     "n_major_gated": (replace(N_MAJOR, epilogue=GATED.epilogue), replace(SMALL, tile_n=128)),
     "starts": (replace(CASE, apart=5), SMALL),
     "many_experts": (replace(CASE, counts=(9, 0, 70, 3)), SMALL),

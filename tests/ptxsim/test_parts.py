@@ -34,7 +34,7 @@ UNKNOWN = [
     ("mul.f32", "mul.ftz.f32", "unknown instruction mul.ftz.f32"),
     ("p, 1,  1;", "p, -1,  1;", "scales and transpositions"),
     ("%nctaid.x", "%nctaid.y", "unknown operand %nctaid.y"),
-    ("bar.sync", "@%p1 bar.sync", "a guard on anything but a branch"),
+    ("bar.sync", "@%p1 bar.sync", "a guard on a collective"),
     ("bar.warp.sync \t-1", "bar.warp.sync \t15", "membermask 15"),
 ]
 

@@ -28,13 +28,7 @@ class Code:
 
     def __init__(self, program: Program):
         self.program, self.instructions = program, program.instructions
-        accumulators = {
-            program.registers[name.strip()]
-            for one in program.instructions
-            if one.opcode.startswith("wgmma.mma_async")
-            for name in one.operands[0].strip("{}").split(",")
-        }
-        self.operands = Operands(program, accumulators)
+        self.operands = Operands(program, *wgmma.registers(program))
         self.ops = [self._op(one) for one in self.instructions]
         self.guards = [self._guard(one) for one in self.instructions]
         self.plain = [
@@ -51,11 +45,26 @@ class Code:
                 op = kind.build(one, self.operands)
             except (IndexError, KeyError) as error:
                 raise ValueError(f"{one.where()}: operands not understood ({error!r})") from error
-            if op is not None and one.guard is not None:
-                raise ValueError(f"{one.where()}: a guard on anything but a branch")
             if op is not None:
-                return op
+                return op if one.guard is None else self._guarded(one, op)
         raise ValueError(f"{one.where()}: unknown instruction {one.opcode}")
+
+    def _guarded(self, one: Instruction, op: Op) -> Op:
+        """What only those lanes do whose guard is true."""
+        if synchronisation.is_collective(one.opcode):
+            raise ValueError(f"{one.where()}: a guard on a collective instruction")
+        guard = self.operands.source(one.guard or "", B)
+
+        def guarded(f: Fragment) -> Any:
+            whole, taken = f.mask, f.mask & _chosen(f, one, guard)
+            if not taken:
+                return None
+            f.become(taken)
+            outcome = op(f)
+            f.become(whole)
+            return outcome
+
+        return guarded
 
     def _guard(self, one: Instruction) -> Source | None:
         return None if one.guard is None else self.operands.source(one.guard, B)
@@ -66,6 +75,12 @@ def _lanes(mask: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | slice]:
     active = (mask >> LANES & 1) == 1
     lanes = np.flatnonzero(active)
     return active, lanes, consecutive(lanes)
+
+
+def _chosen(f: Fragment, one: Instruction, guard: Source) -> int:
+    """The lanes, as a mask, for which a guard is true."""
+    bits = mask_of(guard(f))
+    return ~bits if one.negated else bits
 
 
 class Fragment:
@@ -187,8 +202,7 @@ class Warp:
     def _branch(self, f: Fragment, one: Instruction, guard: Source | None) -> None:
         taken = f.mask
         if guard is not None:
-            bits = mask_of(guard(f))
-            taken &= ~bits if one.negated else bits
+            taken &= _chosen(f, one, guard)
         if one.opcode == "bra.uni" and taken not in (0, f.mask):
             raise Fault("lanes part at bra.uni")
         rest = f.mask & ~taken

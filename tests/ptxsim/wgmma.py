@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.ptxsim.operands import ALL, BUSY, U64, B, Op, Operands, differ, integer
+from tests.ptxsim.operands import ALL, BUSY, U64, B, Op, Operands, braced, differ, integer
 from tests.ptxsim.order import GENERIC
 from tests.ptxsim.ordered import OrderedMemory, Places
 from tests.ptxsim.outcome import YIELD
-from tests.ptxsim.ptx import Fault, Instruction
+from tests.ptxsim.ptx import Fault, Instruction, Program
 from tests.ptxsim.tensormap import swizzled
 
 _SHAPE = re.compile(
@@ -50,7 +50,8 @@ _K = {"e4m3": 32, "e5m2": 32, "s8": 32, "f16": 16, "bf16": 16}
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one wgmma.mma_async: operands both from shared memory, K-major but where transposed."""
+    """Of one wgmma.mma_async: operands from shared memory, K-major but where transposed; A of 16
+    bits may come from registers instead."""
 
     n: int
     a: str
@@ -99,32 +100,52 @@ def _rows(chunks: np.ndarray, transposed: bool) -> bytes:
     return (chunks.view(np.uint16).reshape(16, -1).T if transposed else chunks).tobytes()
 
 
+def _gathered(values: list[np.ndarray]) -> bytes:
+    """32 bytes for each of a warp's 16 rows of A, from the four registers that hold them.
+
+    Lane 4 g + t has elements 2 t and 2 t + 1 of row g, of row g + 8, and then those 8 further on.
+    """
+    words = np.stack([value.view(np.uint32) for value in values])
+    halves = words.view(np.uint16).reshape(2, 2, 8, 4, 2)  # k8, row8, g, t, element
+    return halves.transpose(1, 2, 0, 3, 4).tobytes()
+
+
 @dataclass
 class Multiply:
-    """One warp's quarter of a WGMMA: rows 16 w .. 16 w + 15 of A with all of B."""
+    """One warp's quarter of a WGMMA: rows 16 w .. 16 w + 15 of A with all of B.
+
+    a: A's descriptor, or the four registers that hold it.
+    """
 
     shape: Shape
     quarter: int
-    a: int
+    a: int | tuple[int, ...]
     b: int
     accumulate: bool
     registers: tuple[int, ...]
     number: int = 0
     operands: tuple[bytes, bytes] | None = None
 
-    def chunks(self) -> tuple[Places, Places]:
-        first = 16 * self.quarter
-        return (
-            operand_chunks(self.a, first, first + 16, self.shape.a_transposed),
-            operand_chunks(self.b, 0, self.shape.n, self.shape.b_transposed),
-        )
+    @property
+    def fragment(self) -> tuple[int, ...]:
+        """The registers that hold A; none if shared memory does."""
+        return self.a if isinstance(self.a, tuple) else ()
 
-    def fetch(self, memory: OrderedMemory) -> None:
-        """Takes the operands' bytes as they are now."""
+    def chunks(self) -> list[Places]:
+        """Where shared memory has A, unless registers do, and B."""
+        first = 16 * self.quarter
+        b = operand_chunks(self.b, 0, self.shape.n, self.shape.b_transposed)
+        if isinstance(self.a, tuple):
+            return [b]
+        return [operand_chunks(self.a, first, first + 16, self.shape.a_transposed), b]
+
+    def fetch(self, memory: OrderedMemory, values: list[Any]) -> None:
+        """Takes the operands' bytes as they are now. values: of the warp's registers."""
         if self.operands is None:
-            a, b = (memory.pieces(16)[operand.numbers] for operand in self.chunks())
-            shape = self.shape
-            self.operands = _rows(a, shape.a_transposed), _rows(b, shape.b_transposed)
+            *a, b = (memory.pieces(16)[operand.numbers] for operand in self.chunks())
+            held = [values[number] for number in self.fragment]
+            rows = _rows(a[0], self.shape.a_transposed) if a else _gathered(held)
+            self.operands = rows, _rows(b, self.shape.b_transposed)
 
     def result(self, sums: np.ndarray | None) -> np.ndarray:
         """float32 or int32 [n / 2, 32]: the new accumulators by register and lane."""
@@ -149,8 +170,21 @@ class Queue:
     open: list[Multiply] = field(default_factory=list)
     issued: int = 0
     owned: dict[tuple[int, ...], int] = field(default_factory=dict)  # accumulators -> in flight
+    read: dict[int, int] = field(default_factory=dict)  # registers that hold A -> in flight
     fenced: bool = False
-    touched: set[int] = field(default_factory=set)  # accumulators accessed since wgmma.fence
+    # accumulators accessed, and registers of A written, since wgmma.fence
+    touched: set[int] = field(default_factory=set)
+
+
+def registers(program: Program) -> tuple[set[int], set[int]]:
+    """The registers that a program's WGMMAs write, and those from which they read A."""
+    written, read = set(), set()
+    for one in program.instructions:
+        if one.opcode.startswith("wgmma.mma_async"):
+            written |= {program.registers[name] for name in braced(one.operands[0])}
+            if one.operands[1].startswith("{"):
+                read |= {program.registers[name] for name in braced(one.operands[1])}
+    return written, read
 
 
 def build(one: Instruction, operands: Operands) -> Op | None:
@@ -168,12 +202,19 @@ def build(one: Instruction, operands: Operands) -> Op | None:
 def _multiply(one: Instruction, operands: Operands) -> Op:
     shape = Shape.parse(one.opcode)
     registers = tuple(operands.numbers(one.operands[0]))
-    a, b = (operands.source(name, U64) for name in one.operands[1:3])
+    fragment = tuple(operands.numbers(one.operands[1])) if one.operands[1][0] == "{" else ()
+    if fragment and (shape.a not in ("bf16", "f16") or len(fragment) != 4):
+        raise ValueError(f"{one.where()}: A in registers must be four of 16-bit elements")
+    a = operands.source("0" if fragment else one.operands[1], U64)
+    b = operands.source(one.operands[2], U64)
     accumulate = operands.source(one.operands[3], B)
     if len(registers) != shape.n // 2:
         raise ValueError(f"{one.where()}: {shape.n // 2} accumulators expected")
     rest = one.operands[4:]
-    if "16" in shape.a and len(rest) == 4 and set(rest[2:]) <= {"0", "1"}:
+    if fragment and len(rest) == 3 and rest[2] in ("0", "1"):
+        shape = replace(shape, b_transposed=rest[2] == "1")
+        rest = rest[:2]
+    elif "16" in shape.a and len(rest) == 4 and set(rest[2:]) <= {"0", "1"}:
         shape = replace(shape, a_transposed=rest[2] == "1", b_transposed=rest[3] == "1")
         rest = rest[:2]
     expected = [] if shape.integer else ["1", "1"]
@@ -187,7 +228,7 @@ def _multiply(one: Instruction, operands: Operands) -> Op:
             raise Fault("operands differ among the lanes of a warp")
         first = (int(given[0][0]), int(given[1][0]), bool(given[2][0]))
         warp.check_alike(one, first)
-        part = Multiply(shape, warp.number % 4, *first, registers)
+        part = Multiply(shape, warp.number % 4, fragment or first[0], *first[1:], registers)
         _own(warp, part)
         queue = warp.queue
         queue.issued += 1
@@ -196,7 +237,7 @@ def _multiply(one: Instruction, operands: Operands) -> Op:
             warp.cta.shared.queue_read(warp.index, part.number, operand)
         queue.open.append(part)
         if warp.cta.cluster.schedule.reads_early():
-            part.fetch(warp.cta.shared)
+            part.fetch(warp.cta.shared, warp.values)
         return YIELD
 
     return multiply
@@ -209,6 +250,12 @@ def _own(warp: Any, part: Multiply) -> None:
         raise Fault("WGMMA before the first wgmma.fence")
     if not queue.touched.isdisjoint(part.registers):
         raise Fault("accumulators touched since the last wgmma.fence")
+    if not queue.touched.isdisjoint(part.fragment):
+        raise Fault("registers of A written since the last wgmma.fence")
+    for number in part.fragment:
+        if warp.valid[number] != ALL:
+            raise Fault("registers of A read before they have values")
+        queue.read[number] = queue.read.get(number, 0) + 1
     if part.registers not in queue.owned:
         for number in part.registers:
             if part.accumulate and warp.valid[number] not in (ALL, BUSY):
@@ -250,7 +297,9 @@ def _retire(warp: Any, registers: tuple[int, ...], parts: list[Multiply]) -> Non
         kind = np.int32 if parts[0].shape.integer else np.float32
         sums = np.array([warp.values[number].view(kind) for number in registers])
     for part in parts:
-        part.fetch(cta.shared)
+        part.fetch(cta.shared, warp.values)
+        for number in part.fragment:
+            warp.queue.read[number] -= 1
         sums = part.result(sums)
     for number, value in zip(registers, sums, strict=True):
         warp.values[number] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from cutlass_moe.choose.heuristics_sm90 import candidates, choose
 from cutlass_moe.operands import TORCH_DTYPES
+from cutlass_moe.ops.pack import pack_weights
 from emitters.spec.config_sm90 import GemmSm90Config, Schedule
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import ACCUMULATIONS, Accumulation, DType
@@ -27,6 +29,7 @@ from emitters.spec.gemm import (
     Major,
     WeightFormat,
 )
+from emitters.spec.packing import Packing
 from emitters.spec.registry import GemmConfig, why_illegal
 
 E4M3, E5M2, INT8, BF16, FP16, FP32 = DType
@@ -96,6 +99,7 @@ class Case:
     numbers: tuple[float, ...] = ()  # limit, alpha and beta of SWIGLU_OAI; default its own
     weight_major: Major = Major.K
     apart: int = 0
+    packing: Packing | None = None  # of the weights; operand is then BF16
 
     @property
     def rows(self) -> int:
@@ -113,7 +117,7 @@ class Case:
     def problem(self) -> GemmProblem:
         return GemmProblem(
             x=self.operand,
-            weight=WeightFormat(self.operand, self.weight_major),
+            weight=WeightFormat(self.packing or self.operand, self.weight_major),
             accumulation=self.accumulation or ACCUMULATIONS[self.operand][0],
             out=self.out,
             n=self.n,
@@ -355,6 +359,42 @@ CASES |= {
     "starts_no_index": replace(SWIGLU, counts=RAGGED, apart=128, gather=False),
 }
 
+# Packed 4-bit weights.
+PACKED = replace(FLOAT, packing=Packing.MXFP4)
+_G128, _G32, _MXFP4 = Packing
+_SWIGLU, _OAI = (Activation(ActivationFunction(name)) for name in ("swiglu", "swiglu_oai"))
+PACKED_CASES: dict[str, Case] = {
+    **{
+        f"{packing}_{tokens}": replace(
+            PACKED, packing=packing, tokens=tokens, counts=skewed(8, 2 * tokens), n=544, k=k
+        )
+        for packing in Packing
+        for tokens, k in ((1, 2048), (20, 7168), (200, 768), (2000, 512))
+    },
+    "no_rows": replace(PACKED, counts=(0,) * 8, spare=0),
+    "no_tokens": replace(PACKED, tokens=0, counts=(0,) * 8, spare=0),
+    "one_hot_expert": replace(PACKED, tokens=1024, counts=hot(8, 1024)),
+    "empty_experts": replace(PACKED, counts=alternate(8, 400), packing=_G32),
+    "outside": replace(PACKED, reads="outside", packing=_G128, out=FP32),
+    "ragged": replace(PACKED, counts=RAGGED, n=96, k=136, packing=_G32, out=FP16),
+    "experts_128": replace(PACKED, counts=skewed(128, 3000)),
+    "k_8": replace(PACKED, k=8, packing=_G128, counts=RAGGED),
+    "gpt_oss_up": replace(
+        PACKED, n=5760, k=2880, counts=skewed(8, 200), interleaved=True,
+        epilogue=(Bias(BF16), _OAI),
+    ),
+    "gpt_oss_down": replace(
+        PACKED, n=2880, k=2880, counts=skewed(8, 200), gather=False, epilogue=(Bias(BF16),)
+    ),
+    "swiglu": replace(PACKED, packing=_G32, counts=RAGGED, n=320, epilogue=(_SWIGLU,)),
+    "swiglu_few_rows": replace(
+        PACKED, packing=_G128, tokens=5, counts=even(8, 16), n=192, k=264,
+        epilogue=(*SCALES, Bias(FP32), _SWIGLU), reads="outside", interleaved=True,
+    ),
+    "relu2": replace(PACKED, epilogue=(Activation(ActivationFunction.RELU2),)),
+    "starts": replace(PACKED, packing=_G128, counts=RAGGED, apart=37),
+}  # fmt: skip
+
 # Run with every config the heuristics know for their problem, not only with the one they choose.
 EVERY_CANDIDATE = (
     "ragged",
@@ -444,6 +484,8 @@ def make_inputs(case: Case, device: str, exact: bool = False, seed: int = 0) -> 
         "offsets": torch.tensor(case.counts).cumsum(0).int().to(device),
         "out_dtype": TORCH_DTYPES[case.out],
     }
+    if case.packing is not None:
+        inputs["weight"] = data.packed((experts, n, k), case.packing, k**-0.5)
     if case.weight_major is Major.N:
         inputs["weight"] = inputs["weight"].mT.contiguous().mT
     if case.accumulation and case.operand in (E4M3, E5M2):
@@ -499,6 +541,18 @@ class _Data:
         if dtype is INT8:
             values.round_()
         return values.to(TORCH_DTYPES[dtype])
+
+    def packed(self, shape: tuple[int, ...], packing: Packing, spread: float) -> Tensor:
+        """Random codes, with scales such that values have about this standard deviation."""
+        experts, n, k = shape
+        groups = -(-k // packing.group)
+        codes = self.integers(-128, 128, (experts, n, groups * packing.group // 2))
+        if packing is Packing.MXFP4:
+            power = 0 if self.exact else round(math.log2(spread / 3))
+            exponents = self.integers(126, 129, (experts, n, groups), torch.int64) + power
+            return pack_weights(codes, exponents.clamp(max=128).to(torch.uint8))
+        scale = self.scale((experts, n, groups), spread / 4.6).bfloat16()
+        return pack_weights(codes.view(torch.int32), scale)
 
     def scale(self, shape: tuple[int, ...], around: float) -> Tensor:
         if self.exact:

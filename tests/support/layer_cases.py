@@ -14,11 +14,13 @@ from cutlass_moe.choose.heuristics_sm90 import choose, every_config, step_config
 from cutlass_moe.layer.steps import LayerSizes, Projection, layer_problems
 from cutlass_moe.models.shapes import MODELS, MoeShape
 from cutlass_moe.operands import DTYPES, FP8_BLOCK, QUANTS
+from cutlass_moe.ops.pack import quantize_packed
 from cutlass_moe.ops.quantize import quantize_per_token_reference
 from cutlass_moe.ops.quantize_groups import quantize_per_block
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import ActivationFunction, Granularity
 from emitters.spec.layer_steps import Step, TopkProblem
+from emitters.spec.packing import Packing
 from emitters.spec.registry import Config, Problem
 
 # A layer's relative error to float64 with the same quantisation points, by quant, accumulation.
@@ -49,6 +51,18 @@ CASES = {
     "gpt-oss": LayerCase(MODELS["gpt-oss-120b"], "swiglu_oai", interleaved=True),
     "qwen3-next": LayerCase(MODELS["qwen3-next"]),
 }
+PACKED_LAYERS = {  # with packed 4-bit weights
+    "gpt-oss": (
+        LayerCase(
+            replace(MODELS["gpt-oss-120b"], num_experts=32, name="gpt-oss-20b"),
+            "swiglu_oai",
+            interleaved=True,
+        ),
+        Packing.MXFP4,
+    ),
+    "qwen3-30b": (LayerCase(MODELS["qwen3-30b"]), Packing.INT4_G128),
+    "qwen3-next": (LayerCase(MODELS["qwen3-next"]), Packing.INT4_G32),
+}
 SMALL = LayerCase(MoeShape("small", num_experts=9, top_k=3, hidden=256, inter=192))
 
 
@@ -76,6 +90,37 @@ def weights(case: LayerCase, quant: str | None, device: str) -> dict[str, Any]:
         if shape.bias:
             bias = torch.empty(shape.num_experts, n, dtype=torch.bfloat16, device=device)
             found[f"{name}_bias"] = bias.normal_(generator=generator)
+    return found
+
+
+def packed_weights(
+    case: LayerCase,
+    packing: Packing,
+    device: str,
+    activation: str | None = None,
+    interleaved: bool | None = None,
+    bias: bool | None = None,
+) -> dict[str, Any]:
+    """w13 and w2 in 4 bits, and what belongs to them; the rest: default what the case has."""
+    shape = case.shape if bias is None else replace(case.shape, bias=bias)
+    case = LayerCase(
+        shape,
+        activation or case.activation,
+        case.interleaved if interleaved is None else interleaved,
+    )
+    found = dict(weights(case, None, device))
+    if not ActivationFunction(case.activation).gated:
+        found["w13"] = found["w13"][:, : shape.inter]
+    found["w13"] = quantize_packed(found["w13"], str(packing), interleaved=case.interleaved)
+    found["w2"] = quantize_packed(found["w2"], str(packing))
+    return found
+
+
+def packed_images() -> set[tuple[Problem, Config]]:
+    """Of the layers in tests/ops/test_four_bit_gpu.py."""
+    found: set[tuple[Problem, Config]] = set()
+    for case, packing in PACKED_LAYERS.values():
+        found |= _images(case, None, packing=packing)
     return found
 
 
@@ -115,7 +160,11 @@ def images() -> set[tuple[Problem, Config]]:
 
 
 def _images(
-    case: LayerCase, quant: str | None, accumulation: str | None = None, n_major: bool = False
+    case: LayerCase,
+    quant: str | None,
+    accumulation: str | None = None,
+    n_major: bool = False,
+    packing: Packing | None = None,
 ) -> set[tuple[Problem, Config]]:
     shape = case.shape
     outside = DType.BF16
@@ -123,7 +172,7 @@ def _images(
     scale = Granularity.CHANNEL if quant else None
     if quant == FP8_BLOCK:
         scale = Granularity.BLOCK_128
-    each = Projection(scale, DType.BF16 if shape.bias else None, n_major)
+    each = Projection(scale, DType.BF16 if shape.bias else None, n_major, packing=packing)
     up = each._replace(alternating=n_major and case.interleaved)
     every = layer_problems(
         LayerSizes(shape.num_experts, shape.top_k, shape.hidden, shape.inter),
@@ -135,6 +184,8 @@ def _images(
         accumulation,
     )
     counts = TOKENS[1:] if case in CASES.values() else range(1, 501)
+    if packing is not None:
+        counts = (*TOKENS[1:4], 1024)
     found: set[tuple[Problem, Config]] = set()
     for problem in filter(None, every):
         if isinstance(problem, Step):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cutlass_moe import dequantize_packed
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference
 from emitters.spec.dtypes import Accumulation, DType
 from emitters.spec.gemm import GemmProblem
@@ -69,6 +70,10 @@ def naive(
 
     Zeros in rows of no expert and of an index outside [0, T).
     """
+    if weight.dim() == 4:  # packed: all gates, then all ups
+        weight = dequantize_packed(weight, x.shape[1], torch.float64)
+        if interleaved:
+            weight = weight.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
     rows = len(x) if index is None else len(index)
     columns = weight.shape[1] // (2 if activation in GATES else 1)
     starts = torch.cat([offsets.new_zeros(1), offsets[:-1]]) if starts is None else starts
@@ -246,7 +251,7 @@ def opcheck(case: Case, device: str) -> None:
     arguments = tuple({"interleaved": False, **inputs}.get(name) for name in SCHEMA_ORDER)
     torch.library.opcheck(ops.grouped_matmul_out.default, (out, *arguments), test_utils=checks)
     torch.library.opcheck(ops.grouped_matmul.default, arguments, test_utils=checks)
-    if not case.operand.quantized:
+    if not case.operand.quantized and case.packing is None:
         for name in ("x", "weight", "per_token_scale", "scale", "bias"):
             if inputs.get(name) is not None:
                 inputs[name].requires_grad_()

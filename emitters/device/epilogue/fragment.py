@@ -278,7 +278,8 @@ class ColumnsFragment:
 
     In a gated problem the halves are gate and up of the warp's 8 outputs. With N-major weights the
     first 64 columns are gates and the next 64 ups; `register` puts them in the order of halves. In
-    an alternating problem lanes 4 apart have gate and up of an output of each half.
+    an alternating problem lanes 4 apart have gate and up of an output of each half. Consumers
+    follow each other, with 64 columns each where there are several.
 
     Each row's values are read by one lane and passed on by shuffles.
     """
@@ -291,11 +292,11 @@ class ColumnsFragment:
         self.gated, self.alternating = problem.gated, problem.alternating
         n_major = problem.weight.major is Major.N
         self.by_blocks = problem.gated and n_major and not problem.alternating  # gate and up
-        self.warp_column = warp * (16 if self.by_blocks else config.warp_columns(problem))
+        self.m_blocks = config.tile_n // (64 * config.consumers)  # WGMMA's M is 64 columns
         self.block_columns = (1 if self.by_blocks else 4) * config.warp_columns(problem)
+        self.warp_column = warp * (16 if self.by_blocks else config.warp_columns(problem))
         self.tile_m, self.m_registers = config.tile_m, config.tile_m // 2
         self.strides = strides
-        self.m_blocks = config.tile_n // 64  # WGMMA's M is 64 columns
         self.part_rows = config.part_rows
         self.part_blocks = config.part_rows // 8
         self.parts = config.tile_m // config.part_rows
@@ -303,7 +304,7 @@ class ColumnsFragment:
         self.n, self.out_columns = problem.n, problem.out_columns
         self.has_n_tail = problem.n % config.tile_n != 0
         self.token_count = -(-config.tile_m // 32)
-        self.channel_count = self.part_channels = config.tile_n // 32
+        self.channel_count = self.part_channels = 2 * self.m_blocks
         self.few_registers = False
 
     def register(self, i: int) -> int:

@@ -117,7 +117,7 @@ class Arguments:
             old = self.memory.add("old", np.zeros(out.nbytes, np.uint8), 0)
             self._copy(addresses["out"], old)
         views = gemm_views(self.problem, inputs["weight"].stride(), len(out), interleaved)
-        addresses["weight"] = self._weight(inputs["weight"], views["weight"])
+        addresses["weight"] = self._weight(inputs["weight"], views.get("weight"))
         self.counters = np.zeros(2, np.int32)  # of a dynamic schedule
         if any(param.name == "counters" for param in kernel.record.params):
             counters = self.counters.view(np.uint8)
@@ -144,9 +144,14 @@ class Arguments:
         self.copies += (source, target, len(self.memory.regions[-1].data) // 4)
         return target
 
-    def _weight(self, weight: Tensor, view: View) -> int:
-        """The address of all weights, or of a table of tensor maps of each expert's."""
+    def _weight(self, weight: Tensor, view: View | None) -> int:
+        """The address of all weights, or of a table of tensor maps of each expert's.
+
+        view: None for packed weights.
+        """
         p = self.problem
+        if view is None:
+            return self.memory.add("weight", _bytes(weight))
         dense = weight if p.weight.major is Major.K else weight.mT
         base = self.memory.add("weight", _bytes(dense))
         if p.weight.storage is WeightStorage.STACKED:

@@ -392,4 +392,30 @@ MUTATIONS: dict[str, Mutation] = {
         ("phase", "for the second time", _READING, _UNORDERED, "uninitialised"),
         "pingpong",
     ),
+    # packed weights
+    "packed_sums_not_awaited": Mutation(
+        replace_nth("wgmma.wait_group.sync.aligned 0;", ""), ("read while a WGMMA",), "packed"
+    ),
+    "packed_fragments_not_fenced": Mutation(
+        replace_nth("wgmma.fence.sync.aligned;", "", 1), ("registers of A written",), "packed"
+    ),
+    "packed_released_by_all_lanes": Mutation(
+        replace_nth("@p mbarrier.arrive", "mbarrier.arrive"), ("over-arrival", "phase"), "packed"
+    ),
+    "packed_never_released": Mutation(
+        replace_nth(r"(setp.eq.b32 p, %r\d+,) 0; @p mbarrier", r"\1 77; @p mbarrier"),
+        (_DEADLOCK,),
+        "packed",
+    ),
+    "packed_half_the_bytes": Mutation(
+        replace_nth("(mov.b32 %r\\d+,) 8448;", r"\1 4224;"), (_PENDING, _DEADLOCK), "packed"
+    ),
+    "packed_three_bits": Mutation(replace_nth("983055;", "458759;"), (_WRONG,), "packed"),
+    "packed_other_bias": Mutation(replace_nth("-1022835960;", "-1022835944;"), (_WRONG,), "packed"),
+    "packed_rotated_too_far": Mutation(
+        replace_nth(r"(shf.r.wrap.b32 [^;]*,) 4;", r"\1 20;"), (_WRONG,), "packed_mxfp4"
+    ),
+    "packed_factor_of_another_group": Mutation(
+        replace_nth(r"(prmt.b32 [^;]*,) %r\d+;", r"\1 0x5151;", 0), (_WRONG,), "packed_mxfp4"
+    ),
 }  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
 from emitters.spec.config_sm90 import GemmSm90Config, Schedule
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType
@@ -26,6 +27,7 @@ from emitters.spec.gemm import (
     Major,
     WeightStorage,
 )
+from emitters.spec.packing import Packing
 from emitters.spec.registry import GemmConfig
 from tests.ptxsim import schedule
 from tests.ptxsim.kernels import launch
@@ -365,7 +367,58 @@ BLOCKS: dict[str, Run] = {  # scales that vary along K
         _blocks_of(Granularity.BLOCK_64, replace(_BLOCK_GATED, counts=FEW.counts)), SWAP
     ),
 }
-RUNS = NUMBERS | ADDRESSES | SHAPES | SWAPPED | ACTIVATED | N_MAJOR | BLOCKS
+_PACK = GemmPackedSm90Config(stages=2)
+_PACKED = replace(FEW, operand=DType.BF16, out=DType.BF16, epilogue=(), n=96, k=520)
+_SWIGLU = Activation(ActivationFunction.SWIGLU)
+_BIAS_OAI = (Bias(DType.BF16), Activation(ActivationFunction.SWIGLU_OAI))
+
+
+def _packed(packing: Packing, config: GemmConfig = _PACK, grid: int = 2, **changes: Any) -> Run:
+    return Run(replace(_PACKED, packing=packing, **changes), config, grid)
+
+
+_G128, _G32, _MXFP4 = Packing
+PACKED: dict[str, Run] = {  # 4-bit weights, which WGMMA reads from registers
+    **{f"packed_{packing}": _packed(packing, k=1160) for packing in Packing},
+    **{f"packed_{packing}_one_stage": _packed(packing, k=136, n=64) for packing in Packing},
+    "packed_16": _packed(_G128, replace(_PACK, tile_m=16, stages=3), out=DType.FP32),
+    "packed_48": _packed(_G32, replace(_PACK, tile_m=48), counts=(70, 0, 33)),
+    "packed_96x128": _packed(_MXFP4, replace(_PACK, tile_m=96, tile_n=128), counts=(101, 0, 33)),
+    "packed_128x64": _packed(
+        _MXFP4, replace(_PACK, tile_m=128), counts=(140, 0, 3), out=DType.FP16
+    ),
+    "packed_8x128": _packed(_G32, replace(_PACK, tile_n=128), n=160),
+    "packed_8x256": _packed(_G128, replace(_PACK, tile_n=256), n=288, k=264),
+    "packed_all_stages": _packed(
+        _MXFP4, replace(_PACK, stages=None, ctas_per_sm=4, evict_first=True), k=1672
+    ),
+    "packed_split": _packed(_G32, replace(_PACK, split_k=2), grid=4, k=776),
+    "packed_split_128": _packed(
+        _MXFP4, replace(_PACK, split_k=2, tile_n=128, tile_m=16), grid=4, k=1024
+    ),
+    "packed_scales_bias": _packed(_G128, epilogue=(*SCALES, Bias(DType.FP32))),
+    "packed_gelu": _packed(_MXFP4, epilogue=(Activation(ActivationFunction.GELU),)),
+    "packed_gated": _packed(_G32, epilogue=(Bias(DType.BF16), _SWIGLU), n=192),
+    "packed_gated_gpt_oss": _packed(
+        _MXFP4,
+        replace(_PACK, tile_m=16),
+        epilogue=_BIAS_OAI,
+        n=192,
+        interleaved=True,
+    ),
+    "packed_gated_128": _packed(
+        _G128, replace(_PACK, tile_n=128), epilogue=(*SCALES, _SWIGLU), n=320, interleaved=True
+    ),
+    "packed_gated_split": _packed(
+        _G128, replace(_PACK, split_k=2), grid=4, epilogue=(_SWIGLU,), n=128, k=512
+    ),
+    "packed_no_index": _packed(_MXFP4, gather=False, reads="any"),
+    "packed_starts": _packed(_G128, apart=5),
+    "packed_no_rows": _packed(_MXFP4, counts=(0, 0, 0)),
+    "packed_no_tokens": _packed(_G32, tokens=0),
+    "packed_three_ctas": _packed(_G128, grid=3, counts=(9, 0, 33, 1)),
+}
+RUNS = NUMBERS | ADDRESSES | SHAPES | SWAPPED | ACTIVATED | N_MAJOR | BLOCKS | PACKED
 _ASKED = environ.get("PTXSIM_SCHEDULES")
 SCHEDULES = int(_ASKED or 3)  # of runs that differ in their waits
 FEWER = int(_ASKED or 2)  # of runs that differ in arithmetic and addresses

@@ -1,0 +1,94 @@
+"""The config of the SM90 GEMM whose weights are packed 4-bit values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from emitters.spec.arch import SM90, why_no_registers
+from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
+from emitters.spec.gemm import GemmProblem, Granularity
+from emitters.spec.packing import BLOCK_ROWS, Packing
+
+# Registers per thread besides accumulators: fragments, packed words, addresses, epilogue.
+_OTHERS = {Packing.INT4_G128: 56, Packing.INT4_G32: 48, Packing.MXFP4: 64}
+
+
+@dataclass(frozen=True)
+class GemmPackedSm90Config(GemmSwapSm90Config):
+    """The config of `GemmSwapSm90` for packed weights, which WGMMA reads from registers.
+
+    Each 64 columns of a tile have a consumer warpgroup.
+    """
+
+    k_boxes: int = 4  # a stage has 256 of K, two blocks of packed weights
+    template: ClassVar[str] = "gemm_packed_sm90"
+
+    MAX_CTAS: ClassVar[int] = 4
+
+    @property
+    def consumers(self) -> int:
+        return self.tile_n // 64
+
+    @property
+    def k_blocks(self) -> int:
+        """Blocks of packed weights, of 128 of K each, per stage."""
+        return self.k_boxes // 2
+
+    @property
+    def registers(self) -> int:
+        """Registers per thread with which ctas_per_sm CTAs fit on an SM.
+
+        Each quarter of an SM has a quarter of its registers, for whole warps.
+        """
+        warps = -(-self.threads * self.ctas_per_sm // 32 // 4)  # per quarter
+        return min(SM90.registers_per_sm // 4 // (32 * warps) // 8 * 8, 248)
+
+    def weight_copies(self, problem: GemmProblem) -> int:
+        return self.k_blocks
+
+    def weight_bytes(self, problem: GemmProblem) -> int:
+        """Bytes of shared memory for 128 of K of a tile's columns of weights."""
+        assert problem.weight.packing is not None
+        return self.tile_n // BLOCK_ROWS * problem.weight.packing.block_bytes
+
+    def stage_bytes(self, problem: GemmProblem) -> int:
+        return self.x_bytes(problem) * self.k_boxes + self.weight_bytes(problem) * self.k_blocks
+
+    def accumulator_registers(self, problem: GemmProblem) -> int:
+        """Accumulators per consumer thread; if scales vary along K, sums beside products."""
+        sets = 1 if problem.weight.packing is Packing.MXFP4 else 2
+        return sets * self.tile_m // 2
+
+    @property
+    def words(self) -> str:
+        return f"packed {super().words}"
+
+    def why_illegal(self, problem: GemmProblem) -> str | None:
+        if problem.weight.packing is None:
+            return f"weights must be packed for this config, got {problem.weight.dtype}"
+        return (
+            self._why_tile(problem) or self._why_registers(problem) or self.why_no_memory(problem)
+        )
+
+    def _why_registers(self, problem: GemmProblem) -> str | None:
+        packing = problem.weight.packing
+        assert packing is not None
+        others, accumulators = _OTHERS[packing], self.accumulator_registers(problem)
+        if packing is Packing.INT4_G128 and accumulators > 16:
+            others += 8
+        if problem.weight_scale is Granularity.CHANNEL and len(problem.epilogue) > 1:
+            others += 8
+        return why_no_registers(accumulators, others, self.registers, "thread")
+
+    def _why_tile(self, problem: GemmProblem) -> str | None:
+        if self.tile_m != 8 and (self.tile_m % 16 or not 16 <= self.tile_m <= 256):
+            return f"tile_m must be 8 or a multiple of 16 up to 256 (WGMMA's N), got {self.tile_m}"
+        if self.tile_n not in (64, 128, 256):
+            return (
+                "tile_n must be 64, 128 or 256 (64 columns per consumer warpgroup), "
+                f"got {self.tile_n}"
+            )
+        if self.k_boxes != 4:
+            return f"k_boxes must be 4 for packed weights (two blocks of K), got {self.k_boxes}"
+        return self._why_split(problem)
