@@ -10,8 +10,8 @@ from cutlass import Float32, Int16, Int32, Int64, Uint8, const_expr, range_const
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from emitters.device.dependent import launch_next, wait_for_previous
-from emitters.device.epilogue.fragment import RowsFragment
 from emitters.device.epilogue.nodes import Epilogue
+from emitters.device.epilogue.rows import RowsFragment
 from emitters.device.epilogue.store import SliceStore, make_out_map
 from emitters.device.gather import GatherIterator
 from emitters.device.mainloop_sm90 import add_products, begin_products, issue, make_sums, sum_type

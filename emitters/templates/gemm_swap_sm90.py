@@ -12,7 +12,7 @@ from cutlass.cute.nvgpu import warpgroup
 from cutlass.pipeline import PipelineUserType
 
 from emitters.device.dependent import launch_next, wait_for_previous
-from emitters.device.epilogue.fragment import ColumnsFragment
+from emitters.device.epilogue.columns import ColumnsFragment
 from emitters.device.epilogue.nodes import Epilogue
 from emitters.device.epilogue.store import TransposedStore, make_out_map
 from emitters.device.gather import GatherIterator

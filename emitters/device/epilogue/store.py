@@ -10,7 +10,9 @@ from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
 from cutlass.cute.nvgpu import cpasync
 from cutlass.experimental import primitives as prims
 
-from emitters.device.epilogue.fragment import ColumnsFragment, Fragment, RowsFragment
+from emitters.device.epilogue.columns import ColumnsFragment
+from emitters.device.epilogue.fragment import Fragment
+from emitters.device.epilogue.rows import RowsFragment
 from emitters.device.epilogue.slices import CHUNK, Slices
 from emitters.device.memory import ELEMENT, GMEM, SMEM, tensor_map_address, vector
 from emitters.device.parameters import Output
