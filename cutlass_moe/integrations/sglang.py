@@ -269,7 +269,7 @@ def _moe_scheme(
     try:
         return original(self, layer, layer_name)
     except NotImplementedError:
-        found = self.get_scheme_dict(layer, f"{layer_name}.0.gate_proj") or {}
+        found: Any = self.get_scheme_dict(layer, f"{layer_name}.0.gate_proj") or {}
         weights, tokens = found.get("weights"), found.get("input_activations")
         if not self._is_dynamic_token_w8a8(weights, tokens):
             raise
