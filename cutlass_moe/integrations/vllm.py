@@ -63,16 +63,24 @@ class CutlassMoeExperts(TritonExperts):  # type: ignore[misc]  # vLLM has no typ
 
     def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig) -> None:
         super().__init__(moe_config, quant_config)
-        numbers = self.activation_config
+        numbers, bias = self.activation_config, self.w1_bias
         limits = (numbers.clamp_limit, numbers.alpha, numbers.beta)
-        self.experts, _ = _ask(lambda: describe(moe_config, quant_of(quant_config), *limits))
-        if self.experts:
+        found, _ = _ask(
+            lambda: describe(moe_config, quant_of(quant_config), *limits)._replace(
+                bias=None if bias is None else bias.dtype
+            )
+        )
+        self.experts = found  # None: all is as in Triton's experts
+        self.takes_unquantized = found is not None
+        if found is not None:
+            scales = (self.w1_scale, self.w2_scale)
+            if found.quant in ("int8", "fp8"):
+                scales = tuple(map(serving.per_channel, scales))
             self.options = {
-                **self.experts.options,
-                "w13_bias": self.w1_bias,
+                **found.options,
+                **dict(zip(("w13_scale", "w2_scale"), scales, strict=True)),
+                "w13_bias": bias,
                 "w2_bias": self.w2_bias,
-                "w13_scale": self._scale(self.w1_scale),
-                "w2_scale": self._scale(self.w2_scale),
             }
 
     @staticmethod
@@ -126,7 +134,7 @@ class CutlassMoeExperts(TritonExperts):  # type: ignore[misc]  # vLLM has no typ
 
     @property
     def expects_unquantized_inputs(self) -> bool:
-        return self.is_ours or super().expects_unquantized_inputs
+        return self.takes_unquantized or super().expects_unquantized_inputs
 
     def workspace_shapes(
         self,
@@ -134,12 +142,26 @@ class CutlassMoeExperts(TritonExperts):  # type: ignore[misc]  # vLLM has no typ
         N: int,  # noqa: N803
         K: int,  # noqa: N803
         topk: int,
-        *others: Any,
-        **named: Any,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: mk.ExpertTokensMetadata | None,
+        activation: MoEActivation,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Shapes of two workspaces, in elements of the dtype of hidden states, and the output."""
+        """Shapes of two workspaces, in elements of the dtype of hidden states, and the output.
+
+        vLLM asks before each call: here sizes are known that its config does not have, as those of
+        a layer whose shared experts are among the others.
+        """
+        if self.experts is not None:
+            inter = self.adjust_N_for_activation(N, activation)
+            called = self.experts._replace(
+                num_experts=local_num_experts, top_k=topk, hidden=K, inter=inter
+            )
+            if called != self.experts:
+                self.experts, _ = _ask(lambda: called)
         if not self.is_ours:
-            return super().workspace_shapes(M, N, K, topk, *others, **named)
+            common = (topk, global_num_experts, local_num_experts, expert_tokens_meta, activation)
+            return super().workspace_shapes(M, N, K, *common)
         assert self.experts is not None
         size = serving.workspace_size(self.experts, M)
         return (0,), (M, -(-size // (M * self.experts.dtype.itemsize))), (M, K)
@@ -169,11 +191,6 @@ class CutlassMoeExperts(TritonExperts):  # type: ignore[misc]  # vLLM has no typ
             **self.options,
         )
         return None
-
-    def _scale(self, scale: Tensor | None) -> Tensor | None:
-        if scale is None or self.experts is None or self.experts.quant is None:
-            return None
-        return scale if self.experts.quant == FP8_BLOCK else serving.per_channel(scale)
 
 
 def _ask(make: Callable[[], ServedExperts]) -> tuple[ServedExperts | None, str | None]:

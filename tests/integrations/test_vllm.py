@@ -304,7 +304,25 @@ def test_a_hook_for_rows_before_their_sum_gets_tritons_workspace() -> None:
     ).fused_experts  # fmt: skip
     assert experts.is_ours
     experts.post_gemm2_hook = lambda *_: None
-    assert not experts.is_ours and not experts.expects_unquantized_inputs
+    assert not experts.is_ours and experts.expects_unquantized_inputs  # it quantises them itself
+    shape = (7, 256, 256, 2, 8, 8, None, ours.MoEActivation.SILU)
+    triton = ours.TritonExperts(Layer(None).config(), UNQUANTIZED)
+    assert experts.workspace_shapes(*shape) == triton.workspace_shapes(*shape)
+
+
+def test_sizes_of_a_call_are_those_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer with a shared expert among the others has one more, and tokens one more choice."""
+    layer, silu = Layer("int8"), ours.MoEActivation.SILU
+    kernel = make_kernel(layer, layer.weights(), int8.Int8MoeBackend.TRITON, ours.CutlassMoeExperts)
+    experts = kernel.fused_experts
+    before = experts.workspace_shapes(7, 256, 256, 2, 8, 8, None, silu)
+    shapes = experts.workspace_shapes(7, 256, 256, 3, 8, 9, None, silu)
+    assert shapes[1][1] > before[1][1] and experts.experts[:2] == (9, 3)
+    monkeypatch.setattr(serving, "why_not", lambda *_: "no image")
+    shapes = experts.workspace_shapes(7, 256, 256, 4, 8, 10, None, silu)
+    triton = ours.TritonExperts(layer.config(), experts.quant_config)
+    assert shapes == triton.workspace_shapes(7, 256, 256, 4, 8, 10, None, silu)
+    assert not experts.is_ours and experts.expects_unquantized_inputs
 
 
 @quants
@@ -315,7 +333,9 @@ def test_workspace_is_what_fused_moe_asks_for(quant: str | None) -> None:
         quant, fp8.Fp8MoeBackend
     )
     kernel = make_kernel(layer, weights, backend.TRITON, ours.CutlassMoeExperts)
-    shapes = kernel.fused_experts.workspace_shapes(33, 256, 256, 2, 8, 8, None, None)
+    shapes = kernel.fused_experts.workspace_shapes(
+        33, 256, 256, 2, 8, 8, None, ours.MoEActivation.SILU
+    )
     size = cm.fused_moe_workspace_size(**layer.calls(33), **weights, quant=quant)
     assert shapes[0] == (0,) and shapes[2] == (33, 256)
     assert size <= 2 * shapes[1][0] * shapes[1][1] < size + 2 * 33
