@@ -73,7 +73,7 @@ class CutlassMoeExperts(TritonExperts):  # type: ignore[misc]  # vLLM has no typ
         self.experts = found  # None: all is as in Triton's experts
         self.takes_unquantized = found is not None
         if found is not None:
-            scales = (self.w1_scale, self.w2_scale)
+            scales: Any = (self.w1_scale, self.w2_scale)
             if found.quant in ("int8", "fp8"):
                 scales = tuple(map(serving.per_channel, scales))
             self.options = {
