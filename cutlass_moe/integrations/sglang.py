@@ -179,11 +179,11 @@ def describe(
 
 def _refuse_forms(dispatch: StandardDispatchOutput, config: MoeRunnerConfig) -> None:
     """Raises Unsupported for calls that hand over, or want back, something else."""
+    if not isinstance(dispatch, StandardDispatchOutput):
+        raise Unsupported(f"tokens must be in the standard format, got {dispatch.format.value}")
     device = dispatch.hidden_states.device.type
     if device not in DEVICES:
         raise Unsupported(f"hidden states must be on {DEVICES[0]}, got {device}")
-    if not isinstance(dispatch, StandardDispatchOutput):
-        raise Unsupported(f"tokens must be in the standard format, got {dispatch.format.value}")
     if not TopKOutputChecker.format_is_standard(dispatch.topk_output):
         raise Unsupported("experts must be chosen before, got router logits")
     if dispatch.hidden_states_scale is not None or dispatch.hidden_states_pre_quant is not None:
