@@ -185,7 +185,8 @@ def _refuse_forms(dispatch: StandardDispatchOutput, config: MoeRunnerConfig) -> 
     if device not in DEVICES:
         raise Unsupported(f"hidden states must be on {DEVICES[0]}, got {device}")
     if not TopKOutputChecker.format_is_standard(dispatch.topk_output):
-        raise Unsupported("experts must be chosen before, got router logits")
+        got = dispatch.topk_output.format.value
+        raise Unsupported(f"experts must be chosen in the standard format, got {got}")
     if dispatch.hidden_states_scale is not None or dispatch.hidden_states_pre_quant is not None:
         raise Unsupported("tokens must not be quantised yet")
     if config.no_combine:
