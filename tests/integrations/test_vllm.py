@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -100,6 +101,25 @@ def test_entry_point_and_twice_is_once() -> None:
     plugins.vllm()
     assert once == [getattr(oracle, name) for oracle in ORACLES for name in PATCHED]
     assert fp8.backend_to_kernel_cls(fp8.Fp8MoeBackend.TRITON)[0] is ours.CutlassMoeExperts
+
+
+def test_a_version_with_a_registry_gets_our_class_through_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the pull request that adds it has it; nothing else is changed."""
+    registry, entered = ModuleType("fp8_registry"), list[tuple[str, str]]()
+    registry.register_fp8_moe_backend = lambda *entry: entered.append(entry)  # type: ignore
+    monkeypatch.setitem(sys.modules, plugins.VLLM_REGISTRY, registry)
+    monkeypatch.setattr(plugins, "is_tested", lambda _: False)
+    before = [getattr(oracle, name) for oracle in ORACLES for name in PATCHED]
+    ours.register()
+    assert before == [getattr(oracle, name) for oracle in ORACLES for name in PATCHED]
+    ((name, path),) = entered
+    module, _, attribute = path.rpartition(".")
+    experts = getattr(import_module(module), attribute)
+    moe = Layer("int8").config(moe_backend=name)
+    arguments = (*ours._INT8, ours.mk.FusedMoEActivationFormat.Standard)
+    assert experts.is_supported_config(experts, moe, *arguments) == (True, None)
 
 
 def test_what_vllm_would_choose_is_not_reordered_where_ours_is_refused() -> None:
