@@ -25,6 +25,7 @@ from cutlass_moe.integrations.experts import ActivationArguments
 from tests.integrations.vllm_layers import (
     ALL_QUANTS,
     Layer,
+    expert_map_of,
     make_kernel,
     prepare,
     relative,
@@ -271,7 +272,7 @@ def compare(layer: Layer, tokens: int, options: dict[str, Any]) -> None:
         **call,
         **weights,
         quant=layer.quant,
-        expert_map=layer.expert_map(),
+        expert_map=expert_map_of(layer),
         compute_dtype=torch.float64,
         **options,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from emitters.spec.registry import Config, Problem
 from tests.integrations.vllm_layers import (
     ALL_QUANTS,
     Layer,
+    expert_map_of,
     make_kernel,
     prepare,
     relative,
@@ -124,7 +126,7 @@ def check_layer(layer: Layer, tokens: int, ours: Any) -> None:
         **few,
         **weights,
         quant=layer.quant,
-        expert_map=layer.expert_map(),
+        expert_map=expert_map_of(layer),
         compute_dtype=torch.float64,
     )
     right, alike = LIMITS[layer.quant]
@@ -178,11 +180,22 @@ def test_graph_replay_with_new_tokens(quant: str | None, tokens: int, ours: Any)
 # Whole models
 
 
+PREPARED = """from tests.integrations.vllm_layers import prepare
+prepare("cuda")
+"""
+
+
 def generate(directory: Path, *options: str) -> dict[str, Any]:
+    """What vllm_generate.py writes. vLLM starts processes, which must import it as it does."""
     out = directory / "out.json"
-    command = [sys.executable, "-m", "tests.integrations.vllm_generate"]
+    (directory / "sitecustomize.py").write_text(PREPARED)
+    paths = [str(directory), *map(os.path.abspath, sys.path)]
     ended = subprocess.run(
-        [*command, str(directory), str(out), *options], capture_output=True, text=True
+        [sys.executable, "-m", "tests.integrations.vllm_generate", str(directory), str(out)]
+        + list(options),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
     )
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-8000:]
     return json.loads(out.read_text())

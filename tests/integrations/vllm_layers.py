@@ -5,8 +5,11 @@ Call `prepare` before anything of vLLM is imported.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,11 +24,13 @@ ALL_QUANTS = (None, "int8", "fp8", FP8_BLOCK)
 
 def prepare(device: str) -> None:
     """Lets vLLM be imported where its attention's compiled parts are not; on a CPU, for a CPU."""
-    if "vllm.vllm_flash_attn" not in sys.modules:
+    found = importlib.util.find_spec("vllm")
+    folders = [Path(folder) for folder in (found and found.submodule_search_locations) or ()]
+    if not any(list(folder.glob("vllm_flash_attn/_vllm_fa*.so")) for folder in folders):
         absent = ModuleType("vllm.vllm_flash_attn")
         absent.__path__ = []
         absent.__getattr__ = _nothing  # type: ignore[method-assign]
-        sys.modules["vllm.vllm_flash_attn"] = absent
+        sys.modules.setdefault(absent.__name__, absent)
     if device == "cpu":
         import vllm.platforms
         from vllm.platforms.cpu import CpuPlatform
@@ -120,13 +125,15 @@ class Layer:
             "topk_ids": ids.int(),
         }
 
-    def expert_map(self) -> Tensor | None:
-        """Every second expert is on this rank, where it has half of them."""
-        if self.local is None:
-            return None
-        ids = torch.full((self.experts,), -1, dtype=torch.int32, device=self.device)
-        ids[:: self.experts // self.local] = torch.arange(self.local, dtype=torch.int32).to(ids)
-        return ids
+
+@cache
+def expert_map_of(layer: Layer) -> Tensor | None:
+    """Every second expert is on this rank, where it has half of them."""
+    if layer.local is None:
+        return None
+    ids = torch.full((layer.experts,), -1, dtype=torch.int32)
+    ids[:: layer.experts // layer.local] = torch.arange(layer.local, dtype=torch.int32)
+    return ids.to(layer.device)
 
 
 def select(layer: Layer, **changes: Any) -> tuple[Any, type]:
@@ -196,7 +203,7 @@ def run(
         topk_weights=call["topk_weights"],
         activation=MoEActivation(layer.activation),
         global_num_experts=layer.experts,
-        expert_map=layer.expert_map(),
+        expert_map=expert_map_of(layer),
         apply_router_weight_on_input=weight_on_input,
     )
 
