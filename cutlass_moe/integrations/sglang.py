@@ -159,6 +159,7 @@ def describe(
 ) -> ServedExperts:
     """The experts of a call as our kernels see them. Raises Unsupported for what they can't."""
     _refuse_forms(dispatch, config)
+    quant = quant_of(info)
     top_k = dispatch.topk_output.topk_ids.shape[1]
     if config.apply_router_weight_on_input and top_k != 1:
         raise Unsupported(f"weights on the input need one expert per token, got {top_k}")
@@ -170,7 +171,7 @@ def describe(
         hidden=hidden,
         inter=inter,
         dtype=dispatch.hidden_states.dtype,
-        quant=quant_of(info),
+        quant=quant,
         activation=activation,
         interleaved=interleaved,
         bias=None if bias is None else bias.dtype,
@@ -226,22 +227,25 @@ def activation_of(config: MoeRunnerConfig) -> tuple[ActivationArguments, bool]:
 
 def quant_of(info: TritonMoeQuantInfo) -> str | None:
     """How weights and tokens are quantised. Raises Unsupported for ways that kernels don't have."""
+    if type(info) is not TritonMoeQuantInfo:
+        raise Unsupported(f"weights must be those of Triton's runner, got {type(info).__name__}")
     other = [name for name in _OTHER_FORMATS if getattr(info, name)]
-    if type(info) is not TritonMoeQuantInfo or other:
-        raise Unsupported(
-            f"weights must be 16-bit, FP8 or INT8, got {other or type(info).__name__}"
-        )
+    if other:
+        raise Unsupported(f"weights must be 16-bit, FP8 or INT8, got {other}")
     if info.a13_scale is not None or info.a2_scale is not None:
         raise Unsupported("tokens must be quantised by scales of their own, got static ones")
     if not info.use_fp8_w8a8 and not info.use_int8_w8a8:
         return None
-    if info.use_fp8_w8a8 and info.block_shape == [BLOCK, BLOCK]:
+    blocks = list(info.block_shape or ())
+    if info.use_fp8_w8a8 and blocks == [BLOCK, BLOCK]:
         return FP8_BLOCK
-    if info.block_shape is None and info.per_channel_quant:
+    pairs = ((info.w13_scale, info.w13_weight), (info.w2_scale, info.w2_weight))
+    per_channel = all(scale.shape[1:2] == weight.shape[1:2] for scale, weight in pairs)
+    if not blocks and info.per_channel_quant and per_channel:
         return "fp8" if info.use_fp8_w8a8 else "int8"
     raise Unsupported(
         f"scales must be per channel and token, or of FP8 in blocks of {BLOCK} x {BLOCK}, got "
-        f"blocks {info.block_shape}"
+        f"blocks {blocks} and scales {list(info.w13_scale.shape)}"
     )
 
 

@@ -31,7 +31,7 @@ from vllm.platforms import current_platform
 
 import cutlass_moe as cm
 from cutlass_moe.integrations import plugins, serving
-from cutlass_moe.integrations.experts import BLOCK, FP8_BLOCK, ActivationArguments
+from cutlass_moe.integrations.experts import BLOCK, FP8_BLOCK, QUANTS, ActivationArguments
 from cutlass_moe.integrations.serving import ServedExperts, Unsupported
 
 NAME, ENGINE = "cutlass_moe", "vLLM"
@@ -250,14 +250,15 @@ def quant_of(config: FusedMoEQuantConfig) -> str | None:
     if config.a1_scale is not None or config.a2_scale is not None:
         raise Unsupported("tokens must be quantised by scales of their own, got static ones")
     dtypes = (config.weight_quant_dtype, config.quant_dtype)
-    blocks = config.block_shape
-    for quant, dtype in ((None, None), ("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
-        if (
-            dtypes == (dtype, dtype)
-            and blocks is None
-            and config.per_act_token_quant == bool(quant)
-        ):
-            return quant
+    blocks = list(config.block_shape or ())
+    scale, per_token = config.w1_scale, config.per_act_token_quant
+    if dtypes == (None, None):
+        return None
+    per_channel = scale is not None and scale.dim() > 1 and scale.shape[1] > 1
+    if dtypes[0] == dtypes[1] and per_channel and per_token and not blocks:
+        for quant, dtype in QUANTS.items():
+            if dtypes[0] == dtype:
+                return quant
     if dtypes == (torch.float8_e4m3fn,) * 2 and blocks == [BLOCK, BLOCK]:
         return FP8_BLOCK
     raise Unsupported(

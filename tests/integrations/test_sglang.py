@@ -45,6 +45,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # info, conf
     "static": ({"a13_scale": torch.ones(1)}, {}, "scales of their own, got static ones"),
     "blocks": ({"block_shape": [64, 64]}, {}, "in blocks of 128 x 128, got blocks [64, 64]"),
     "tensor": ({"per_channel_quant": False}, {}, "per channel and token"),
+    "one scale": (
+        {"w13_scale": torch.ones(E, 1, 1), "w2_scale": torch.ones(E, 1, 1)},
+        {},
+        "of FP8 in blocks of 128 x 128, got blocks [] and scales [8, 1, 1]",
+    ),
     "16 bits": ({"use_int8_w8a16": True}, {}, "16-bit, FP8 or INT8, got ['use_int8_w8a16']"),
 }
 
@@ -216,6 +221,8 @@ def test_other_devices_forms_and_lora_are_left_to_sglang(monkeypatch: pytest.Mon
     monkeypatch.setattr(ours, "DEVICES", ("cuda",))
     with pytest.raises(serving.Unsupported, match="must be on cuda, got cpu"):
         ours.describe(dispatched(), info_of(None), config_of())
+    with pytest.raises(serving.Unsupported, match="must be those of Triton's runner, got Other"):
+        ours.quant_of(type("Other", (), {})())
     core = ours.CutlassMoeRunnerCore(config_of())
     with pytest.raises(NotImplementedError, match="LoRA needs"):
         core.run_from_dispatch(dispatched(), info_of(None), config_of(), hooks=object())

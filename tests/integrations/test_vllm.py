@@ -209,6 +209,14 @@ def test_int8_made_at_load_keeps_tokens_in_16_bits() -> None:
     assert not ours.CutlassMoeExperts(Layer("int8").config(), made).is_ours
 
 
+def test_one_scale_an_expert_is_refused() -> None:
+    config = import_module("vllm.model_executor.layers.fused_moe.config")
+    scales = {"w1_scale": torch.ones(8), "w2_scale": torch.ones(8)}
+    made = config.fp8_w8a8_moe_quant_config(**scales, per_act_token_quant=True)
+    with pytest.raises(serving.Unsupported, match="per channel and token"):
+        ours.quant_of(made)
+
+
 def test_images_that_are_missing_are_a_reason_and_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
