@@ -65,7 +65,10 @@ SUMS_QUANTIZED = Version("5.24")  # the first seen to sum over ranks whatever th
 _LAYER = re.compile(r"\.(\d+)\.")
 _OF_EXPERTS = re.compile(r"(^|\.)experts\.")
 _SCALES = ("_scale", "_scale_inv")  # what follows the name of a weight
-_NO_GRADIENT = "kernels have no gradient {} and one may be asked for: call under torch.no_grad()"
+_NO_GRADIENT = (
+    "kernels have no gradient of experts with scales of blocks, or with a gate or norm of their "
+    "own, and one may be asked for: call under torch.no_grad()"
+)
 _logger = logging.getLogger("cutlass_moe")
 
 Forward = Callable[..., Tensor]
@@ -268,12 +271,6 @@ def _forward(
             f"experts must have the {ours} weights that quantize_ gave them, got "
             f"{experts['w13'].dtype}: cast a model before it is quantised, not after"
         )
-    if trained and quant:
-        lost = _NO_GRADIENT.format("through 8-bit experts")
-        if ours:
-            raise RuntimeError(f"experts are quantised to {ours}; {lost}")
-        _announce(self, lost, strict=not self.training)
-        return library(self, hidden, ids, weights)
     if quant and torch.is_grad_enabled():
         experts = {name: tensor.detach() for name, tensor in experts.items()}
     activation = found.activation if found else None
@@ -287,8 +284,10 @@ def _forward(
         "interleaved": is_interleaved(self) and activation is not None,
     }
     reason = None if ours else _why_not(self, found, call)
-    if trained and activation is None:
-        reason = reason or _NO_GRADIENT.format("beside a gate or norm of the model's own")
+    if trained and (activation is None or quant == FP8_BLOCK):
+        reason = reason or _NO_GRADIENT
+        if ours:
+            raise RuntimeError(f"experts are quantised to {ours}; {reason}")
     if reason is not None:
         _announce(self, reason, strict=not (trained and self.training))
         return library(self, hidden, ids, weights)
