@@ -110,7 +110,7 @@ def quantize_(model: transformers.PreTrainedModel, quant: str) -> transformers.P
 
     I is padded to a multiple of 16 where it is none. Biases, routers, shared experts and attention
     stay as they are. The model selects `experts_implementation="cutlass_moe"`; its experts run
-    under no other and have no gradient. Cast the model before, not after; `save_pretrained` is
+    under no other and are frozen. Cast the model before, not after; `save_pretrained` is
     refused from then on, since no loader would understand the files, but the state dict loads into
     a model that was quantised in the same way.
 
