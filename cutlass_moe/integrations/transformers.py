@@ -6,7 +6,7 @@ takes one of three ways, module by module and once for all calls of the same kin
   fused_moe       bfloat16, float16 or quantised experts whose gate is one that kernels have
   two products    the same with another gate or a norm after the experts: the module's own gate
                   runs between two grouped products
-  transformers'   where no kernel serves a call, and where a gradient is wanted of any but the first
+  transformers'   where no kernel serves a call, or has the gradient that is wanted
 
 README.md in this folder says how to see which one was taken.
 """
@@ -66,8 +66,8 @@ _LAYER = re.compile(r"\.(\d+)\.")
 _OF_EXPERTS = re.compile(r"(^|\.)experts\.")
 _SCALES = ("_scale", "_scale_inv")  # what follows the name of a weight
 _NO_GRADIENT = (
-    "kernels have no gradient of experts with scales of blocks, or with a gate or norm of their "
-    "own, and one may be asked for: call under torch.no_grad()"
+    "kernels have no gradient of experts with scales of blocks, with 8 bits and their own gate, or "
+    "with a norm, and one may be asked for: call under torch.no_grad()"
 )
 _logger = logging.getLogger("cutlass_moe")
 
@@ -284,7 +284,7 @@ def _forward(
         "interleaved": is_interleaved(self) and activation is not None,
     }
     reason = None if ours else _why_not(self, found, call)
-    if trained and (activation is None or quant == FP8_BLOCK):
+    if trained and (_has_norm(self) or quant == FP8_BLOCK or (quant and activation is None)):
         reason = reason or _NO_GRADIENT
         if ours:
             raise RuntimeError(f"experts are quantised to {ours}; {reason}")

@@ -226,17 +226,32 @@ def _hyperbolic(self: Any, x: Tensor) -> Tensor:
     return torch.tanh(gate) * up
 
 
-def test_gates_of_the_models_own_are_trained_by_transformers(
+def test_gates_of_the_models_own_are_trained_between_products(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     experts = experts_of(make("qwen3-moe"))[0]
     monkeypatch.setattr(type(experts), "_apply_gate", _hyperbolic)
-    arguments = routing(3)
-    with pytest.warns(UserWarning, match="a gate or norm of their own"):
-        out = experts(*arguments)
+    hidden, ids, weights = routing(30)
+    ids[::4] = E  # of another rank
+    leaves = [hidden.requires_grad_(), weights.requires_grad_(), *experts.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = experts(hidden, ids, weights)
+    found = torch.autograd.grad(out.sum(), leaves)
     experts.config._experts_implementation = "grouped_mm"
-    assert out.requires_grad and torch.equal(out, experts(*arguments))
-    experts.config._experts_implementation = "cutlass_moe"
+    out = experts(hidden, ids.clamp(max=E - 1), weights.where(ids < E, 0))
+    want = torch.autograd.grad(out.sum(), leaves)
+    for mine, right in zip(found, want, strict=True):
+        assert (mine - right).double().norm() <= 2e-2 * right.double().norm()
+
+
+def test_norms_after_experts_are_trained_by_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = experts_of(make("qwen3-moe"))[0]
+    monkeypatch.setattr(experts, "has_post_expert_norm", True, raising=False)
+    monkeypatch.setattr(experts, "post_expert_norm", nn.Identity(), raising=False)
+    arguments = routing(3)
+    with pytest.warns(UserWarning, match="or with a norm, and one may be asked for"):
+        assert experts(*arguments).requires_grad
     monkeypatch.setenv("CUTLASS_MOE_STRICT", "1")
     assert experts.train()(*arguments).requires_grad
     with pytest.raises(RuntimeError, match="no kernel for these experts"):
