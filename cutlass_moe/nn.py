@@ -56,7 +56,8 @@ class MoeFeedForward(nn.Module):
     call under torch.no_grad(): the forward is then faster. Other calls take the padded path, after
     one warning unless use_grouped_gemm is False. It copies tokens to [E, longest, D] and runs the
     experts as batched matrix products; the host waits for the device once. It takes any floating
-    dtype and is differentiable in the input and all parameters; quantised layers have no gradient.
+    dtype and is differentiable in the input and all parameters. Quantised layers ("fp8", "int8")
+    have the gradients of the input and of what is not quantised, by kernels alone.
     """
 
     activations = NOT_GATED  # the first is the default
@@ -152,12 +153,20 @@ class MoeFeedForward(nn.Module):
             every = x.expand(self.num_shared_experts, *x.shape)
             shared = self._experts("shared_")
             residual = feed_forward(every, None, shared, self.activation).sum(0)
+        reason = "use_grouped_gemm must be True, got False"
         if self.use_grouped_gemm:
             call = self._fused(x, weights, ids, residual)
-            reason = self._why_no_kernel(call)
-            if reason is None:
+            why_not = self._why_no_kernel(call)
+            if why_not is None:
                 out = cm.fused_moe(**call, recompute=self.recompute, grad_into=self._main_grads())
                 return out.to(hidden.dtype).view(hidden.shape)
+            reason = why_not
+        if self.quant and wants_gradient((x,)):
+            raise RuntimeError(
+                "a quantised layer has no gradient without kernels and its input requires one: "
+                f"{reason}; or detach it, or call under torch.no_grad()"
+            )
+        if self.use_grouped_gemm:
             announce_fallback(reason)
         out = self._padded(x, weights, ids, residual)
         return out.to(hidden.dtype).view(hidden.shape)
@@ -165,13 +174,8 @@ class MoeFeedForward(nn.Module):
     def _check(self, hidden: Tensor) -> None:
         if hidden.shape[-1:] != (self.embed_dim,):
             raise ValueError(f"hidden must be [..., {self.embed_dim}], got {list(hidden.shape)}")
-        if self.quant:
-            if wants_gradient((hidden,)):
-                raise RuntimeError(
-                    "a quantised layer has no gradient and its input requires one: "
-                    "detach it, or call under torch.no_grad()"
-                )
-        elif hidden.dtype != self.w1.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        autocast = torch.is_autocast_enabled(hidden.device.type)
+        if not self.quant and hidden.dtype != self.w1.dtype and not autocast:
             raise TypeError(
                 f"hidden must be {self.w1.dtype} (the parameters' dtype), got {hidden.dtype}"
             )
@@ -344,10 +348,11 @@ def quantize_(module: nn.Module, quant: str) -> nn.Module:
     quant: "fp8" (float8_e4m3fn), "int8" or "fp8_block" (float8_e4m3fn; w1_scale and w2_scale are
     [E, blocks of rows, columns / 128], see `quantize_per_block`). From then on inputs and
     activations are quantised per token, or per token and 128 values, and nothing in the layers
-    requires a gradient. "int4_g128", "int4_g32" and "mxfp4" make 4-bit weights of `quantize_packed`
-    instead and leave activations in bfloat16, to which inputs are converted; D must then be a
-    multiple of 32, and so must H. Biases, routers and shared experts stay as
-    they are. The state dict loads into a module that was quantised in the same way.
+    requires a gradient; inputs, and what you unfreeze of biases, routers and shared experts, may
+    for "fp8" and "int8". "int4_g128", "int4_g32" and "mxfp4" make 4-bit weights of
+    `quantize_packed` instead and leave activations in bfloat16, to which inputs are converted; D
+    must then be a multiple of 32, and so must H. Biases, routers and shared experts stay as they
+    are. The state dict loads into a module that was quantised in the same way.
 
     Raises ValueError for another `quant`, for a module without a MoeFeedForward, and for one that
     is quantised already.

@@ -20,7 +20,7 @@ from emitters.spec.arch import H200, Gpu
 from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
 from emitters.spec.config_sm90 import GemmSm90Config, Schedule
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
-from emitters.spec.gemm import GemmProblem
+from emitters.spec.gemm import GemmProblem, Major
 from emitters.spec.layer_steps import (
     MAX_ROW,
     ActivateBackwardProblem,
@@ -42,6 +42,9 @@ GPU = H200.name  # the GPU to choose for where none is named, as in a build
 # Measured on an H200 (perf/README.md) at powers of two; the limits lie between them.
 _SWAP_ROWS = ((2.5, 8), (10, 16), (20, 32), (40, 48))  # (rows per expert up to, tile_m)
 _LONG_ROW_BYTES = 4096  # from this many bytes of K on, tiles of 16 rows are faster if narrow
+# Longer sums of weights with N dense are faster in tiles of 128 rows that consumers share: by 20%
+# at K 28,672, the gradient of mixtral's hidden states, and not yet at K 4,096.
+_LONG_SUM = 16_384
 _ONE_TILE_ROWS = 90  # up to this many rows per expert, one tile of 128 rows beats two of 64
 _MANY_ROWS = {192: 180, 256: 768}  # by tile_n: with more rows per expert, CTA pairs share weights
 FEW_PAIRS = 1024  # up to this many pairs, 256 threads route faster than 1024
@@ -118,6 +121,10 @@ def _many_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """A config in which pairs of CTAs share weights."""
     if problem.two_level:
         return _some_rows(problem)  # pairs were slower in all but three of 24 cases
+    if problem.weight.major is Major.N and problem.k > _LONG_SUM:
+        shared = _widest(problem, 128, 256, group_m=16)
+        if shared:
+            return shared
     pairs = _widest(problem, 64, _wide(problem), pingpong=True, group_m=16, cluster_m=2)
     return pairs or _some_rows(problem)
 

@@ -6,7 +6,7 @@ takes one of three ways, module by module and once for all calls of the same kin
   fused_moe       bfloat16, float16 or quantised experts whose gate is one that kernels have
   two products    the same with another gate or a norm after the experts: the module's own gate
                   runs between two grouped products
-  transformers'   where no kernel serves a call, and where a gradient is wanted of any but the first
+  transformers'   where no kernel serves a call, or has the gradient that is wanted
 
 README.md in this folder says how to see which one was taken.
 """
@@ -65,7 +65,10 @@ SUMS_QUANTIZED = Version("5.24")  # the first seen to sum over ranks whatever th
 _LAYER = re.compile(r"\.(\d+)\.")
 _OF_EXPERTS = re.compile(r"(^|\.)experts\.")
 _SCALES = ("_scale", "_scale_inv")  # what follows the name of a weight
-_NO_GRADIENT = "kernels have no gradient {} and one may be asked for: call under torch.no_grad()"
+_NO_GRADIENT = (
+    "kernels have no gradient of experts with scales of blocks, with 8 bits and their own gate, or "
+    "with a norm, and one may be asked for: call under torch.no_grad()"
+)
 _logger = logging.getLogger("cutlass_moe")
 
 Forward = Callable[..., Tensor]
@@ -107,7 +110,7 @@ def quantize_(model: transformers.PreTrainedModel, quant: str) -> transformers.P
 
     I is padded to a multiple of 16 where it is none. Biases, routers, shared experts and attention
     stay as they are. The model selects `experts_implementation="cutlass_moe"`; its experts run
-    under no other and have no gradient. Cast the model before, not after; `save_pretrained` is
+    under no other and are frozen. Cast the model before, not after; `save_pretrained` is
     refused from then on, since no loader would understand the files, but the state dict loads into
     a model that was quantised in the same way.
 
@@ -268,12 +271,6 @@ def _forward(
             f"experts must have the {ours} weights that quantize_ gave them, got "
             f"{experts['w13'].dtype}: cast a model before it is quantised, not after"
         )
-    if trained and quant:
-        lost = _NO_GRADIENT.format("through 8-bit experts")
-        if ours:
-            raise RuntimeError(f"experts are quantised to {ours}; {lost}")
-        _announce(self, lost, strict=not self.training)
-        return library(self, hidden, ids, weights)
     if quant and torch.is_grad_enabled():
         experts = {name: tensor.detach() for name, tensor in experts.items()}
     activation = found.activation if found else None
@@ -287,8 +284,10 @@ def _forward(
         "interleaved": is_interleaved(self) and activation is not None,
     }
     reason = None if ours else _why_not(self, found, call)
-    if trained and activation is None:
-        reason = reason or _NO_GRADIENT.format("beside a gate or norm of the model's own")
+    if trained and (_has_norm(self) or quant == FP8_BLOCK or (quant and activation is None)):
+        reason = reason or _NO_GRADIENT
+        if ours:
+            raise RuntimeError(f"experts are quantised to {ours}; {reason}")
     if reason is not None:
         _announce(self, reason, strict=not (trained and self.training))
         return library(self, hidden, ids, weights)

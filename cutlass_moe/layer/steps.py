@@ -86,7 +86,7 @@ def training_problems(layer: LayerProblems, interleaved: bool = False) -> dict[s
         "down": down,
         "combine": replace(combine, out=combine.rows),
         "gradient of active": replace(_transposed(down), gather=True),
-        "activate backward": ActivateBackwardProblem(**vars(rows)),
+        "activate backward": ActivateBackwardProblem(node.function, up.x, down.k, interleaved),
         "gradient of rows": replace(_transposed(up), gather=False, out=down.out),
         "gradient of hidden": replace(combine, out=combine.rows, n=up.k, weights=DType.FP32),
         "gradient of w13": _weight_grad(up, Side.RIGHT),

@@ -140,7 +140,8 @@ def _why_no_layer(layer: LayerOperands, options: LayerOptions, arch: str) -> str
     check_layer(layer, options)
     problems = problems_of(layer, options)
     reason = why_no_layer(problems, arch)
-    if reason is None and trained and options.quant is None:
+    compiling = torch.compiler.is_compiling()  # the ops then say it when they run
+    if reason is None and trained and options.quant is None and not compiling:
         needed = training_problems(problems, options.interleaved).values()
         reason = next(filter(None, (why_illegal(problem, arch=arch) for problem in needed)), None)
     return reason

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cutlass_moe.operands import DTYPES, FLOATS
 from cutlass_moe.ops._copies import as_int32, at_address, writable
-from cutlass_moe.ops._define import define
+from cutlass_moe.ops._define import define, define_gradient
+from cutlass_moe.ops._row_sums import sum_by_index
 from cutlass_moe.ops._types import check_types, typed
 from cutlass_moe.ops.dispatch import Choice, step_kernel
 from cutlass_moe.ops.grouped_matmul import is_plain_eager, wants_gradient
@@ -52,16 +53,18 @@ def combine(
     launch. So are rows, residual and out at an address that is no multiple of 16 bytes, on every
     device and with one warning.
 
-    Returns out. Raises TypeError or ValueError that says what must be and what came, and
-    RuntimeError where a gradient would be lost: combine has none.
+    Returns out. Differentiable once in rows, topk_weights and residual, without `out`; gradients
+    have the inputs' dtypes and a fixed order of sums. Raises TypeError or ValueError that says what
+    must be and what came, and RuntimeError where a gradient would be lost.
     """
     try:
-        if wants_gradient((rows, topk_weights, inverse, residual, out)):
+        trained = wants_gradient((rows, topk_weights, inverse, residual, out))
+        if trained and out is not None:
             raise RuntimeError(
-                "combine has no gradient and an argument requires one: use combine_reference, or "
+                "combine has no gradient into out and an argument requires one: leave it out, or "
                 "call under torch.no_grad()"
             )
-        if is_plain_eager(rows, topk_weights):
+        if is_plain_eager(rows, topk_weights) and not trained:
             return _combine(out, rows, topk_weights, inverse, residual)
         if out is None:
             return _combine_op(rows, topk_weights, inverse, residual)
@@ -214,11 +217,84 @@ def _combine_out_fake(
     _check(*_plain(rows, topk_weights, inverse, residual), out)
 
 
+def _save_for_backward(ctx: Any, inputs: _Inputs, output: Tensor) -> None:
+    rows, topk_weights, inverse, _ = inputs
+    by_rows, by_weights = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(rows if by_weights else None, topk_weights, inverse)
+    ctx.rows = rows.shape[0]
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    rows, topk_weights, inverse = ctx.saved_tensors
+    by_rows, by_weights, _, by_residual = ctx.needs_input_grad[:4]
+    found = iter(
+        _backward_op(grad, rows, topk_weights, inverse, ctx.rows, [by_rows, by_weights])
+        if by_rows or by_weights
+        else ()
+    )
+    return (
+        next(found) if by_rows else None,
+        next(found) if by_weights else None,
+        None,
+        grad if by_residual else None,
+    )
+
+
+def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("combine is differentiable once, got a gradient of its gradient")
+
+
+def _backward_impl(
+    grad: Tensor,
+    rows: Tensor | None,
+    topk_weights: Tensor,
+    inverse: Tensor,
+    count: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients of those of (rows, topk_weights) that `needs` marks. count: of rows."""
+    inverse, found = as_int32(inverse), []
+    if needs[0]:
+        pairs = grad.new_empty((*inverse.shape, grad.shape[1]))
+        torch.mul(grad[:, None], topk_weights[:, :, None], out=pairs)  # no copy in float32
+        found.append(sum_by_index(pairs.flatten(0, 1), inverse.flatten(), count, grad.dtype))
+    if needs[1]:
+        assert rows is not None
+        kept = (inverse >= 0) & (inverse < count)
+        place = inverse.where(kept, 0).long()
+        shares = torch.zeros(inverse.shape, device=grad.device)
+        wide = grad.float()
+        for j in range(inverse.shape[1] if count else 0):
+            shares[:, j] = (rows[place[:, j]].float() * wide).sum(1)
+        found.append(shares.where(kept, 0).to(topk_weights.dtype))
+    return found
+
+
+def _backward_fake(
+    grad: Tensor,
+    rows: Tensor | None,
+    topk_weights: Tensor,
+    inverse: Tensor,
+    count: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    found = [grad.new_empty(count, grad.shape[1])] if needs[0] else []
+    return [*found, *([topk_weights.new_empty(topk_weights.shape)] if needs[1] else [])]
+
+
 _INPUTS = "Tensor rows, Tensor topk_weights, Tensor inverse, Tensor? residual"
 _combine_op = define(f"combine({_INPUTS}) -> Tensor", _combine_impl, _combine_fake)
 _combine_out_op = define(
     f"combine_out(Tensor(a!) out, {_INPUTS}) -> ()", _combine_out_impl, _combine_out_fake
 )
+_backward_op = define(
+    "combine_backward(Tensor grad, Tensor? rows, Tensor topk_weights, Tensor inverse, "
+    "SymInt count, bool[] needs) -> Tensor[]",
+    _backward_impl,
+    _backward_fake,
+)
+define_gradient("combine", _gradients, _save_for_backward)
+define_gradient("combine_backward", _no_second_gradient)
 
 
 @typed

@@ -226,17 +226,32 @@ def _hyperbolic(self: Any, x: Tensor) -> Tensor:
     return torch.tanh(gate) * up
 
 
-def test_gates_of_the_models_own_are_trained_by_transformers(
+def test_gates_of_the_models_own_are_trained_between_products(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     experts = experts_of(make("qwen3-moe"))[0]
     monkeypatch.setattr(type(experts), "_apply_gate", _hyperbolic)
-    arguments = routing(3)
-    with pytest.warns(UserWarning, match="beside a gate or norm .* call under torch.no_grad()"):
-        out = experts(*arguments)
+    hidden, ids, weights = routing(30)
+    ids[::4] = E  # of another rank
+    leaves = [hidden.requires_grad_(), weights.requires_grad_(), *experts.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = experts(hidden, ids, weights)
+    found = torch.autograd.grad(out.sum(), leaves)
     experts.config._experts_implementation = "grouped_mm"
-    assert out.requires_grad and torch.equal(out, experts(*arguments))
-    experts.config._experts_implementation = "cutlass_moe"
+    out = experts(hidden, ids.clamp(max=E - 1), weights.where(ids < E, 0))
+    want = torch.autograd.grad(out.sum(), leaves)
+    for mine, right in zip(found, want, strict=True):
+        assert (mine - right).double().norm() <= 2e-2 * right.double().norm()
+
+
+def test_norms_after_experts_are_trained_by_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = experts_of(make("qwen3-moe"))[0]
+    monkeypatch.setattr(experts, "has_post_expert_norm", True, raising=False)
+    monkeypatch.setattr(experts, "post_expert_norm", nn.Identity(), raising=False)
+    arguments = routing(3)
+    with pytest.warns(UserWarning, match="or with a norm, and one may be asked for"):
+        assert experts(*arguments).requires_grad
     monkeypatch.setenv("CUTLASS_MOE_STRICT", "1")
     assert experts.train()(*arguments).requires_grad
     with pytest.raises(RuntimeError, match="no kernel for these experts"):
@@ -418,11 +433,27 @@ def test_an_inner_size_that_needs_padding() -> None:
     assert relative(got, eager(before, *routing(30))) <= LIMITS["int8"]
 
 
+@pytest.mark.parametrize("quant", ["int8", "fp8"])
+def test_gradients_past_quantised_experts(quant: str) -> None:
+    """Of tokens and router weights, as adapters beside frozen experts need them."""
+    model = make("qwen3-moe")
+    before = copy.deepcopy(experts_of(model)[0])
+    ours.quantize_(model, quant)
+    hidden, ids, weights = routing(30)
+    leaves = [hidden.requires_grad_(), weights.requires_grad_()]
+    found = torch.autograd.grad(experts_of(model)[0](hidden, ids, weights).sum(), leaves)
+    want = torch.autograd.grad(eager(before, hidden, ids, weights).sum(), leaves)
+    for mine, right in zip(found, want, strict=True):
+        assert relative(mine, right) <= 2 * LIMITS[quant]
+
+
 def test_what_quantised_experts_refuse() -> None:
     model = ours.quantize_(make("qwen3-moe"), "fp8")
     hidden, ids, weights = routing(4)
-    with pytest.raises(RuntimeError, match="quantised to fp8; kernels have no gradient"):
-        experts_of(model)[0](hidden.requires_grad_(), ids, weights)
+    blocks = ours.quantize_(make("qwen3-moe"), "fp8_block")
+    with pytest.raises(RuntimeError, match="quantised to fp8_block; kernels have no gradient"):
+        experts_of(blocks)[0](hidden.requires_grad_(), ids, weights)
+    hidden.requires_grad_(False)
     with pytest.raises(NotImplementedError, match="saved before quantize_"):
         model.save_pretrained("nowhere")
     with pytest.raises(ValueError, match="got one that is fp8 already"):

@@ -368,7 +368,7 @@ def test_quantize_finds_all_layers_within() -> None:
 def test_quantised_layers_have_no_gradient() -> None:
     layer = quantize_(make("default", torch.float32), "fp8")
     x = tokens(3, D).float().requires_grad_()
-    with pytest.raises(RuntimeError, match="a quantised layer has no gradient"):
+    with pytest.raises(RuntimeError, match="no gradient without kernels .* use_grouped_gemm"):
         layer(x)
     assert not layer(x.detach()).requires_grad
     with torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cutlass_moe.nn import GatedMoeFeedForward, MoeFeedForward
+from cutlass_moe.nn import GatedMoeFeedForward, MoeFeedForward, quantize_
 from tests.layer.test_nn import D, E, H, each_layer, make, tokens
 from tests.support.training_cases import relative
 
@@ -124,6 +124,17 @@ def test_frozen_experts_beside_a_trained_router() -> None:
     layer(x).sum().backward()
     assert layer.w1.grad is None and layer.router.weight.grad is not None
     assert want["router.weight"].shape == layer.router.weight.grad.shape
+
+
+@pytest.mark.parametrize("quant", ["fp8", "int8"])
+def test_past_quantised_experts(quant: str) -> None:
+    """Gradients of the input and of what is not quantised, close to those of the layer before."""
+    layer, x = trained("shared"), tokens(24, D, dtype=torch.bfloat16)
+    want = gradients(layer, x)
+    quantize_(layer, quant).requires_grad_()
+    for part, found in gradients(layer, x).items():
+        if part != "b1":  # is padded now
+            assert relative(found, want[part].double()) < {"fp8": 0.15, "int8": 0.08}[quant], part
 
 
 class Toy(nn.Module):

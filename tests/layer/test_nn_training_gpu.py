@@ -45,13 +45,14 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_gradients(name: str) -> None:
+def test_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _ = make(name, None)
     x = randn(TOKENS, D)
     layer.train()
     found = on_cpu.gradients(layer, x)
     with no_warning(), no_wait():
         again = on_cpu.gradients(layer, x)
+    monkeypatch.setenv("CUTLASS_MOE_STRICT", "0")  # float64 routers have no kernel
     wide = copy.deepcopy(layer).double()
     wide.use_grouped_gemm = False
     for part, want in on_cpu.gradients(wide, x.double()).items():

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 import cutlass_moe as cm
-from cutlass_moe.choose.heuristics_sm90 import every_config
+from cutlass_moe.choose.heuristics_sm90 import choose, every_config
 from cutlass_moe.layer.activate import (
     activate_rows,
     activate_rows_backward,
     activate_rows_backward_reference,
     activate_rows_reference,
 )
-from cutlass_moe.operands import DTYPES, LayerOptions
+from cutlass_moe.layer.steps import LayerSizes, Projection, layer_problems
+from cutlass_moe.operands import DTYPES, QUANTS, LayerOptions
 from cutlass_moe.ops.activations import ACTIVATIONS
+from emitters.spec.dtypes import DType
+from emitters.spec.gemm import Granularity
 from emitters.spec.layer_steps import ActivateBackwardProblem, ActivateProblem
 from emitters.spec.registry import Config, Problem
 from tests.support.training_cases import (
@@ -53,6 +56,7 @@ CASES = {
     "one_choice": replace(BASE, options={"weight_on_input": True}),
 }
 LIMITS = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
+FROZEN = ("fp8", "int8")
 INTERS = (8, 256, 2880, 14336)
 
 
@@ -65,7 +69,22 @@ def images() -> set[tuple[Problem, Config]]:
             for options, dtype, inter in activations(activation):
                 problem = kind(options.function, DTYPES[dtype], inter, options.interleaved)
                 found |= {(problem, config) for config in every_config(problem)}
-    return found
+    return found | set(frozen_images())
+
+
+def frozen_images() -> Iterator[tuple[Problem, Config]]:
+    """Of the forward past 8-bit experts; the backward's products are those of bfloat16."""
+    each = Projection(Granularity.CHANNEL, DType.BF16)
+    sizes = LayerSizes(BASE.experts, BASE.top_k, BASE.hidden, BASE.inter)
+    per_expert = -(-BASE.tokens * BASE.top_k // BASE.experts)
+    for quant in FROZEN:
+        operand = DTYPES[QUANTS[quant]]
+        layer = layer_problems(sizes, operand, DType.BF16, "swiglu", each, each)
+        for product in (replace(layer.up, epilogue=layer.up.epilogue[:-1]), layer.down):
+            yield product, choose(product, BASE.tokens, per_expert)
+        for step in (layer.quantize_hidden, layer.quantize_active):
+            assert step is not None
+            yield from ((step, config) for config in every_config(step))
 
 
 def activations(name: str) -> Iterator[tuple[LayerOptions, torch.dtype, int]]:
@@ -152,6 +171,24 @@ def test_main_gradients() -> None:
     for name, main, old in zip(("w13", "w2"), into, before, strict=True):
         assert leaves[name].grad is None
         assert relative(main - old, 2 * want[name].double()) < 6e-3
+
+
+@pytest.mark.parametrize("quant", FROZEN)
+def test_frozen_8_bit_experts(quant: str) -> None:
+    """Close to the gradients of the same weights in bfloat16."""
+    given = BASE.arguments("cuda")
+    wide = dict(given)
+    for name in ("w13", "w2"):
+        values, scale = cm.quantize_per_channel(given[name], QUANTS[quant])
+        wide[name] = (values.float() * scale[..., None]).bfloat16()
+        given[name], given[f"{name}_scale"] = values, scale
+    leaves = {name: leaf for name, leaf in leaves_of(wide).items() if name not in ("w13", "w2")}
+    out, found = gradients({**given, **leaves, "quant": quant})
+    want_out, want = gradients({**wide, **leaves})
+    limit = {"fp8": 0.1, "int8": 0.04}[quant]
+    assert relative(out, want_out.double()) < limit
+    for name, gradient in found.items():
+        assert relative(gradient, want[name].double()) < limit, name
 
 
 def test_compiled() -> None:

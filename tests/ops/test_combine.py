@@ -190,10 +190,53 @@ def test_a_gradient_is_not_lost_in_silence(name: str) -> None:
     arguments = {"rows": ROWS, "topk_weights": WEIGHTS, "inverse": INVERSE}
     like = WEIGHTS if name == "topk_weights" else ROWS if name == "rows" else ROWS[:3]
     arguments[name] = like.clone().requires_grad_()
-    with pytest.raises(RuntimeError, match="no gradient"):
+    arguments.setdefault("out", ROWS[:3].clone())
+    with pytest.raises(RuntimeError, match="no gradient into out"):
         cm.combine(**arguments)
     with torch.no_grad():
         assert not cm.combine(**arguments).any()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients(dtype: torch.dtype, weights: torch.dtype, compiled: bool) -> None:
+    """As autograd of the reference in float64; NaN of pairs without a row does not spread."""
+    generator = torch.Generator().manual_seed(0)
+    inverse = torch.tensor([[0, 3], [-1, 5], [9, 1], [3, 4], [2, -1]])  # row 3 twice, 6 never
+    dropped = (inverse < 0) | (inverse > 6)
+    leaves = {
+        "rows": torch.randn(7, 24, generator=generator).to(dtype),
+        "topk_weights": torch.rand(5, 2, generator=generator).to(weights),
+        "residual": torch.randn(5, 24, generator=generator).to(dtype),
+    }
+    leaves["rows"][6] = torch.nan
+    grad = torch.randn(5, 24, generator=generator).to(dtype)
+    wide = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
+    out = cm.combine_reference(inverse=inverse, **wide)
+    want = torch.autograd.grad(out, list(wide.values()), grad.double())
+    leaves["topk_weights"][dropped] = torch.nan
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    torch._dynamo.reset()
+    call = cm.combine
+    if compiled:
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(call(inverse=inverse, **leaves), list(leaves.values()), grad)
+    loose = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+    for (name, leaf), got, right in zip(leaves.items(), found, want, strict=True):
+        assert got.dtype == leaf.dtype
+        limit = loose[leaf.dtype]
+        torch.testing.assert_close(got.double(), right, rtol=limit, atol=limit, msg=name)
+
+
+def test_gradients_of_one_alone_and_of_gradients() -> None:
+    arguments = {"rows": ROWS, "topk_weights": WEIGHTS, "inverse": INVERSE}
+    for name in ("rows", "topk_weights"):
+        leaf = arguments[name].clone().requires_grad_()
+        out = cm.combine(**{**arguments, name: leaf})
+        (first,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="combine is differentiable once"):
+            first.sum().backward()
 
 
 @pytest.mark.parametrize(

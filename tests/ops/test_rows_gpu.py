@@ -19,7 +19,13 @@ from cutlass_moe.ops.quantize import LARGEST, quantize_per_token_reference
 from cutlass_moe.runtime import fallback
 from cutlass_moe.runtime.parameters import combine_values, quantize_values
 from emitters.spec.dtypes import DType
-from emitters.spec.layer_steps import CombineProblem, QuantizeProblem, Step, StepConfig
+from emitters.spec.layer_steps import (
+    CombineProblem,
+    GatherSumProblem,
+    QuantizeProblem,
+    Step,
+    StepConfig,
+)
 from tests.support.layouts import misaligned, padded
 from tests.support.numerics import poisoned, same_bits, untouched
 
@@ -46,6 +52,7 @@ def images() -> set[tuple[Step, StepConfig]]:
     problems += [
         CombineProblem(DType.FP32, out, 72, k) for out in (DType.BF16, DType.FP16) for k in CHOICES
     ]
+    problems += [GatherSumProblem(DTYPES[dtype], DTYPES[dtype], 72) for dtype in FLOATS]
     return {(problem, heuristics.step_config(problem)) for problem in [*problems, COUNTED]}
 
 
@@ -297,6 +304,34 @@ def test_graph_replay_with_other_data() -> None:
         check_quantized(q, scale, out)
         check_quantized(eager_q, eager_scale, x)
         check_sum(eager_out, sums)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_gradients_of_a_sum(dtype: torch.dtype) -> None:
+    """As autograd of the reference in float64, twice the same; pairs without a row are NaN."""
+    inputs = make_sum(40, 72, 1, dtype)
+    kept = inputs["inverse"] >= 0
+    rows = inputs["rows"].nan_to_num()
+    clean = inputs["topk_weights"].where(kept, 0)
+    leaves = {"rows": rows, "topk_weights": clean, "residual": inputs["residual"]}
+    wide = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
+    generator = torch.Generator("cuda").manual_seed(5)
+    grad = torch.randn(40, 72, generator=generator, device="cuda").to(dtype)
+    out = combine_reference(inverse=inputs["inverse"], **wide)
+    want = torch.autograd.grad(out, list(wide.values()), grad.double())
+    leaves |= {name: inputs[name] for name in ("rows", "topk_weights")}
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+    found, again = (
+        torch.autograd.grad(
+            cm.combine(inverse=inputs["inverse"], **leaves), list(leaves.values()), grad
+        )
+        for _ in range(2)
+    )
+    loose = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+    for (name, leaf), got, same, right in zip(leaves.items(), found, again, want, strict=True):
+        assert torch.equal(got, same), name
+        limit = loose[leaf.dtype]
+        torch.testing.assert_close(got.double(), right, rtol=limit, atol=limit, msg=name)
 
 
 def test_ops() -> None:

@@ -82,7 +82,7 @@ class Quantized:
             want, want_scale = quantize_per_token_reference(x, target)
         torch.testing.assert_close(scale[:count, 0], want_scale, rtol=0, atol=0, equal_nan=True)
         finite = want_scale.isfinite()
-        assert same_bits(q[:count, : self.k][finite], want[finite])
+        assert same_bits(q[:count, : self.k][finite].view(target), want[finite])
         assert not q[:count, self.k :].any() and (q[count:] == 0x55).all()
 
 

@@ -1,0 +1,51 @@
+"""The benchmark of training: its systems agree, its images are legal, its table has all of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+pytest.importorskip("click")
+
+from emitters.spec.registry import why_illegal
+from perf import training
+
+TINY = training.TrainedCase("tiny", 8, 2, 64, 32, 24, published=(366, 407))
+
+
+def test_systems_agree() -> None:
+    errors = training.TrainedLayer(TINY, TINY.tokens, "cpu").errors(())
+    assert set(errors) >= {training.OURS, "torch", "padded"}
+    for name, found in errors.items():
+        assert set(found) == {"out", *training.NAMES}
+        assert max(found.values()) < 1e-2, name
+
+
+@pytest.mark.parametrize("case", training.CASES, ids=lambda c: f"{c.name} {c.tokens}")
+def test_images_are_legal(case: training.TrainedCase) -> None:
+    requests = training.images_of(case)
+    assert not [r for r in requests if why_illegal(r.problem, r.config) is not None]
+
+
+def test_table() -> None:
+    figures = {
+        "forward_us": 1000.0,
+        "backward_us": 2000.0,
+        "both_us": 3000.0,
+        "forward_tflops": TINY.tflops(1000.0, 3),
+        "backward_tflops": TINY.tflops(2000.0, 6),
+        "kept": 0.25,
+        "peak_forward": 1.0,
+        "peak_backward": 2.0,
+        "errors": {"out": 3e-3},
+    }
+    one = {
+        "case": dataclasses.asdict(TINY),
+        "systems": {training.OURS: figures, "torch": {**figures, "both_us": 6000.0}},
+        "absent": {"padded": "out of memory"},
+    }
+    lines = training.table({"gpu": "a GPU", "torch": "2.11", "cases": [one]}).splitlines()
+    assert "| 2.00 | 0.25 | 2.00 | 3.0e-03 |" in lines[4]
+    assert "SonicMoE" in lines[6] and "out of memory" in lines[7]
+    assert TINY.tflops(1000.0, 3) == pytest.approx(6 * 48 * 64 * 32 / 1e9)
