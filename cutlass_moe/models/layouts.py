@@ -243,9 +243,11 @@ def _wrong_packed(layout: Layout, matrix: Matrix, expert: int, shards: Shards) -
     packing, name = Packing(layout.quant), matrix.weight(expert)
     lead = (layout.experts,) if matrix.stacked else ()
     rows, columns = matrix.rows, matrix.columns
-    kinds, of_values, of_scales = ("I32",), (rows, columns // 8), FLOATS
+    kinds: tuple[str | torch.dtype, ...] = ("I32",)
+    of_scales: tuple[str | torch.dtype, ...] = FLOATS
+    of_values: tuple[int, ...] = (rows, columns // 8)
     if packing is Packing.MXFP4:
-        kinds, of_values, of_scales = ("U8",), (rows, columns // 32, 16), ("U8",)
+        kinds, of_scales, of_values = ("U8",), ("U8",), (rows, columns // 32, 16)
     expected = {
         name + layout.values: ((*lead, *of_values), kinds),
         name + layout.ending: ((*lead, rows, columns // packing.group), of_scales),
