@@ -51,11 +51,13 @@ FEW_PAIRS = 1024  # up to this many pairs, 256 threads route faster than 1024
 # (elements per row up to, threads per CTA) for quantisation
 _ROW_THREADS = ((8192, 128), (16_384, 256), (MAX_ROW, 512))
 _PACKED = (  # the same for packed weights, with (tile_m, tile_n, CTAs per SM)
-    (2.5, (8, 64, 2)),
-    (10, (16, 64, 2)),
-    (20, (32, 64, 2)),
-    (40, (48, 64, 2)),
-    (inf, (96, 128, 1)),
+    (1.5, (8, 64, 3)),
+    (5, (8, 128, 2)),
+    (10, (16, 256, 1)),
+    (20, (32, 128, 1)),
+    (45, (64, 128, 1)),
+    (90, (96, 128, 1)),
+    (inf, (128, 128, 1)),
 )
 _EVICT_FIRST_BYTES = 300e6  # with more active weights, an H200's L2 had them evict one another
 
@@ -166,11 +168,13 @@ def candidates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 
 @lru_cache(maxsize=1024)
 def _packed(problem: GemmProblem, tile: tuple[int, int, int], evict_first: bool) -> Family:
-    """A config for packed weights: of this tile if it is legal, else narrower or of fewer CTAs."""
+    """A config for packed weights: of this tile, or a smaller one that registers allow."""
     tile_m, tile_n, ctas = tile
-    wanted = GemmPackedSm90Config(tile_m, tile_n, ctas_per_sm=ctas, evict_first=evict_first)
-    fewer = replace(wanted, ctas_per_sm=1)
-    return _first_legal(problem, wanted, fewer, replace(fewer, tile_n=64))
+    narrow = next(n for n in (64, 128, 256) if n >= min(problem.n, tile_n))
+    wanted = GemmPackedSm90Config(tile_m, narrow, ctas_per_sm=ctas, evict_first=evict_first)
+    fewer, lower = replace(wanted, ctas_per_sm=1), replace(wanted, tile_m=64, ctas_per_sm=1)
+    smallest = replace(fewer, tile_m=min(tile_m, 32), tile_n=64)
+    return _first_legal(problem, wanted, fewer, lower, smallest)
 
 
 def _estimates(problem: GemmProblem) -> tuple[GemmConfig, ...]:

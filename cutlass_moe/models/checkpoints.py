@@ -23,6 +23,7 @@ from cutlass_moe.models.expert_weights import (
 from cutlass_moe.models.families import FAMILIES, OTHER
 from cutlass_moe.models.files import read_model
 from cutlass_moe.models.layouts import Layout, Matrix, check_tensors, find_layout
+from cutlass_moe.models.packed_experts import fill_packed, in_halves
 from cutlass_moe.models.problems import block_rows
 from cutlass_moe.models.shards import Shards
 from cutlass_moe.models.tensor_names import TensorNames
@@ -113,7 +114,8 @@ class Checkpoint:
         """The experts of a layer, or one rank's share of them.
 
         quant: "bf16", or "fp8" or "int8" to quantise the weights again with a scale per channel,
-        or "fp8_block" with one per block; default as they are stored. One scale for a whole weight
+        or "fp8_block" with one per block, or "int4_g128", "int4_g32" or "mxfp4" to round them to
+        packed 4-bit weights; default as they are stored. One scale for a whole weight
         is repeated for its channels. Where a share begins inside a block of w2's columns, its own
         blocks of 128 columns get the larger of the scales that meet in them, and the values that
         had the smaller one are rounded once more; w13 stays as it is stored.
@@ -261,17 +263,27 @@ class _ExpertReader:
         """Reads an expert to index `slot` of the weights."""
         layout, block_inter, row = self.layout, weights.block_inter, 0
         scales, biases = [], []
+        if layout.values:
+            part = slice(self.start, self.stop)
+            fill_packed(weights, slot, self.shards, layout, expert, part)
         for matrix in layout.up:
             columns = slice(0, matrix.columns)
             for rows in layout.row_ranges(matrix, self.start, self.stop):
                 count = rows.stop - rows.start
+                if layout.values:
+                    biases.append(self._bias(matrix, expert, rows))
+                    continue
                 self._read(matrix, expert, rows, columns, weights.w13[slot, row : row + count])
                 scales.append(self._scale(matrix, expert, rows, block_inter, columns, BLOCK))
                 biases.append(self._bias(matrix, expert, rows))
                 row += count
         down, rows, columns = layout.down, slice(0, layout.down.rows), slice(self.start, self.stop)
-        self._read(down, expert, rows, columns, weights.w2[slot])
-        down_scale = self._down_scale(expert, rows, columns, weights.w2[slot])
+        down_scale = None
+        if not layout.values:
+            self._read(down, expert, rows, columns, weights.w2[slot])
+            down_scale = self._down_scale(expert, rows, columns, weights.w2[slot])
+        elif layout.interleaved:
+            biases = in_halves(biases)
         for tensor, parts in (
             (weights.w13_scale, scales),
             (weights.w2_scale, [down_scale]),

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from cutlass_moe.layer.pad import pad_experts
 from cutlass_moe.models.problems import block_rows
-from cutlass_moe.operands import FP8_BLOCK, NAMED_DTYPES, Experts
+from cutlass_moe.operands import FP8_BLOCK, NAMED_DTYPES, PACKINGS, Experts
+from cutlass_moe.ops._packed import columns, packed_shape
+from cutlass_moe.ops.pack import dequantize_packed, quantize_packed
 from cutlass_moe.ops.quantize import quantize_per_token_reference
 from cutlass_moe.ops.quantize_groups import quantize_per_block
+from emitters.spec.packing import Packing
 
 BLOCK = 128  # rows and columns of a weight that share a scale
 # What names the weights' dtype in `ExpertWeights.quant`.
@@ -28,6 +31,9 @@ class ExpertWeights:
     quant: "bf16", "fp16", "fp8", "int8" or "fp8_block", which says what w13 and w2 are:
       bf16, fp16        values in that dtype, no scales
       fp8, int8         float8_e4m3fn or int8; w13_scale float32 [E, 2I or I], w2_scale [E, H]
+      int4_g128, int4_g32, mxfp4
+                        packed 4-bit weights, uint8, that hold their scales (`pack_weights`); rows
+                        are gates, then ups, also of w13_bias, and inter is I
       fp8_block         float8_e4m3fn; a float32 scale per block:
                         w13_scale [E, 2 ceil(I / block_inter), ceil(H / 128)], w2_scale
                         [E, ceil(H / 128), ceil(I / 128)]
@@ -51,6 +57,7 @@ class ExpertWeights:
     w13_bias: Tensor | None = None
     w2_bias: Tensor | None = None
     expert_map: Tensor | None = None
+    inter: int | None = None
 
     @property
     def experts(self) -> Experts:
@@ -68,6 +75,8 @@ class ExpertWeights:
 
     def padded(self) -> ExpertWeights:
         """With the intermediate size that kernels take, as `pad_experts` makes it."""
+        if self.quant in PACKINGS:
+            return self  # their rows are whole blocks
         padded = pad_experts(**self.experts._asdict(), interleaved=self.interleaved)
         return replace(self, **padded._asdict())
 
@@ -79,6 +88,9 @@ class ExpertWeights:
 
     def dense(self, expert: int) -> tuple[Tensor, Tensor]:
         """w13 [2I or I, H] and w2 [H, I] of an expert, in float32, scales applied."""
+        if self.quant in PACKINGS:
+            w13 = dequantize_packed(self.w13[expert, None], columns(self.w2))[0]
+            return w13, dequantize_packed(self.w2[expert, None], self.inter)[0]
         w13, w2 = self.w13[expert].float(), self.w2[expert].float()
         if self.w13_scale is None or self.w2_scale is None:
             return w13, w2
@@ -93,12 +105,15 @@ class ExpertWeights:
 
     def store(self, index: int, other: ExpertWeights, other_index: int) -> None:
         """Writes an expert of other weights here, from its values in float32. quant is "bf16",
-        "fp16", or "fp8", "int8" or "fp8_block", whose values are quantised."""
+        "fp16", or another, whose values are quantised."""
         for values, weight, scale in zip(
             other.dense(other_index), (self.w13, self.w2), (self.w13_scale, self.w2_scale),
             strict=True,
         ):  # fmt: skip
-            if scale is None:
+            if self.quant in PACKINGS:
+                order = other.interleaved and weight is self.w13
+                weight[index] = quantize_packed(values[None], self.quant, interleaved=order)[0]
+            elif scale is None:
                 weight[index] = values
             elif self.block_inter is not None:
                 up = weight is self.w13
@@ -113,14 +128,20 @@ class ExpertWeights:
                 # in plain torch, with the kernel's bits: at load there may be no image for float32
                 weight[index], scale[index] = quantize_per_token_reference(values, weight.dtype)
         if self.w13_bias is not None and other.w13_bias is not None:
-            self.w13_bias[index] = other.w13_bias[other_index]
+            bias = other.w13_bias[other_index]
+            if self.quant in PACKINGS and other.interleaved:
+                bias = torch.cat([bias[::2], bias[1::2]])
+            self.w13_bias[index] = bias
         if self.w2_bias is not None and other.w2_bias is not None:
             self.w2_bias[index] = other.w2_bias[other_index]
 
     def empty_like(self, experts: int, quant: str) -> ExpertWeights:
-        """So many experts of the same sizes, not filled. quant: one of NAMED_DTYPES."""
+        """So many experts of the same sizes, not filled. quant: as `requantized` takes it."""
         bias = None if self.w13_bias is None else self.w13_bias.dtype
         sizes = (*self.w13.shape[1:], self.w2.shape[2])
+        if self.quant in PACKINGS:
+            assert self.inter is not None
+            sizes = (columns(self.w13), columns(self.w2), self.inter)
         block = block_rows(sizes[-1]) if quant == FP8_BLOCK else None
         return allocate(
             experts, sizes, quant, self.w13.device, block, interleaved=self.interleaved, bias=bias
@@ -128,7 +149,7 @@ class ExpertWeights:
 
     def requantized(self, quant: str) -> ExpertWeights:
         """The same experts as "bf16", or quantised again as "fp8" or "int8" with a scale per
-        channel, or as "fp8_block", one expert after the other.
+        channel, as "fp8_block", or as packed 4-bit weights, one expert after the other.
 
         Weights that were quantised already become less exact by it. Raises ValueError for another
         quant.
@@ -144,8 +165,9 @@ class ExpertWeights:
 
 def check_requantized(quant: str) -> None:
     """Raises ValueError unless weights can be quantised again as this."""
-    if quant not in NAMED_DTYPES:
-        raise ValueError(f"quant must be one of {', '.join(NAMED_DTYPES)}, got {quant!r}")
+    names = (*NAMED_DTYPES, *PACKINGS)
+    if quant not in names:
+        raise ValueError(f"quant must be one of {', '.join(names)}, got {quant!r}")
 
 
 def allocate(
@@ -163,18 +185,24 @@ def allocate(
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty((experts, *shape), dtype=dtype, device=device)
 
+    packing = Packing(quant) if quant in PACKINGS else None
+    dtype = torch.uint8 if packing else STORED[quant]
+    shapes: tuple[tuple[int, ...], ...] = ((rows, hidden), (hidden, inter))
+    if packing:
+        shapes = tuple(packed_shape(packing, *shape) for shape in shapes)
     weights = ExpertWeights(
-        w13=empty(STORED[quant], rows, hidden),
-        w2=empty(STORED[quant], hidden, inter),
+        w13=empty(dtype, *shapes[0]),
+        w2=empty(dtype, *shapes[1]),
         w13_scale=None,
         w2_scale=None,
         quant=quant,
         block_inter=block_inter,
-        interleaved=interleaved,
+        interleaved=interleaved and not packing,
         w13_bias=None if bias is None else empty(bias, rows),
         w2_bias=None if bias is None else empty(bias, hidden),
+        inter=inter if packing else None,
     )
-    if STORED[quant].itemsize > 1:
+    if packing or dtype.itemsize > 1:
         return weights
     shape13: tuple[int, ...] = (rows,)
     shape2: tuple[int, ...] = (hidden,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -13,8 +13,11 @@ from cutlass_moe.models.shapes import MoeShape
 from cutlass_moe.models.shards import Shards, some
 from cutlass_moe.models.tensor_names import TensorNames
 from cutlass_moe.operands import FLOATS, FP8_BLOCK
+from emitters.spec.packing import Packing
 
 JOINT = "gate_up_proj"
+# How the names of 4-bit values, of their scales and of what else there is go on after the weight's.
+_PACKED = (("_blocks", "_scales", ()), ("_packed", "_scale", ("_shape",)))
 # How the name of a scale goes on after that of its weight; one form a layer.
 _ENDINGS = ("_scale_inv", "_scale", "_weight_scale")
 _QUANTS = {dtype: name for name, dtype in STORED.items() if name != FP8_BLOCK}
@@ -62,7 +65,9 @@ class Layout:
     """The tensors of a layer's experts.
 
     up: the matrices of w13: gate and up, or one of both, or up alone. ending: what follows a
-    weight's name in that of its scale, "" where there are none. quant: as in `ExpertWeights`.
+    weight's name in that of its scale, "" where there are none. values, others: the same for 4-bit
+    values, "" where there are none, and for tensors that say nothing new. quant: as in
+    `ExpertWeights`.
     """
 
     up: tuple[Matrix, ...]
@@ -72,6 +77,8 @@ class Layout:
     bias: bool = False
     ending: str = ""
     quant: str = ""
+    values: str = ""
+    others: tuple[str, ...] = ()
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -97,7 +104,8 @@ class Layout:
         for expert in experts:
             for matrix in self.matrices:
                 weight = matrix.weight(expert)
-                found.add(weight)
+                found.add(weight + self.values)
+                found |= {weight + other for other in self.others}
                 if self.ending:
                     found.add(weight + self.ending)
                 if self.bias:
@@ -140,7 +148,10 @@ def find_layout(
     )
     full = {prefix + name for name in inside}
     experts = range(shape.num_experts)
-    for ending in _ENDINGS:
+    for values, ending, others in _PACKED:
+        if {m.weight(e) + values for m in layout.matrices for e in experts} & full:
+            layout = replace(layout, values=values, ending=ending, others=others)
+    for ending in () if layout.values else _ENDINGS:
         scales = {m.weight(e) + ending for m in layout.matrices for e in experts}
         if scales & full:
             layout = replace(layout, ending=ending)
@@ -169,8 +180,11 @@ def check_tensors(layout: Layout, shards: Shards, experts: range) -> Layout:
 
     Reads headers alone. Raises ValueError where they are not what they must be.
     """
-    layout = _oriented(layout, shards)
     first = experts[0]
+    if layout.values:
+        layout = replace(layout, quant=_packed_quant(layout, shards, first))
+        return _checked(layout, shards, experts, _wrong_packed)
+    layout = _oriented(layout, shards)
     _, dtype = shards.header(layout.down.weight(first))
     quant = _QUANTS.get(dtype) if isinstance(dtype, torch.dtype) else None
     if quant is None:
@@ -189,15 +203,64 @@ def check_tensors(layout: Layout, shards: Shards, experts: range) -> Layout:
         shape, _ = shards.header(layout.down.weight(first) + layout.ending)
         if shape[-2:] == layout.down.block_shape:
             quant = FP8_BLOCK
-    layout = replace(layout, quant=quant)
+    return _checked(replace(layout, quant=quant), shards, experts, _wrong)
+
+
+def _checked(
+    layout: Layout,
+    shards: Shards,
+    experts: range,
+    find_wrong: Callable[[Layout, Matrix, int, Shards], dict[str, str]],
+) -> Layout:
+    """The layout; raises ValueError where any of its tensors is wrong."""
     wrong: dict[str, str] = {}
     for matrix in layout.matrices:
         for expert in experts[:1] if matrix.stacked else experts:
-            wrong |= _wrong(layout, matrix, expert, shards)
+            wrong |= find_wrong(layout, matrix, expert, shards)
     if wrong:
         names = sorted(wrong)
         raise ValueError(f"{names[0]} {wrong[names[0]]}" + _others(names[1:]))
     return layout
+
+
+def _packed_quant(layout: Layout, shards: Shards, expert: int) -> str:
+    """The format of 4-bit values, by the number of their scales."""
+    if layout.values == "_blocks":
+        return str(Packing.MXFP4)
+    name = layout.down.weight(expert) + layout.ending
+    scales = shards.header(name)[0][-1:]
+    for packing in (Packing.INT4_G128, Packing.INT4_G32):
+        if scales == (layout.down.columns // packing.group,):
+            return str(packing)
+    raise ValueError(
+        f"{name} must have a scale per 32 or 128 of {layout.down.columns} columns, got "
+        f"{', '.join(map(str, scales)) or 'one'}"
+    )
+
+
+def _wrong_packed(layout: Layout, matrix: Matrix, expert: int, shards: Shards) -> dict[str, str]:
+    """What is wrong with the tensors of a matrix of 4-bit values, by their names."""
+    packing, name = Packing(layout.quant), matrix.weight(expert)
+    lead = (layout.experts,) if matrix.stacked else ()
+    rows, columns = matrix.rows, matrix.columns
+    kinds: tuple[str | torch.dtype, ...] = ("I32",)
+    of_scales: tuple[str | torch.dtype, ...] = FLOATS
+    of_values: tuple[int, ...] = (rows, columns // 8)
+    if packing is Packing.MXFP4:
+        kinds, of_scales, of_values = ("U8",), ("U8",), (rows, columns // 32, 16)
+    expected = {
+        name + layout.values: ((*lead, *of_values), kinds),
+        name + layout.ending: ((*lead, rows, columns // packing.group), of_scales),
+    }
+    if layout.bias:
+        expected[matrix.bias(expert)] = ((*lead, rows), FLOATS)
+    wrong = {}
+    for tensor, (shape, dtypes) in expected.items():
+        found, dtype = shards.header(tensor)
+        if found != shape or dtype not in dtypes:
+            words = " or ".join(map(str, dtypes))
+            wrong[tensor] = f"must be {words} {list(shape)}, got {dtype} {list(found)}"
+    return wrong
 
 
 def _others(names: list[str]) -> str:

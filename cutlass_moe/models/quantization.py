@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-# quant_method -> dtype, of methods that always have a scale a channel and one a token.
-_PLAIN = {"fbgemm_fp8": "fp8", "w8a8_fp8": "fp8", "ptpc_fp8": "fp8", "w8a8_int8": "int8"}
+from cutlass_moe.operands import PACKINGS
+
+# quant_method -> dtype, of methods that always have a scale a channel and one a token; and mxfp4.
+_PLAIN = {
+    "mxfp4": "mxfp4",
+    "fbgemm_fp8": "fp8",
+    "w8a8_fp8": "fp8",
+    "ptpc_fp8": "fp8",
+    "w8a8_int8": "int8",
+}
 _FOUR_BITS = {
-    "mxfp4": "4-bit values with a scale a block of 32 (mxfp4)",
     "awq": "4-bit weights (awq)",
     "gptq": "weights of few bits (gptq)",
     "bitsandbytes": "weights in bitsandbytes' formats",
@@ -15,8 +22,8 @@ _FOUR_BITS = {
 
 
 class Quantization(NamedTuple):
-    """dtype: "fp8", "fp8_block", "int8", "bf16", or None where no kernel has what is asked for;
-    why_not: that, in words."""
+    """dtype: "fp8", "fp8_block", "int8", "bf16", "mxfp4", "int4_g32", "int4_g128", or None where no
+    kernel has what is asked for; why_not: that, in words."""
 
     dtype: str | None
     why_not: str | None = None
@@ -82,6 +89,10 @@ def _group(group: dict[str, Any]) -> Quantization:
     bits, kind = weights.get("num_bits"), weights.get("type")
     strategy = weights.get("strategy")
     name = f"{bits}-bit {kind} weights with a scale a {strategy}"
+    packed = f"int4_g{weights.get('group_size')}"
+    plain = weights.get("symmetric", True) and not inputs and not weights.get("actorder")
+    if (bits, kind, strategy) == (4, "int", "group") and packed in PACKINGS and plain:
+        return Quantization(packed)
     if bits != 8 or kind not in ("float", "int") or strategy not in ("channel", "tensor"):
         return Quantization(None, f"compressed-tensors' {name}")
     if not inputs:

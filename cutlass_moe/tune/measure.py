@@ -71,6 +71,8 @@ def space(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     each consumer's additions.
     """
     alone = ((64, 128), (64, 192), (64, 256), (128, 128))
+    few = ((8, 64, 2), (8, 64, 4), (8, 256, 1), (16, 64, 3), (16, 128, 2), (32, 64, 2))
+    packed = (*few, (48, 128, 1), (64, 128, 1), (96, 128, 1))
     considered: list[GemmConfig] = [
         GemmSm90Config(64, 128),
         GemmSm90Config(64, 64, ctas_per_sm=2),
@@ -85,12 +87,7 @@ def space(problem: GemmProblem) -> tuple[GemmConfig, ...]:
             for n in ((128, 192, 256) if problem.two_level else (192, 256))
             for cluster in (1, 2)
         ),
-        *(  # of packed weights
-            GemmPackedSm90Config(m, n, ctas_per_sm=ctas)
-            for m in (8, 16, 32, 48, 64, 96, 128)
-            for n in (64, 128, 256)
-            for ctas in (1, 2, 3, 4)
-        ),
+        *(GemmPackedSm90Config(m, n, ctas_per_sm=ctas) for m, n, ctas in packed),
     ]
     legal = (c for c in considered if c.tile_n < problem.n + 64 and why_illegal(problem, c) is None)
     return tuple(dict.fromkeys((*heuristics.candidates(problem), *legal)))

@@ -392,7 +392,7 @@ PACKED_REASONS = [
     ("columns between consumers", {"tile_n": 192}, "64, 128 or 256"),
     ("one block of K", {"k_boxes": 2}, "k_boxes must be 4"),
     ("a cluster of three", {"split_k": 3}, "1, 2, 4 or 8"),
-    ("five CTAs", {"ctas_per_sm": 5}, "1 to 4"),
+    ("registers of five CTAs", {"ctas_per_sm": 5}, "registers"),
     ("more stages than fit", {"stages": 30}, "shared memory per CTA must be"),
     ("registers", {"tile_m": 256, "tile_n": 128}, "registers"),
 ]

@@ -79,7 +79,7 @@ CASES = (
         **SIGMOID,
         layers="layers 1 to 60 of 61",
         beside=2048,
-        notes=("compressed-tensors' 4-bit int weights with a scale a group",),
+        dtype="int4_g32",
     ),
     case(
         "glm-4.5-air",
@@ -183,7 +183,7 @@ CASES = (
         bias=True,
         activation="swiglu_oai",
         layers="all 36 layers",
-        notes=("a block of 32 (mxfp4)",),
+        dtype="mxfp4",
     ),
     case(
         "llama-4-maverick",

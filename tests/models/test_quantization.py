@@ -48,6 +48,9 @@ SEVERAL["config_groups"] = {
         ({"quant_method": "w8a8_int8"}, "int8"),
         ({"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "fp8"),
         (FP8_BLOCKS, "fp8_block"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        (compressed(4, "int", "group", inputs={}, group_size=32), "int4_g32"),
+        (compressed(4, "int", "group", inputs={}, group_size=128), "int4_g128"),
         (compressed(), "fp8"),
         (compressed(strategy="tensor"), "fp8"),
         (compressed(kind="int"), "int8"),
@@ -64,7 +67,6 @@ def test_what_kernels_have(plain: dict[str, Any], dtype: str) -> None:
     [
         ({**FP8_BLOCKS, "weight_block_size": [1, 128]}, "fp8 with a scale a block of 1 x 128"),
         ({"quant_method": "fp8", "activation_scheme": "static"}, "static scales of activations"),
-        ({"quant_method": "mxfp4"}, "mxfp4"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, "4-bit weights (awq)"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "(gptq)"),
         ({"quant_method": "auto-round", "bits": 4}, "4-bit weights (auto-round)"),

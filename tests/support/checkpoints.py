@@ -159,8 +159,9 @@ def write_checkpoint(
 ) -> dict[int, Written]:
     """Writes config.json and safetensors files, and returns the layers.
 
-    quant: "bf16", "fp16", "fp8" (a scale per channel), "fp8_tensor", "int8" or "fp8_block". shards:
-    how many files, 0 for model.safetensors without an index. changes: of the config's fields.
+    quant: "bf16", "fp16", "fp8" (a scale per channel), "fp8_tensor", "int8", "fp8_block", "mxfp4",
+    "int4_g32" or "int4_g128". shards: how many files, 0 for model.safetensors without an index.
+    changes: of the config's fields.
     """
     from safetensors.torch import save_file
 
@@ -264,7 +265,7 @@ def _stacks(form: Form, stored: dict[str, list[dict[str, Tensor]]]) -> dict[str,
     found = {}
     for name, part in (("gate_up_proj", joint), ("down_proj", down)):
         for suffix, tensor in part.items():
-            if form.style in ("transposed", "interleaved"):
+            if form.style in ("transposed", "interleaved") and "weight_blocks" not in part:
                 tensor = tensor.transpose(1, 2).contiguous()
             found[f"{form.experts}.{name}{suffix.removeprefix('weight')}"] = tensor
     return found
@@ -277,6 +278,10 @@ def _store(weight: Tensor, quant: str) -> tuple[Tensor, dict[str, Tensor]]:
         return stored.float(), {"weight": stored}
     if quant == "fp8_block":
         return _store_blocks(weight)
+    if quant == "mxfp4":
+        return _store_mxfp4(weight)
+    if quant.startswith("int4"):
+        return _store_int4(weight, int(quant.removeprefix("int4_g")))
     tensor_wide = quant == "fp8_tensor"
     largest = weight.abs().amax() if tensor_wide else weight.abs().amax(1, keepdim=True)
     if quant == "int8":
@@ -299,6 +304,40 @@ def _store_blocks(weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             values[part] = (weight[part] / scales[i, j]).to(torch.float8_e4m3fn)
             dense[part] = values[part].float() * scales[i, j]
     return dense, {"weight": values, "weight_scale_inv": scales}
+
+
+_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def _store_mxfp4(weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Blocks of 32 in the order of memory, the first of two values in the low bits."""
+    n, k = weight.shape
+    exponents = torch.randint(118, 125, (n, k // 32))
+    codes = torch.randint(0, 16, (n, k))
+    values = _E2M1[codes % 8] * torch.where(codes < 8, 1.0, -1.0)
+    dense = values * torch.exp2(exponents.float() - 127).repeat_interleave(32, 1)
+    blocks = (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8).view(n, k // 32, 16)
+    return dense, {"weight_blocks": blocks, "weight_scales": exponents.to(torch.uint8)}
+
+
+def _store_int4(weight: Tensor, group: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eight values + 8 to a word, the first in the low bits."""
+    n, k = weight.shape
+    scale = (weight.view(n, -1, group).abs().amax(2) / 7).bfloat16()
+    wide = scale.float().repeat_interleave(group, 1)
+    values = (weight / wide).round().clamp(-8, 7).long()
+    words = sum((values[:, i::8] + 8) << 4 * i for i in range(8))
+    words = torch.where(words >= 2**31, words - 2**32, words).int()
+    tensors = {"weight_packed": words, "weight_scale": scale, "weight_shape": torch.tensor([n, k])}
+    return values.float() * wide, tensors
+
+
+def _compressed_int4(group: int) -> dict[str, Any]:
+    plain = _compressed("int", "group")
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "symmetric": True}
+    of_group = {"weights": {**weights, "group_size": group}, "input_activations": None}
+    plain["config_groups"]["group_0"] |= of_group
+    return {**plain, "format": "pack-quantized"}
 
 
 def _compressed(kind: str, strategy: str) -> dict[str, Any]:
@@ -326,4 +365,7 @@ QUANTIZATION: dict[str, dict[str, Any] | None] = {
         "activation_scheme": "dynamic",
         "weight_block_size": [BLOCK, BLOCK],
     },
+    "mxfp4": {"quant_method": "mxfp4"},
+    "int4_g32": _compressed_int4(32),
+    "int4_g128": _compressed_int4(128),
 }
