@@ -14,7 +14,7 @@ from emitters.spec.gemm import Activation
 from emitters.spec.layer_steps import ROW_VECTOR, ActivateProblem, StepConfig
 from emitters.templates.parameters import integer, pointer, several
 
-_MOST = 4  # vectors of a row that a thread reads before it uses the first
+_MOST = 3  # vectors of a row that a thread reads before it uses the first; with four some spill
 
 
 class Activate:
