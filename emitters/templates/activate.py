@@ -14,6 +14,8 @@ from emitters.spec.gemm import Activation
 from emitters.spec.layer_steps import ROW_VECTOR, ActivateProblem, StepConfig
 from emitters.templates.parameters import integer, pointer, several
 
+_MOST = 3  # vectors of a row that a thread reads before it uses the first; with four some spill
+
 
 class Activate:
     """Writes the kernel that applies an activation to rows; a warp takes a pair's row.
@@ -24,7 +26,6 @@ class Activate:
     """
 
     smem_bytes, cluster = 0, 1
-    most = 4  # vectors of a row that a thread reads before it uses the first
 
     def __init__(self, problem: ActivateProblem, config: StepConfig):
         self.problem, self.config = problem, config
@@ -33,7 +34,7 @@ class Activate:
         self.chunks = problem.columns // problem.inter  # of h, for a vector of the result
         self.vectors = problem.inter // ROW_VECTOR
         turns = -(-self.vectors // 32)  # of a thread, a vector each
-        self.trips = -(-turns // self.most)
+        self.trips = -(-turns // _MOST)
         self.together = -(-turns // self.trips)
 
     def arguments(self):
@@ -168,8 +169,6 @@ class ActivateBackward(Activate):
     What it writes may lie where it reads: grad_h on h, and active on grad_active. A thread reads
     each vector before it writes it, and no other thread reads it.
     """
-
-    most = 3  # with one more, tanh and erf of long rows spill registers
 
     def arguments(self):
         """The arguments of `__call__`, except grid and stream."""

@@ -167,7 +167,7 @@ def compiled(shared_cache: Cache) -> list[Result]:
 
 
 def every_activation() -> list[ActivateProblem]:
-    """The activations of layers in training, and their gradients: one to four vectors a thread."""
+    """The activations of layers in training, and their gradients: one to three vectors a thread."""
     return [
         kind(function, dtype, inter, interleaved)
         for kind in (ActivateProblem, ActivateBackwardProblem)
