@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import click
 import torch
 
 import cutlass_moe
 from cutlass_moe.choose import heuristics_sm90 as heuristics
+from cutlass_moe.images.cache import default_cache
+from cutlass_moe.images.compiler import Request, build_images
 from cutlass_moe.models.problems import problems_of_shape
 from cutlass_moe.models.shapes import MoeShape
 from emitters.spec.gemm import GemmProblem
 from perf.cases import BLOCK, Case
 
 Image = tuple[Any, Any]  # problem and config
+
+
+def build_all(images: Iterable[Image]) -> None:
+    """Compiles those that are not there yet, each once, and prints which could not be."""
+    requests = [Request(*image) for image in dict.fromkeys(images)]
+    failed = [result for result in build_images(default_cache(), requests) if result.error]
+    for result in failed:
+        click.echo(f"{result.request.problem.words}, {result.request.config.words}: {result.error}")
+    click.echo(f"{len(requests) - len(failed)} of {len(requests)} images are there")
 
 
 def images_of(cases: Iterable[Case], gpu: str = heuristics.GPU) -> list[Image]:

@@ -35,8 +35,6 @@ from torch.nn import functional
 import cutlass_moe
 from cutlass_moe import nn
 from cutlass_moe.choose.heuristics_sm90 import choose, every_config
-from cutlass_moe.images.cache import default_cache
-from cutlass_moe.images.compiler import Request, build_images
 from cutlass_moe.layer.steps import (
     Forms,
     LayerSizes,
@@ -49,6 +47,7 @@ from emitters.spec.dtypes import DType
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.registry import Problem
 from emitters.spec.weight_grad import WeightGradProblem
+from perf.images import Image, build_all
 from perf.systems import OURS
 from perf.timing import interleaved
 
@@ -289,7 +288,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def images_of(case: TrainedCase) -> list[Request]:
+def images_of(case: TrainedCase) -> list[Image]:
     """The kernels that this library launches for a case, as it is checked and as it is timed."""
     sizes = LayerSizes(case.num_experts, case.top_k, case.hidden, case.inter)
     forms = Forms(weights=DType.FP32)
@@ -304,12 +303,12 @@ def images_of(case: TrainedCase) -> list[Request]:
     found = []
     for problem in problems:
         if not isinstance(problem, GemmProblem):
-            found += [Request(problem, config) for config in every_config(problem)]
+            found += [(problem, config) for config in every_config(problem)]
             continue
         for tokens in (min(case.tokens, CHECKED), case.tokens):
             pairs = tokens * case.top_k
             x_rows = tokens if problem.gather else pairs
-            found.append(Request(problem, choose(problem, x_rows, -(-pairs // case.num_experts))))
+            found.append((problem, choose(problem, x_rows, -(-pairs // case.num_experts))))
     return found
 
 
@@ -338,11 +337,7 @@ def with_cases(command: Any) -> Any:
 @with_cases
 def build(case: str, tokens: int | None) -> None:
     """Compile the images of a run with the same options. Needs the DSL, no GPU."""
-    requests = dict.fromkeys(image for one in selected(case, tokens) for image in images_of(one))
-    failed = [result for result in build_images(default_cache(), list(requests)) if result.error]
-    for result in failed:
-        click.echo(f"{result.request.problem.words}, {result.request.config.words}: {result.error}")
-    click.echo(f"{len(requests) - len(failed)} of {len(requests)} images are there")
+    build_all(image for one in selected(case, tokens) for image in images_of(one))
 
 
 @main.command()

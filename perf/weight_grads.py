@@ -30,8 +30,6 @@ from torch import Tensor
 
 from cutlass_moe import grouped_weight_grad
 from cutlass_moe.choose.weight_grads_sm90 import weight_grad_configs
-from cutlass_moe.images.cache import default_cache
-from cutlass_moe.images.compiler import Request, build_images
 from cutlass_moe.models.shapes import MODELS, MoeShape
 from cutlass_moe.ops.weight_grad import SummedOperands, weight_grad_launch
 from cutlass_moe.runtime.device import on_device
@@ -39,6 +37,7 @@ from cutlass_moe.tune.timing import flush_buffer
 from emitters.spec.registry import why_illegal
 from emitters.spec.weight_grad import WeightGradProblem, WeightGradSm90Config
 from perf.cases import Case
+from perf.images import build_all
 from perf.machine import ceilings, versions
 from perf.report import text_table
 from perf.routing import draw_topk_ids
@@ -221,16 +220,12 @@ def with_cases(command: Any) -> Any:
 def build(model: str, tokens: str, configs: bool) -> None:
     """Compile the images of a run with the same options. Needs the DSL, no GPU."""
     problems = [problem_of(case, kind) for case in select(model, tokens) for kind in KINDS]
-    requests = [
-        Request(problem, config)
-        for problem in dict.fromkeys(problems)
+    build_all(
+        (problem, config)
+        for problem in problems
         for config in (EVERY_CONFIG if configs else weight_grad_configs(problem))
         if why_illegal(problem, config) is None
-    ]
-    failed = [result for result in build_images(default_cache(), requests) if result.error]
-    for result in failed:
-        click.echo(f"{result.request.problem.words}, {result.request.config.words}: {result.error}")
-    click.echo(f"{len(requests) - len(failed)} of {len(requests)} images are there")
+    )
 
 
 @main.command()

@@ -24,8 +24,8 @@ def test_systems_agree() -> None:
 
 @pytest.mark.parametrize("case", training.CASES, ids=lambda c: f"{c.name} {c.tokens}")
 def test_images_are_legal(case: training.TrainedCase) -> None:
-    requests = training.images_of(case)
-    assert not [r for r in requests if why_illegal(r.problem, r.config) is not None]
+    images = training.images_of(case)
+    assert not [image for image in images if why_illegal(*image) is not None]
 
 
 def test_table() -> None:
