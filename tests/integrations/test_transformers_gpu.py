@@ -229,6 +229,28 @@ def test_gradients(family: str) -> None:
         assert relative(mine, right) <= 2e-2
 
 
+@pytest.mark.parametrize("family", SHAPES)
+def test_fine_tuning(family: str) -> None:
+    """20 steps of a whole model: the losses of transformers' own experts, to within noise."""
+    start, ids = model_of(family).train(), tokens_of()
+
+    def losses(implementation: str) -> list[float]:
+        model, found = copy.deepcopy(start), []
+        model.set_experts_implementation(implementation)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        for _ in range(20):
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    mine, right = losses("cutlass_moe"), losses("grouped_mm")
+    assert mine == pytest.approx(right, rel=0.1, abs=0.1)
+    assert mine[-1] < mine[0] / 2
+
+
 def test_what_has_no_kernel_is_transformers(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     experts, (hidden, ids, weights) = experts_of(model_of("qwen3-moe").float())[0], routing(5)
     with torch.no_grad(), pytest.raises(RuntimeError, match="no kernel for these experts"):
