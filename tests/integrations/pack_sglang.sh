@@ -32,7 +32,7 @@ with zipfile.ZipFile(glob.glob(work + "/sglang-*.whl")[0]) as wheel:
         if text or (name.startswith("sglang/kernels/jit/") and not name.endswith(".so")):
             wheel.extract(name, site)
 PY
-rm -rf "$site"/zstandard/_cffi* "$site"/tvm_ffi/lib/*testing*
+rm -rf "$site"/zstandard/_cffi*
 find "$site" -name __pycache__ -prune -exec rm -rf {} +
 tar cf - -C "$site" . | xz -T0 -6 > "$out"
 ls -l "$out"
