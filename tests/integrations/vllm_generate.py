@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--graphs", action="store_true", help="decode by CUDA graphs")
     arguments = parser.parse_args()
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": ""}
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # FlashInfer need not be there
     prepare("cuda")
     if arguments.ours:
         from cutlass_moe.integrations import plugins
