@@ -14,7 +14,7 @@ flags+=(--abi cp312 --abi abi3 --abi none --platform any --platform manylinux201
 for n in 34 31 28 24 17 12; do flags+=(--platform "manylinux_2_${n}_x86_64"); done
 python3 -m pip download -q "${flags[@]}" -d "$work" sglang==0.5.23
 python3 -m pip install -q --no-compile "${flags[@]}" --target "$site" \
-  annotated-types==0.8.0 apache-tvm-ffi==0.1.11 compressed-tensors==0.18.0 dill==0.4.1 \
+  annotated-types==0.8.0 apache-tvm-ffi==0.1.11 compressed-tensors==0.18.0 dill==0.4.1 einops==0.8.2 \
   fastapi==0.165.0 gguf==0.19.0 httpcore2==2.16.2 httpx2==2.16.2 ipython==9.18.1 jiter==0.19.0 \
   loguru==0.7.3 msgspec==0.22.0 openai==3.57.0 orjson==3.13.0 partial-json-parser==0.2.1.1.post7 \
   pybase64==1.5.1 pydantic==2.14.4 pydantic-core==2.50.5 pyzmq==27.3.0 setproctitle==1.3.8 \
