@@ -80,7 +80,8 @@ def test_layer(quant: str | None, tokens: int, ours: Any) -> None:
     call["topk_ids"][1::2] = -1
     out = runner(call)
     with no_wait():
-        assert same_bits(out, runner(call))
+        again = runner(call)
+    assert same_bits(out, again)
     few = {name: tensor[:64] for name, tensor in call.items()}
     want = cm.fused_moe_reference(**few, **runner.weights, quant=quant, compute_dtype=torch.float64)
     difference = (out[:64].double() - 2.5 * want).norm() / (2.5 * want).norm()
