@@ -126,8 +126,9 @@ def run(
     """Measure cases with all systems, and merge the results into perf/results/<gpu>.json.
 
     The cases come in a fixed order that is fair to all wherever the budget ends it; those that the
-    file has of this commit are passed over, so that the same command goes on. Exit status 3: a peer
-    broke the process, and the command should be given again.
+    file has of this commit are passed over, so that the same command goes on, and those that it
+    has of another one come last. Exit status 3: a peer broke the process, and the command should
+    be given again.
     """
     need_gpu()
     start = time.monotonic()

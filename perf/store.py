@@ -43,10 +43,11 @@ class ResultFile:
         self.contents["runs"][self.run] = {"date": self.run, **about}
 
     def left(self, cases: Iterable[Case]) -> list[Case]:
-        """Those that have not been measured at this run's commit."""
+        """Those that have not been measured at this run's commit; first those never measured."""
         runs, done = self.contents["runs"], self.contents["cases"]
         commits = {case_id: runs[record["run"]]["commit"] for case_id, record in done.items()}
-        return [case for case in cases if commits.get(case.id) != self.commit]
+        found = [case for case in cases if commits.get(case.id) != self.commit]
+        return sorted(found, key=lambda case: case.id in done)
 
     def add_case(self, case_id: str, record: dict[str, Any]) -> None:
         self.contents["cases"][case_id] = {**record, "run": self.run}
