@@ -299,10 +299,9 @@ class GemmSwapSm90:
             self.gather.fetch(row, rows)
             for k in cutlass.range(first_k, end_k, unroll=1):
                 self.ring.wait_empty(state)
-                if const_expr(self.one_producer):
-                    if with_weights:
-                        weight_map = self.weights.find_map(weight, expert)
-                        self.copy_weights(storage, state, weight_map, k, column, expert)
+                if self.one_producer and with_weights:
+                    weight_map = self.weights.find_map(weight, expert)
+                    self.copy_weights(storage, state, weight_map, k, column, expert)
                 for i in range_constexpr(boxes):
                     stage = stages + (state.index * boxes + i) * self.x_bytes
                     self.gather.copy(stage, k * boxes + i)
