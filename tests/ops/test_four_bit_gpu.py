@@ -94,6 +94,15 @@ def test_results_are_the_same_bits_in_every_launch_and_in_graphs(packing: Packin
     opcheck(case, "cuda")
 
 
+def test_lists_of_packed_weights() -> None:
+    inputs = make_inputs(REPEATED[Packing.MXFP4], "cuda")
+    wanted = cm.grouped_matmul(**inputs)
+    out = torch.zeros_like(wanted)
+    arguments = inputs["x"], list(inputs["weight"]), None, None, inputs["offsets"], out
+    cm.index_group_matmul(*arguments, index=inputs["index"])
+    assert same_bits(out, wanted)
+
+
 @pytest.mark.parametrize("count", [0, 1, 7, 128, 1024])
 @pytest.mark.parametrize("name", PACKED_LAYERS)
 def test_layers(name: str, count: int) -> None:
