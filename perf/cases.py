@@ -12,10 +12,12 @@ import torch
 
 from cutlass_moe.models import shapes
 from cutlass_moe.models.shapes import MoeShape
-from cutlass_moe.operands import NAMED_DTYPES
+from cutlass_moe.operands import NAMED_DTYPES, PACKINGS
+from emitters.spec.packing import Packing
 
 BLOCK = 128  # values that share a scale in fp8_block: of a row of x, and of both sides of a weight
-DTYPES = ("fp8", "int8", "bf16", "fp8_block")
+UNPACKED = ("fp8", "int8", "bf16", "fp8_block")
+DTYPES = (*UNPACKED, "mxfp4", "int4_g128")
 PARTS = ("up", "down", "layer")
 WGMMA_ROWS = 64  # rows that a WGMMA works on, whether an expert fills them or not
 OUT_BYTES = 2  # bf16: outputs, and a layer's hidden states
@@ -40,7 +42,8 @@ class Case:
     rows [T k, inter], "layer": both, from bf16 hidden states and expert ids to bf16, what 8-bit
     weights multiply being quantised per token. dtype is one of DTYPES: of weights and of x. 8-bit
     products have a scale per token and per channel, those of fp8_block one per BLOCK values of a
-    token and per BLOCK x BLOCK of the weights.
+    token and per BLOCK x BLOCK of the weights. 4-bit weights have scales of their own, and x is
+    bf16. Layers of MXFP4 have gpt-oss's activation, without its biases.
     """
 
     suite: str
@@ -95,8 +98,19 @@ class Case:
         return both if self.is_layer else {self.part: both[self.part]}
 
     @property
+    def packed(self) -> bool:
+        """Whether weights have 4 bits."""
+        return self.dtype in PACKINGS
+
+    @property
+    def activation(self) -> str:
+        """A layer's, by the name that `fused_moe` has for it."""
+        return "swiglu_oai" if self.dtype == Packing.MXFP4 else "swiglu"
+
+    @property
     def torch_dtype(self) -> torch.dtype:
-        return NAMED_DTYPES[self.dtype.partition("_")[0]]
+        """Of x, and of weights that are not packed."""
+        return torch.bfloat16 if self.packed else NAMED_DTYPES[self.dtype.partition("_")[0]]
 
     @property
     def seed(self) -> int:
@@ -105,9 +119,9 @@ class Case:
 
     @property
     def weight_bytes(self) -> int:
-        """Of all experts."""
-        elements = sum(n * k for n, k in self.products.values())
-        return self.num_experts * elements * self.torch_dtype.itemsize
+        """Of all experts, without scales."""
+        elements = self.num_experts * sum(n * k for n, k in self.products.values())
+        return elements // 2 if self.packed else elements * self.torch_dtype.itemsize
 
     @property
     def flops(self) -> int:
@@ -137,6 +151,13 @@ def of_shape(model: str, part: str, dtype: str, tokens: int, routing: str = "bal
     shape = MODELS[model]
     sizes = shape.num_experts, shape.top_k, shape.hidden, shape.inter
     return Case("models", model, part, dtype, tokens, *sizes, routing)
+
+
+def fits(shape: MoeShape, part: str, dtype: str) -> bool:
+    """Whether K has whole groups that share a scale, and no block has gates and ups."""
+    if dtype in PACKINGS:
+        return not (shape.hidden % Packing(dtype).group or shape.inter % Packing(dtype).group)
+    return (part, dtype) != ("layer", "fp8_block") or shape.inter % BLOCK == 0
 
 
 def special_units() -> Iterator[list[Case]]:
@@ -171,8 +192,8 @@ def all_cases() -> list[Case]:
         for model in MODELS
         for part in PARTS
         for dtype in DTYPES
-        if (part, dtype) != ("layer", "fp8_block") or MODELS[model].inter % BLOCK == 0
-    ]  # else a block would hold gates and ups
+        if fits(MODELS[model], part, dtype)
+    ]
     for number in range(len(TOKEN_SETS)):
         units = [
             [of_shape(*kind, tokens) for tokens in TOKEN_SETS[(i + number) % len(TOKEN_SETS)]]

@@ -14,7 +14,9 @@ from cutlass_moe.images.cache import default_cache
 from cutlass_moe.images.compiler import Request, build_images
 from cutlass_moe.models.problems import problems_of_shape
 from cutlass_moe.models.shapes import MoeShape
+from cutlass_moe.ops._packed import packed_shape
 from emitters.spec.gemm import GemmProblem
+from emitters.spec.packing import Packing
 from perf.cases import BLOCK, Case
 
 Image = tuple[Any, Any]  # problem and config
@@ -51,15 +53,17 @@ def problem_of(case: Case) -> GemmProblem:
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    scales = {}
-    if case.dtype == "fp8_block":
+    weight, scales = new(e, n, k, dtype=case.torch_dtype), {}
+    if case.packed:
+        weight = new(e, *packed_shape(Packing(case.dtype), n, k), dtype=torch.uint8)
+    elif case.dtype == "fp8_block":
         blocks = new(e, -(-n // BLOCK), -(-k // BLOCK))
         scales = {"per_token_scale": new(x_rows, blocks.shape[2]), "scale": blocks}
     elif case.dtype != "bf16":
         scales = {"per_token_scale": new(x_rows), "scale": new(e, n)}
     return cutlass_moe.grouped_matmul_problem(
         new(x_rows, k, dtype=case.torch_dtype),
-        new(e, n, k, dtype=case.torch_dtype),
+        weight,
         index=new(case.rows, dtype=torch.int32) if case.part == "up" else None,
         offsets=new(e, dtype=torch.int32),
         out_dtype=torch.bfloat16,
@@ -68,7 +72,8 @@ def problem_of(case: Case) -> GemmProblem:
 
 
 def layer_images(case: Case, gpu: str) -> Iterator[Image]:
-    shape = MoeShape(case.model, case.num_experts, case.top_k, case.hidden, case.inter)
+    sizes = case.num_experts, case.top_k, case.hidden, case.inter
+    shape = MoeShape(case.model, *sizes, activation=case.activation)
     problems = problems_of_shape(shape, case.dtype)
     for problem in filter(None, problems):
         if isinstance(problem, GemmProblem):

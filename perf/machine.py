@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from cutlass_moe.images.cache import default_cache
+from cutlass_moe.operands import PACKINGS
 from perf.peers import unpacked
 from perf.timing import interleaved
 
@@ -37,7 +38,7 @@ class Ceilings:
         The tensor cores run INT8 as fast as FP8, the library that measures it does not, so that
         INT8 kernels are held to the faster of the two.
         """
-        if dtype == "bf16":
+        if dtype == "bf16" or dtype in PACKINGS:  # 4-bit weights are multiplied as bf16
             return self.bf16_tflops
         return max(self.fp8_tflops, self.int8_tflops) if dtype == "int8" else self.fp8_tflops
 

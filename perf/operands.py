@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+import cutlass_moe
+from cutlass_moe.operands import PACKINGS, clamped_numbers
+from emitters.spec.packing import E2M1_VALUES
 from perf.cases import BLOCK, Case
 from perf.routing import draw_topk_ids
 
@@ -18,6 +21,8 @@ WORST_ERROR = {
     "product": {"fp8": 1.5e-2, "int8": 4e-3, "bf16": 4e-3, "fp8_block": 1.5e-2},
     "layer": {"fp8": 4e-2, "int8": 3e-2, "bf16": 1e-2, "fp8_block": 4e-2},
 }
+for _limits in WORST_ERROR.values():
+    _limits |= dict.fromkeys(PACKINGS, _limits["bf16"])
 CHECKED_ROWS, CHECKED_COLUMNS, CHECKED_TOKENS = 48, 512, 6
 UNITS = {"int8": 40}  # standard deviation of values, where it is not 1
 LARGEST = {"fp8": 448.0, "int8": 127.0}
@@ -38,17 +43,41 @@ def random_values(case: Case, shape: tuple[int, ...], device: str) -> torch.Tens
 
 def random_scale(case: Case, shape: tuple[int, ...], device: str, unit: float = 1.0) -> Scale:
     """float32 of 0.5 to 1.5 times the power of two next to `unit`, exact in bf16, which some
-    systems store; None for bf16."""
-    if case.dtype == "bf16":
+    systems store; None where x is bf16."""
+    if case.torch_dtype == torch.bfloat16:
         return None
     power = 2.0 ** round(torch.tensor(unit).log2().item())
     return (torch.rand(shape, device=device) + 0.5).bfloat16().float() * power
+
+
+def random_packed(case: Case, n: int, k: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and scales of 4-bit weights, rounded from normal ones of standard deviation k^-0.5."""
+    parts = []
+    for _ in range(case.num_experts):
+        w = torch.randn((1, n, k), device=device) * k**-0.5
+        parts.append(cutlass_moe.unpack_weights(cutlass_moe.quantize_packed(w, case.dtype), k))
+    values, scales = zip(*parts, strict=True)
+    return torch.cat(values), torch.cat(scales)
+
+
+def decoded(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """float64 [N, K] of 4-bit weights: MXFP4 with 16 bytes per scale, or INT4 in words."""
+    if values.dtype == torch.int32:
+        nibbles = torch.stack([values >> 4 * i & 15 for i in range(8)], -1).flatten(1)
+        numbers, factors = nibbles.double() - 8, scale.double()
+    else:
+        nibbles = torch.stack([values & 15, values >> 4], -1).flatten(1).int()
+        table = torch.tensor(E2M1_VALUES, dtype=torch.float64, device=values.device)
+        numbers = table[nibbles & 7] * (1 - nibbles // 8 * 2)
+        factors = torch.exp2(scale.double() - 127)
+    return numbers * factors.repeat_interleave(numbers.shape[1] // factors.shape[1], 1)
 
 
 @dataclass(frozen=True)
 class Weights:
     """w [E, N, K], and its scale: [E, N], of fp8_block [E, N / BLOCK, K / BLOCK], of bf16 None.
 
+    4-bit weights are as a checkpoint has them, with all gates before all ups: see `pack_weights`.
     made: what systems make of it once a layer, by their names.
     """
 
@@ -59,6 +88,8 @@ class Weights:
     @classmethod
     def of(cls, case: Case, n: int, k: int, device: str = "cuda") -> Weights:
         """Such that the product with normal values is about normal."""
+        if case.packed:
+            return cls(*random_packed(case, n, k, device))
         w = random_values(case, (case.num_experts, n, k), device)
         if case.dtype == "bf16":
             w *= k**-0.5
@@ -69,6 +100,8 @@ class Weights:
 
     def exact(self, expert: int, rows: slice = slice(None)) -> torch.Tensor:
         """Some rows of one expert's weights times their scale, float64."""
+        if self.w.dtype in (torch.uint8, torch.int32):
+            return decoded(self.w[expert, rows], self.scale[expert, rows])
         w = self.w[expert, rows].double()
         if self.scale is None:
             return w
@@ -118,7 +151,7 @@ class ProductInputs(Inputs):
     def __init__(self, case: Case, weights: dict[str, Weights]) -> None:
         super().__init__(case, weights)
         self.weight = weights[case.part]
-        _, self.n, self.k = self.weight.w.shape
+        self.n, self.k = case.products[case.part]
         rows = case.rows // case.slots
         self.x = random_values(case, (rows, self.k), self.device)
         shape = (rows, -(-self.k // BLOCK)) if case.dtype == "fp8_block" else (rows,)
@@ -166,17 +199,23 @@ class LayerInputs(Inputs):
             for expert, share in zip(
                 self.ids[token].tolist(), self.topk_weights[token].double(), strict=True
             ):
-                gate, up = (self.up.exact(expert) @ x).chunk(2)
-                act = self.quantized(torch.nn.functional.silu(gate) * up)
+                act = self.quantized(self.active(*(self.up.exact(expert) @ x).chunk(2)))
                 total += share * (self.down.exact(expert) @ act)
             out.append(total)
         return torch.stack(out)
+
+    def active(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        numbers = clamped_numbers(self.case.activation, None, None, None)
+        if numbers is None:
+            return torch.nn.functional.silu(gate) * up
+        gate, up = gate.clamp(max=numbers.limit), up.clamp(-numbers.limit, numbers.limit)
+        return gate * torch.sigmoid(numbers.alpha * gate) * (up + numbers.beta)
 
     def quantized(self, row: torch.Tensor) -> torch.Tensor:
         """The values of a row float64 [K] once it has been quantised: with one scale, or with one
         per BLOCK values."""
         dtype = self.case.dtype
-        if dtype == "bf16":
+        if self.case.torch_dtype == torch.bfloat16:
             return row
         groups = row.split(BLOCK) if dtype == "fp8_block" else [row]
         done = []

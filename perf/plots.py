@@ -18,11 +18,11 @@ COLORS = {
     name: f"tab:{color}"
     for name, color in zip(
         PRODUCTS,
-        ("red", "cyan", "blue", "purple", "green", "olive", "orange", "gray", "brown"),
+        ("red", "cyan", "blue", "purple", "green", "olive", "orange", "pink", "gray", "brown"),
         strict=True,
     )
 }
-MARKERS = dict(zip(DTYPES, "os^D", strict=True))
+MARKERS = dict(zip(DTYPES, "os^Dvp", strict=True))
 STYLE = {
     "font.sans-serif": ["DejaVu Sans", "Verdana"],
     "font.size": 9,

@@ -7,7 +7,7 @@ from typing import Any
 
 from perf.cases import DTYPES
 from perf.rows import Claim, Row, claims_of, number, rows_of
-from perf.systems import LAYERS, OURS, PRODUCTS
+from perf.systems import OURS, named
 
 BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
 LOSSES = 20  # that a README lists
@@ -31,7 +31,7 @@ def full_report(contents: Contents) -> str:
         for kind, is_layer in (("products", False), ("layers", True)):
             mine = [r for r in rows if (r.case.dtype, r.case.is_layer) == (dtype, is_layer)]
             if mine:
-                names = [name for name in (LAYERS if is_layer else PRODUCTS) if name != OURS]
+                names = [name for name in named(row.case for row in mine) if name != OURS]
                 header = ("case", "tokens", "run", "floor", "ours", "+-%", *names, "best", "/ ours")
                 lines = [cells(row, numbers[row.run], names) for row in mine]
                 parts += [f"## {dtype}, {kind}", markdown(header, lines)]
@@ -117,7 +117,8 @@ def claim_cell(claim: Claim | None) -> str:
 
 def front_part(files: Sequence[Contents]) -> str:
     """What the project's README shows."""
-    best = ", ".join(name for name in PRODUCTS if name != OURS)
+    names = named(row.case for each in files for row in rows_of(each))
+    best = ", ".join(name for name in names if name != OURS)
     return (
         f"Time of the best of the others ({best}) over ours, measured in the same process: "
         "geometric mean, in brackets the worst case and in how many of the cases another is "
@@ -138,11 +139,12 @@ def summary(contents: Contents, case_ids: Sequence[str], asked: int) -> str:
     records = {case_id: contents["cases"][case_id] for case_id in case_ids}
     missing = reasons(records)
     rows = rows_of({**contents, "cases": records})
+    names = named(row.case for row in rows)
     lines = [
         [
             f"{row.case.name} {row.case.dtype}",
             str(row.case.tokens),
-            *(number(row.us.get(name)) for name in PRODUCTS),
+            *(number(row.us.get(name)) for name in names),
             ratio_cell(row),
         ]
         for row in rows
@@ -151,7 +153,7 @@ def summary(contents: Contents, case_ids: Sequence[str], asked: int) -> str:
     return "\n".join(
         [
             *missing,
-            text_table(("case", "tokens", *PRODUCTS, "/ ours"), lines),
+            text_table(("case", "tokens", *names, "/ ours"), lines),
             *(f"{c.name}: {c.mean:.3f}, worst {c.worst:.2f}" for c in claims_of(rows)),
             end,
         ]

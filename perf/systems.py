@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from perf.cases import Case
-from perf.peers import deepgemm, humming, ours, torch_ops, vllm
+from perf.peers import deepgemm, humming, ours, torch_ops, triton_kernels, vllm
 from perf.peers.prepared import Prepared
 
 OURS = "cutlass_moe"
@@ -17,6 +17,7 @@ PRODUCTS: dict[str, Callable[..., Prepared]] = {
     "deepgemm": deepgemm.contiguous,
     "deepgemm_masked": deepgemm.masked,
     "humming": humming.product,
+    "triton_kernels": triton_kernels.product,
     "torch": torch_ops.grouped,
     "padded_bmm": torch_ops.padded_bmm,
 }
@@ -26,10 +27,23 @@ LAYERS: dict[str, Callable[..., Prepared]] = {
     "vllm_best": vllm.best_layer,
     "vllm_cutlass": vllm.cutlass_layer,
     "humming": humming.layer,
+    "triton_kernels": triton_kernels.layer,
 }
-COMPILING = ("vllm", "vllm_best", "deepgemm", "deepgemm_masked", "humming")  # at their first launch
+FOUR_BIT = (OURS, "humming", "triton_kernels")  # that take 4-bit weights; triton_kernels no others
+COMPILING = (  # at their first launch
+    "vllm", "vllm_best", "deepgemm", "deepgemm_masked", "humming", "triton_kernels",
+)  # fmt: skip
+
+
+def named(cases: Iterable[Case]) -> list[str]:
+    """The systems that any of the cases is measured with, in the order of tables."""
+    asked = {name for case in cases for name in systems_of(case)}
+    return [name for name in PRODUCTS if name in asked]
 
 
 def systems_of(case: Case) -> dict[str, Callable[..., Prepared]]:
     """The functions that prepare a system for the case, or say why it can't be measured."""
-    return LAYERS if case.is_layer else PRODUCTS
+    systems = LAYERS if case.is_layer else PRODUCTS
+    if case.packed:
+        return {name: systems[name] for name in FOUR_BIT}
+    return {name: make for name, make in systems.items() if name != "triton_kernels"}

@@ -35,7 +35,7 @@ from cutlass_moe.integrations import serving
 from cutlass_moe.integrations.experts import ActivationArguments
 from cutlass_moe.integrations.serving import ServedExperts
 from cutlass_moe.tune.timing import flush_buffer
-from perf.cases import DTYPES, MODELS, Case, of_shape
+from perf.cases import MODELS, UNPACKED, Case, of_shape
 from perf.machine import versions
 from perf.measure import SECONDS, Measurement
 from perf.operands import LayerInputs, Weights, weights_of
@@ -293,7 +293,7 @@ def build(directory: str, asked: Sequence[Case]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=",".join(SERVED), help="names, by comma")
-    parser.add_argument("--dtype", default=",".join(DTYPES))
+    parser.add_argument("--dtype", default=",".join(UNPACKED))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--output", type=Path, help="where to write the records as JSON")
     parser.add_argument("--build", metavar="DIR", help="compile our images instead")

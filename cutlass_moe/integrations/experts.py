@@ -8,7 +8,8 @@ They have the marks that its decorator sets (`has_gate`, `has_bias`, `is_transpo
   down_proj    [E, H, I]
 
 or, if transposed, with the last two dimensions swapped; with biases NAME_bias, and with scales
-NAME_scale_inv if the weights have 8 bits.
+NAME_scale_inv if the weights have 8 bits. Packed 4-bit weights, which `store` puts there, have
+gates before ups, and so has their bias; they are never transposed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from cutlass_moe.models.problems import block_rows
 Experts = Any  # a module of experts: its classes are made by a decorator
 QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # with a scale per channel
 FP8_BLOCK = "fp8_block"  # e4m3 as checkpoints with `weight_block_size` hold it
+PACKED = ("mxfp4", "int4_g32", "int4_g128")  # 4-bit weights of `pack_weights`
 BLOCK = 128  # rows and columns that share a scale in the blocks that kernels have
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 # Of values whose pairs tell activations apart: around zero, bends, clamps near and far.
@@ -54,8 +56,20 @@ def experts_of(model: nn.Module) -> Iterator[Experts]:
 
 
 def quant_of(module: Experts) -> str | None:
-    """What `store` made of a module: "fp8", "int8", "fp8_block" or None."""
+    """What `store` made of a module: "fp8", "int8", "fp8_block", one of PACKED, or None."""
     return getattr(module, "_cutlass_moe_quant", None)
+
+
+def is_packed(module: Experts) -> bool:
+    return quant_of(module) in PACKED
+
+
+def held_quant(module: Experts, weight: Tensor) -> str | None:
+    """What a weight of a module is, by its dtype: as `quant_of`, or None for 16 bits."""
+    if is_packed(module) and weight.dtype == torch.uint8:
+        return quant_of(module)
+    quant = next((name for name, dtype in QUANTS.items() if dtype == weight.dtype), None)
+    return FP8_BLOCK if quant and has_blocks(module) else quant
 
 
 def has_blocks(module: Experts) -> bool:
@@ -78,18 +92,20 @@ def why_not_blocks(module: Experts, inter: int, rows: int = BLOCK) -> str | None
 
 
 def is_interleaved(module: Experts) -> bool:
+    """Whether the module's own gate takes gate, up, gate, up, ..."""
     return module.has_gate and not module.is_concatenated
 
 
 def weights_of(module: Experts) -> dict[str, Tensor]:
     """Weights, scales and biases of a module, by their names in `fused_moe`; views."""
     found = {}
+    packed = is_packed(module)
     for ours, name in _names(module).items():
         weight = getattr(module, name)
-        found[ours] = weight.transpose(1, 2) if module.is_transposed else weight
+        found[ours] = weight.transpose(1, 2) if module.is_transposed and not packed else weight
         if module.has_bias:
             found[f"{ours}_bias"] = getattr(module, f"{name}_bias")
-        if weight.dtype.itemsize == 1:
+        if weight.dtype.itemsize == 1 and not packed:
             scale = getattr(module, f"{name}_scale_inv")
             plain = scale.dim() == 3 and not has_blocks(module)
             found[f"{ours}_scale"] = scale.squeeze(-1) if plain else scale
@@ -147,9 +163,11 @@ def find_activation(module: Experts) -> ActivationArguments | None:
 
 
 def quantize(module: Experts, quant: str) -> None:
-    """Replaces a module's weights by 8-bit buffers with the scales that `quant` names.
+    """Replaces a module's weights by 8-bit buffers with the scales that `quant` names, or by packed
+    ones.
 
-    Raises ValueError where kernels could not read blocks of scales.
+    Raises ValueError where kernels could not read blocks of scales, and for sizes that no packed
+    weights have.
     """
     before = {name: _local(tensor.detach()) for name, tensor in weights_of(module).items()}
     biases: Any = {name: value for name, value in before.items() if name.endswith("_bias")}
@@ -164,7 +182,11 @@ def quantize(module: Experts, quant: str) -> None:
         for name, weight in wide.items():
             if f"{name}_scale" in before:
                 wide[name] = dequantize(weight, before[f"{name}_scale"][e], block_size)
-        made.store(e, ExpertWeights(wide["w13"][None], wide["w2"][None], None, None, "bf16"), 0)
+        one = replace(held, w13=wide["w13"][None], w2=wide["w2"][None])
+        made.store(e, one, 0)
+    if quant in PACKED and interleaved and "w13_bias" in biases:
+        bias = biases["w13_bias"]
+        biases["w13_bias"] = torch.cat([bias[:, ::2], bias[:, 1::2]], 1)
     store(module, replace(made, **biases).padded(), quant)
 
 
@@ -180,8 +202,10 @@ def store(module: Experts, weights: Any, quant: str) -> None:
             if hasattr(module, stale):
                 delattr(module, stale)
         values, bias = getattr(weights, ours), getattr(weights, f"{ours}_bias")
-        module.register_buffer(name, values.transpose(1, 2) if module.is_transposed else values)
-        module.register_buffer(f"{name}_scale_inv", getattr(weights, f"{ours}_scale"))
+        turn = module.is_transposed and quant not in PACKED
+        module.register_buffer(name, values.transpose(1, 2) if turn else values)
+        if quant not in PACKED:
+            module.register_buffer(f"{name}_scale_inv", getattr(weights, f"{ours}_scale"))
         if bias is not None:
             setattr(module, f"{name}_bias", nn.Parameter(bias))
     module._cutlass_moe_quant = quant

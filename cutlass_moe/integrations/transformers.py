@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,14 +38,15 @@ from cutlass_moe.integrations.experts import (
     FP8_BLOCK,
     GATED,
     NOT_GATED,
+    PACKED,
     QUANTS,
     ActivationArguments,
     Experts,
-    dequantize,
     experts_of,
     find_activation,
-    has_blocks,
+    held_quant,
     is_interleaved,
+    is_packed,
     make_readable,
     quant_of,
     quantize,
@@ -53,21 +54,19 @@ from cutlass_moe.integrations.experts import (
     weights_of,
     why_not_blocks,
 )
+from cutlass_moe.integrations.stored import tensors_without_experts
 from cutlass_moe.models.checkpoints import Checkpoint
 from cutlass_moe.models.shards import Shards
 
 NAME = "cutlass_moe"
 OLDEST, NEWER = Version("5.17"), Version("5.25")  # tested from the one to below the other
-_DTYPES = {dtype: quant for quant, dtype in QUANTS.items()}
-_QUANTS = (*QUANTS, FP8_BLOCK)
+_QUANTS = (*QUANTS, FP8_BLOCK, *PACKED)
 _NAMES = ", ".join(map(repr, _QUANTS))
 SUMS_QUANTIZED = Version("5.24")  # the first seen to sum over ranks whatever the parameters are
 _LAYER = re.compile(r"\.(\d+)\.")
-_OF_EXPERTS = re.compile(r"(^|\.)experts\.")
-_SCALES = ("_scale", "_scale_inv")  # what follows the name of a weight
 _NO_GRADIENT = (
-    "kernels have no gradient of experts with scales of blocks, with 8 bits and their own gate, or "
-    "with a norm, and one may be asked for: call under torch.no_grad()"
+    "kernels have no gradient of experts with scales of blocks, with 4 bits, with 8 bits and their "
+    "own gate, or with a norm, and one may be asked for: call under torch.no_grad()"
 )
 _logger = logging.getLogger("cutlass_moe")
 
@@ -102,11 +101,15 @@ def quantize_(model: transformers.PreTrainedModel, quant: str) -> transformers.P
     I). Tokens, and the activation's results, are then quantised one by one in every call, for
     "fp8_block" by 128 values. Experts that have 8-bit weights already are quantised again, from
     their values.
+    Or 4 bits with bfloat16 activations: "mxfp4", "int4_g32" or "int4_g128", as `quantize_packed`
+    rounds them; values that are MXFP4's already stay what they are.
 
       parameter               buffers that replace it, of the same name and logical shape
       gate_up_proj, up_proj   8-bit, K dense; and NAME_scale_inv float32 [E, 2I] or [E, I]
       down_proj               8-bit, K dense; and down_proj_scale_inv float32 [E, H]
                               of "fp8_block" [E, rows of blocks, columns of blocks]
+      of 4 bits               uint8 as `pack_weights` has them, with their scales; their biases,
+                              too, have gates before ups
 
     I is padded to a multiple of 16 where it is none. Biases, routers, shared experts and attention
     stay as they are. The model selects `experts_implementation="cutlass_moe"`; its experts run
@@ -115,9 +118,9 @@ def quantize_(model: transformers.PreTrainedModel, quant: str) -> transformers.P
     a model that was quantised in the same way.
 
     Raises ValueError for another `quant`, for "fp8_block" where gates and ups are interleaved or in
-    one block, for a model without experts of this kind, for one that is
-    quantised already, whose weights are not loaded, or whose experts ranks share with transformers
-    before 5.24, and TypeError for other objects.
+    one block, for 4 bits where H or I is no multiple of 32, for a model without experts of this
+    kind, for one that is quantised already, whose weights are not loaded, or whose experts ranks
+    share with transformers before 5.24, and TypeError for other objects.
     """
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model)}")
@@ -151,12 +154,14 @@ def load_quantized(
     device: torch.device | str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
 ) -> transformers.PreTrainedModel:
-    """Loads a model whose experts are stored in 8 bits, or quantises them while they are read.
+    """Loads a model whose experts are stored in 8 or 4 bits, or quantises them while they are read.
 
     directory: config.json and safetensors files, as they are published: compressed-tensors with a
-      scale per channel, FP8 with a scale per block of 128 x 128, or 16 bits.
-    quant: "fp8", "int8" or "fp8_block"; default as the experts are stored, which must be one of
-      these. Weights that are stored in another of them are rounded once more.
+      scale per channel, FP8 with a scale per block of 128 x 128, gpt-oss's MXFP4, INT4 of
+      compressed-tensors in groups of 32 or 128, or 16 bits.
+    quant: one of those of `quantize_`; default as the experts are stored, which must be one of
+      these. 4-bit weights then keep their bits; weights that are stored in another of them are
+      rounded once more.
     dtype: of everything else. What of it is stored in 8 bits is converted, once.
 
     The experts are read one by one, so that no more than one is ever held in 16 bits. The result is
@@ -178,7 +183,7 @@ def load_quantized(
             layer = _LAYER.search(f".{named[id(module)]}.")
             assert layer is not None, named[id(module)]
             weights = checkpoint.read(int(layer[1]), device=device, quant=quant).padded()
-            if weights.interleaved != is_interleaved(module):
+            if stored not in PACKED and weights.interleaved != is_interleaved(module):
                 raise ValueError(f"{directory}: gate and up must lie as {type(module)} has them")
             store(module, weights, stored)
     model.save_pretrained = _refuse_to_save
@@ -204,7 +209,7 @@ def _load_all_but_experts(directory: Path, dtype: torch.dtype) -> transformers.P
 
     parts = {"__init__": without_experts, "__module__": kind.__module__}
     bare: Any = type(kind.__name__, (kind,), parts)
-    state = _state_without_experts(Shards(directory), dtype, asked.get("weight_block_size"))
+    state = tensors_without_experts(Shards(directory), dtype, asked.get("weight_block_size"))
     model = bare.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, experts_implementation=NAME
     )
@@ -212,25 +217,6 @@ def _load_all_but_experts(directory: Path, dtype: torch.dtype) -> transformers.P
     if (directory / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     return model
-
-
-def _state_without_experts(
-    shards: Shards, dtype: torch.dtype, block_size: Sequence[int] | None
-) -> dict[str, Tensor]:
-    """All tensors but those of experts, the 8-bit ones times their scales."""
-    state = {}
-    for name in shards.files:
-        if _OF_EXPERTS.search(name) or name.endswith(_SCALES):
-            continue
-        tensor = shards.read(name)
-        if tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool:
-            scale = next((name + end for end in _SCALES if name + end in shards.files), None)
-            if scale is None:
-                raise ValueError(f"{name} is {tensor.dtype} and must have a scale, it has none")
-            blocks = block_size if scale.endswith("_inv") else None
-            tensor = dequantize(tensor, shards.read(scale), blocks).to(dtype)
-        state[name] = tensor
-    return state
 
 
 # The forward of a module of experts. transformers passes the arguments by position or name.
@@ -262,9 +248,7 @@ def _forward(
         found = _find_out(self)
     experts = weights_of(self)
     trained = torch.is_grad_enabled() and _wants_gradient(experts, hidden, weights)
-    quant: str | None = _DTYPES.get(experts["w13"].dtype)
-    if quant and has_blocks(self):
-        quant = FP8_BLOCK
+    quant, packed = held_quant(self, experts["w13"]), is_packed(self)
     ours = quant_of(self)
     if ours and quant != ours:
         raise RuntimeError(
@@ -276,15 +260,19 @@ def _forward(
     activation = found.activation if found else None
     if _has_norm(self):
         activation = None
+    x, w13 = hidden, experts["w13"]
+    if packed or not quant:
+        x = hidden.to(torch.bfloat16 if packed else w13.dtype)
     call = {
-        "hidden": hidden if quant else hidden.to(experts["w13"].dtype),
-        **{"topk_weights": weights, "topk_ids": ids, "quant": quant, **experts},
+        **{"hidden": x, "topk_weights": weights, "topk_ids": ids, **experts},
+        "quant": None if packed else quant,
         # two products have kernels where a layer with a plain activation has
         **(activation or (GATED if self.has_gate else NOT_GATED)[0])._asdict(),
-        "interleaved": is_interleaved(self) and activation is not None,
+        "interleaved": is_interleaved(self) and activation is not None and not packed,
     }
     reason = None if ours else _why_not(self, found, call)
-    if trained and (_has_norm(self) or quant == FP8_BLOCK or (quant and activation is None)):
+    no_gradient = packed or quant == FP8_BLOCK or (quant and activation is None)
+    if trained and (_has_norm(self) or no_gradient):
         reason = reason or _NO_GRADIENT
         if ours:
             raise RuntimeError(f"experts are quantised to {ours}; {reason}")
@@ -312,6 +300,8 @@ def _two_products(self: Experts, call: dict[str, Any]) -> Tensor:
         return cm.grouped_matmul(x, call[name], out_dtype=dtype, **rows)
 
     up = multiply(call["hidden"], "w13", table.index)
+    if is_packed(self) and is_interleaved(self):  # its own gate takes gate, up, gate, up, ...
+        up = torch.stack(up.chunk(2, 1), 2).flatten(1)
     down = multiply(self._apply_gate(up) if self.has_gate else self.act_fn(up), "w2")
     if _has_norm(self):
         down = self.post_expert_norm(down)
@@ -337,8 +327,8 @@ def _why_not(self: Experts, found: _Found | None, call: dict[str, Any]) -> str |
 
 
 def _wants_gradient(experts: dict[str, Tensor], hidden: Tensor, weights: Tensor) -> bool:
-    """Whether a gradient may be asked for; 8-bit weights and their scales have none."""
-    trained = () if experts["w13"].dtype in _DTYPES else experts.values()
+    """Whether a gradient may be asked for; quantised weights and their scales have none."""
+    trained = () if experts["w13"].dtype.itemsize == 1 else experts.values()
     return any(tensor.requires_grad for tensor in (hidden, weights, *trained))
 
 

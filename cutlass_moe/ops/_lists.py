@@ -11,6 +11,7 @@ from torch import Tensor
 from cutlass_moe.operands import Options
 from cutlass_moe.ops._checks import is_n_major
 from cutlass_moe.ops._copies import NARROW
+from cutlass_moe.ops._packed import packing_of
 from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.runtime.workspace import view_of_slices
 
@@ -45,11 +46,14 @@ class ListArguments(NamedTuple):
 def find_weights(value: Tensors) -> Tensor | list[Tensor]:
     """Checks weights; returns one tensor [E, N, K] if that takes no copy, else [N, K] per expert.
 
-    Raises TypeError or ValueError for tensors that differ in dtype, shape or dense dimension.
+    Packed weights come as one tensor. Raises TypeError or ValueError for tensors that differ in
+    dtype, shape or dense dimension, and for packed ones apart from each other.
     """
     single = isinstance(value, Tensor)
     entries = entries_of("weight", value, 1 if single else len(value))
     shape = entries[0].shape
+    if packing_of(entries[0] if single else entries[0][None]):
+        return entries[0] if single else _one_packed(entries)
     if len(entries) == 1 and len(shape) == 3:
         return entries[0]
     for e, entry in enumerate(entries):
@@ -70,6 +74,18 @@ def find_weights(value: Tensors) -> Tensor | list[Tensor]:
                 f"got strides {entry.stride()}"
             )
     return entries
+
+
+def _one_packed(entries: list[Tensor]) -> Tensor:
+    """Packed weights of all experts, of a list of each one's, which lie end to end."""
+    first = entries[0]
+    whole = first[None] if len(entries) == 1 else view_of_slices(entries)
+    if whole is None or any(entry.shape != first.shape for entry in entries):
+        raise ValueError(
+            "a list of packed weights must be slices of one tensor [E, N / 32, K / 128, block "
+            "bytes] in order: no kernel reads them through a table"
+        )
+    return whole
 
 
 def find_scales(value: Tensors | None, experts: int, n: int) -> list[Tensor]:

@@ -34,6 +34,7 @@ from cutlass_moe.ops._lists import (
     find_weights,
     scale_dtype,
 )
+from cutlass_moe.ops._packed import columns
 from cutlass_moe.ops._types import check_types
 from cutlass_moe.ops.dispatch import Choice, choose_launch, enqueue, pose, strides_of
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference_out
@@ -79,6 +80,8 @@ def index_group_matmul(
                        [E, 1] or one value
       per_token_scale  [T], [T, 1] or one value    [M_e] or [M_e, 1]
       out              [rows, N]                   [M_e, N]
+
+    Packed 4-bit weights (`pack_weights`) are one tensor, or a list of its slices.
 
     x, weight: the dtypes of `grouped_matmul`; weights have K dense, or N if they are 16-bit, and
       all experts' the same one.
@@ -153,7 +156,7 @@ class Executor:
         self.device = check_tensors(arguments)
         self._weights = weights = find_weights(arguments.weight)
         experts = len(weights)
-        n, k = weights.shape[1:] if isinstance(weights, Tensor) else weights[0].shape
+        n = columns(weights) if isinstance(weights, Tensor) else len(weights[0])
         check_groups(arguments, experts)
         x = entries_of("x", arguments.x, experts)
         out = entries_of("out", arguments.out, experts)
@@ -176,7 +179,9 @@ class Executor:
         self._index = None if arguments.index is None else self._find_index(arguments.index)
         self._operands: dict[str, Tensor | WorkspaceRegion | None] = {
             "x": layout.join(x, "x"),
-            "weight": weights if isinstance(weights, Tensor) else weights[0].expand(experts, n, k),
+            "weight": weights
+            if isinstance(weights, Tensor)
+            else weights[0].expand(experts, -1, -1),
             "index": self._index,
             "offsets": self._ends or group_list,
             "per_token_scale": self._join("per_token_scale", token_scale),

@@ -6,22 +6,26 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from emitters.spec.arch import SM90, why_no_registers
+from emitters.spec.config_sm90 import WARPGROUP
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem, Granularity
 from emitters.spec.packing import BLOCK_ROWS, Packing
 
 # Registers per thread besides accumulators: fragments, packed words, addresses, epilogue.
 _OTHERS = {Packing.INT4_G128: 56, Packing.INT4_G32: 48, Packing.MXFP4: 64}
+_WGMMA_OTHERS = 30  # those of a WGMMA besides its accumulators: A's registers and addresses
 
 
 @dataclass(frozen=True)
 class GemmPackedSm90Config(GemmSwapSm90Config):
     """The config of `GemmSwapSm90` for packed weights, which WGMMA reads from registers.
 
-    Each 64 columns of a tile have a consumer warpgroup.
+    Each 64 columns of a tile have a consumer warpgroup. With `one_producer` a single warpgroup
+    loads weights and rows of x, and passes on to the consumers the registers that it does not need.
     """
 
-    k_boxes: int = 4  # a stage has 256 of K, two blocks of packed weights
+    k_boxes: int = 4  # of 64 of K; a block of packed weights has 128
+    one_producer: bool = False
     template: ClassVar[str] = "gemm_packed_sm90"
 
     MAX_CTAS: ClassVar[int] = 4
@@ -31,13 +35,34 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
         return self.tile_n // 64
 
     @property
+    def gather_threads(self) -> int:
+        return WARPGROUP if self.one_producer else super().gather_threads
+
+    @property
+    def weight_threads(self) -> int:
+        return 0 if self.one_producer else super().weight_threads
+
+    @property
+    def producer_registers(self) -> int:
+        """Registers per producer thread after `setmaxnreg`."""
+        return 40 + -(-self.tile_m // 64) * 8  # two tokens per 16 rows, and 40 for addresses
+
+    @property
+    def consumer_registers(self) -> int:
+        """Registers per consumer thread, after `setmaxnreg` where there is one producer."""
+        if not self.one_producer:
+            return self.registers
+        pool = self.registers * (1 + self.consumers) - self.producer_registers
+        return min(pool // self.consumers // 8 * 8, 240)
+
+    @property
     def k_blocks(self) -> int:
         """Blocks of packed weights, of 128 of K each, per stage."""
         return self.k_boxes // 2
 
     @property
     def registers(self) -> int:
-        """Registers per thread with which ctas_per_sm CTAs fit on an SM.
+        """Registers per thread, at launch, with which ctas_per_sm CTAs fit on an SM.
 
         Each quarter of an SM has a quarter of its registers, for whole warps.
         """
@@ -62,7 +87,7 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
 
     @property
     def words(self) -> str:
-        return f"packed {super().words}"
+        return f"packed {super().words}" + (" one producer" if self.one_producer else "")
 
     def why_illegal(self, problem: GemmProblem) -> str | None:
         if problem.weight.packing is None:
@@ -79,7 +104,10 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
             others += 8
         if problem.weight_scale is Granularity.CHANNEL and len(problem.epilogue) > 1:
             others += 8
-        return why_no_registers(accumulators, others, self.registers, "thread")
+        role = "consumer thread" if self.one_producer else "thread"
+        return why_no_registers(
+            self.tile_m // 2, _WGMMA_OTHERS, self.registers, "thread at launch"
+        ) or why_no_registers(accumulators, others, self.consumer_registers, role)
 
     def _why_tile(self, problem: GemmProblem) -> str | None:
         if self.tile_m != 8 and (self.tile_m % 16 or not 16 <= self.tile_m <= 256):
@@ -89,6 +117,11 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
                 "tile_n must be 64, 128 or 256 (64 columns per consumer warpgroup), "
                 f"got {self.tile_n}"
             )
-        if self.k_boxes != 4:
-            return f"k_boxes must be 4 for packed weights (two blocks of K), got {self.k_boxes}"
+        if self.k_boxes not in (2, 4):
+            return (
+                "k_boxes must be 2 or 4 for packed weights (one or two blocks of K), "
+                f"got {self.k_boxes}"
+            )
+        if self.one_producer and self.tile_m < 16:
+            return f"tile_m must be at least 16 with one_producer, got {self.tile_m}"
         return self._why_split(problem)

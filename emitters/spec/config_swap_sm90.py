@@ -35,9 +35,14 @@ class GemmSwapSm90Config(Sm90Config):
         return 1
 
     @property
+    def weight_threads(self) -> int:
+        """Threads that copy weights alone: a warp; none if the gather's first warp does that."""
+        return 32
+
+    @property
     def threads(self) -> int:
-        """Threads per CTA: the consumers, the gather's warps, one warp for the weights."""
-        return WARPGROUP * self.consumers + 32 + self.gather_threads
+        """Threads per CTA: the consumers, those of the gather, those of the weights."""
+        return WARPGROUP * self.consumers + self.gather_threads + self.weight_threads
 
     def weight_copies(self, problem: GemmProblem) -> int:
         """The parts of K in which a stage's weights are copied."""

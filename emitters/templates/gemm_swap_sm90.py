@@ -82,6 +82,7 @@ class GemmSwapSm90:
         loader = PackedLoader if self.packed else WeightLoader
         self.weights = loader(problem, config.evict_first)
         self.consumer_threads = WARPGROUP * config.consumers
+        self.one_producer = config.weight_threads == 0
         self.ring = Ring(self.stages, 1 + config.gather_threads, 4 * config.consumers)
         self.scales = BlockScales(problem, config) if problem.block_rows else None
         store = TransposedStore(problem, config)
@@ -181,7 +182,9 @@ class GemmSwapSm90:
             self.scales.attach(storage.scales.data_ptr())
 
         consumer_warps = self.consumer_threads // 32
-        weight_warp = consumer_warps + self.config.gather_threads // 32
+        weight_warp = consumer_warps  # of one producer; else the last one
+        if const_expr(not self.one_producer):
+            weight_warp += self.config.gather_threads // 32
         if warp == weight_warp:
             if rows.early == 0:
                 wait_for_previous()
@@ -198,22 +201,26 @@ class GemmSwapSm90:
             self.weights.prefetch_map(weight)
         self.sync_cluster(alone=True)
 
-        if warp != weight_warp:  # the previous kernel may still use x, index, scales and out
-            wait_for_previous()
+        if self.one_producer or warp != weight_warp:
+            wait_for_previous()  # it may still use x, index, scales and out
             if thread == 0:
                 launch_next()
         if warp < consumer_warps:
+            if const_expr(self.one_producer):
+                cute.arch.setmaxregister_increase(self.config.consumer_registers)
             staging = storage.staging.data_ptr()
             self.epilogue.attach(node_tensors, gate, gathered, output, staging, warp, thread % 32)
             if const_expr(self.packed is not None):
                 self.mma_packed(storage, sums, thread)
             else:
                 self.mma(storage, sums, thread)
-        elif warp < weight_warp:
+        elif self.one_producer or warp < weight_warp:
+            if const_expr(self.one_producer):
+                cute.arch.setmaxregister_decrease(self.config.producer_registers)
             self.gather.attach(gathered, thread % WARPGROUP)
             if const_expr(self.scales is not None):
                 self.scales.attach_copies(scales, self.gather)
-            self.load_x(storage)
+            self.load_x(storage, weight, warp == weight_warp)
         else:
             self.load_weights(weight, storage)
         self.sync_cluster()  # other CTAs may still write to this one's shared memory
@@ -244,9 +251,6 @@ class GemmSwapSm90:
     @cute.jit
     def load_weights(self, weight, storage):
         """The loop over tiles of the weights' warp: fills the stages with weights."""
-        stages = cute.recast_ptr(storage.weight.data_ptr(), dtype=Uint8)
-        copies = self.weight_copies
-        step = 1 if self.packed else self.tile[2]  # blocks or elements of K
         tile, end, stride = self.share(storage)
         first_k, end_k = self.k_range()
         state = self.ring.producer()
@@ -255,18 +259,29 @@ class GemmSwapSm90:
             weight_map = self.weights.find_map(weight, expert)
             for k in cutlass.range(first_k, end_k, unroll=1):
                 self.ring.wait_empty(state)
-                with cute.arch.elect_one():
-                    barrier = self.ring.expect(state, self.weight_bytes * copies)
-                    for i in range_constexpr(copies):
-                        stage = stages + (state.index * copies + i) * self.weight_bytes
-                        corner = ((k * copies + i) * step, column, expert)
-                        self.weights.copy(stage, weight_map, corner, self.tile[0], barrier)
+                self.copy_weights(storage, state, weight_map, k, column, expert)
                 state.advance()
             tile += stride
 
     @cute.jit
-    def load_x(self, storage):
-        """The loop over tiles of the gather's warps: fills the stages with rows of x."""
+    def copy_weights(self, storage, state, weight_map, k, column, expert):
+        """Starts the copies of a stage's weights; by one warp."""
+        stages = cute.recast_ptr(storage.weight.data_ptr(), dtype=Uint8)
+        copies = self.weight_copies
+        step = 1 if self.packed else self.tile[2]  # blocks or elements of K
+        with cute.arch.elect_one():
+            barrier = self.ring.expect(state, self.weight_bytes * copies)
+            for i in range_constexpr(copies):
+                stage = stages + (state.index * copies + i) * self.weight_bytes
+                corner = ((k * copies + i) * step, column, expert)
+                self.weights.copy(stage, weight_map, corner, self.tile[0], barrier)
+
+    @cute.jit
+    def load_x(self, storage, weight, with_weights):
+        """The loop over tiles of the gather's warps: fills the stages with rows of x.
+
+        weight, with_weights: what this warp copies too, if there is one producer.
+        """
         stages = cute.recast_ptr(storage.x.data_ptr(), dtype=Uint8)
         boxes = self.config.k_boxes
         tile, end, stride = self.share(storage)
@@ -284,6 +299,9 @@ class GemmSwapSm90:
             self.gather.fetch(row, rows)
             for k in cutlass.range(first_k, end_k, unroll=1):
                 self.ring.wait_empty(state)
+                if self.one_producer and with_weights:
+                    weight_map = self.weights.find_map(weight, expert)
+                    self.copy_weights(storage, state, weight_map, k, column, expert)
                 for i in range_constexpr(boxes):
                     stage = stages + (state.index * boxes + i) * self.x_bytes
                     self.gather.copy(stage, k * boxes + i)

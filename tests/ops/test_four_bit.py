@@ -86,6 +86,31 @@ def test_plans_take_packed_weights() -> None:
     assert not torch.equal(plan(weight=other), first)
 
 
+@pytest.mark.parametrize("packing", Packing)
+@pytest.mark.parametrize("form", ["tensor", "list", "one_expert", "count"])
+def test_index_group_matmul(packing: Packing, form: str) -> None:
+    counts = (9,) if form == "one_expert" else SMALL.counts
+    inputs = make_inputs(replace(SMALL, packing=packing, counts=counts), "cpu")
+    weight, groups, kind = inputs["weight"], inputs["offsets"], "cumsum"
+    wanted = cm.grouped_matmul(**inputs)
+    if form != "tensor":
+        weight = list(weight)
+    if form == "count":
+        groups, kind = torch.tensor(counts), "count"
+    out = torch.full_like(wanted, torch.nan)
+    rest = {"index": inputs["index"], "group_list_type": kind}
+    cm.index_group_matmul(inputs["x"], weight, None, None, groups, out, **rest)
+    assert torch.equal(out, wanted)
+
+
+def test_a_list_of_packed_weights_apart_is_refused() -> None:
+    inputs = make_inputs(SMALL, "cpu")
+    apart = [one.clone() for one in inputs["weight"]]
+    out = torch.empty(11, 64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="must be slices of one tensor"):
+        cm.index_group_matmul(inputs["x"], apart, None, None, inputs["offsets"], out)
+
+
 WEIGHT = make_inputs(SMALL, "cpu")["weight"]
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "fp16": ({"x": torch.ones(9, 136).half()}, TypeError, "bfloat16 for packed weights, got .*16"),

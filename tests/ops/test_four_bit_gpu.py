@@ -26,13 +26,24 @@ EVERY = (
     *(replace(PACKED, packing=packing, counts=RAGGED, n=224, k=1160) for packing in Packing),
     replace(PACKED_CASES["swiglu"], k=1160),
 )
+REPEATED = {packing: replace(PACKED_CASES[f"{packing}_20"], spare=0) for packing in Packing}
 
 
 def every_config(case: Case) -> list[GemmConfig]:
     shapes = product((8, 16, 32, 48, 96, 128), (64, 128, 256), (1, 2, 3, 4))
-    configs = [GemmPackedSm90Config(m, n, ctas_per_sm=ctas) for m, n, ctas in shapes]
-    split = (GemmPackedSm90Config(m, 64, split_k=2, ctas_per_sm=2) for m in (8, 16))
-    configs = [c for c in (*configs, *split) if why_illegal(case.problem, c) is None]
+    configs = [
+        GemmPackedSm90Config(m, n, ctas_per_sm=ctas, k_boxes=2 + 2 * (ctas % 2))
+        for m, n, ctas in shapes
+    ]
+    configs += [
+        *(GemmPackedSm90Config(m, 64, split_k=2, ctas_per_sm=2) for m in (8, 16)),
+        *(
+            GemmPackedSm90Config(m, n, k_boxes=2, one_producer=True, ctas_per_sm=ctas)
+            for m in (32, 96, 144, 192, 256)
+            for n, ctas in ((64, 2), (128, 1), (256, 1))
+        ),
+    ]
+    configs = [c for c in configs if why_illegal(case.problem, c) is None]
     return list(dict.fromkeys((*heuristics.candidates(case.problem), *configs)))
 
 
@@ -41,6 +52,7 @@ def images() -> set[tuple[Problem, Config]]:
     found: set[tuple[Problem, Config]] = {
         (case.problem, case.config) for case in PACKED_CASES.values()
     }
+    found |= {(case.problem, case.config) for case in REPEATED.values()}
     found |= {(case.problem, config) for case in EVERY for config in every_config(case)}
     return found | packed_images()
 
@@ -69,7 +81,7 @@ def test_every_config_gives_the_same(case: Case, config: GemmConfig) -> None:
 
 @pytest.mark.parametrize("packing", Packing)
 def test_results_are_the_same_bits_in_every_launch_and_in_graphs(packing: Packing) -> None:
-    case = replace(PACKED_CASES[f"{packing}_20"], spare=0)
+    case = REPEATED[packing]
     inputs = make_inputs(case, "cuda")
     first = cm.grouped_matmul(**inputs)
     assert all(same_bits(cm.grouped_matmul(**inputs), first) for _ in range(20))
@@ -80,6 +92,15 @@ def test_results_are_the_same_bits_in_every_launch_and_in_graphs(packing: Packin
     graph.replay()
     assert same_bits(out, first)
     opcheck(case, "cuda")
+
+
+def test_lists_of_packed_weights() -> None:
+    inputs = make_inputs(REPEATED[Packing.MXFP4], "cuda")
+    wanted = cm.grouped_matmul(**inputs)
+    out = torch.zeros_like(wanted)
+    arguments = inputs["x"], list(inputs["weight"]), None, None, inputs["offsets"], out
+    cm.index_group_matmul(*arguments, index=inputs["index"])
+    assert same_bits(out, wanted)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 128, 1024])

@@ -68,10 +68,10 @@ def test_cases_of_both_kinds_are_measured_and_share_weights(run) -> None:
         assert set(record["systems"] | record["absent"]) == {OURS, "vllm"}
 
 
-@pytest.mark.parametrize("dtype", ["fp8", "int8", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp8", "int8", "bf16", "mxfp4", "int4_g128"])
 @pytest.mark.parametrize("part", ["up", "down"])
 def test_our_products_are_right(run, dtype: str, part: str) -> None:
-    case = replace(UP, dtype=dtype, part=part)
+    case = replace(UP, dtype=dtype, part=part, inter=128)
     records, _ = run([case], OURS)
     assert list(records[case.id]["systems"]) == [OURS]
 

@@ -12,8 +12,9 @@ import torch
 
 from perf.cases import of_shape
 from perf.operands import LayerInputs, ProductInputs, weights_of
-from perf.peers import deepgemm, prepared, unpacked, vllm
+from perf.peers import deepgemm, humming, prepared, unpacked, vllm
 from perf.peers.prepared import Absent, fastest, require
+from perf.systems import named, systems_of
 from tests.perf.samples import UP
 
 KERNELS = """
@@ -193,3 +194,26 @@ def test_a_module_that_asserts_is_absent(tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(Absent, match="needs nvcc"):
         prepared.require("asserting_peer")
+
+
+def test_4_bit_weights_have_systems_of_their_own() -> None:
+    packed, others = of_shape("mixtral", "layer", "mxfp4", 1), of_shape("mixtral", "up", "fp8", 1)
+    assert named([packed]) == ["cutlass_moe", "humming", "triton_kernels"]
+    assert "triton_kernels" not in systems_of(others) and "deepgemm" in named([packed, others])
+
+
+@pytest.mark.parametrize("dtype", ["mxfp4", "int4_g128"])
+def test_humming_gets_a_checkpoints_bits(dtype: str) -> None:
+    weight = weights_of(replace(UP, dtype=dtype), "cpu")["up"]
+    tensors = humming.tensors_of(weight, dtype)
+    assert tensors["weight"].shape == (5, 128, 128 // 8)
+    assert torch.equal(tensors["weight"], weight.w.flatten(2).view(torch.int32))
+    assert torch.equal(tensors["weight_scale"].view(weight.scale.dtype), weight.scale)
+
+
+@pytest.mark.parametrize("part", ["up", "layer"])
+def test_triton_kernels_take_mxfp4_alone(part: str) -> None:
+    case = replace(UP, dtype="int4_g128", part=part, inter=128)
+    kind = LayerInputs if case.is_layer else ProductInputs
+    with pytest.raises(Absent, match="mxfp4 only"):
+        systems_of(case)["triton_kernels"](kind(case, weights_of(case, "cpu")), None)

@@ -122,7 +122,7 @@ def test_floor_is_the_longer_of_bytes_and_arithmetic() -> None:
 
 def test_full_report_names_the_best_in_every_case() -> None:
     text = report.full_report(MEASURED)
-    peers = [name for name in PRODUCTS if name != OURS]
+    peers = [name for name in PRODUCTS if name not in (OURS, "triton_kernels")]  # for 4 bits
     assert f"| ours | +-% | {' | '.join(peers)} | best | / ours |" in text
     lines = [line for line in text.splitlines() if line.startswith("| mixtral up | ")]
     assert [line.split(" | ")[-2] for line in lines[:3]] == ["humming", "vllm_best", "deepgemm"]

@@ -9,7 +9,7 @@ import pytest
 
 import cutlass_moe as cm
 from perf import vllm_layer
-from perf.cases import DTYPES, MODELS, of_shape
+from perf.cases import MODELS, UNPACKED, of_shape
 from perf.operands import WORST_ERROR, weights_of
 
 
@@ -22,7 +22,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", UNPACKED)
 @pytest.mark.parametrize("model", ["rank", "alone"])
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_what_is_expected_of_a_rank(model: str, dtype: str, tokens: int) -> None:
@@ -46,7 +46,7 @@ def test_what_is_expected_of_a_rank(model: str, dtype: str, tokens: int) -> None
     assert difference <= WORST_ERROR["layer"][dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", UNPACKED)
 @pytest.mark.parametrize("model", vllm_layer.SERVED)
 def test_layers_that_are_measured_have_kernels(model: str, dtype: str) -> None:
     experts = vllm_layer.served(of_shape(model, "layer", dtype, 1))

@@ -416,6 +416,28 @@ PACKED: dict[str, Run] = {  # 4-bit weights, which WGMMA reads from registers
     "packed_starts": _packed(_G128, apart=5),
     "packed_no_rows": _packed(_MXFP4, counts=(0, 0, 0)),
     "packed_no_tokens": _packed(_G32, tokens=0),
+    "packed_one_block": _packed(_MXFP4, replace(_PACK, k_boxes=2, stages=3), k=1160),
+    "packed_one_producer": _packed(
+        _MXFP4,
+        replace(_PACK, tile_m=144, tile_n=128, k_boxes=2, one_producer=True),
+        counts=(150, 0, 33),
+        k=648,
+        n=160,
+    ),
+    "packed_one_producer_g128": _packed(
+        _G128,
+        replace(_PACK, tile_m=128, tile_n=128, one_producer=True),
+        counts=(130, 0, 33),
+        epilogue=(Bias(DType.BF16), _SWIGLU),
+        n=192,
+    ),
+    "packed_one_producer_two_ctas": _packed(
+        _G32,
+        replace(_PACK, tile_m=128, k_boxes=2, one_producer=True, ctas_per_sm=2),
+        counts=(70, 0, 33),
+        gather=False,
+        reads="any",
+    ),
     "packed_three_ctas": _packed(_G128, grid=3, counts=(9, 0, 33, 1)),
 }
 RUNS = NUMBERS | ADDRESSES | SHAPES | SWAPPED | ACTIVATED | N_MAJOR | BLOCKS | PACKED
