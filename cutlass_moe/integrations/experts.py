@@ -236,11 +236,12 @@ def dequantize(values: Tensor, scale: Tensor, block_size: Sequence[int] | None =
     """float32 values [N, K] times their scales: one, one per row, or one per block.
 
     scale: of any number of dimensions if it is [1] or [N], else [ceil(N / n), ceil(K / k)].
-    block_size: n and k; default what divides N and K evenly.
+    block_size: n and k, if the scale is of such blocks; default what divides N and K evenly.
     """
     scale = scale.detach().float()
     scale = scale if scale.dim() == 2 else scale.reshape(-1, 1)
-    if block_size is None:
+    sizes = tuple(-(-a // b) for a, b in zip(values.shape, block_size or (), strict=False))
+    if block_size is None or scale.shape != sizes:
         rows, columns = (-(-a // b) for a, b in zip(values.shape, scale.shape, strict=True))
     else:
         rows, columns = block_size

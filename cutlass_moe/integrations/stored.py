@@ -16,9 +16,10 @@ _SCALES = ("_scale", "_scale_inv")  # what follows the name of a weight
 
 
 def tensors_without_experts(
-    shards: Shards, dtype: torch.dtype, block_size: Sequence[int] | None
+    shards: Shards, dtype: torch.dtype, blocks: Sequence[int] | None
 ) -> dict[str, Tensor]:
-    """All tensors but those of experts, the 8-bit ones times their scales."""
+    """All tensors but those of experts, the 8-bit ones times their scales. blocks: the rows and
+    columns of those that share one, where a scale is of such blocks."""
     state = {}
     for name in shards.files:
         if _OF_EXPERTS.search(name) or name.endswith(_SCALES):
@@ -28,7 +29,6 @@ def tensors_without_experts(
             scale = next((name + end for end in _SCALES if name + end in shards.files), None)
             if scale is None:
                 raise ValueError(f"{name} is {tensor.dtype} and must have a scale, it has none")
-            blocks = block_size if scale.endswith("_inv") else None
             tensor = dequantize(tensor, shards.read(scale), blocks).to(dtype)
         state[name] = tensor
     return state

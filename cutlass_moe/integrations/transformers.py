@@ -56,6 +56,7 @@ from cutlass_moe.integrations.experts import (
 )
 from cutlass_moe.integrations.stored import tensors_without_experts
 from cutlass_moe.models.checkpoints import Checkpoint
+from cutlass_moe.models.quantization import block_size
 from cutlass_moe.models.shards import Shards
 
 NAME = "cutlass_moe"
@@ -209,7 +210,7 @@ def _load_all_but_experts(directory: Path, dtype: torch.dtype) -> transformers.P
 
     parts = {"__init__": without_experts, "__module__": kind.__module__}
     bare: Any = type(kind.__name__, (kind,), parts)
-    state = tensors_without_experts(Shards(directory), dtype, asked.get("weight_block_size"))
+    state = tensors_without_experts(Shards(directory), dtype, block_size(asked))
     model = bare.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, experts_implementation=NAME
     )

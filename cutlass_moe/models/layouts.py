@@ -199,9 +199,10 @@ def check_tensors(layout: Layout, shards: Shards, experts: range) -> Layout:
             f"{dtype} weights must have {'' if has_scales else 'no '}scales, "
             f"{scale} is {'missing' if has_scales else 'there'}"
         )
-    if quant == "fp8" and layout.ending == "_scale_inv":
+    if quant == "fp8":
         shape, _ = shards.header(layout.down.weight(first) + layout.ending)
-        if shape[-2:] == layout.down.block_shape:
+        lead = (layout.experts,) if layout.down.stacked else ()
+        if shape == (*lead, *layout.down.block_shape):
             quant = FP8_BLOCK
     return _checked(replace(layout, quant=quant), shards, experts, _wrong)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cutlass_moe.operands import PACKINGS
@@ -62,6 +63,13 @@ def read_quantization(plain: Any) -> Quantization | None:
     return Quantization(None, words or f"quant_method {method!r}")
 
 
+def block_size(plain: dict[str, Any]) -> Sequence[int] | None:
+    """The rows and columns of a weight that share a scale, in either of two formats."""
+    groups = (plain.get("config_groups") or {}).values()
+    structures = ((group.get("weights") or {}).get("block_structure") for group in groups)
+    return plain.get("weight_block_size") or next(filter(None, structures), None)
+
+
 def _fp8(plain: dict[str, Any]) -> Quantization:
     block = plain.get("weight_block_size")
     scheme = plain.get("activation_scheme", "dynamic")
@@ -91,23 +99,33 @@ def _group(group: dict[str, Any]) -> Quantization:
     name = f"{bits}-bit {kind} weights with a scale a {strategy}"
     packed = f"int4_g{weights.get('group_size')}"
     plain = weights.get("symmetric", True) and not inputs and not weights.get("actorder")
+    blocks = weights.get("block_structure")
+    if strategy == "block":
+        shape = " x ".join(map(str, blocks)) if isinstance(blocks, list) else blocks
+        name += f" of {shape}"
     if (bits, kind, strategy) == (4, "int", "group") and packed in PACKINGS and plain:
         return Quantization(packed)
-    if bits != 8 or kind not in ("float", "int") or strategy not in ("channel", "tensor"):
+    in_blocks = kind == "float" and strategy == "block" and blocks == [128, 128]
+    known = in_blocks or (kind in ("float", "int") and strategy in ("channel", "tensor"))
+    if bits != 8 or not known:
         return Quantization(None, f"compressed-tensors' {name}")
     if not inputs:
         return Quantization(None, f"compressed-tensors' {name} and 16-bit activations")
     if (inputs.get("num_bits"), inputs.get("type")) != (bits, kind):
         other = f"{inputs.get('num_bits')}-bit {inputs.get('type')}"
         return Quantization(None, f"compressed-tensors' {name} and {other} activations")
-    if not inputs.get("dynamic") or inputs.get("strategy") != "token":
+    needed = ("group", 128) if in_blocks else ("token", None)
+    if not inputs.get("dynamic") or (inputs.get("strategy"), inputs.get("group_size")) != needed:
         scale = f"a {'dynamic' if inputs.get('dynamic') else 'static'} scale"
+        size = f" of {inputs['group_size']}" if inputs.get("group_size") else ""
         return Quantization(
             None, f"compressed-tensors' {name} and activations with {scale} a "
-            f"{inputs.get('strategy')}"
+            f"{inputs.get('strategy')}{size}"
         )  # fmt: skip
     if not (weights.get("symmetric", True) and inputs.get("symmetric", True)):
         return Quantization(None, f"compressed-tensors' {name}, not symmetric")
+    if in_blocks:
+        return Quantization("fp8_block")
     return Quantization("fp8" if kind == "float" else "int8")
 
 

@@ -598,10 +598,11 @@ def write_8bit(directory: Path, model: Any, quant: str) -> None:
     tensors = safetensors_torch.load_file(file)
     for name, tensor in list(tensors.items()):
         if tensor.dim() == 2 and "layers" in name and not name.endswith(("gate.weight", "conv")):
-            if quant == "fp8_block":
+            if quant.startswith("fp8_block"):
                 rows, columns = (-(-size // 128) for size in tensor.shape)
                 scale = torch.full((rows, columns), float(tensor.abs().max()) / 448)
-                tensors[f"{name}_scale_inv"] = scale
+                ending = "_scale" if quant.endswith("compressed") else "_scale_inv"
+                tensors[f"{name}{ending}"] = scale
                 tensors[name] = (tensor.float() / scale[0, 0]).to(torch.float8_e4m3fn)
             else:
                 values, scale = cm.quantize_per_token(tensor, ours.QUANTS[quant])
@@ -660,6 +661,7 @@ def test_gpt_oss_keeps_its_bits(tmp_path: Path) -> None:
         ("mixtral", "fp8", None),
         ("deepseek-v3", "fp8_block", "int8"),
         ("deepseek-v3", "fp8_block", None),
+        ("qwen3-moe", "fp8_block_compressed", None),
         ("deepseek-v3", "bf16", "fp8"),
         ("nemotron-h", "bf16", "fp8_block"),
         ("qwen3-moe", "bf16", "int4_g32"),
@@ -676,11 +678,12 @@ def test_load_quantized(family: str, stored: str, quant: str | None, tmp_path: P
     assert type(loaded) is type(model)
     assert loaded.config._experts_implementation == "cutlass_moe"
     assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
-    assert experts_of(loaded)[0].down_proj.dtype == NAMED_DTYPES.get(quant or stored, torch.uint8)
+    name = quant or stored.removesuffix("_compressed")
+    assert experts_of(loaded)[0].down_proj.dtype == NAMED_DTYPES.get(name, torch.uint8)
     with torch.no_grad():
         error = per_token(loaded(ids).logits, model(ids).logits).median()
     limit = 0.05 if "int8" in (stored, quant) and stored != "fp8_block" else 0.2
-    assert error <= (limit if (quant or stored) in NAMED_DTYPES else 0.4)
+    assert error <= (limit if name in NAMED_DTYPES else 0.4)
     with pytest.raises(NotImplementedError, match="saved before"):
         loaded.save_pretrained(tmp_path)
 

@@ -123,7 +123,10 @@ FORMATS = [
         if quant not in PACKINGS  # test_packed_checkpoints.py
     ],
     *[(form, "fp8_block") for form in (MINIMAX, NEMOTRON)],
-    *[(replace(STACKED, style="apart"), quant) for quant in ("fp8_tensor", "fp8_block", "int8")],
+    *[
+        (replace(STACKED, style="apart"), quant)
+        for quant in ("fp8_tensor", "fp8_block", "fp8_block_compressed", "int8")
+    ],
     *[(replace(STACKED, style="transposed"), quant) for quant in ("fp8", "fp16", "int8")],
     *[(STACKED, quant) for quant in ("fp8", "int8")],
 ]
@@ -133,8 +136,11 @@ FORMATS = [
 def test_format(form: Form, quant: str, tmp_path: Path) -> None:
     written = write_checkpoint(tmp_path, form, quant, **WIDE)[LAYER]
     weights = read(tmp_path)
-    assert weights.quant == quant.removesuffix("_tensor")
-    assert weights.block_inter == (64 if quant == "fp8_block" else None)
+    in_blocks = quant.startswith("fp8_block")
+    assert weights.quant == "fp8_block" if in_blocks else quant.removesuffix("_tensor")
+    with Checkpoint(tmp_path) as checkpoint:
+        assert weights.quant == checkpoint.model.dtype or quant in FLOATS
+    assert weights.block_inter == (64 if in_blocks else None)
     for got, own, right in zip(
         dense(weights), zip(*map(weights.dense, range(EXPERTS)), strict=True),
         expected(written), strict=True,
@@ -145,8 +151,8 @@ def test_format(form: Form, quant: str, tmp_path: Path) -> None:
         assert weights.w13_scale is not None and weights.w13_scale.dtype == torch.float32
         rows = weights.w13.shape[1]
         halves = rows // weights.w2.shape[2]
-        shape13 = (halves * 3, 2) if quant == "fp8_block" else (rows,)
-        shape2 = (2, 2) if quant == "fp8_block" else (160,)
+        shape13 = (halves * 3, 2) if in_blocks else (rows,)
+        shape2 = (2, 2) if in_blocks else (160,)
         assert weights.w13_scale.shape == (EXPERTS, *shape13)
         assert weights.w2_scale is not None and weights.w2_scale.shape == (EXPERTS, *shape2)
 
@@ -181,16 +187,6 @@ def test_joint_blocks_with_rows_of_both(inter: int, tmp_path: Path) -> None:
     assert torch.equal(
         dense(read(tmp_path))[0], stored * scales["gate_up_proj"][:, row][..., column]
     )
-
-
-def test_scales_of_powers_of_two(tmp_path: Path) -> None:
-    """In 8 bits, as some block checkpoints have them."""
-    write_checkpoint(tmp_path, QWEN3, "fp8_block", **WIDE, shards=0)
-    e8m0 = torch.float8_e8m0fnu
-    edit(tmp_path, "_scale_inv", lambda _, tensor: tensor.log2().round().exp2().to(e8m0))
-    scale = read(tmp_path).w13_scale
-    assert scale is not None and scale.dtype == torch.float32
-    assert torch.equal(scale.log2(), scale.log2().round())
 
 
 def test_one_file_without_an_index(tmp_path: Path) -> None:

@@ -33,6 +33,11 @@ def compressed(
     return {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": ignored}
 
 
+def compressed_blocks(rows: int = 128, **inputs: Any) -> dict[str, Any]:
+    inputs = {"strategy": "group", "group_size": 128, **inputs}
+    return compressed(strategy="block", inputs=inputs, block_structure=[rows, 128])
+
+
 SEVERAL = compressed()
 SEVERAL["config_groups"] = {
     **SEVERAL["config_groups"],
@@ -54,6 +59,8 @@ SEVERAL["config_groups"] = {
         (compressed(), "fp8"),
         (compressed(strategy="tensor"), "fp8"),
         (compressed(kind="int"), "int8"),
+        (compressed_blocks(), "fp8_block"),
+        ({**FP8_BLOCKS, "scale_fmt": "ue8m0"}, "fp8_block"),
         ({**FP8_BLOCKS, "modules_to_not_convert": ["lm_head", "layers.3.mlp.experts"]}, "bf16"),
         ({**compressed(), "ignore": ["re:.*mlp.experts.*"]}, "bf16"),
     ],
@@ -78,7 +85,10 @@ def test_what_kernels_have(plain: dict[str, Any], dtype: str) -> None:
         ({**FP8_BLOCKS, "expert_dtype": "fp4"}, "experts of fp4"),
         (compressed(4, "int", "group"), "4-bit int weights with a scale a group"),
         (compressed(4, "float", "tensor_group"), "4-bit float weights"),
-        (compressed(strategy="block"), "8-bit float weights with a scale a block"),
+        (compressed(strategy="block"), "8-bit float weights with a scale a block of None"),
+        (compressed_blocks(64), "8-bit float weights with a scale a block of 64 x 128"),
+        (compressed_blocks(strategy="token"), "activations with a dynamic scale a token"),
+        (compressed_blocks(group_size=64), "activations with a dynamic scale a group of 64"),
         (compressed(inputs={}), "and 16-bit activations"),
         (compressed(kind="int", inputs={"type": "float"}), "and 8-bit float activations"),
         (compressed(inputs={"dynamic": False}), "activations with a static scale a token"),

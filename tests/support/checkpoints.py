@@ -159,9 +159,10 @@ def write_checkpoint(
 ) -> dict[int, Written]:
     """Writes config.json and safetensors files, and returns the layers.
 
-    quant: "bf16", "fp16", "fp8" (a scale per channel), "fp8_tensor", "int8", "fp8_block", "mxfp4",
-    "int4_g32" or "int4_g128". shards: how many files, 0 for model.safetensors without an index.
-    changes: of the config's fields.
+    quant: a key of QUANTIZATION: "fp8" has a scale per channel, "fp8_tensor" one per weight;
+    "fp8_block" float32 ones per block, "_ue8m0" powers of two in float32, "_e8m0" in 8 bits,
+    "_compressed" those of compressed-tensors. shards: how many files, 0 for model.safetensors
+    without an index. changes: of the config's fields.
     """
     from safetensors.torch import save_file
 
@@ -276,8 +277,8 @@ def _store(weight: Tensor, quant: str) -> tuple[Tensor, dict[str, Tensor]]:
     if quant in ("bf16", "fp16"):
         stored = weight.to(torch.bfloat16 if quant == "bf16" else torch.float16)
         return stored.float(), {"weight": stored}
-    if quant == "fp8_block":
-        return _store_blocks(weight)
+    if quant.startswith("fp8_block"):
+        return _store_blocks(weight, quant.removeprefix("fp8_block"))
     if quant == "mxfp4":
         return _store_mxfp4(weight)
     if quant.startswith("int4"):
@@ -293,17 +294,23 @@ def _store(weight: Tensor, quant: str) -> tuple[Tensor, dict[str, Tensor]]:
     return values.float() * scale.float(), {"weight": values, "weight_scale": scale}
 
 
-def _store_blocks(weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _store_blocks(weight: Tensor, kind: str) -> tuple[Tensor, dict[str, Tensor]]:
     n, k = weight.shape
     dense, values = torch.empty_like(weight), torch.empty(n, k, dtype=torch.float8_e4m3fn)
     scales = torch.empty(-(-n // BLOCK), -(-k // BLOCK))
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
             part = slice(i * BLOCK, (i + 1) * BLOCK), slice(j * BLOCK, (j + 1) * BLOCK)
-            scales[i, j] = weight[part].abs().max() / 448 * (1 + 0.5 * torch.rand(()))
+            scale = weight[part].abs().max() / 448 * (1 + 0.5 * torch.rand(()))
+            if kind.endswith("e8m0"):
+                scale = scale.log2().ceil().exp2()
+            scales[i, j] = scale.bfloat16() if kind == "_compressed" else scale
             values[part] = (weight[part] / scales[i, j]).to(torch.float8_e4m3fn)
             dense[part] = values[part].float() * scales[i, j]
-    return dense, {"weight": values, "weight_scale_inv": scales}
+    if kind == "_compressed":
+        return dense, {"weight": values, "weight_scale": scales.bfloat16()}
+    stored = scales.to(torch.float8_e8m0fnu) if kind == "_e8m0" else scales
+    return dense, {"weight": values, "weight_scale_inv": stored}
 
 
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -344,6 +351,9 @@ def _compressed(kind: str, strategy: str) -> dict[str, Any]:
     """As llm-compressor writes it."""
     weights = {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True}
     inputs = {"num_bits": 8, "type": kind, "strategy": "token", "dynamic": True, "symmetric": True}
+    if strategy == "block":
+        weights["block_structure"] = [BLOCK, BLOCK]
+        inputs |= {"strategy": "group", "group_size": BLOCK}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     return {
         "quant_method": "compressed-tensors",
@@ -353,18 +363,23 @@ def _compressed(kind: str, strategy: str) -> dict[str, Any]:
     }
 
 
+_BLOCKS = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+_UE8M0 = {**_BLOCKS, "scale_fmt": "ue8m0"}
 QUANTIZATION: dict[str, dict[str, Any] | None] = {
     "bf16": None,
     "fp16": None,
     "fp8": _compressed("float", "channel"),
     "fp8_tensor": _compressed("float", "tensor"),
     "int8": _compressed("int", "channel"),
-    "fp8_block": {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [BLOCK, BLOCK],
-    },
+    "fp8_block": _BLOCKS,
+    "fp8_block_ue8m0": _UE8M0,
+    "fp8_block_e8m0": _UE8M0,
+    "fp8_block_compressed": _compressed("float", "block"),
     "mxfp4": {"quant_method": "mxfp4"},
     "int4_g32": _compressed_int4(32),
     "int4_g128": _compressed_int4(128),
