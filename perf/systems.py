@@ -26,6 +26,7 @@ LAYERS: dict[str, Callable[..., Prepared]] = {
     "vllm": vllm.layer,
     "vllm_best": vllm.best_layer,
     "vllm_cutlass": vllm.cutlass_layer,
+    "deepgemm": deepgemm.layer,
     "humming": humming.layer,
     "triton_kernels": triton_kernels.layer,
 }

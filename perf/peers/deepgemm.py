@@ -1,8 +1,9 @@
-"""DeepGEMM's contiguous and masked grouped products. vLLM's wheel has it, compiled at run time.
+"""DeepGEMM's contiguous and masked grouped products, and the layer that vLLM makes of them. vLLM's
+wheel has it, compiled at run time.
 
-Permuting, padding and laying out the scales are not charged. With fp8 its scales are per 1x128 of x
-and per 128x128 of the weights: of a product with a scale per token and channel it gets the token's
-for each 128, and ones, so that the check multiplies by the channels' afterwards.
+Of products, permuting, padding and laying out the scales are not charged. With fp8 its scales are
+per 1x128 of x and per 128x128 of the weights: of a product with a scale per token and channel it
+gets the token's for each 128, and ones, so that the check multiplies by the channels' afterwards.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import torch
 
 from perf.cases import BLOCK
-from perf.operands import ProductInputs
+from perf.operands import LayerInputs, ProductInputs
 from perf.peers.prepared import Absent, Prepared, Quick, only, require
+from perf.peers.vllm import MOE, UTILS, module_of
 
 DEVICE = "cuda"
 ALIGNMENT = 128
@@ -69,7 +71,41 @@ def masked(inputs: ProductInputs, quick: Quick) -> Prepared:
     return _prepared(inputs, launch, out, targets)
 
 
-def _deep_gemm(inputs: ProductInputs):  # type: ignore[no-untyped-def]
+def layer(inputs: LayerInputs, quick: Quick) -> Prepared:
+    """As vLLM's own class for it: quantise, permute to padded rows, product, SwiGLU and quantise,
+    product, weighted sum. Rows of padding are neither multiplied nor quantised."""
+    only(inputs, "fp8_block")
+    case, deep_gemm = inputs.case, _deep_gemm(inputs)
+    if case.hidden % BLOCK:
+        raise Absent(f"the hidden size must be a multiple of {BLOCK}, got {case.hidden}")
+    moves, quantisers = module_of(f"{MOE}.deep_gemm_utils"), module_of(f"{UTILS}.fp8_utils")
+    experts, count = case.num_experts, case.tokens
+    rows = moves.compute_aligned_M(count, case.top_k, experts, ALIGNMENT, None)
+    h, y = inputs.new_out(rows, 2 * case.inter), inputs.new_out(rows, case.hidden)
+    out = torch.full_like(inputs.hidden, torch.nan)
+
+    def multiply(x, weights, result, layout) -> None:  # type: ignore[no-untyped-def]
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
+            x, (weights.w, weights.scale), result, layout, use_psum_layout=True
+        )
+
+    def launch() -> None:
+        x = quantisers.per_token_group_quant_fp8(inputs.hidden, BLOCK)
+        *x, ends, order, alignment = moves.deepgemm_moe_permute(
+            *x, inputs.ids, experts, None, None, use_psum_layout=True
+        )
+        multiply(x, inputs.up, h, ends)
+        act = quantisers.silu_mul_per_token_group_quant_fp8_colmajor(
+            h, expert_ends=ends, expert_alignment=alignment
+        )
+        multiply(act, inputs.down, y, ends)
+        moves.deepgemm_unpermute_and_reduce(y, inputs.ids, inputs.topk_weights, order, None, out)
+
+    note = f"{rows} rows with padding"
+    return Prepared(launch, lambda tokens: out[tokens], note, lambda: out.fill_(torch.nan))
+
+
+def _deep_gemm(inputs: ProductInputs | LayerInputs):  # type: ignore[no-untyped-def]
     only(inputs, "fp8", "fp8_block", "bf16")
     return require("deep_gemm")
 

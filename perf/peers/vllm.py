@@ -30,7 +30,7 @@ FILES = frozenset(  # what is loaded of an unpacked vLLM
     f"{MOE}.{name}"
     for name in (
         "fused_moe", "activation", "config", "utils", "moe_align_block_size", "moe_fused_mul_sum",
-        "moe_permute_unpermute", "experts.cutlass_moe",
+        "moe_permute_unpermute", "deep_gemm_utils", "experts.cutlass_moe",
     )
 ) | {
     "vllm._custom_ops", "vllm.scalar_type", "vllm.utils.math_utils", f"{UTILS}.int8_utils",
@@ -65,6 +65,15 @@ def vllm() -> SimpleNamespace:
     if sources is None:
         sys.modules[MOE].get_config = _force  # type: ignore[attr-defined]
     return SimpleNamespace(ops=ops, **modules)
+
+
+def module_of(name: str) -> Any:
+    """Another module of vLLM. Raises Absent if an unpacked vLLM lacks its file."""
+    vllm()
+    module = require(name)
+    if not Path(str(module.__file__)).exists():
+        raise Absent(f"the unpacked vLLM lacks the file of {name}")
+    return module
 
 
 def _force() -> Config | None:
@@ -126,7 +135,10 @@ def _known() -> dict[str, dict[str, Any]]:
             "num_compute_units": lambda *_: sms,
         },
         "vllm.utils.torch_utils": {"direct_register_custom_op": lambda **_: None},
-        "vllm.utils.deep_gemm": {"is_deep_gemm_e8m0_used": lambda: False},
+        "vllm.utils.deep_gemm": {
+            "is_deep_gemm_e8m0_used": lambda: False,
+            "get_mk_alignment_for_contiguous_layout": lambda: [BLOCK, BLOCK],
+        },
         f"{UTILS}.quant_utils": {"get_fp8_min_max": lambda: (-LARGEST["fp8"], LARGEST["fp8"])},
         "vllm.v1.worker.workspace": {"is_workspace_manager_initialized": lambda: False},
         MOE: {"get_config": _force},

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from perf.cases import of_shape
-from perf.operands import LayerInputs, ProductInputs, weights_of
+from perf.operands import WORST_ERROR, LayerInputs, ProductInputs, weights_of
 from perf.peers import deepgemm, humming, prepared, unpacked, vllm
 from perf.peers.prepared import Absent, fastest, require
 from perf.systems import named, systems_of
@@ -47,6 +47,48 @@ def config(block):
 class Derived(Engine):
     pass
 """
+MOVES = """
+import torch
+
+def compute_aligned_M(tokens, top_k, experts, alignment, meta):
+    return -(-(tokens * top_k + experts * (alignment - 1)) // alignment) * alignment
+
+def deepgemm_moe_permute(x, scale, ids, experts, expert_map, meta, use_psum_layout):
+    assert use_psum_layout and expert_map is meta is None
+    rows = compute_aligned_M(*ids.shape, experts, 128, None)
+    counts = torch.bincount(ids.flatten(), minlength=experts)
+    padded = (counts + 127) // 128 * 128
+    starts = padded.cumsum(0) - padded
+    order = torch.empty(ids.numel(), dtype=torch.int32)
+    for expert in range(experts):
+        pairs = (ids.flatten() == expert).nonzero().flatten()
+        order[pairs] = starts[expert].int() + torch.arange(len(pairs), dtype=torch.int32)
+    token = torch.arange(len(x)).repeat_interleave(ids.shape[1])
+    out, out_scale = x.new_zeros(rows, x.shape[1]), scale.new_zeros(rows, scale.shape[1])
+    out.view(torch.uint8)[order.long()] = x.view(torch.uint8)[token]
+    out_scale[order.long()] = scale[token]
+    return out, out_scale, (starts + counts).int(), order.view(ids.shape), 128
+
+def deepgemm_unpermute_and_reduce(y, ids, weights, order, expert_map, out):
+    assert expert_map is None
+    out.copy_((y[order.long()].float() * weights[..., None]).sum(1))
+"""
+QUANTISERS = """
+import torch
+import cutlass_moe as cm
+
+def per_token_group_quant_fp8(x, size):
+    assert size == 128
+    return cm.quantize_per_token_group(x)
+
+def silu_mul_per_token_group_quant_fp8_colmajor(h, expert_ends, expert_alignment):
+    assert expert_alignment == 128 and len(expert_ends) == 5
+    gate, up = h.nan_to_num().float().chunk(2, 1)
+    act = torch.nn.functional.silu(gate) * up
+    return cm.quantize_per_token_group(act, column_major=True)
+"""
+DEEP_GEMM = "from cutlass_moe.compat.deep_gemm import m_grouped_fp8_gemm_nt_contiguous"
+PACKAGES = ("deep_gemm", "triton", "vllm")
 TRITON = {
     "__init__.py": "",
     "language.py": "bfloat16 = None",
@@ -70,7 +112,7 @@ def peers(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv(unpacked.FOLDER, str(tmp_path))
     for variable in ("DG_JIT_CACHE_DIR", "TRITON_CACHE_DIR", "HUMMING_CACHE_DIR", "CUDA_HOME"):
         monkeypatch.setenv(variable, "x")
-    saved = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in ("triton", "vllm")}
+    saved = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in PACKAGES}
     for name in saved:
         del sys.modules[name]
     caches = (unpacked.make_importable, vllm.vllm, vllm.shipped_configs)
@@ -78,7 +120,7 @@ def peers(tmp_path, monkeypatch) -> Path:
         cached.cache_clear()
     yield tmp_path
     for name in set(sys.modules) - before[0]:
-        if name.partition(".")[0] in ("triton", "vllm"):
+        if name.partition(".")[0] in PACKAGES:
             del sys.modules[name]
     sys.modules.update(saved)
     sys.path[:], sys.meta_path[:] = before[1:]
@@ -171,6 +213,33 @@ def test_versions_are_read_from_the_folder(peers) -> None:
     assert unpacked.versions() == {}
     (peers / unpacked.VERSIONS).write_text("vllm 0.33.0\n\ndeep_gemm 2.8.1\n")
     assert unpacked.versions() == {"vllm": "0.33.0", "deep_gemm": "2.8.1"}
+
+
+def test_the_layer_of_deepgemm_is_put_together(peers) -> None:
+    """From parts in plain torch, with the arguments that vLLM's and DeepGEMM's have."""
+    case = replace(UP, part="layer", dtype="fp8_block", hidden=256, inter=128)
+    inputs = LayerInputs(case, weights_of(case, "cpu"))
+    with pytest.raises(Absent, match="deep_gemm"):
+        deepgemm.layer(inputs, lambda call: 0.0)
+    (peers / "site/deep_gemm.py").write_text(DEEP_GEMM)
+    with pytest.raises(Absent, match="unpacked vLLM lacks the file of .*deep_gemm_utils"):
+        deepgemm.layer(inputs, lambda call: 0.0)
+    sources = peers / "src"
+    parts = {f"{vllm.MOE}.deep_gemm_utils": MOVES, f"{vllm.UTILS}.fp8_utils": QUANTISERS}
+    for name, text in parts.items():
+        path = sources / f"{name.replace('.', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        sys.modules.pop(name, None)  # the stub
+    layer = deepgemm.layer(inputs, lambda call: 0.0)
+    layer.launch()
+    got, want = layer.rows(inputs.picked).double(), inputs.expected()
+    assert (got - want).norm() <= WORST_ERROR["layer"]["fp8_block"] * want.norm()
+    layer.clear()
+    assert layer.rows(inputs.picked).isnan().all()
+    with pytest.raises(Absent, match="hidden size must be a multiple of 128, got 64"):
+        narrow = replace(case, hidden=64)
+        deepgemm.layer(LayerInputs(narrow, weights_of(narrow, "cpu")), lambda call: 0.0)
 
 
 def test_padded_rows_of_deepgemm_are_apart(monkeypatch) -> None:
