@@ -222,7 +222,8 @@ class GemmSm90Config(Sm90Config):
         They are two where two-level accumulation has no registers for the products of all columns
         beside their sums.
         """
-        return 2 if problem.two_level and self._accumulators(problem, 1) > self._free else 1
+        free = self.consumer_registers - self._two_level_others
+        return 2 if problem.two_level and self._accumulators(problem, 1) > free else 1
 
     def accumulator_registers(self, problem: GemmProblem) -> int:
         """Accumulators per consumer thread; two-level accumulation also keeps a part's products."""
@@ -233,9 +234,9 @@ class GemmSm90Config(Sm90Config):
         return sums + (64 * self.tile_n // parts // WARPGROUP if problem.two_level else 0)
 
     @property
-    def _free(self) -> int:
-        """Registers of a consumer thread that two-level accumulation may take."""
-        return self.consumer_registers - _TWO_LEVEL_OTHERS
+    def _two_level_others(self) -> int:
+        """Registers per consumer thread beside the accumulators of two-level accumulation."""
+        return _TWO_LEVEL_OTHERS - 2 * (self.tile_m == 192)  # then a tile has no scales along K
 
     @property
     def cluster_tiles(self) -> int:
@@ -319,8 +320,9 @@ class GemmSm90Config(Sm90Config):
         tail = problem.n % self.tile_n  # a tail of N takes registers for predicates
         per_channel = problem.weight_scale is Granularity.CHANNEL
         if problem.two_level:  # the products' registers are free again when the epilogue starts
-            others = _TWO_LEVEL_OTHERS
-            if per_channel and (tail or self.warpgroup_rows > 64):
+            others = self._two_level_others
+            wide_out = self.tile_m == 192 and problem.out is DType.FP32
+            if per_channel and (tail or self.warpgroup_rows > 64 or wide_out):
                 others += 30
         elif per_channel and "bias" in kinds:
             others = 112 if tail else 100 if problem.gated else 80

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,10 @@ from cutlass_moe.choose.gpus import gpu_of
 from cutlass_moe.models.problems import gemm_problems
 from cutlass_moe.models.shapes import MODELS
 from emitters.spec.arch import GPUS, H200
+from emitters.spec.config_sm90 import GemmSm90Config
+from emitters.spec.dtypes import Accumulation
+from emitters.spec.gemm import GemmProblem
+from emitters.spec.registry import GemmConfig
 
 H20, H100 = GPUS["NVIDIA H20"], GPUS["NVIDIA H100 80GB HBM3"]
 ROWS = [2 ** (i / 2) for i in range(-8, 24)]  # per expert
@@ -38,6 +43,21 @@ def test_choices_for_an_h200_are_those_that_were_measured() -> None:
     words = "\n".join(chosen(H200.name) + chosen(H200.name, heuristics.estimate))
     assert len(PROBLEMS) * len(ROWS) == 3168
     assert hashlib.sha256(words.encode()).hexdigest()[:16] == "4f7e9ca31c1f97b9"
+
+
+def test_two_level_sums_have_choices_of_their_own() -> None:
+    """As measured: perf/EXPERIMENTS.md, "Where many rows' time goes"."""
+    blocks = gemm_problems(MODELS["mixtral"], "fp8_block")["down"]
+    channels = gemm_problems(MODELS["qwen3-30b"], "fp8")["down"]
+    channels = replace(channels, accumulation=Accumulation.TWO_LEVEL)
+    wide, three = GemmSm90Config(128, 256), GemmSm90Config(192, 128)
+
+    def estimate(problem: GemmProblem, rows: int) -> GemmConfig:
+        return heuristics.estimate(problem, rows * problem.num_experts, rows)
+
+    assert [estimate(blocks, rows) == wide for rows in (32, 64, 128)] == [False, True, True]
+    assert [estimate(channels, rows) for rows in (128, 256, 512)] == [three, wide, three]
+    assert three in heuristics.candidates(channels) and three not in heuristics.candidates(blocks)
 
 
 @pytest.mark.parametrize("gpu", GPUS)

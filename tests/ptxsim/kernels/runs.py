@@ -130,6 +130,10 @@ SHAPES: dict[str, Run] = {  # what changes the waits
     "one_step": Run(replace(BASE, k=16)),
     "two_steps": Run(replace(BASE, k=144)),
     "one_step_two_level": Run(replace(BASE, k=80, accumulation=Accumulation.TWO_LEVEL)),
+    "three_consumers_two_level": Run(
+        replace(BASE, counts=(230, 0, 3), n=256, accumulation=Accumulation.TWO_LEVEL),
+        GemmSm90Config(tile_m=192, tile_n=128, stages=2),
+    ),
     "group_longer_than_an_expert": Run(
         replace(BASE, counts=(200, 0, 70), n=136, k=144), replace(SMALL, group_m=3)
     ),
