@@ -31,8 +31,9 @@ def routing(inputs: ProductInputs | LayerInputs, topk_weights: torch.Tensor) -> 
     case = inputs.case
     logits = torch.zeros((case.tokens, case.num_experts), device=inputs.ids.device)
     logits.scatter_(1, inputs.ids.long(), topk_weights.log())
-    ids = inputs.ids.short()
-    return RaggedRows(*require("triton_kernels.routing").routing(logits, case.top_k, expt_indx=ids))
+    # ids of 32 bits: the kernel shifts a 1 of their type by up to 31
+    made = require("triton_kernels.routing").routing(logits, case.top_k, expt_indx=inputs.ids)
+    return RaggedRows(*made)
 
 
 def swizzled(weights: Weights, alternating: bool = False) -> tuple[Any, Any]:
