@@ -53,15 +53,20 @@ _MANY_ROWS = {192: 180, 256: 768}  # by tile_n: with more rows per expert, CTA p
 FEW_PAIRS = 1024  # up to this many pairs, 256 threads route faster than 1024
 # (elements per row up to, threads per CTA) for quantisation
 _ROW_THREADS = ((8192, 128), (16_384, 256), (MAX_ROW, 512))
-_PACKED = (  # the same for packed weights, with (tile_m, tile_n, CTAs per SM)
-    (1.5, (8, 64, 3)),
-    (5, (8, 128, 2)),
-    (10, (16, 256, 1)),
-    (20, (32, 128, 1)),
-    (45, (64, 128, 1)),
-    (90, (96, 128, 1)),
-    (inf, (128, 128, 1)),
+# The same for packed weights, with tiles (tile_m, tile_n, CTAs per SM, k_boxes, one_producer): the
+# first that registers allow is taken. Converting weights wants 16 warps on an SM, so few rows have
+# many or wide CTAs; each tile of rows converts them anew, so many rows have the largest tiles.
+_PACKED_ONCE = 45  # up to this many rows per expert, most experts' weights are read once
+_PACKED: tuple[tuple[float, tuple[tuple[int, int, int, int, bool], ...]], ...] = (
+    (5, ((8, 64, 4, 4, False),)),
+    (12, ((16, 256, 1, 4, False), (16, 256, 1, 4, True))),
+    (24, ((32, 256, 1, 4, False), (32, 256, 1, 4, True))),
+    (_PACKED_ONCE, ((48, 256, 1, 2, True), (48, 128, 1, 2, True))),
+    (90, ((96, 128, 1, 4, False), (96, 128, 1, 2, True))),
+    (300, ((144, 128, 1, 2, True),)),
+    (inf, ((176, 128, 1, 2, True), (144, 128, 1, 2, True))),
 )
+_PACKED_SMALLEST = ((64, 128, 1, 4, False), (32, 64, 1, 4, False))  # else
 _EVICT_FIRST_BYTES = 300e6  # with more active weights, an H200's L2 had them evict one another
 
 Family = tuple[GemmConfig, ...]
@@ -181,20 +186,33 @@ def candidates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _packed(problem: GemmProblem, tile: tuple[int, int, int], evict_first: bool) -> Family:
-    """A config for packed weights: of this tile, or a smaller one that registers allow."""
-    tile_m, tile_n, ctas = tile
-    narrow = next(n for n in (64, 128, 256) if n >= min(problem.n, tile_n))
-    wanted = GemmPackedSm90Config(tile_m, narrow, ctas_per_sm=ctas, evict_first=evict_first)
-    fewer, lower = replace(wanted, ctas_per_sm=1), replace(wanted, tile_m=64, ctas_per_sm=1)
-    smallest = replace(fewer, tile_m=min(tile_m, 32), tile_n=64)
-    return _first_legal(problem, wanted, fewer, lower, smallest)
+def _packed(
+    problem: GemmProblem, tiles: tuple[tuple[int, int, int, int, bool], ...], evict_first: bool
+) -> Family:
+    """A config for packed weights: of the first of these tiles that registers allow."""
+    smallest = tuple((min(tiles[0][0], m), *rest) for m, *rest in _PACKED_SMALLEST)
+    wanted = (
+        GemmPackedSm90Config(
+            tile_m,
+            next(n for n in (64, 128, 256) if n >= min(problem.n, tile_n)),
+            ctas_per_sm=ctas,
+            k_boxes=boxes,
+            one_producer=one,
+            evict_first=evict_first,
+        )
+        for tile_m, tile_n, ctas, boxes, one in (*tiles, *smallest)
+    )
+    return _first_legal(problem, *wanted)
 
 
 def _estimates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """Every config that `estimate` may return."""
     if problem.weight.packing:
-        families = [_packed(problem, tile, first) for _, tile in _PACKED for first in (True, False)]
+        families = [
+            _packed(problem, tiles, first)
+            for rows, tiles in _PACKED
+            for first in ((True, False) if rows <= _PACKED_ONCE else (False,))
+        ]
         return tuple(dict.fromkeys(config for family in families for config in family))
     families = [*_one_wave(problem), _swap(problem, 8, 64, True), _swap(problem, 8, 64, False)]
     evict_first = _evict_first(problem, problem.num_experts, H200)
@@ -274,8 +292,9 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
     experts = problem.num_experts
     if problem.weight.packing:
         active = experts * (1 - (1 - 1 / experts) ** (rows_per_expert * experts))
-        packed = next(tile for rows, tile in _PACKED if rows_per_expert <= rows)
-        return _packed(problem, packed, _evict_first(problem, active, gpu))
+        limit, packed = next(entry for entry in _PACKED if rows_per_expert <= entry[0])
+        first = limit <= _PACKED_ONCE and _evict_first(problem, active, gpu)
+        return _packed(problem, packed, first)
     if rows_per_expert > _swap_rows(problem, gpu):
         # Half of the rows of one large tile may be empty: that costs nothing only as long as
         # reading the weights takes longer than the arithmetic.

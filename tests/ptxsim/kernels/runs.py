@@ -435,6 +435,14 @@ PACKED: dict[str, Run] = {  # 4-bit weights, which WGMMA reads from registers
         epilogue=(Bias(DType.BF16), _SWIGLU),
         n=192,
     ),
+    "packed_one_producer_48x256": _packed(
+        _MXFP4,
+        replace(_PACK, tile_m=48, tile_n=256, k_boxes=2, one_producer=True),
+        counts=(50, 0, 20),
+        n=320,
+        epilogue=_BIAS_OAI,
+        interleaved=True,
+    ),
     "packed_one_producer_two_ctas": _packed(
         _G32,
         replace(_PACK, tile_m=128, k_boxes=2, one_producer=True, ctas_per_sm=2),
