@@ -20,19 +20,29 @@ _WGMMA_OTHERS = 30  # those of a WGMMA besides its accumulators: A's registers a
 class GemmPackedSm90Config(GemmSwapSm90Config):
     """The config of `GemmSwapSm90` for packed weights, which WGMMA reads from registers.
 
-    Each 64 columns of a tile have a consumer warpgroup. With `one_producer` a single warpgroup
-    loads weights and rows of x, and passes on to the consumers the registers that it does not need.
+    Each 64 columns of a tile have a consumer warpgroup; or two, with k_groups 2, which take stages
+    in turn and add their sums. With `one_producer` a single warpgroup loads weights and rows of x,
+    and passes on to the consumers the registers that it does not need.
     """
 
     k_boxes: int = 4  # of 64 of K; a block of packed weights has 128
     one_producer: bool = False
+    k_groups: int = 1
     template: ClassVar[str] = "gemm_packed_sm90"
 
     MAX_CTAS: ClassVar[int] = 4
 
     @property
-    def consumers(self) -> int:
+    def column_groups(self) -> int:
         return self.tile_n // 64
+
+    @property
+    def consumers(self) -> int:
+        return self.column_groups * self.k_groups
+
+    @property
+    def k_shares(self) -> int:
+        return self.split_k * self.k_groups
 
     @property
     def gather_threads(self) -> int:
@@ -69,6 +79,14 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
         warps = -(-self.threads * self.ctas_per_sm // 32 // 4)  # per quarter
         return min(SM90.registers_per_sm // 4 // (32 * warps) // 8 * 8, 248)
 
+    def pipeline_stages(self, problem: GemmProblem) -> int:
+        """As of other configs; with k_groups an even number, so that each stage has its group.
+
+        A group that missed a fill of a stage could not tell the next one from it.
+        """
+        stages = super().pipeline_stages(problem)
+        return stages if self.stages is not None else stages // self.k_groups * self.k_groups
+
     def weight_copies(self, problem: GemmProblem) -> int:
         return self.k_blocks
 
@@ -87,7 +105,8 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
 
     @property
     def words(self) -> str:
-        return f"packed {super().words}" + (" one producer" if self.one_producer else "")
+        more = (" one producer" if self.one_producer else "") + (" in turn" * (self.k_groups - 1))
+        return f"packed {super().words}{more}"
 
     def why_illegal(self, problem: GemmProblem) -> str | None:
         if problem.weight.packing is None:
@@ -124,4 +143,17 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
             )
         if self.one_producer and self.tile_m < 16:
             return f"tile_m must be at least 16 with one_producer, got {self.tile_m}"
-        return self._why_split(problem)
+        return self._why_groups(problem) or self._why_split(problem)
+
+    def _why_groups(self, problem: GemmProblem) -> str | None:
+        if self.k_groups not in (1, 2):
+            return f"k_groups must be 1 or 2, got {self.k_groups}"
+        if self.k_groups > 1 and (self.split_k > 1 or self.k_stages(problem) < 2):
+            return (
+                "k_groups must be 1 with split_k and where K fills a single stage, got "
+                f"{self.k_groups}, split_k {self.split_k} and K = {problem.k}"
+            )
+        stages = self.pipeline_stages(problem)
+        if self.k_groups > 1 and (stages < 4 or stages % 2):
+            return f"stages must be an even number from 4 on with k_groups 2, got {stages}"
+        return None

@@ -30,9 +30,14 @@ class GemmSwapSm90Config(Sm90Config):
         return min(WARPGROUP, self.tile_m * K_TILE_BYTES // 16)
 
     @property
-    def consumers(self) -> int:
-        """The number of consumer warpgroups, which run WGMMA on columns of their own."""
+    def column_groups(self) -> int:
+        """The number of consumer warpgroups with columns of their own."""
         return 1
+
+    @property
+    def consumers(self) -> int:
+        """The number of consumer warpgroups, which run WGMMA."""
+        return self.column_groups
 
     @property
     def weight_threads(self) -> int:
@@ -79,13 +84,18 @@ class GemmSwapSm90Config(Sm90Config):
         return (self.warp_columns(problem) * problem.out.bytes // 16 | 1) * 16
 
     def staging_bytes(self, problem: GemmProblem) -> int:
-        """Bytes of staging memory of the consumers' warps, four each."""
-        return 4 * self.consumers * self.part_rows * self.staging_pitch(problem)
+        """Bytes of staging memory of the warps that store columns, four per warpgroup."""
+        return 4 * self.column_groups * self.part_rows * self.staging_pitch(problem)
+
+    @property
+    def k_shares(self) -> int:
+        """The shares of K whose sums are added for a tile."""
+        return self.split_k
 
     @property
     def partial_bytes(self) -> int:
-        """Bytes for the sums of a tile that a cluster's other CTAs send to its CTA 0."""
-        return (self.split_k - 1) * self.tile_m * self.tile_n * 4
+        """Bytes for the sums of a tile that come from others: of a cluster, to its CTA 0."""
+        return (self.k_shares - 1) * self.tile_m * self.tile_n * 4
 
     def fixed_smem_bytes(self, problem: GemmProblem) -> int:
         """Bytes of shared memory for staging rows, sums, table, number of tiles and barriers."""

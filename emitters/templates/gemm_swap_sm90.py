@@ -82,8 +82,10 @@ class GemmSwapSm90:
         loader = PackedLoader if self.packed else WeightLoader
         self.weights = loader(problem, config.evict_first)
         self.consumer_threads = WARPGROUP * config.consumers
+        self.column_threads = WARPGROUP * config.column_groups  # of them, those that store
+        self.k_groups = config.consumers // config.column_groups
         self.one_producer = config.weight_threads == 0
-        self.ring = Ring(self.stages, 1 + config.gather_threads, 4 * config.consumers)
+        self.ring = Ring(self.stages, 1 + config.gather_threads, 4 * config.column_groups)
         self.scales = BlockScales(problem, config) if problem.block_rows else None
         store = TransposedStore(problem, config)
         self.epilogue = Epilogue(problem, config, ColumnsFragment, store)
@@ -209,7 +211,9 @@ class GemmSwapSm90:
             if const_expr(self.one_producer):
                 cute.arch.setmaxregister_increase(self.config.consumer_registers)
             staging = storage.staging.data_ptr()
-            self.epilogue.attach(node_tensors, gate, gathered, output, staging, warp, thread % 32)
+            of_columns = warp % (self.column_threads // 32)
+            lane = thread % 32
+            self.epilogue.attach(node_tensors, gate, gathered, output, staging, of_columns, lane)
             if const_expr(self.packed is not None):
                 self.mma_packed(storage, sums, thread)
             else:
@@ -363,33 +367,67 @@ class GemmSwapSm90:
         """`mma` for packed weights, which WGMMA reads from registers."""
         _, x_layout = self.stage_layouts()
         x = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
+        group = Int32(0)
+        if const_expr(self.k_groups > 1):
+            group = cute.arch.make_warp_uniform(thread // self.column_threads)
+            thread = thread % self.column_threads
         self.packed.attach(storage.weight.data_ptr(), x, thread)
 
         tile, end, stride = self.share(storage)
         first_k, end_k = self.k_range()
         state = self.ring.consumer()
         cluster_state = pipeline.make_pipeline_state(PipelineUserType.Consumer, 1)
+        own_k = first_k + group  # the group's first stage of the tile
+        if self.k_groups > 1 and group > 0:
+            state.advance()
         while tile < end:
             expert, row, rows, column, _ = self.experts.locate(tile, end, Int32(0))
             self.epilogue.begin(row, rows)
             self.packed.begin()
             behind = state.clone()  # the stage before, which WGMMA still reads
-            for k in cutlass.range(first_k, end_k, unroll=1):
+            for k in cutlass.range(own_k, end_k, self.k_groups, unroll=1):
                 self.ring.wait_full(state)
-                first = Int32(k == first_k)
+                first = Int32(k == own_k)
                 self.packed.add_stage(state.index, partial(self.release, behind.index, first))
-                if k > first_k:
-                    behind.advance()
-                state.advance()
-                if k == first_k:
+                if k > own_k:
+                    for _ in range_constexpr(self.k_groups):
+                        behind.advance()
+                for _ in range_constexpr(self.k_groups):
+                    state.advance()
+                if k == own_k:
                     self.epilogue.load(expert, column)
             self.packed.finish()
             self.release(behind.index)
             place = (expert, row, rows, column)
-            self.store(storage, self.packed.sums, sums_full, cluster_state, thread, place)
+            if const_expr(self.k_groups > 1):
+                self.store_both(storage, group, thread, place)
+                own_k ^= (end_k - first_k) % 2  # groups take turns on from tile to tile
+            else:
+                self.store(storage, self.packed.sums, sums_full, cluster_state, thread, place)
             cluster_state.advance()
             tile += stride
         self.epilogue.finish()
+
+    @cute.jit
+    def store_both(self, storage, group, thread, place):
+        """Stores a tile after adding the sums of the other group of consumers, which took the
+        stages in between."""
+        sums, partial_sums = self.packed.sums, storage.partial.data_ptr()
+        if group > 0:
+            for i in range_constexpr(cute.size(sums) // 4):
+                sent = self.partial_vector(partial_sums, 0, i, thread, Float32)
+                for j in range_constexpr(4):
+                    sent[j] = sums[4 * i + j]
+        cute.arch.barrier(barrier_id=1, number_of_threads=self.consumer_threads)
+        if group == 0:
+            for i in range_constexpr(cute.size(sums) // 4):
+                sent = self.partial_vector(partial_sums, 0, i, thread, Float32)
+                for j in range_constexpr(4):
+                    sums[4 * i + j] = sums[4 * i + j] + sent[j]
+        cute.arch.barrier(barrier_id=2, number_of_threads=self.consumer_threads)
+        if group == 0:
+            expert, row, rows, column = place
+            self.epilogue.store(sums, expert, row, rows, column)
 
     def release(self, stage, kept=0):
         """Releases a stage that all lanes have read; see `Ring.release_unless`."""
@@ -470,5 +508,5 @@ class GemmSwapSm90:
     def partial_vector(self, partial, peer, i, thread, element):
         """The place of a thread's i-th four sums from the CTA of rank peer + 1."""
         share = self.config.tile_m * self.config.tile_n * 4
-        at = partial + (peer * share + i * (self.consumer_threads * 16) + thread * 16)
+        at = partial + (peer * share + i * (self.column_threads * 16) + thread * 16)
         return vector(at, element, 4, SMEM)

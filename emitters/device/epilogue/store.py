@@ -147,7 +147,7 @@ class TransposedStore:
         self.problem, self.config = problem, config
         self.element = ELEMENT[problem.out]
         self.pitch = config.staging_pitch(problem)
-        self.staging_bytes = config.staging_bytes(problem) // (4 * config.consumers)
+        self.staging_bytes = config.staging_bytes(problem) // (4 * config.column_groups)
         self.stage = self.stage_words if problem.out is DType.FP32 else self.stage_matrices
 
     def attach(self, output: Output, fragment: ColumnsFragment, staging: cute.Pointer, lane: Int32):

@@ -443,6 +443,18 @@ PACKED: dict[str, Run] = {  # 4-bit weights, which WGMMA reads from registers
         epilogue=_BIAS_OAI,
         interleaved=True,
     ),
+    **{
+        f"packed_in_turn_{packing}": _packed(packing, replace(_PACK, k_groups=2, **more), **case)
+        for packing, more, case in (
+            (_MXFP4, {"stages": 4}, {"k": 1160}),  # five steps of K
+            (_G128, {"tile_n": 128, "stages": None}, {"k": 520, "n": 160}),
+            (
+                _G32,
+                {"tile_m": 16, "k_boxes": 2, "stages": 4},
+                {"k": 136, "n": 192, "epilogue": (Bias(DType.BF16), _SWIGLU)},
+            ),
+        )
+    },
     "packed_one_producer_two_ctas": _packed(
         _G32,
         replace(_PACK, tile_m=128, k_boxes=2, one_producer=True, ctas_per_sm=2),
