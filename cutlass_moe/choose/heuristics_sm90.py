@@ -53,20 +53,26 @@ _MANY_ROWS = {192: 180, 256: 768}  # by tile_n: with more rows per expert, CTA p
 FEW_PAIRS = 1024  # up to this many pairs, 256 threads route faster than 1024
 # (elements per row up to, threads per CTA) for quantisation
 _ROW_THREADS = ((8192, 128), (16_384, 256), (MAX_ROW, 512))
-# The same for packed weights, with tiles (tile_m, tile_n, CTAs per SM, k_boxes, one_producer): the
-# first that registers allow is taken. Converting weights wants 16 warps on an SM, so few rows have
-# many or wide CTAs; each tile of rows converts them anew, so many rows have the largest tiles.
+
+
+def _one_producer(tile_m: int, tile_n: int) -> GemmPackedSm90Config:
+    return GemmPackedSm90Config(tile_m, tile_n, k_boxes=2, one_producer=True)
+
+
+# The same for packed weights: of these configs, the first that registers allow. Converting weights
+# wants 16 warps on an SM, so few rows have many or wide CTAs; each tile of rows converts them anew,
+# so many rows have the largest tiles.
 _PACKED_ONCE = 45  # up to this many rows per expert, most experts' weights are read once
-_PACKED: tuple[tuple[float, tuple[tuple[int, int, int, int, bool], ...]], ...] = (
-    (5, ((8, 64, 4, 4, False),)),
-    (12, ((16, 256, 1, 4, False), (16, 256, 1, 4, True))),
-    (24, ((32, 256, 1, 4, False), (32, 256, 1, 4, True))),
-    (_PACKED_ONCE, ((48, 256, 1, 2, True), (48, 128, 1, 2, True))),
-    (90, ((96, 128, 1, 4, False), (96, 128, 1, 2, True))),
-    (300, ((144, 128, 1, 2, True),)),
-    (inf, ((176, 128, 1, 2, True), (144, 128, 1, 2, True))),
+_PACKED: tuple[tuple[float, tuple[GemmPackedSm90Config, ...]], ...] = (
+    (5, (GemmPackedSm90Config(8, 64, ctas_per_sm=4),)),
+    (12, (GemmPackedSm90Config(16, 256), GemmPackedSm90Config(16, 256, one_producer=True))),
+    (24, (GemmPackedSm90Config(32, 256), GemmPackedSm90Config(32, 256, one_producer=True))),
+    (_PACKED_ONCE, tuple(_one_producer(48, n) for n in (256, 128))),
+    (90, (GemmPackedSm90Config(96, 128), _one_producer(96, 128))),
+    (300, (_one_producer(144, 128),)),
+    (inf, (_one_producer(176, 128), _one_producer(144, 128))),
 )
-_PACKED_SMALLEST = ((64, 128, 1, 4, False), (32, 64, 1, 4, False))  # else
+_PACKED_SMALLEST = (GemmPackedSm90Config(64, 128), GemmPackedSm90Config(32, 64))  # else
 _EVICT_FIRST_BYTES = 300e6  # with more active weights, an H200's L2 had them evict one another
 
 Family = tuple[GemmConfig, ...]
@@ -187,30 +193,24 @@ def candidates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 
 @lru_cache(maxsize=1024)
 def _packed(
-    problem: GemmProblem, tiles: tuple[tuple[int, int, int, int, bool], ...], evict_first: bool
+    problem: GemmProblem, configs: tuple[GemmPackedSm90Config, ...], evict_first: bool
 ) -> Family:
-    """A config for packed weights: of the first of these tiles that registers allow."""
-    smallest = tuple((min(tiles[0][0], m), *rest) for m, *rest in _PACKED_SMALLEST)
-    wanted = (
-        GemmPackedSm90Config(
-            tile_m,
-            next(n for n in (64, 128, 256) if n >= min(problem.n, tile_n)),
-            ctas_per_sm=ctas,
-            k_boxes=boxes,
-            one_producer=one,
-            evict_first=evict_first,
-        )
-        for tile_m, tile_n, ctas, boxes, one in (*tiles, *smallest)
-    )
-    return _first_legal(problem, *wanted)
+    """The first of these configs for packed weights, or smaller ones, that registers allow."""
+    most = configs[0].tile_m
+    smallest = (replace(config, tile_m=min(most, config.tile_m)) for config in _PACKED_SMALLEST)
+    found = []
+    for config in (*configs, *smallest):
+        narrow = next(n for n in (64, 128, 256) if n >= min(problem.n, config.tile_n))
+        found.append(replace(config, tile_n=narrow, evict_first=evict_first))
+    return _first_legal(problem, *found)
 
 
 def _estimates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """Every config that `estimate` may return."""
     if problem.weight.packing:
         families = [
-            _packed(problem, tiles, first)
-            for rows, tiles in _PACKED
+            _packed(problem, configs, first)
+            for rows, configs in _PACKED
             for first in ((True, False) if rows <= _PACKED_ONCE else (False,))
         ]
         return tuple(dict.fromkeys(config for family in families for config in family))
@@ -292,9 +292,9 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
     experts = problem.num_experts
     if problem.weight.packing:
         active = experts * (1 - (1 - 1 / experts) ** (rows_per_expert * experts))
-        limit, packed = next(entry for entry in _PACKED if rows_per_expert <= entry[0])
+        limit, configs = next(entry for entry in _PACKED if rows_per_expert <= entry[0])
         first = limit <= _PACKED_ONCE and _evict_first(problem, active, gpu)
-        return _packed(problem, packed, first)
+        return _packed(problem, configs, first)
     if rows_per_expert > _swap_rows(problem, gpu):
         # Half of the rows of one large tile may be empty: that costs nothing only as long as
         # reading the weights takes longer than the arithmetic.

@@ -62,6 +62,12 @@ class GemmSwapSm90:
     The weights' warp needs no index, so it runs ahead of the gather. It also builds the expert
     table, for which it waits for the previous kernel unless `early`.
 
+    Packed weights have more consumers: each warpgroup has 64 of the tile's columns, and releases
+    every stage; or two of them have the same ones and take stages in turn, of which each releases
+    its own, and the second passes its sums to the first, which stores (`store_both`). With one
+    producer the gather's first warp copies weights too, in step with the others, and the gather's
+    warpgroup passes registers on to the consumers.
+
     A stage has, for each box, tile_n rows of weight (N-major weights: for every 64 columns, the
     rows of K) and tile_m rows of x, in the 128-byte swizzle. Past the end of K or N it has zeros:
     TMA writes them where it reads outside of the tensor map, and so does the gather.
