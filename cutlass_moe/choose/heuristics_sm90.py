@@ -55,23 +55,27 @@ FEW_PAIRS = 1024  # up to this many pairs, 256 threads route faster than 1024
 _ROW_THREADS = ((8192, 128), (16_384, 256), (MAX_ROW, 512))
 
 
-def _one_producer(tile_m: int, tile_n: int) -> GemmPackedSm90Config:
-    return GemmPackedSm90Config(tile_m, tile_n, k_boxes=2, one_producer=True)
+def _one_producer(tile_m: int, tile_n: int, k_boxes: int) -> GemmPackedSm90Config:
+    return GemmPackedSm90Config(tile_m, tile_n, k_boxes=k_boxes, one_producer=True)
 
 
 # The same for packed weights: of these configs, the first that registers allow. Converting weights
 # wants 16 warps on an SM, so few rows have many or wide CTAs; each tile of rows converts them anew,
 # so many rows have the largest tiles.
-_PACKED_ONCE = 45  # up to this many rows per expert, most experts' weights are read once
+_PACKED_ONCE = 45  # up to this many rows per expert, most weights are read once: evict them first
 _PACKED: tuple[tuple[float, tuple[GemmPackedSm90Config, ...]], ...] = (
-    (5, (GemmPackedSm90Config(8, 64, ctas_per_sm=4),)),
-    (12, (GemmPackedSm90Config(16, 256), GemmPackedSm90Config(16, 256, one_producer=True))),
-    (24, (GemmPackedSm90Config(32, 256), GemmPackedSm90Config(32, 256, one_producer=True))),
-    (_PACKED_ONCE, tuple(_one_producer(48, n) for n in (256, 128))),
-    (90, (GemmPackedSm90Config(96, 128), _one_producer(96, 128))),
-    (300, (_one_producer(144, 128),)),
-    (inf, (_one_producer(176, 128), _one_producer(144, 128))),
+    (3, (GemmPackedSm90Config(8, 64, ctas_per_sm=4),)),
+    (5, (GemmPackedSm90Config(8, 128, ctas_per_sm=2),)),
+    (12, (GemmPackedSm90Config(16, 256),)),
+    (24, (_one_producer(32, 256, 4),)),
+    (_PACKED_ONCE, (_one_producer(48, 256, 4), _one_producer(48, 128, 4))),
+    (72, (_one_producer(80, 256, 2), _one_producer(80, 128, 4))),
+    (90, (_one_producer(96, 128, 4), _one_producer(96, 128, 2))),
+    (300, (_one_producer(144, 128, 2),)),
+    (inf, (_one_producer(176, 128, 2), _one_producer(144, 128, 2))),
 )
+# If there are fewer tiles than SMs: a tile's K goes through two warpgroups.
+_PACKED_IN_TURN = (GemmPackedSm90Config(8, 64, ctas_per_sm=2, k_groups=2), *_PACKED[0][1])
 _PACKED_SMALLEST = (GemmPackedSm90Config(64, 128), GemmPackedSm90Config(32, 64))  # else
 _EVICT_FIRST_BYTES = 300e6  # with more active weights, an H200's L2 had them evict one another
 
@@ -208,11 +212,8 @@ def _packed(
 def _estimates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """Every config that `estimate` may return."""
     if problem.weight.packing:
-        families = [
-            _packed(problem, configs, first)
-            for rows, configs in _PACKED
-            for first in ((True, False) if rows <= _PACKED_ONCE else (False,))
-        ]
+        families = [_packed(problem, configs, rows <= _PACKED_ONCE) for rows, configs in _PACKED]
+        families.append(_packed(problem, _PACKED_IN_TURN, True))
         return tuple(dict.fromkeys(config for family in families for config in family))
     families = [*_one_wave(problem), _swap(problem, 8, 64, True), _swap(problem, 8, 64, False)]
     evict_first = _evict_first(problem, problem.num_experts, H200)
@@ -291,10 +292,11 @@ def estimate(
 def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[GemmConfig, ...]:
     experts = problem.num_experts
     if problem.weight.packing:
-        active = experts * (1 - (1 - 1 / experts) ** (rows_per_expert * experts))
         limit, configs = next(entry for entry in _PACKED if rows_per_expert <= entry[0])
-        first = limit <= _PACKED_ONCE and _evict_first(problem, active, gpu)
-        return _packed(problem, configs, first)
+        tiles = min(1.0, rows_per_expert) * experts * -(-problem.n // 64)
+        if configs == _PACKED[0][1] and tiles <= gpu.sms:
+            configs = _PACKED_IN_TURN
+        return _packed(problem, configs, limit <= _PACKED_ONCE)
     if rows_per_expert > _swap_rows(problem, gpu):
         # Half of the rows of one large tile may be empty: that costs nothing only as long as
         # reading the weights takes longer than the arithmetic.
@@ -345,6 +347,4 @@ def _swap_tile(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[
 def _evict_first(problem: GemmProblem, experts: float, gpu: Gpu) -> bool:
     """Whether weights should leave L2 first. experts: those that have rows."""
     weight_bytes = experts * problem.n * problem.k * problem.x.bytes
-    if problem.weight.packing:
-        weight_bytes /= 4
     return weight_bytes <= _EVICT_FIRST_BYTES * gpu.l2 / H200.l2

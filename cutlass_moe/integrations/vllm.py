@@ -3,8 +3,9 @@
 vLLM 0.33 chooses, for each layer, a backend and a class of experts. Two functions of each module
 that chooses are replaced: one puts the Triton backend first where ours supports a layer, the other
 names our class before Triton's. So weights keep the format of the Triton backend, and what ours
-does not support gets what it would get without this package. Versions with a registry of FP8
-experts get our class through that, selected by `--moe-backend cutlass_moe`.
+does not support gets what it would get without this package. Of the backends of gpt-oss's MXFP4 the
+one for XPUs leaves weights as they are loaded, so ours takes its place on a GPU. Versions with a
+registry of FP8 experts get our class through that, selected by `--moe-backend cutlass_moe`.
 
 README.md in this folder says what is supported and how to see it.
 """
@@ -25,21 +26,29 @@ from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEQuantConfig,
 )
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-from vllm.model_executor.layers.fused_moe.oracle import fp8, int8, unquantized
+from vllm.model_executor.layers.fused_moe.oracle import fp8, int8, mxfp4, unquantized
 from vllm.model_executor.layers.quantization.utils import quant_utils as keys
 from vllm.platforms import current_platform
 
 import cutlass_moe as cm
 from cutlass_moe.integrations import plugins, serving
-from cutlass_moe.integrations.experts import BLOCK, FP8_BLOCK, QUANTS, ActivationArguments
+from cutlass_moe.integrations.experts import (
+    BLOCK,
+    FP8_BLOCK,
+    PACKED,
+    QUANTS,
+    ActivationArguments,
+)
 from cutlass_moe.integrations.serving import ServedExperts, Unsupported
 
 NAME, ENGINE = "cutlass_moe", "vLLM"
 Scheme = tuple[keys.QuantKey | None, keys.QuantKey | None]  # of weights, of activations
+_MXFP4: Scheme = (keys.kMxfp4Static, None)  # bf16 activations
 _INT8: Scheme = (keys.kInt8StaticChannelSym, keys.kInt8DynamicTokenSym)
 SCHEMES: dict[Scheme, str | None] = {
     (None, None): None,
     _INT8: "int8",
+    _MXFP4: "mxfp4",
     (keys.kFp8StaticChannelSym, keys.kFp8DynamicTokenSym): "fp8",
     (keys.kFp8Static128BlockSym, keys.kFp8Dynamic128Sym): FP8_BLOCK,
 }
@@ -76,6 +85,8 @@ class CutlassMoeExperts(TritonExperts):  # type: ignore[misc]  # vLLM has no typ
             scales: Any = (self.w1_scale, self.w2_scale)
             if found.quant in ("int8", "fp8"):
                 scales = tuple(map(serving.per_channel, scales))
+            if found.quant in PACKED:
+                scales = (None, None)
             self.options = {
                 **found.options,
                 **dict(zip(("w13_scale", "w2_scale"), scales, strict=True)),
@@ -127,6 +138,25 @@ class CutlassMoeExperts(TritonExperts):  # type: ignore[misc]  # vLLM has no typ
     def _supports_batch_invariance() -> bool:
         return False  # it is possible, but with few tokens slower than Triton
 
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Packs MXFP4 weights, in the place of those that vLLM loaded and of their scales."""
+        if self.experts is None or self.experts.quant not in PACKED:
+            return super().process_weights_after_loading(layer)
+        for name, rows_alternate in (("w13", self.experts.interleaved), ("w2", False)):
+            values, scale = (getattr(layer, f"{name}_weight{end}") for end in ("", "_scale"))
+            packed = cm.pack_weights(values.data, scale.data, interleaved=rows_alternate)
+            values.data, scale.data = packed, scale.data.new_empty(0)
+        return None
+
+    def moe_problem_size(
+        self, a1: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor
+    ) -> tuple[int, int, int, int, int]:
+        """Experts, tokens, rows of w1, hidden size and experts of a token."""
+        if w1.dim() == 3:
+            return super().moe_problem_size(a1, w1, w2, topk_ids)
+        rows = 32 * w1.shape[1]  # which are packed in blocks
+        return len(w1), len(a1), rows, a1.shape[-1], topk_ids.shape[1]
+
     @property
     def is_ours(self) -> bool:
         """Whether a call takes our kernels: not if somebody wants the rows before their sum."""
@@ -175,6 +205,8 @@ class CutlassMoeExperts(TritonExperts):  # type: ignore[misc]  # vLLM has no typ
         apply_router_weight_on_input.
         """
         if not self.is_ours:
+            if call["w1"].dim() > 3:
+                raise RuntimeError("cutlass_moe can't run this call, nor Triton packed experts")
             return super().apply(**call)
         weights: Tensor = call["topk_weights"]
         if call["apply_router_weight_on_input"]:
@@ -216,6 +248,8 @@ def describe(
     if moe_config.is_lora_enabled:
         raise Unsupported("LoRA needs the rows between the products")
     activation = moe_config.activation
+    if quant in PACKED and activation != MoEActivation.SWIGLUOAI:
+        raise Unsupported(f"MXFP4 must be gpt-oss's, with swigluoai, got {activation.value}")
     arguments, interleaved = ActivationArguments(PLAIN.get(activation, "swiglu")), False
     if activation == MoEActivation.SILU:
         arguments = arguments._replace(limit=limit)
@@ -254,6 +288,8 @@ def quant_of(config: FusedMoEQuantConfig) -> str | None:
     scale, per_token = config.w1_scale, config.per_act_token_quant
     if dtypes == (None, None):
         return None
+    if dtypes[0] == "mxfp4":  # what vLLM says of tokens is about kernels that ours replaces
+        return "mxfp4"
     per_channel = scale is not None and scale.dim() > 1 and scale.shape[1] > 1
     if dtypes[0] == dtypes[1] and per_channel and per_token and not blocks:
         for quant, dtype in QUANTS.items():
@@ -277,6 +313,7 @@ def register() -> None:
             (unquantized, unquantized.UnquantizedMoeBackend.TRITON, (None, None)),
         ):
             _offer(oracle, triton, scheme)
+        _offer_mxfp4()
     else:
         from vllm.model_executor.layers.fused_moe.oracle.fp8_registry import (
             register_fp8_moe_backend,
@@ -311,3 +348,23 @@ def _offer(oracle: Any, triton: Any, scheme: Scheme | None) -> None:
         return [CutlassMoeExperts, *classes(backend)] if backend == triton else classes(backend)
 
     oracle._get_priority_backends, oracle.backend_to_kernel_cls = priorities, with_ours
+
+
+def _offer_mxfp4() -> None:
+    """As `_offer`, for gpt-oss: the choice names backends without a layer's config."""
+    backends, classes = mxfp4._get_priority_backends_for_gpt_oss, mxfp4.backend_to_kernel_cls
+    raw = mxfp4.Mxfp4MoeBackend.XPU  # leaves weights and scales as they are loaded
+
+    @functools.wraps(backends)
+    def priorities() -> list[Any]:
+        found = backends()
+        return found if current_platform.is_xpu() else [raw, *(b for b in found if b != raw)]
+
+    @functools.wraps(classes)
+    def with_ours(backend: Any) -> list[type[mk.FusedMoEExperts]]:
+        if backend != raw or current_platform.is_xpu():
+            return classes(backend)
+        return [CutlassMoeExperts]
+
+    mxfp4._get_priority_backends_for_gpt_oss = priorities
+    mxfp4.backend_to_kernel_cls = with_ours

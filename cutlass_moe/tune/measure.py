@@ -72,8 +72,7 @@ def space(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """
     alone = ((64, 128), (64, 192), (64, 256), (128, 128))
     few = ((8, 64, 2), (8, 64, 4), (8, 256, 1), (16, 64, 3), (16, 128, 2), (32, 64, 2))
-    packed = (*few, (48, 128, 1), (64, 128, 1), (96, 128, 1))
-    one_producer = ((48, 256), (96, 128), (128, 128), (144, 128), (160, 128), (192, 128))
+    one_producer = ((96, 128), (112, 128), (128, 128), (160, 128), (192, 128))
     considered: list[GemmConfig] = [
         GemmSm90Config(64, 128),
         GemmSm90Config(64, 64, ctas_per_sm=2),
@@ -88,10 +87,9 @@ def space(problem: GemmProblem) -> tuple[GemmConfig, ...]:
             for n in ((128, 192, 256) if problem.two_level else (192, 256))
             for cluster in (1, 2)
         ),
-        *(GemmPackedSm90Config(m, n, ctas_per_sm=ctas) for m, n, ctas in packed),
+        *(GemmPackedSm90Config(m, n, ctas_per_sm=ctas) for m, n, ctas in few),
         *(GemmPackedSm90Config(m, n, k_boxes=2, one_producer=True) for m, n in one_producer),
         GemmPackedSm90Config(8, 64, ctas_per_sm=3, evict_first=True),
-        GemmPackedSm90Config(224, 128, k_boxes=2, one_producer=True),
     ]
     legal = (c for c in considered if c.tile_n < problem.n + 64 and why_illegal(problem, c) is None)
     return tuple(dict.fromkeys((*heuristics.candidates(problem), *legal)))

@@ -13,7 +13,7 @@ from emitters.spec.packing import BLOCK_ROWS, Packing
 
 # Registers per thread besides accumulators: fragments, packed words, addresses, epilogue.
 _OTHERS = {Packing.INT4_G128: 56, Packing.INT4_G32: 48, Packing.MXFP4: 64}
-_WGMMA_OTHERS = 30  # those of a WGMMA besides its accumulators: A's registers and addresses
+_WGMMA_OTHERS = 42  # those of a WGMMA besides its accumulators, before registers are passed on
 
 
 @dataclass(frozen=True)

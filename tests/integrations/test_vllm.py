@@ -37,7 +37,7 @@ from tests.integrations.vllm_models import load_layer, read_layer, write_model
 prepare("cpu")  # before anything of vLLM is imported
 ours: Any = import_module("cutlass_moe.integrations.vllm")
 config: Any = import_module("vllm.config")
-fp8, int8, unquantized = ours.fp8, ours.int8, ours.unquantized
+fp8, int8, mxfp4, unquantized = ours.fp8, ours.int8, ours.mxfp4, ours.unquantized
 UNQUANTIZED = ours.FusedMoEQuantConfig.make()
 
 ORACLES: tuple[ModuleType, ...] = (fp8, int8, unquantized)
@@ -66,7 +66,9 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Our class thinks that there is a GPU, and is in no choice that a test does not put it in."""
     here = staticmethod(lambda: True)
     monkeypatch.setattr(ours.CutlassMoeExperts, "_supports_current_device", here)
-    before = {(oracle, name): getattr(oracle, name) for oracle in ORACLES for name in PATCHED}
+    patched = [(oracle, name) for oracle in ORACLES for name in PATCHED]
+    patched += [(mxfp4, name) for name in ("_get_priority_backends_for_gpt_oss", PATCHED[1])]
+    before = {(oracle, name): getattr(oracle, name) for oracle, name in patched}
     ours.register.cache_clear()
     serving.refuse.cache_clear()
     serving._known.clear()
@@ -312,6 +314,43 @@ def test_a_layer_of_a_checkpoint(quant: str | None, tmp_path: Path, one_rank: No
         **read_layer(tmp_path),
     )
     assert relative(got, want) <= 2e-2
+
+
+@pytest.mark.parametrize("local", [None, 4], ids=["all", "expert_map"])
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_gpt_oss_in_mxfp4(tokens: int, local: int | None) -> None:
+    """Weights as vLLM loads them, which are packed then; biases stay as they are."""
+    ours.register()
+    layer = Layer(None, activation="swigluoai", bias=True, local=local)
+    moe, weights, call = layer.config(), layer.weights(), layer.calls(tokens)
+    backend, cls = mxfp4.select_mxfp4_moe_backend(moe)
+    assert cls is ours.CutlassMoeExperts
+    module = torch.nn.Module()
+    for name in ("w13", "w2"):
+        values, scale = cm.unpack_weights(cm.quantize_packed(weights[name], "mxfp4"))
+        for end, tensor in (("", values.flatten(2)), ("_scale", scale)):
+            loaded = torch.nn.Parameter(tensor, requires_grad=False)
+            module.register_parameter(f"{name}_weight{end}", loaded)
+    given = {"w1_bias": weights["w13_bias"], "w2_bias": weights["w2_bias"], "swiglu_limit": 7.0}
+    given |= {"w1_scale": module.w13_weight_scale, "w2_scale": module.w2_weight_scale}
+    quant = mxfp4.make_mxfp4_moe_quant_config(backend, **given, gemm1_alpha=1.702, gemm1_beta=1.0)
+    kernel = mxfp4.make_mxfp4_moe_kernel(quant, moe, cls, backend)
+    kernel.fused_experts.process_weights_after_loading(module)
+    held = {**weights, "w13": module.w13_weight.data, "w2": module.w2_weight.data}
+    assert held["w13"].dim() == 4 and not module.w13_weight_scale.numel()
+    got = run(kernel, layer, held, call)
+    want = cm.fused_moe_reference(
+        **call, **held, activation="swiglu_oai", interleaved=True,
+        expert_map=expert_map_of(layer), compute_dtype=torch.float64,
+    )  # fmt: skip
+    assert got.dtype == torch.bfloat16 and relative(got, want) <= 1e-2
+
+
+def test_other_mxfp4_is_refused() -> None:
+    experts, silu = ours.CutlassMoeExperts, Layer(None).config()
+    arguments = (*ours._MXFP4, ours.mk.FusedMoEActivationFormat.Standard)
+    supported, why = experts.is_supported_config(experts, silu, *arguments)
+    assert not supported and "gpt-oss's, with swigluoai, got silu" in str(why)
 
 
 def test_weights_on_the_input() -> None:
