@@ -318,8 +318,9 @@ def test_a_layer_of_a_checkpoint(quant: str | None, tmp_path: Path, one_rank: No
 
 @pytest.mark.parametrize("local", [None, 4], ids=["all", "expert_map"])
 @pytest.mark.parametrize("tokens", [1, 33])
-def test_gpt_oss_in_mxfp4(tokens: int, local: int | None) -> None:
+def test_gpt_oss_in_mxfp4(tokens: int, local: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights as vLLM loads them, which are packed then; biases stay as they are."""
+    monkeypatch.setattr(mxfp4, "_user_moe_activation_override", lambda: None)  # asks for a model
     ours.register()
     layer = Layer(None, activation="swigluoai", bias=True, local=local)
     moe, weights, call = layer.config(), layer.weights(), layer.calls(tokens)
