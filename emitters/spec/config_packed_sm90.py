@@ -66,6 +66,13 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
         return min(pool // self.consumers // 8 * 8, 240)
 
     @property
+    def thread_registers(self) -> str:
+        """Registers per thread, or of one producer / of the consumers, for people to read."""
+        if not self.one_producer:
+            return super().thread_registers
+        return f"{self.producer_registers} / {self.consumer_registers}"
+
+    @property
     def k_blocks(self) -> int:
         """Blocks of packed weights, of 128 of K each, per stage."""
         return self.k_boxes // 2
