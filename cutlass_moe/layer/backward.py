@@ -105,9 +105,7 @@ def project(
 
     out_dtype: default x's, or bfloat16 where it is quantised.
     """
-    per_token_scale = None
-    if how.quant is not None:
-        x, per_token_scale = quantize_per_token(x, QUANTS[how.quant])
+    x, per_token_scale = quantized(x, how)
     activation: dict[str, Any] = {}
     if activated:
         names = ("activation", "interleaved", "limit", "alpha", "beta")
@@ -125,6 +123,11 @@ def project(
         expected_rows=how.expected_rows,
         **activation,
     )
+
+
+def quantized(x: Tensor, how: How) -> tuple[Tensor, Tensor | None]:
+    """The rows of x as a product reads them, and their scales if it is one of 8 bits."""
+    return (x, None) if how.quant is None else quantize_per_token(x, QUANTS[how.quant])
 
 
 class LayerBackward:

@@ -7,15 +7,8 @@ from typing import NamedTuple
 
 from cutlass_moe.operands import padded
 from emitters.spec.dtypes import ACCUMULATIONS, Accumulation, DType
-from emitters.spec.gemm import (
-    Activation,
-    ActivationFunction,
-    GemmProblem,
-    Granularity,
-    Major,
-    WeightFormat,
-    make_epilogue,
-)
+from emitters.spec.epilogue import Activation, ActivationFunction, make_epilogue
+from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightFormat
 from emitters.spec.layer_steps import (
     ActivateBackwardProblem,
     ActivateProblem,
@@ -74,15 +67,13 @@ def training_problems(layer: LayerProblems, interleaved: bool = False) -> dict[s
     """The problems of a layer's forward and backward in training, by what they compute.
 
     layer: the problems of the same layer without training, not quantised. interleaved: as in
-    `fused_moe`. The up projection is stored before its activation, which is a kernel of its own.
+    `fused_moe`; the activation is then a kernel of its own.
     """
     up, down, combine, node = layer.up, layer.down, layer.combine, layer.up.activation
     assert node is not None
-    rows = ActivateProblem(node.function, up.x, down.k, interleaved)
     found: dict[str, Problem] = {
         "route": layer.route,
-        "up stored": replace(up, epilogue=up.epilogue[:-1]),
-        "activate": rows,
+        "up before activation": replace(up, epilogue=up.epilogue[:-1]),
         "down": down,
         "combine": replace(combine, out=combine.rows),
         "gradient of active": replace(_transposed(down), gather=True),
@@ -92,6 +83,10 @@ def training_problems(layer: LayerProblems, interleaved: bool = False) -> dict[s
         "gradient of w13": _weight_grad(up, Side.RIGHT),
         "gradient of w2": _weight_grad(down, Side.LEFT),
     }
+    if interleaved:
+        found["activate"] = ActivateProblem(node.function, up.x, down.k, interleaved)
+    else:
+        found["up"] = with_stored_columns(up)
     if down.epilogue:  # sums over rows are products with thin rows
         sums = WeightGradProblem(up.x, DType.FP32, _THIN, up.n, up.num_experts)
         found["gradient of w13_bias"] = sums
@@ -99,6 +94,13 @@ def training_problems(layer: LayerProblems, interleaved: bool = False) -> dict[s
         thin = replace(down, n=_THIN, k=down.n, gather=True, epilogue=(), out=DType.FP32)
         found["w2_bias by weights"] = replace(thin, weight=WeightFormat(up.x))
     return found
+
+
+def with_stored_columns(up: GemmProblem) -> GemmProblem:
+    """The up projection that stores its columns before the activation too."""
+    *nodes, node = up.epilogue
+    assert isinstance(node, Activation)
+    return replace(up, epilogue=(*nodes, replace(node, stored=True)))
 
 
 def _transposed(problem: GemmProblem) -> GemmProblem:

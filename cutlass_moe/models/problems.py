@@ -15,13 +15,8 @@ from cutlass_moe.models.shapes import DTYPES, MoeShape
 from cutlass_moe.operands import FP8_BLOCK, PACKINGS
 from cutlass_moe.ops.block_scales import BLOCKS
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import (
-    ActivationFunction,
-    GemmProblem,
-    Granularity,
-    Major,
-    block_count,
-)
+from emitters.spec.epilogue import ActivationFunction
+from emitters.spec.gemm import GemmProblem, Granularity, Major, block_count
 from emitters.spec.layer_steps import (
     MAX_FUSED_EXPERTS,
     RouteLogitsProblem,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cutlass_moe import operands
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import ActivationFunction
+from emitters.spec.epilogue import ActivationFunction
 from emitters.spec.layer_steps import SCORINGS
 from emitters.spec.packing import BLOCK_ROWS
 

@@ -63,11 +63,13 @@ class Gate(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The output and its tensor map.
+    """The output and its tensor map, and those of the columns before the activation if stored.
 
-    out_map: in a template's `__call__` a [16, N] tensor that stands in for it; in the kernel the
-    TMA atom that carries it.
+    out_map, h_map: in a template's `__call__` a [16, N] tensor that stands in for it; in the kernel
+    the TMA atom that carries it.
     """
 
     out: cute.Pointer
     out_map: cute.CopyAtom
+    h: cute.Pointer | None = None
+    h_map: cute.CopyAtom | None = None

@@ -111,7 +111,7 @@ class GemmSm90:
             self.weights.carrier(weight, one_stage, self.tile[1:]),
             rows,
             gathered,
-            Output(output.out, make_out_map(self.problem, output.out_map)),
+            self.output(output),
             gate,
             scales,
             node_tensors,
@@ -124,6 +124,13 @@ class GemmSm90:
             preferred_smem_carveout=100,  # else the compiler asks a driver
             stream=stream,
         )
+
+    def output(self, output: Output) -> Output:
+        """The outputs as arguments of the kernel."""
+        maps = {"out_map": make_out_map(self.problem, output.out_map)}
+        if self.problem.stored:
+            maps["h_map"] = make_out_map(self.problem, output.h_map)
+        return output._replace(**maps)
 
     def stage_layouts(self):
         """The swizzled layouts of all stages of x and of weight."""
@@ -138,6 +145,7 @@ class GemmSm90:
         per_stage_row = tile_k * self.stages
         words = self.config.table_words(self.problem)
         scale_words = self.config.scale_words(self.problem) * self.stages
+        staging_bytes = self.config.staging_bytes(self.problem)
 
         @cute.struct
         class Storage:
@@ -145,7 +153,7 @@ class GemmSm90:
             weight: cute.struct.Align[
                 cute.struct.MemRange[self.element, tile_n * per_stage_row], 1024
             ]
-            staging: cute.struct.Align[cute.struct.MemRange[Uint8, self.config.staging_bytes], 1024]
+            staging: cute.struct.Align[cute.struct.MemRange[Uint8, staging_bytes], 1024]
             full: cute.struct.MemRange[Int64, self.stages]
             empty: cute.struct.MemRange[Int64, self.stages]
             table: cute.struct.MemRange[Int32, words]

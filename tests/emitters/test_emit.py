@@ -25,16 +25,8 @@ from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
 from emitters.spec.config_sm90 import GemmSm90Config, Schedule
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType
-from emitters.spec.gemm import (
-    Activation,
-    ActivationFunction,
-    Bias,
-    GemmProblem,
-    Granularity,
-    Major,
-    WeightFormat,
-    WeightStorage,
-)
+from emitters.spec.epilogue import Activation, ActivationFunction, Bias
+from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightFormat, WeightStorage
 from emitters.spec.image import Image, LaunchRecord, image_key
 from emitters.spec.layer_steps import (
     ActivateBackwardProblem,

@@ -19,7 +19,12 @@ from cutlass_moe.layer.activate import (
     activate_rows_backward_reference,
     activate_rows_reference,
 )
-from cutlass_moe.layer.steps import LayerSizes, Projection, layer_problems
+from cutlass_moe.layer.steps import (
+    LayerSizes,
+    Projection,
+    layer_problems,
+    with_stored_columns,
+)
 from cutlass_moe.operands import DTYPES, QUANTS, LayerOptions
 from cutlass_moe.ops.activations import ACTIVATIONS
 from emitters.spec.dtypes import DType
@@ -80,7 +85,7 @@ def frozen_images() -> Iterator[tuple[Problem, Config]]:
     for quant in FROZEN:
         operand = DTYPES[QUANTS[quant]]
         layer = layer_problems(sizes, operand, DType.BF16, "swiglu", each, each)
-        for product in (replace(layer.up, epilogue=layer.up.epilogue[:-1]), layer.down):
+        for product in (with_stored_columns(layer.up), layer.down):
             yield product, choose(product, BASE.tokens, per_expert)
         for step in (layer.quantize_hidden, layer.quantize_active):
             assert step is not None

@@ -12,7 +12,7 @@ the results.
 
 A new node takes changes in three places, none of them in a template:
 
-  1. a frozen dataclass with `kind`, `operand` and `element` (emitters/spec/gemm.py) in NODES there
+  1. a frozen dataclass with `kind`, `operand` and `element` (emitters/spec/epilogue.py) in NODES there
   2. a class like those below: made of (node, fragment, tensor), with `load` and `apply`
   3. its entry in NODES here
 """
@@ -28,7 +28,8 @@ from emitters.device.epilogue.fragment import Fragment
 from emitters.device.epilogue.store import Store
 from emitters.device.memory import VECTOR
 from emitters.device.parameters import Gate, Gathered, Output
-from emitters.spec.gemm import Bias, EpilogueNode, GemmProblem, Granularity
+from emitters.spec.epilogue import Bias, EpilogueNode
+from emitters.spec.gemm import GemmProblem, Granularity
 from emitters.spec.registry import GemmConfig
 
 _FEW_CHANNELS = 8  # up to this many values of a bias a thread keeps in registers from `load` on
@@ -204,9 +205,10 @@ class Epilogue:
                 values = node.apply(m, part, values, expert, first_column)
             if const_expr(self.problem.gather):
                 self.clear_missing(m, part, missing, values)
+            results = values
             if const_expr(self.problem.activation is not None):
-                values = self.activate(values)
-            self.target.put(m, part, values, first_row, rows, first_column)
+                results = self.activate(values)
+            self.target.put(m, part, results, values, first_row, rows, first_column)
 
     def activate(self, values: cute.Tensor):
         """The activation's results, one per output; 0 for zeros, so rows without a token stay 0."""
