@@ -18,7 +18,7 @@ from cutlass import Float32, Int32  # noqa: E402
 
 from emitters.device.epilogue import nodes  # noqa: E402
 from emitters.device.epilogue.fragment import Fragment  # noqa: E402
-from emitters.spec import epilogue  # noqa: E402
+from emitters.spec import epilogue as spec  # noqa: E402
 from emitters.spec.arch import DEFAULT_ARCH  # noqa: E402
 from emitters.spec.dtypes import DType  # noqa: E402
 from emitters.spec.epilogue import Bias  # noqa: E402
@@ -59,7 +59,7 @@ class MultiplyByFactor:
 
 @pytest.fixture
 def problem(monkeypatch: pytest.MonkeyPatch) -> GemmProblem:
-    monkeypatch.setitem(epilogue.NODES, Factor.kind, Factor)
+    monkeypatch.setitem(spec.NODES, Factor.kind, Factor)
     monkeypatch.setitem(nodes.NODES, Factor, MultiplyByFactor)
     with_bias = scales_and_nodes((*BASE.epilogue, Bias(DType.BF16)))
     epilogue = (*with_bias.pop("epilogue"), Factor(3.0))

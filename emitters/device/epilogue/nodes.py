@@ -12,7 +12,7 @@ the results.
 
 A new node takes changes in three places, none of them in a template:
 
-  1. a frozen dataclass with `kind`, `operand` and `element` (emitters/spec/epilogue.py) in NODES there
+  1. a frozen dataclass with `kind`, `operand` and `element` (emitters/spec/epilogue.py), in NODES
   2. a class like those below: made of (node, fragment, tensor), with `load` and `apply`
   3. its entry in NODES here
 """
