@@ -276,7 +276,8 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
         active = experts * (1 - (1 - 1 / experts) ** (rows_per_expert * experts))
         packed = next(tile for rows, tile in _PACKED if rows_per_expert <= rows)
         return _packed(problem, packed, _evict_first(problem, active, gpu))
-    if rows_per_expert > _swap_rows(problem, gpu) or problem.stored:  # swap-AB stores one output
+    alone = not problem.stored and problem.gradient is None  # swap-AB has a single output
+    if rows_per_expert > _swap_rows(problem, gpu) or not alone:
         # Half of the rows of one large tile may be empty: that costs nothing only as long as
         # reading the weights takes longer than the arithmetic.
         if rows_per_expert <= _ONE_TILE_ROWS * min(1.0, gpu.balance / H200.balance):

@@ -7,7 +7,12 @@ from typing import NamedTuple
 
 from cutlass_moe.operands import padded
 from emitters.spec.dtypes import ACCUMULATIONS, Accumulation, DType
-from emitters.spec.epilogue import Activation, ActivationFunction, make_epilogue
+from emitters.spec.epilogue import (
+    Activation,
+    ActivationFunction,
+    ActivationGradient,
+    make_epilogue,
+)
 from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightFormat
 from emitters.spec.layer_steps import (
     ActivateBackwardProblem,
@@ -76,17 +81,20 @@ def training_problems(layer: LayerProblems, interleaved: bool = False) -> dict[s
         "up before activation": replace(up, epilogue=up.epilogue[:-1]),
         "down": down,
         "combine": replace(combine, out=combine.rows),
-        "gradient of active": replace(_transposed(down), gather=True),
-        "activate backward": ActivateBackwardProblem(node.function, up.x, down.k, interleaved),
         "gradient of rows": replace(_transposed(up), gather=False, out=down.out),
         "gradient of hidden": replace(combine, out=combine.rows, n=up.k, weights=DType.FP32),
         "gradient of w13": _weight_grad(up, Side.RIGHT),
         "gradient of w2": _weight_grad(down, Side.LEFT),
     }
+    of_active = replace(_transposed(down), gather=True)
     if interleaved:
-        found["activate"] = ActivateProblem(node.function, up.x, down.k, interleaved)
+        rows = node.function, up.x, down.k, interleaved
+        found["activate"] = ActivateProblem(*rows)
+        found["gradient of active"] = of_active
+        found["activate backward"] = ActivateBackwardProblem(*rows)
     else:
         found["up"] = with_stored_columns(up)
+        found["gradient of up"] = with_gradient(of_active, node.function)
     if down.epilogue:  # sums over rows are products with thin rows
         sums = WeightGradProblem(up.x, DType.FP32, _THIN, up.n, up.num_experts)
         found["gradient of w13_bias"] = sums
@@ -101,6 +109,11 @@ def with_stored_columns(up: GemmProblem) -> GemmProblem:
     *nodes, node = up.epilogue
     assert isinstance(node, Activation)
     return replace(up, epilogue=(*nodes, replace(node, stored=True)))
+
+
+def with_gradient(product: GemmProblem, function: ActivationFunction) -> GemmProblem:
+    """The gradient of an activation's result that becomes that of its input."""
+    return replace(product, epilogue=(ActivationGradient(function),))
 
 
 def _transposed(problem: GemmProblem) -> GemmProblem:

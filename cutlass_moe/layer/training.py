@@ -18,19 +18,10 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.layer.accept import Conversion, conversions, convert, weigh_input, widened
-from cutlass_moe.layer.backward import (
-    Factor,
-    GradInto,
-    How,
-    LayerBackward,
-    Needs,
-    Saved,
-    project,
-    rows_dtype,
-)
+from cutlass_moe.layer.backward import GradInto, LayerBackward, Needs, Saved
 from cutlass_moe.layer.chain import INVARIANT_ROWS
 from cutlass_moe.layer.checks import check_layer, why_no_gradient
-from cutlass_moe.layer.fused import project_up
+from cutlass_moe.layer.products import Factor, How, project, project_up, rows_dtype
 from cutlass_moe.operands import LAYER_SCHEMA, LayerOperands, LayerOptions
 from cutlass_moe.ops._checks import expect
 from cutlass_moe.ops._define import define, define_gradient

@@ -68,11 +68,10 @@ def gemm_values(
             raise ValueError(f"per_token_scale must span less than 2^31 elements, got {of_scale}")
         x_scale = dict(zip(_X_SCALE_STRIDES, of_scale, strict=True))
     column_stride, gate_stride = gate_strides(problem.n, interleaved)
-    names = problem.activation.numbers if problem.activation else ()
+    names = problem.numbers
     return {
         "starts": 0,
         "out_map": addresses.get("out", 0),
-        "h_map": addresses.get("h", 0),
         "counters": 0,  # the kernel's own
         **addresses,
         "num_tokens": num_tokens,
@@ -97,6 +96,10 @@ def gemm_views(
     views = {"out_map": View((columns, num_rows), (columns,), problem.out.bytes)}
     if problem.stored:
         views["h_map"] = gates_and_ups(problem.n, columns, num_rows, problem.out.bytes)
+    if problem.gradient:
+        halves = 2 if problem.gradient.function.gated else 1
+        of_h = gates_and_ups(halves * columns, columns, num_rows, problem.out.bytes)
+        views["h_map"] = views["grad_h_map"] = of_h
     if not problem.weight.packing:
         view = weight_view(problem, weight_strides, interleaved)
         views["weight"] = View(*view, problem.x.bytes)

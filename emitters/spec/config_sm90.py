@@ -29,8 +29,10 @@ class Schedule(Name):
 
 
 def staged_slices(problem: GemmProblem) -> int:
-    """The slices that a warp sends together: of the output and, if they are stored, of columns
-    before the activation, gates apart from ups."""
+    """The slices that a warp sends together: of the output and, where there are such, of columns
+    before the activation or of their gradients, gates apart from ups."""
+    if problem.gradient:
+        return 3 if problem.gradient.function.gated else 2
     return 1 + problem.n // problem.out_columns if problem.stored else 1
 
 
@@ -219,7 +221,13 @@ class GemmSm90Config(Sm90Config):
 
     def fixed_smem_bytes(self, problem: GemmProblem) -> int:
         """Bytes of shared memory except the stages: staging rows, scheduler table, barriers."""
-        return self.staging_bytes(problem) + 4 * self.table_words(problem) + 16 * self.MAX_STAGES
+        loaded = 8 * self.slice_barriers(problem)
+        barriers = 16 * self.MAX_STAGES + loaded
+        return self.staging_bytes(problem) + 4 * self.table_words(problem) + barriers
+
+    def slice_barriers(self, problem: GemmProblem) -> int:
+        """The barriers on which warps wait for slices that they load: one each."""
+        return 4 * self.consumers if problem.gradient else 0
 
     def parts(self, problem: GemmProblem) -> int:
         """The parts of a tile's columns that are multiplied one after the other.

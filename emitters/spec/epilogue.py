@@ -94,7 +94,31 @@ class Activation:
         return NUMBERS if self.function is ActivationFunction.SWIGLU_OAI else ()
 
 
-NODES: dict[str, type] = {node.kind: node for node in (Bias, Activation)}
+@dataclass(frozen=True)
+class ActivationGradient:
+    """Makes of the gradient of an activation's result, the product, that of its input; the last
+    node.
+
+    For the product d, columns h before the activation and the row's weight w:
+
+      grad_h = w * d * the activation's derivative at h     output = w * activation(h)
+
+    grad_h [rows, 2 N or N] has the output's dtype and, like h, all gates, then all ups. The sum of
+    d * activation(h) over the columns of a tile goes to share [T, choices, N tiles], float32, of
+    the row's pair (token, choice), which is the one whose `inverse` is the row.
+    """
+
+    function: ActivationFunction
+    kind: ClassVar[str] = "activation_gradient"
+    operand: ClassVar[None] = None
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The names of the float32 launch parameters that the function takes."""
+        return Activation(self.function).numbers
+
+
+NODES: dict[str, type] = {node.kind: node for node in (Bias, Activation, ActivationGradient)}
 
 
 def make_epilogue(bias: DType | None, activation: Activation | None) -> tuple[EpilogueNode, ...]:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType, Name
-from emitters.spec.epilogue import NODES, Activation, EpilogueNode
+from emitters.spec.epilogue import NODES, Activation, ActivationGradient, EpilogueNode
 from emitters.spec.packing import BLOCK_ROWS, Packing
 from emitters.spec.plain import from_plain, to_plain
 
@@ -123,6 +123,18 @@ class GemmProblem:
     def stored(self) -> bool:
         """Whether the columns before the activation are an output too."""
         return self.activation is not None and self.activation.stored
+
+    @property
+    def gradient(self) -> ActivationGradient | None:
+        """The epilogue's gradient of an activation, or None."""
+        last = self.epilogue[-1] if self.epilogue else None
+        return last if isinstance(last, ActivationGradient) else None
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The names of the float32 launch parameters that the epilogue takes."""
+        last = self.activation or self.gradient
+        return last.numbers if last else ()
 
     @property
     def out_columns(self) -> int:
@@ -248,8 +260,10 @@ class GemmProblem:
         kinds = [node.kind for node in self.epilogue]
         if len(set(kinds)) < len(kinds):
             return f"each epilogue node must come at most once, got {', '.join(kinds)}"
-        if Activation.kind in kinds[:-1]:
+        if {Activation.kind, ActivationGradient.kind} & set(kinds[:-1]):
             return f"the activation must be the last epilogue node, got {', '.join(kinds)}"
+        if self.gradient and not self.gather:
+            return "an activation's gradient must be of gathered rows, got rows in order"
         if self.alternating and not (self.gated and self.weight.major is Major.N):
             return (
                 "an alternating activation must be a gated one of N-major weights, got "

@@ -11,7 +11,7 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_ptr
 
 from emitters.device.epilogue.nodes import applied
 from emitters.device.memory import ELEMENT
-from emitters.device.parameters import Gate, Gathered, Output, Rows, Scales
+from emitters.device.parameters import Gate, Gathered, Gradient, Output, Rows, Scales
 from emitters.spec.config_sm90 import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS
 from emitters.spec.dtypes import DType
 from emitters.spec.epilogue import NUMBERS, EpilogueNode
@@ -107,6 +107,25 @@ def _gate(problem: GemmProblem) -> Argument:
     return several(integer("column_stride"), integer("gate_stride"), *numbers, kind=Gate)
 
 
+def gradient_argument(problem: GemmProblem) -> Argument:
+    """The argument of a product whose epilogue has an activation's gradient."""
+    if not problem.gradient:
+        return ABSENT
+    element, columns = ELEMENT[problem.out], (SLICE_ROWS, problem.n)
+    numbers = [integer(n) if n in problem.numbers else ABSENT for n in NUMBERS]
+    return several(
+        tensor_map("h_map", element, columns, (1, 0)),
+        pointer("grad_h", element, 16),
+        tensor_map("grad_h_map", element, columns, (1, 0)),
+        pointer("topk_weights", Float32, 4),
+        pointer("inverse", Int32, 4),
+        pointer("shares", Float32, 4),
+        integer("choices"),
+        *numbers,
+        kind=Gradient,
+    )
+
+
 def _scales(problem: GemmProblem) -> Argument:
     if not problem.block_rows:
         return ABSENT
@@ -152,9 +171,9 @@ def gemm_tensor_maps(
     """
     columns_of_slice = SLICE_BYTES // problem.out.bytes
     outputs = [TensorMapBox("out_map", (columns_of_slice, SLICE_ROWS), SLICE_BYTES, 128)]
-    if problem.stored:
-        box = (columns_of_slice, 1, SLICE_ROWS)
-        outputs.append(TensorMapBox("h_map", box, SLICE_BYTES, 128))
+    box = (columns_of_slice, 1, SLICE_ROWS)
+    for name in ("h_map", "grad_h_map")[: 2 if problem.gradient else 1 if problem.stored else 0]:
+        outputs.append(TensorMapBox(name, box, SLICE_BYTES, 128))
     if problem.weight.packing:
         return tuple(outputs)
     box = weight_box(problem, columns, k)

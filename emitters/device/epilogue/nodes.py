@@ -160,10 +160,10 @@ class Epilogue:
         self.tokens = cute.make_rmem_tensor((fragment.token_count,), Int32)
 
     @cute.jit
-    def begin(self, first_row: Int32, rows: Int32):
+    def begin(self, first_row: Int32, rows: Int32, column: Int32):
         """Starts reading the tokens of the thread's rows; called when a tile's main loop starts.
 
-        rows: from first_row to the expert's end.
+        rows: from first_row to the expert's end. column: the tile's first column of N.
         """
         for i in range_constexpr(cute.size(self.tokens)):
             row = self.fragment.token_row(i)
@@ -174,6 +174,8 @@ class Epilogue:
                     index = cute.make_tensor(self.gathered.index, cute.make_layout(VECTOR))
                     token = index[first_row + row]
             self.tokens[i] = token
+        if const_expr(self.problem.gradient is not None):
+            self.target.begin(self.tokens, first_row, self.out_column(column))
 
     def out_column(self, column: Int32) -> Int32:
         """The output column where a tile starts that starts at `column` of N."""

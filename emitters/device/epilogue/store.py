@@ -78,11 +78,12 @@ class SliceStore:
         self.slice_columns = SLICE_BYTES // problem.out.bytes
         self.slice_parts = 2 if problem.gated else 1
         self.slice_bytes = SLICE_ROWS * SLICE_BYTES
-        self.staging_bytes = staged_slices(problem) * self.slice_bytes
+        self.halves = staged_slices(problem) - 1  # of h
+        self.staging_bytes = (1 + self.halves) * self.slice_bytes
         self.slices = Slices(problem.out)
 
     def attach(self, output: Output, fragment: RowsFragment, staging: cute.Pointer, lane: Int32):
-        self.output = output
+        self.output, self.halves_target = output, output[2:]
         self.fragment, self.staging, self.lane = fragment, staging, lane
         self.slices.attach(lane)
 
@@ -139,20 +140,20 @@ class SliceStore:
     @cute.jit
     def send(self, first_row: Int32, rows: Int32, column: Int32):
         """Sends the slices to the outputs. rows: from first_row to the expert's end."""
-        out, out_map, h, h_map = self.output
-        halves = self.problem.n // self.problem.out_columns if self.problem.stored else 0
+        out, out_map = self.output[:2]
         if rows >= SLICE_ROWS:
             if self.lane == 0:
                 self.send_slice(out_map, self.staging, [column, first_row])
-                for i in range_constexpr(halves):
-                    self.send_slice(h_map, self.slice_of_h(i), [column, Int32(i), first_row])
+                for i in range_constexpr(self.halves):
+                    slice_, corner = self.slice_of_h(i), [column, Int32(i), first_row]
+                    self.send_slice(self.halves_target[1], slice_, corner)
                 cute.arch.cp_async_bulk_commit_group()
         else:
             columns = self.problem.out_columns
             self.copy_out(self.staging, out, columns, first_row, rows, column)
-            for i in range_constexpr(halves):
-                target = h + i * columns
-                self.copy_out(self.slice_of_h(i), target, self.problem.n, first_row, rows, column)
+            for i in range_constexpr(self.halves):
+                target, pitch = self.halves_target[0] + i * columns, self.halves * columns
+                self.copy_out(self.slice_of_h(i), target, pitch, first_row, rows, column)
 
     def send_slice(self, target, slice_: cute.Pointer, corner: list):
         """Starts a slice's store; by one thread. target: the atom of a tensor map."""
