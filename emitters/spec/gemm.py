@@ -131,6 +131,11 @@ class GemmProblem:
         return last if isinstance(last, ActivationGradient) else None
 
     @property
+    def sole_output(self) -> bool:
+        """Whether the kernel writes the output alone."""
+        return not self.stored and self.gradient is None
+
+    @property
     def numbers(self) -> tuple[str, ...]:
         """The names of the float32 launch parameters that the epilogue takes."""
         last = self.activation or self.gradient

@@ -15,7 +15,14 @@ from emitters.device.epilogue.nodes import Epilogue
 from emitters.device.epilogue.rows import RowsFragment
 from emitters.device.epilogue.store import SliceStore, make_out_map
 from emitters.device.gather import GatherIterator
-from emitters.device.mainloop_sm90 import add_products, begin_products, issue, make_sums, sum_type
+from emitters.device.mainloop_sm90 import (
+    add_products,
+    begin_products,
+    fragments,
+    issue,
+    make_sums,
+    sum_type,
+)
 from emitters.device.memory import ELEMENT
 from emitters.device.parameters import Gate, Gathered, Gradient, Output, Rows, Scales
 from emitters.device.ring import Ring
@@ -310,13 +317,8 @@ class GemmSm90:
             self.element, self.element, k_major, weight_major, sum_type(self.problem),
             (split, 1, 1), tiler_mn=(64, self.config.tile_n // self.parts),
         )  # fmt: skip
-        x_layout, weight_layout = self.stage_layouts()
-        sA = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
-        sB = storage.weight.get_tensor(weight_layout.outer, swizzle=weight_layout.inner)
-        group = mma.get_slice(cute.make_layout(split, stride=WARPGROUP)(consumer % split))
-        tCrA = mma.make_fragment_A(group.partition_A(sA))
-        tCrB = mma.make_fragment_B(group.partition_B(sB))
-        return mma, tCrA, tCrB
+        stages = storage.x, storage.weight
+        return mma, *fragments(mma, stages, self.stage_layouts(), split, consumer)
 
     @cute.jit
     def mma(self, storage, consumer, thread):

@@ -85,11 +85,19 @@ def frozen_images() -> Iterator[tuple[Problem, Config]]:
     for quant in FROZEN:
         operand = DTYPES[QUANTS[quant]]
         layer = layer_problems(sizes, operand, DType.BF16, "swiglu", each, each)
+        yield from frozen_step()
         for product in (with_stored_columns(layer.up), layer.down):
             yield product, choose(product, BASE.tokens, per_expert)
         for step in (layer.quantize_hidden, layer.quantize_active):
             assert step is not None
             yield from ((step, config) for config in every_config(step))
+
+
+def frozen_step() -> Iterator[tuple[Problem, Config]]:
+    """Weights of 8 bits have their gradients through the activation in a kernel of its own."""
+    options = LayerOptions(activation=BASE.activation)
+    step = ActivateBackwardProblem(options.function, DType.BF16, BASE.inter)
+    yield from ((step, config) for config in every_config(step))
 
 
 def activations(name: str) -> Iterator[tuple[LayerOptions, torch.dtype, int]]:
