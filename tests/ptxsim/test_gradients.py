@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.images.toolchains import default_build
+from tests.ptxsim.ptx import Fault
 from tests.ptxsim.schedule import MODES, Schedule
 
 if default_build() is None:
@@ -24,6 +25,7 @@ from emitters.spec.dtypes import Accumulation, DType
 from emitters.spec.epilogue import ActivationGradient
 from emitters.spec.gemm import GemmProblem, Major, WeightFormat
 from tests.ptxsim.kernels import launch
+from tests.ptxsim.kernels.mutations import Edit, consumer
 from tests.ptxsim.machine import Launch, Machine
 from tests.ptxsim.memory import GlobalMemory
 from tests.support.numerics import poisoned
@@ -161,3 +163,36 @@ def test_right_in_every_order(name: str) -> None:
         given = run.tensors(seed)
         run.run(built, given, Schedule(seed, mode))
         run.check(given)
+
+
+WAIT = r"mbarrier\.try_wait\.parity\.shared\.b64 P1, \[%r\d+\], %r\d+, 10000000;"
+# What is planted, and in which run.
+DEFECTS: dict[str, tuple[str, Edit]] = {
+    "h read before it came": ("swiglu", consumer(WAIT, "setp.eq.s32 P1, 0, 0;", 2)),
+    "gradients sent before lanes wrote them": (
+        "swiglu",
+        consumer(r"bar\.warp\.sync -1;", ""),
+    ),
+    "gradients that TMA may not see": (
+        "swiglu",
+        consumer(r"fence\.proxy\.async\.shared::cta;", "", 2),
+    ),
+    "h loaded over a slice in flight": (
+        "pair_256",
+        consumer(r"cp\.async\.bulk\.wait_group\.read 0;", "", 1),
+    ),
+    "an exit before slices were read": (
+        "swiglu",
+        consumer(r"cp\.async\.bulk\.wait_group\.read 0;", "", -1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_defects_are_caught(name: str) -> None:
+    run = RUNS[DEFECTS[name][0]]
+    built = launch.kernel(run.problem, run.config)
+    edited = built.edited(DEFECTS[name][1](built.ptx))
+    with pytest.raises(Fault):
+        for seed, mode in enumerate([*MODES, *MODES]):
+            run.run(edited, run.tensors(0), Schedule(seed, mode))
