@@ -7,7 +7,8 @@
   out = residual + sum of w * rows [T, H]         x's: sum of a token's rows of gh @ w13
 
 x is `hidden`. There are R = T * k rows, sorted by expert, and w is the router weight of a row. It
-multiplies `a` instead of g, so nothing of R x H is kept for its gradient.
+multiplies `a` instead of g, so nothing of R x H is kept for its gradient. One kernel makes h and a,
+and one gh and w * a without storing ga; products.py says where they can't.
 """
 
 from __future__ import annotations
