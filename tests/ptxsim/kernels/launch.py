@@ -115,7 +115,8 @@ class Arguments:
         }
         self.written = {"out": out, **({"h": inputs["h"]} if self.problem.stored else {})}
         for name, tensor in self.written.items():
-            addresses[name] = self.memory.add(name, _bytes(tensor), writer=self.grid)
+            address = self.memory.add(name, _bytes(tensor), writer=self.grid)
+            addresses[name] = addresses[f"{name}_map"] = address
         if late:
             old = self.memory.add("old", np.zeros(out.nbytes, np.uint8), 0)
             self._copy(addresses["out"], old)
