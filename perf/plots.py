@@ -156,5 +156,6 @@ def plot_training(report: Report) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("time of a layer forward and backward, over ours")
     axes.margins(x=0.1)
-    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
+    above = {"loc": "lower center", "bbox_to_anchor": (0.4, 1.0)}
+    axes.legend(frameon=False, fontsize=8, ncols=4, **above)
     return figure

@@ -24,6 +24,11 @@ from cutlass_moe.runtime.device import on_device
 from cutlass_moe.runtime.parameters import MisalignedAddress, operand_addresses
 from cutlass_moe.runtime.signatures import Signatures, signature
 
+# Rows per expert above which an up projection stores its columns before the activation too, and
+# from which the gradient of an activation's result becomes that of its input: with fewer, experts
+# don't fill its tiles. Measured on an H200 with 256 rows and more (perf/EXPERIMENTS.md).
+STORED_ROWS, GRADIENT_ROWS = 768, 128
+
 
 class How(NamedTuple):
     """What the backward knows of the call besides tensors, in the order of its op's schema."""
@@ -107,11 +112,11 @@ def project_up(
 ) -> tuple[Tensor, Tensor]:
     """The up projection before its activation, [R, 2I or I], and after it, [R, I].
 
-    One kernel stores both, and applies the activation to its float32 sums. Where there is none, a
-    step applies it to what a product has stored: with gate and up columns that alternate, and where
-    there are no kernels at all.
+    With many rows per expert one kernel stores both, and applies the activation to its float32
+    sums. Else a step applies it to what a product has stored; so it does with gate and up columns
+    that alternate.
     """
-    if x.is_cuda and len(table.index) and not how.interleaved:
+    if x.is_cuda and len(table.index) and not how.interleaved and how.expected_rows > STORED_ROWS:
         wide, per_token_scale = quantized(x, how)
         operands = Operands(
             wide, up.weight, table.index, table.offsets, per_token_scale, up.scale, up.bias
@@ -142,9 +147,12 @@ def project_gradient(
 
     grad [T, H]: of the layer's output. w2 [E, H, I]. weights float32 [T, k], contiguous: the router
     weight of each pair. grad_h: is written, see `activate_rows_backward`; it may be h. Returns
-    active [R, I] and the gradient of weights, as that does; None if there is no kernel.
+    active [R, I] and the gradient of weights, as that does; None if there is no kernel, or a step
+    of its own is faster.
     """
     if not grad.is_cuda or not len(table.index) or how.interleaved:
+        return None
+    if how.expected_rows < GRADIENT_ROWS:
         return None
     operands = Operands(grad, w2.transpose(1, 2), table.index, table.offsets)
     options = Options(expected_rows=how.expected_rows)

@@ -72,27 +72,27 @@ def training_problems(layer: LayerProblems, interleaved: bool = False) -> dict[s
     """The problems of a layer's forward and backward in training, by what they compute.
 
     layer: the problems of the same layer without training, not quantised. interleaved: as in
-    `fused_moe`; the activation is then a kernel of its own.
+    `fused_moe`. With few rows per expert, and where columns are interleaved, the activation and its
+    gradient are kernels of their own.
     """
     up, down, combine, node = layer.up, layer.down, layer.combine, layer.up.activation
     assert node is not None
+    rows = node.function, up.x, down.k, interleaved
+    of_active = replace(_transposed(down), gather=True)
     found: dict[str, Problem] = {
         "route": layer.route,
         "up before activation": replace(up, epilogue=up.epilogue[:-1]),
+        "activate": ActivateProblem(*rows),
         "down": down,
         "combine": replace(combine, out=combine.rows),
+        "gradient of active": of_active,
+        "activate backward": ActivateBackwardProblem(*rows),
         "gradient of rows": replace(_transposed(up), gather=False, out=down.out),
         "gradient of hidden": replace(combine, out=combine.rows, n=up.k, weights=DType.FP32),
         "gradient of w13": _weight_grad(up, Side.RIGHT),
         "gradient of w2": _weight_grad(down, Side.LEFT),
     }
-    of_active = replace(_transposed(down), gather=True)
-    if interleaved:
-        rows = node.function, up.x, down.k, interleaved
-        found["activate"] = ActivateProblem(*rows)
-        found["gradient of active"] = of_active
-        found["activate backward"] = ActivateBackwardProblem(*rows)
-    else:
+    if not interleaved:
         found["up"] = with_stored_columns(up)
         found["gradient of up"] = with_gradient(of_active, node.function)
     if down.epilogue:  # sums over rows are products with thin rows

@@ -15,7 +15,7 @@ from cutlass_moe.runtime import library
 from emitters.spec.epilogue import Activation, ActivationGradient
 from tests.support.fake_driver import FakeDriver, parameters_of
 
-HOW = How("swiglu", False, None, None, None, None, None, 8)
+HOW = How("swiglu", False, None, None, None, None, None, 1000)
 CLAMPED = HOW._replace(limit=2.0)
 
 
@@ -83,3 +83,14 @@ def test_gradient(table: Any, driver: Any, how: How) -> None:
     (problem,) = driver.posed
     assert problem.epilogue == (ActivationGradient(how.options.function),)
     assert problem.gather and (problem.n, problem.k) == (264, 64)
+
+
+def test_few_rows_have_the_gradient_as_a_step(table: Any, driver: Any) -> None:
+    grad, w2, h = bf16(3, 64), bf16(4, 64, 264), bf16(6, 528)
+    few = HOW._replace(expected_rows=8)
+    assert project_gradient(grad, w2, h, torch.ones(3, 2), table, few, h) is None
+    alternating = HOW._replace(interleaved=True)
+    assert project_gradient(grad, w2, h, torch.ones(3, 2), table, alternating, h) is None
+    project_up(grad, Factor(bf16(4, 96, 64), None, None), few, table, torch.bfloat16)
+    assert [problem.op for problem in driver.posed] == ["grouped_gemm", "activate"]
+    assert not driver.posed[0].epilogue

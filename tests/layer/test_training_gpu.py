@@ -13,6 +13,7 @@ from torch import Tensor
 
 import cutlass_moe as cm
 from cutlass_moe.choose.heuristics_sm90 import choose, every_config
+from cutlass_moe.layer import products
 from cutlass_moe.layer.activate import (
     activate_rows,
     activate_rows_backward,
@@ -85,19 +86,12 @@ def frozen_images() -> Iterator[tuple[Problem, Config]]:
     for quant in FROZEN:
         operand = DTYPES[QUANTS[quant]]
         layer = layer_problems(sizes, operand, DType.BF16, "swiglu", each, each)
-        yield from frozen_step()
-        for product in (with_stored_columns(layer.up), layer.down):
+        plain = replace(layer.up, epilogue=layer.up.epilogue[:-1])
+        for product in (plain, with_stored_columns(layer.up), layer.down):
             yield product, choose(product, BASE.tokens, per_expert)
         for step in (layer.quantize_hidden, layer.quantize_active):
             assert step is not None
             yield from ((step, config) for config in every_config(step))
-
-
-def frozen_step() -> Iterator[tuple[Problem, Config]]:
-    """Weights of 8 bits have their gradients through the activation in a kernel of its own."""
-    options = LayerOptions(activation=BASE.activation)
-    step = ActivateBackwardProblem(options.function, DType.BF16, BASE.inter)
-    yield from ((step, config) for config in every_config(step))
 
 
 def activations(name: str) -> Iterator[tuple[LayerOptions, torch.dtype, int]]:
@@ -119,8 +113,17 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=["apart", "fused"])
+def activation_in_products(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once never, once wherever there are kernels for it."""
+    rows = {"apart": 1 << 30, "fused": 0}[request.param]
+    for name in ("STORED_ROWS", "GRADIENT_ROWS"):
+        monkeypatch.setattr(products, name, rows)
+
+
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("activation_in_products")
 def test_against_float64(name: str, tokens: int, record_property: Any) -> None:
     case = CASES[name]
     given = case.arguments("cuda", tokens)
@@ -187,6 +190,7 @@ def test_main_gradients() -> None:
 
 
 @pytest.mark.parametrize("quant", FROZEN)
+@pytest.mark.usefixtures("activation_in_products")
 def test_frozen_8_bit_experts(quant: str) -> None:
     """Close to the gradients of the same weights in bfloat16."""
     given = BASE.arguments("cuda")

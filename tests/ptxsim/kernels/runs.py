@@ -264,6 +264,10 @@ ACTIVATED |= {  # the columns before the activation are an output too
     "stored_pingpong_256": Run(
         replace(_STORED, n=528, counts=PAIRS.counts), replace(PINGPONG, tile_n=256, cluster_m=2)
     ),
+    "stored_shared_256": Run(
+        replace(_STORED, n=272, counts=(140, 0, 33)),
+        GemmSm90Config(tile_m=128, tile_n=256, stages=2),
+    ),
     "stored_n_major": Run(
         replace(_STORED, weight_major=Major.N, n=272, reads="any"), replace(SMALL, tile_n=256)
     ),
