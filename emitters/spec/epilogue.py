@@ -105,7 +105,8 @@ class ActivationGradient:
 
     grad_h [rows, 2 N or N] has the output's dtype and, like h, all gates, then all ups. The sum of
     d * activation(h) over the columns of a tile goes to share [T, choices, N tiles], float32, of
-    the row's pair (token, choice), which is the one whose `inverse` is the row.
+    the row's pair (token, choice), which is the one whose `inverse` is the row. Unlike in other
+    products, no row of an expert may have an index of T or more.
     """
 
     function: ActivationFunction

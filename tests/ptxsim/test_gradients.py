@@ -149,6 +149,12 @@ RUNS = {
     "pair_256": Gradient(
         config=GemmSm90Config(64, 256, stages=2, pingpong=True, cluster_m=2), inter=264, tokens=100
     ),
+    "pair_128": Gradient(
+        config=GemmSm90Config(128, 128, stages=2, pingpong=True, cluster_m=2),
+        inter=136,
+        crowded=100,
+        tokens=170,
+    ),
     "relu2_fp16": Gradient("relu2", PINGPONG, dtype=DType.FP16, top_k=3),
     "clamped_k_major": Gradient(limit=0.5, major=Major.K, config=GemmSm90Config(128, 64, stages=2)),
     "six_choices": Gradient("geglu", PINGPONG, tokens=20, top_k=3, inter=64, grid=3),
