@@ -134,16 +134,6 @@ def _three_consumers(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _two_outputs(problem: GemmProblem) -> tuple[GemmConfig, ...]:
-    """A config for an up projection that stores its columns before the activation too.
-
-    Its two more slices in staging memory leave three stages of 128x256, and four of 64x256, which
-    takes up to 9% longer.
-    """
-    return _widest(problem, 128, 256) or _some_rows(problem)
-
-
-@lru_cache(maxsize=1024)
 def _many_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """A config in which pairs of CTAs share weights."""
     if problem.two_level:
@@ -209,7 +199,7 @@ def _estimates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
         families = [_packed(problem, tile, first) for _, tile in _PACKED for first in (True, False)]
         return tuple(dict.fromkeys(config for family in families for config in family))
     if problem.stored:
-        return _two_outputs(problem)
+        return _many_rows(problem)
     families = [*_one_wave(problem), _swap(problem, 8, 64, True), _swap(problem, 8, 64, False)]
     evict_first = _evict_first(problem, problem.num_experts, H200)
     for rows in (*(rows for rows, _ in _SWAP_ROWS[1:]), _swap_rows(problem, H200)):
@@ -291,7 +281,7 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
         packed = next(tile for rows, tile in _PACKED if rows_per_expert <= rows)
         return _packed(problem, packed, _evict_first(problem, active, gpu))
     if problem.stored:
-        return _two_outputs(problem)
+        return _many_rows(problem)
     if rows_per_expert > _swap_rows(problem, gpu) or not problem.sole_output:  # else swap-AB
         # Half of the rows of one large tile may be empty: that costs nothing only as long as
         # reading the weights takes longer than the arithmetic.
