@@ -13,11 +13,11 @@ import cutlass_moe as cm
 from cutlass_moe.environment import STRICT
 from cutlass_moe.integrations.experts import (
     BLOCK,
-    FP8_BLOCK,
     NOT_GATED,
     QUANTS,
     ActivationArguments,
 )
+from cutlass_moe.models.shapes import FP8_BLOCK
 
 _logger = logging.getLogger("cutlass_moe")
 _known: dict[tuple[ServedExperts, str, int], str | None] = {}  # by experts, engine and device

@@ -31,8 +31,9 @@ from vllm.platforms import current_platform
 
 import cutlass_moe as cm
 from cutlass_moe.integrations import plugins, serving
-from cutlass_moe.integrations.experts import BLOCK, FP8_BLOCK, QUANTS, ActivationArguments
+from cutlass_moe.integrations.experts import BLOCK, QUANTS, ActivationArguments
 from cutlass_moe.integrations.serving import ServedExperts, Unsupported
+from cutlass_moe.models.shapes import FP8_BLOCK
 
 NAME, ENGINE = "cutlass_moe", "vLLM"
 Scheme = tuple[keys.QuantKey | None, keys.QuantKey | None]  # of weights, of activations
