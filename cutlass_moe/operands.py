@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import Activation, ActivationFunction
+from emitters.spec.epilogue import Activation, ActivationFunction
 from emitters.spec.packing import Packing
 
 if TYPE_CHECKING:

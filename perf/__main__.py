@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import asdict
@@ -25,9 +26,12 @@ from perf.report import describe_host, front_part, full_report, insert, readme_p
 from perf.rows import rows_of
 from perf.store import RESULTS, ResultFile, path_of
 from perf.systems import LAYERS, PRODUCTS
+from perf.training_report import training_part
 
 ROOT = Path(__file__).parents[1]
-PAGES = {ROOT / "perf/README.md": readme_part, ROOT / "README.md": front_part}
+BENCHMARKS = ROOT / "perf/README.md"
+TRAINING = "training"  # the folder of its results, and the name of its markers
+PAGES = {BENCHMARKS: readme_part, ROOT / "README.md": front_part}
 ENDED_EARLY = 3  # exit status of a run that a peer broke: run again, it goes on
 
 
@@ -204,7 +208,7 @@ def host(commit: str, out: Path | None, jit: bool) -> None:
 @main.command()
 def report() -> None:
     """Write each GPU's full table and plots, and the parts of both READMEs between the markers."""
-    from perf.plots import write_plots  # needs matplotlib
+    from perf.plots import write_plots, write_training_plot  # needs matplotlib
 
     paths = sorted(RESULTS.glob("*.json"))
     if not paths:
@@ -221,6 +225,12 @@ def report() -> None:
         except ValueError as error:
             raise click.ClickException(f"{page}: {error}") from error
         click.echo(f"wrote {page}")
+    trained = sorted((RESULTS / TRAINING).glob("*.json"))
+    runs = [json.loads(path.read_text()) for path in trained]
+    for path, one in zip(trained, runs, strict=True):
+        click.echo(f"wrote {write_training_plot(one, path)}")
+    if runs:
+        BENCHMARKS.write_text(insert(BENCHMARKS.read_text(), training_part(runs), TRAINING))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Plots of a GPU's results: the layers of the README's figure, and every case's ratio."""
+"""Plots of a GPU's results: the layers of the README's figure, every case's ratio, training."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 from perf.cases import DTYPES, FIGURE_MODELS, FIGURE_TOKENS
 from perf.rows import Row
 from perf.systems import LAYERS, OURS, PRODUCTS
+from perf.training_report import TORCH, Report, times
 
 COLORS = {
     name: f"tab:{color}"
@@ -120,4 +121,41 @@ def plot_ratios(rows: Sequence[Row]) -> Figure:
             axes.grid(alpha=0.3)
             axes.legend(fontsize=6, ncols=2)
         panels[0].set_ylabel("best of the others / ours")
+    return figure
+
+
+def write_training_plot(report: Report, path: Path) -> Path:
+    """Writes an SVG beside a file of results of training."""
+    drawn = path.with_suffix(".svg")
+    with matplotlib.rc_context(STYLE):
+        plot_training(report).savefig(drawn, facecolor="white", metadata={"Date": None})
+    return drawn
+
+
+def plot_training(report: Report) -> Figure:
+    """Bars of forward and backward, ours beside torch's, both relative to ours of the case."""
+    cases = [one for one in report["cases"] if times(one) is not None]
+    figure = Figure(figsize=(8, 0.5 + 0.45 * len(cases)), layout="tight")
+    axes = figure.subplots()
+    for at, one in enumerate(cases):
+        whole = one["systems"][OURS]["both_us"]
+        for name, offset in ((OURS, -0.2), (TORCH, 0.2)):
+            found, begin = one["systems"][name], 0.0
+            for way, alpha in (("forward", 0.6), ("backward", 1.0)):
+                share = found[f"{way}_us"] / whole
+                label = f"{name}, {way}" if not at else None
+                axes.barh(
+                    at + offset, share, 0.36, begin, color=COLORS[name], alpha=alpha, label=label
+                )
+                begin += share
+            milliseconds = f"{found['both_us'] / 1000:.1f} ms"
+            axes.annotate(milliseconds, (begin, at + offset), (3, 0), textcoords="offset points",
+                          va="center", fontsize=8)  # fmt: skip
+    names = [f"{one['case']['name']}, {one['case']['tokens']:,} tokens" for one in cases]
+    axes.set_yticks(range(len(cases)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("time of a layer forward and backward, over ours")
+    axes.margins(x=0.1)
+    above = {"loc": "lower center", "bbox_to_anchor": (0.4, 1.0)}
+    axes.legend(frameon=False, fontsize=8, ncols=4, **above)
     return figure

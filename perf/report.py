@@ -9,7 +9,6 @@ from perf.cases import DTYPES
 from perf.rows import Claim, Row, claims_of, number, rows_of
 from perf.systems import OURS, named
 
-BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
 LOSSES = 20  # that a README lists
 Contents = dict[str, Any]
 
@@ -223,10 +222,11 @@ def text_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     )
 
 
-def insert(text: str, part: str) -> str:
-    """`text` with what is between the markers replaced. Raises ValueError without them."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+def insert(text: str, part: str, name: str = "perf") -> str:
+    """`text` with what is between a name's markers replaced. Raises ValueError without them."""
+    first, last = (f"<!-- {name}:{place} -->" for place in ("begin", "end"))
+    head, begin, rest = text.partition(first)
+    _, end, tail = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"the text must hold the markers {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n{part}\n{END}{tail}"
+        raise ValueError(f"the text must hold the markers {first} and {last}")
+    return f"{head}{first}\n{part}\n{last}{tail}"

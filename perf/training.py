@@ -19,6 +19,7 @@ the backward runs, above what is there before the forward, gradients included.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import time
@@ -48,8 +49,10 @@ from emitters.spec.gemm import GemmProblem
 from emitters.spec.registry import Problem
 from emitters.spec.weight_grad import WeightGradProblem
 from perf.images import Image, build_all
+from perf.machine import checkout
 from perf.systems import OURS
 from perf.timing import interleaved
+from perf.training_report import full_table
 
 SECONDS = 1.0  # of each measurement, all systems together
 CHECKED = 2048  # tokens
@@ -251,43 +254,6 @@ def measure(case: TrainedCase, only: Sequence[str]) -> dict[str, Any]:
     return {"case": asdict(case), "systems": found, "absent": absent}
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
-    lines = [
-        f"{report['gpu']}, torch {report['torch']}",
-        "",
-        "| case | tokens | system | forward us (TFLOP/s) | backward us (TFLOP/s) | torch / it "
-        "| kept GiB | peak GiB | largest error |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for one in report["cases"]:
-        case, systems = one["case"], one["systems"]
-        torch_us = systems.get("torch", {}).get("both_us")
-        for name, s in systems.items():
-            times = f"{torch_us / s['both_us']:.2f}" if torch_us else "-"
-            cells = [
-                case["name"],
-                f"{case['tokens']:,}",
-                name,
-                f"{s['forward_us']:,.0f} ({s['forward_tflops']:.0f})",
-                f"{s['backward_us']:,.0f} ({s['backward_tflops']:.0f})",
-                times,
-                f"{s['kept']:.2f}",
-                f"{s['peak_backward']:.2f}",
-                f"{max(s['errors'].values()):.1e}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-        if case["published"]:
-            forward, backward = case["published"]
-            lines.append(
-                f"| {case['name']} | {case['tokens']:,} | SonicMoE on an H100, published "
-                f"| ({forward}) | ({backward}) | - | - | - | - |"
-            )
-        for name, reason in one["absent"].items():
-            lines.append(f"| {case['name']} | {case['tokens']:,} | {name} | {reason} |||||||")
-    return "\n".join(lines)
-
-
 def images_of(case: TrainedCase) -> list[Image]:
     """The kernels that this library launches for a case, as it is checked and as it is timed."""
     sizes = LayerSizes(case.num_experts, case.top_k, case.hidden, case.inter)
@@ -345,14 +311,26 @@ def build(case: str, tokens: int | None) -> None:
 @click.option("--system", multiple=True, help="these systems; default: all")
 @click.option("--budget", default=290.0, help="seconds after which no further case is begun")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file")
+@click.option("--commit", default="", help="name it where this is no git checkout")
 def run(
-    case: str, tokens: int | None, system: tuple[str, ...], budget: float, out: Path | None
+    case: str,
+    tokens: int | None,
+    system: tuple[str, ...],
+    budget: float,
+    out: Path | None,
+    commit: str,
 ) -> None:
-    """Measure; prints a Markdown table."""
+    """Measure; prints a Markdown table. `python -m perf report` shows what is in perf/results."""
     os.environ["CUTLASS_MOE_STRICT"] = "1"  # a fallback must not pass for a kernel
     began = time.monotonic()
     gpu, cases = torch.cuda.get_device_name(), []
-    report = {"gpu": gpu, "torch": torch.__version__, "cases": cases}
+    report = {
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "commit": commit or checkout(),
+        "date": datetime.date.today().isoformat(),
+        "cases": cases,
+    }
     for one in selected(case, tokens):
         if time.monotonic() - began > budget:
             break
@@ -360,7 +338,7 @@ def run(
         torch.cuda.empty_cache()
         if out is not None:
             out.write_text(json.dumps(report, indent=1))
-    click.echo(table(report))
+    click.echo(full_table(report))
 
 
 @main.command()

@@ -25,7 +25,8 @@ from cutlass_moe.models.shapes import DTYPES, MODELS
 from cutlass_moe.operands import NAMED_DTYPES
 from cutlass_moe.ops import dispatch
 from cutlass_moe.runtime import library
-from emitters.spec.gemm import Bias, GemmProblem
+from emitters.spec.epilogue import Bias
+from emitters.spec.gemm import GemmProblem
 
 TOKENS = 16
 

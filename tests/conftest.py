@@ -7,7 +7,7 @@ the DSL, hypothesis or the command line's packages are skipped there, with the p
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,33 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared_cache(run_folder: Path) -> Cache:
     """Of a run's processes, one compiles an image."""
     return Cache([run_folder / "images"])
+
+
+class OfGpu(pytest.Module):
+    """A module of GPU tests where there is no GPU: one skip, and it is not even imported."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        pytest.skip("needs a CUDA device", allow_module_level=True)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m gpu` imports the modules of GPU tests alone."""
+    others = collection_path.suffix == ".py" and not collection_path.stem.endswith("_gpu")
+    return True if others and _of_gpu_alone(config) else None
+
+
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
+    """Without a GPU its tests are collected only where `-m gpu` asks for them."""
+    asked = torch.cuda.is_available() or _of_gpu_alone(parent.config)
+    if asked or not module_path.stem.endswith("_gpu"):
+        return None
+    return OfGpu.from_parent(parent, path=module_path)
+
+
+def _of_gpu_alone(config: pytest.Config) -> bool:
+    return config.option.markexpr.partition(" ")[0] == "gpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import cutlass_moe as cm
-from emitters.spec import gemm
+from emitters.spec import epilogue, gemm
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cutlass_moe", "emitters", "tests", "perf")
@@ -92,7 +92,9 @@ def is_python(block: Block) -> bool:
     ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_snippets_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "NODES", dict(gemm.NODES))  # a snippet may add to them
+    nodes = dict(epilogue.NODES)  # a snippet may add to them
+    for module in (epilogue, gemm):
+        monkeypatch.setattr(module, "NODES", nodes)
     names = {"__name__": "snippets", **prepared()}
     skipped = ""
     for block in filter(is_python, blocks(page)):

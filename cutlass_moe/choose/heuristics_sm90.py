@@ -132,7 +132,8 @@ def _some_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """
     if problem.two_level:
         return _widest(problem, 128, _wide(problem)) or _widest(problem, 64, 128)
-    wide = _widest(problem, 64, _wide(problem), pingpong=True, group_m=16)
+    tile = (64, _wide(problem)) if problem.sole_output else (128, 128)
+    wide = _widest(problem, *tile, pingpong=True, group_m=16)
     return wide or _widest(problem, 64, 128)
 
 
@@ -152,11 +153,12 @@ def _many_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """A config in which pairs of CTAs share weights."""
     if problem.two_level:
         return _some_rows(problem)  # pairs were slower in all but three of 24 cases
-    if problem.weight.major is Major.N and problem.k > _LONG_SUM:
+    if problem.weight.major is Major.N and problem.k > _LONG_SUM and problem.sole_output:
         shared = _widest(problem, 128, 256, group_m=16)
         if shared:
             return shared
-    pairs = _widest(problem, 64, _wide(problem), pingpong=True, group_m=16, cluster_m=2)
+    tile = (64, _wide(problem)) if problem.sole_output else (128, 128)
+    pairs = _widest(problem, *tile, pingpong=True, group_m=16, cluster_m=2)
     return pairs or _some_rows(problem)
 
 
@@ -215,6 +217,8 @@ def _estimates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
         families = [_packed(problem, configs, rows <= _PACKED_ONCE) for rows, configs in _PACKED]
         families.append(_packed(problem, _PACKED_IN_TURN, True))
         return tuple(dict.fromkeys(config for family in families for config in family))
+    if problem.stored:
+        return _many_rows(problem)
     families = [*_one_wave(problem), _swap(problem, 8, 64, True), _swap(problem, 8, 64, False)]
     evict_first = _evict_first(problem, problem.num_experts, H200)
     for rows in (*(rows for rows, _ in _SWAP_ROWS[1:]), _swap_rows(problem, H200)):
@@ -297,7 +301,9 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
         if configs == _PACKED[0][1] and tiles <= gpu.sms:
             configs = _PACKED_IN_TURN
         return _packed(problem, configs, limit <= _PACKED_ONCE)
-    if rows_per_expert > _swap_rows(problem, gpu):
+    if problem.stored:
+        return _many_rows(problem)
+    if rows_per_expert > _swap_rows(problem, gpu) or not problem.sole_output:  # else swap-AB
         # Half of the rows of one large tile may be empty: that costs nothing only as long as
         # reading the weights takes longer than the arithmetic.
         if rows_per_expert <= _ONE_TILE_ROWS * min(1.0, gpu.balance / H200.balance):

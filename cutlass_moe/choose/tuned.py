@@ -40,9 +40,11 @@ def name_of(problem: GemmProblem) -> str:
 
     It leaves out gather, output, epilogue and the rows of a block of scales, which hardly change
     which config is fastest. Scales that vary along K do: "e4m3 two_level 1x128, E 8, ...", and so
-    does the format of packed weights: "bf16 x mxfp4 fp32, E 8, ...".
+    does the format of packed weights: "bf16 x mxfp4 fp32, E 8, ...". So do other outputs beside the
+    first: "bf16 fp32, E 8, N 4096, K 14336, more outputs".
     """
-    size = f"E {problem.num_experts}, N {problem.n}, K {problem.k}"
+    more = "" if problem.sole_output else ", more outputs"
+    size = f"E {problem.num_experts}, N {problem.n}, K {problem.k}{more}"
     blocks = f" {problem.x_scale}" if problem.block_rows else ""
     operands = f"{problem.x} x {problem.weight.packing}" if problem.weight.packing else problem.x
     return f"{operands} {problem.accumulation}{blocks}, {size}"

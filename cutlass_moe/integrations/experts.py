@@ -24,11 +24,10 @@ from torch import Tensor, nn
 import cutlass_moe as cm
 from cutlass_moe.models.expert_weights import ExpertWeights
 from cutlass_moe.models.problems import block_rows
+from cutlass_moe.models.shapes import FP8_BLOCK, PACKINGS
 
 Experts = Any  # a module of experts: its classes are made by a decorator
 QUANTS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # with a scale per channel
-FP8_BLOCK = "fp8_block"  # e4m3 as checkpoints with `weight_block_size` hold it
-PACKED = ("mxfp4", "int4_g32", "int4_g128")  # 4-bit weights of `pack_weights`
 BLOCK = 128  # rows and columns that share a scale in the blocks that kernels have
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 # Of values whose pairs tell activations apart: around zero, bends, clamps near and far.
@@ -56,12 +55,12 @@ def experts_of(model: nn.Module) -> Iterator[Experts]:
 
 
 def quant_of(module: Experts) -> str | None:
-    """What `store` made of a module: "fp8", "int8", "fp8_block", one of PACKED, or None."""
+    """What `store` made of a module: "fp8", "int8", "fp8_block", a 4-bit format, or None."""
     return getattr(module, "_cutlass_moe_quant", None)
 
 
 def is_packed(module: Experts) -> bool:
-    return quant_of(module) in PACKED
+    return quant_of(module) in PACKINGS
 
 
 def held_quant(module: Experts, weight: Tensor) -> str | None:
@@ -184,7 +183,7 @@ def quantize(module: Experts, quant: str) -> None:
                 wide[name] = dequantize(weight, before[f"{name}_scale"][e], block_size)
         one = replace(held, w13=wide["w13"][None], w2=wide["w2"][None])
         made.store(e, one, 0)
-    if quant in PACKED and interleaved and "w13_bias" in biases:
+    if quant in PACKINGS and interleaved and "w13_bias" in biases:
         bias = biases["w13_bias"]
         biases["w13_bias"] = torch.cat([bias[:, ::2], bias[:, 1::2]], 1)
     store(module, replace(made, **biases).padded(), quant)
@@ -202,9 +201,9 @@ def store(module: Experts, weights: Any, quant: str) -> None:
             if hasattr(module, stale):
                 delattr(module, stale)
         values, bias = getattr(weights, ours), getattr(weights, f"{ours}_bias")
-        turn = module.is_transposed and quant not in PACKED
+        turn = module.is_transposed and quant not in PACKINGS
         module.register_buffer(name, values.transpose(1, 2) if turn else values)
-        if quant not in PACKED:
+        if quant not in PACKINGS:
             module.register_buffer(f"{name}_scale_inv", getattr(weights, f"{ours}_scale"))
         if bias is not None:
             setattr(module, f"{name}_bias", nn.Parameter(bias))

@@ -13,13 +13,12 @@ import cutlass_moe as cm
 from cutlass_moe.environment import STRICT
 from cutlass_moe.integrations.experts import (
     BLOCK,
-    FP8_BLOCK,
     NOT_GATED,
-    PACKED,
     QUANTS,
     ActivationArguments,
 )
 from cutlass_moe.models.expert_weights import allocate
+from cutlass_moe.models.shapes import FP8_BLOCK, PACKINGS
 
 _logger = logging.getLogger("cutlass_moe")
 _known: dict[tuple[ServedExperts, str, int], str | None] = {}  # by experts, engine and device
@@ -51,7 +50,7 @@ class ServedExperts(NamedTuple):
     def options(self) -> dict[str, Any]:
         """The arguments of `fused_moe` that are no tensors."""
         named = self.activation._asdict()
-        quant = None if self.quant in PACKED else self.quant
+        quant = None if self.quant in PACKINGS else self.quant
         return {"quant": quant, "interleaved": self.interleaved, **named}
 
 
@@ -110,7 +109,7 @@ def arguments(experts: ServedExperts, tokens: int) -> dict[str, Any]:
     """A call of `fused_moe`, with tensors that have no values."""
     e, h, i = experts.num_experts, experts.hidden, experts.inter
     gates = 1 if experts.activation in NOT_GATED else 2
-    quant = None if experts.quant in PACKED else experts.quant
+    quant = None if experts.quant in PACKINGS else experts.quant
     held = QUANTS["fp8" if quant == FP8_BLOCK else quant] if quant else experts.dtype
     tensor = partial(torch.empty, device="meta")
     call: dict[str, Any] = {
@@ -128,7 +127,7 @@ def arguments(experts: ServedExperts, tokens: int) -> dict[str, Any]:
             call[f"{name}_scale"] = tensor(e, n, dtype=torch.float32)
         if experts.bias:
             call[f"{name}_bias"] = tensor(e, n, dtype=experts.bias)
-    if experts.quant in PACKED:
+    if experts.quant is not None and quant is None:
         packed = allocate(e, (gates * i, h, i), experts.quant, torch.device("meta"))
         call |= {"w13": packed.w13, "w2": packed.w2}
     return call

@@ -44,8 +44,9 @@ from torch import Tensor
 
 import cutlass_moe as cm
 from cutlass_moe.integrations import serving
-from cutlass_moe.integrations.experts import BLOCK, FP8_BLOCK, ActivationArguments
+from cutlass_moe.integrations.experts import BLOCK, ActivationArguments
 from cutlass_moe.integrations.serving import ServedExperts, Unsupported
+from cutlass_moe.models.shapes import FP8_BLOCK
 
 NAME, ENGINE = "cutlass_moe", "SGLang"
 GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}

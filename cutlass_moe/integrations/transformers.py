@@ -35,10 +35,8 @@ from transformers.utils.logging import tqdm
 import cutlass_moe as cm
 from cutlass_moe.environment import STRICT
 from cutlass_moe.integrations.experts import (
-    FP8_BLOCK,
     GATED,
     NOT_GATED,
-    PACKED,
     QUANTS,
     ActivationArguments,
     Experts,
@@ -57,11 +55,12 @@ from cutlass_moe.integrations.experts import (
 from cutlass_moe.integrations.stored import tensors_without_experts
 from cutlass_moe.models.checkpoints import Checkpoint
 from cutlass_moe.models.quantization import block_size
+from cutlass_moe.models.shapes import FP8_BLOCK, PACKINGS
 from cutlass_moe.models.shards import Shards
 
 NAME = "cutlass_moe"
 OLDEST, NEWER = Version("5.17"), Version("5.25")  # tested from the one to below the other
-_QUANTS = (*QUANTS, FP8_BLOCK, *PACKED)
+_QUANTS = (*QUANTS, FP8_BLOCK, *PACKINGS)
 _NAMES = ", ".join(map(repr, _QUANTS))
 SUMS_QUANTIZED = Version("5.24")  # the first seen to sum over ranks whatever the parameters are
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -184,7 +183,7 @@ def load_quantized(
             layer = _LAYER.search(f".{named[id(module)]}.")
             assert layer is not None, named[id(module)]
             weights = checkpoint.read(int(layer[1]), device=device, quant=quant).padded()
-            if stored not in PACKED and weights.interleaved != is_interleaved(module):
+            if stored not in PACKINGS and weights.interleaved != is_interleaved(module):
                 raise ValueError(f"{directory}: gate and up must lie as {type(module)} has them")
             store(module, weights, stored)
     model.save_pretrained = _refuse_to_save

@@ -32,14 +32,9 @@ from vllm.platforms import current_platform
 
 import cutlass_moe as cm
 from cutlass_moe.integrations import plugins, serving
-from cutlass_moe.integrations.experts import (
-    BLOCK,
-    FP8_BLOCK,
-    PACKED,
-    QUANTS,
-    ActivationArguments,
-)
+from cutlass_moe.integrations.experts import BLOCK, QUANTS, ActivationArguments
 from cutlass_moe.integrations.serving import ServedExperts, Unsupported
+from cutlass_moe.models.shapes import FP8_BLOCK, PACKINGS
 
 NAME, ENGINE = "cutlass_moe", "vLLM"
 Scheme = tuple[keys.QuantKey | None, keys.QuantKey | None]  # of weights, of activations
@@ -85,7 +80,7 @@ class CutlassMoeExperts(TritonExperts):  # type: ignore[misc]  # vLLM has no typ
             scales: Any = (self.w1_scale, self.w2_scale)
             if found.quant in ("int8", "fp8"):
                 scales = tuple(map(serving.per_channel, scales))
-            if found.quant in PACKED:
+            if found.quant in PACKINGS:
                 scales = (None, None)
             self.options = {
                 **found.options,
@@ -140,7 +135,7 @@ class CutlassMoeExperts(TritonExperts):  # type: ignore[misc]  # vLLM has no typ
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Packs MXFP4 weights, in the place of those that vLLM loaded and of their scales."""
-        if self.experts is None or self.experts.quant not in PACKED:
+        if self.experts is None or self.experts.quant not in PACKINGS:
             return super().process_weights_after_loading(layer)
         for name, rows_alternate in (("w13", self.experts.interleaved), ("w2", False)):
             values, scale = (getattr(layer, f"{name}_weight{end}") for end in ("", "_scale"))
@@ -248,7 +243,7 @@ def describe(
     if moe_config.is_lora_enabled:
         raise Unsupported("LoRA needs the rows between the products")
     activation = moe_config.activation
-    if quant in PACKED and activation != MoEActivation.SWIGLUOAI:
+    if quant in PACKINGS and activation != MoEActivation.SWIGLUOAI:
         raise Unsupported(f"MXFP4 must be gpt-oss's, with swigluoai, got {activation.value}")
     arguments, interleaved = ActivationArguments(PLAIN.get(activation, "swiglu")), False
     if activation == MoEActivation.SILU:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cutlass_moe.layer.activate import activate_rows_backward
-from cutlass_moe.operands import QUANTS, LayerOptions
+from cutlass_moe.layer.products import Factor, How, project, project_gradient, rows_dtype
 from cutlass_moe.ops._checks import is_n_major
 from cutlass_moe.ops._row_sums import sum_by_expert, two_parts
 from cutlass_moe.ops.combine import combine
 from cutlass_moe.ops.grouped_matmul import grouped_matmul, grouped_matmul_out
-from cutlass_moe.ops.quantize import quantize_per_token
+from cutlass_moe.ops.route import RoutingTable
 from cutlass_moe.ops.weight_grad import grouped_weight_grad
 from cutlass_moe.runtime.parameters import reads_rows
 
@@ -58,75 +58,6 @@ class Needs(NamedTuple):
     w2_bias: bool
 
 
-class How(NamedTuple):
-    """What the backward knows of the call besides tensors, in the order of its op's schema."""
-
-    activation: str
-    interleaved: bool
-    limit: float | None
-    alpha: float | None
-    beta: float | None
-    quant: str | None
-    accumulation: str | None
-    expected_rows: int
-
-    @property
-    def options(self) -> LayerOptions:
-        activation, interleaved, limit, alpha, beta, quant, accumulation, _ = self
-        return LayerOptions(
-            quant=quant,
-            activation=activation,
-            interleaved=interleaved,
-            accumulation=accumulation,
-            limit=limit,
-            alpha=alpha,
-            beta=beta,
-        )
-
-
-class Factor(NamedTuple):
-    """What rows are multiplied with: w13 or w2, and its scale and bias."""
-
-    weight: Tensor
-    scale: Tensor | None
-    bias: Tensor | None
-
-
-def project(
-    x: Tensor,
-    factor: Factor,
-    how: How,
-    offsets: Tensor,
-    index: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    activated: bool = False,
-) -> Tensor:
-    """Rows of x, gathered if there is an index, times a factor; x is quantised if the factor is.
-
-    out_dtype: default x's, or bfloat16 where it is quantised.
-    """
-    per_token_scale = None
-    if how.quant is not None:
-        x, per_token_scale = quantize_per_token(x, QUANTS[how.quant])
-    activation: dict[str, Any] = {}
-    if activated:
-        names = ("activation", "interleaved", "limit", "alpha", "beta")
-        activation = {name: getattr(how, name) for name in names}
-    return grouped_matmul(
-        x,
-        factor.weight,
-        index=index,
-        offsets=offsets,
-        per_token_scale=per_token_scale,
-        scale=factor.scale,
-        bias=factor.bias,
-        out_dtype=out_dtype,
-        accumulation=how.accumulation,
-        expected_rows=how.expected_rows,
-        **activation,
-    )
-
-
 class LayerBackward:
     """The backward of one call."""
 
@@ -146,21 +77,16 @@ class LayerBackward:
         if again:
             up = Factor(saved.w13, saved.w13_scale, saved.w13_bias)
             h = project(self.hidden, up, self.how, saved.offsets, table)
-        grad_active = self.turned(self.grad, saved.w2, saved.w2_scale, gather=True)
         grad_h = h if again else torch.empty_like(h)
-        active = grad_active if needs.w2 else None
         weights = saved.topk_weights.float().contiguous()
-        by_weight = activate_rows_backward(
-            h, grad_active, weights, saved.inverse, self.how.options, grad_h, active
-        )
-        del h, grad_active
+        active, by_weight = self.through_activation(h, weights, grad_h)
+        del h
         found: dict[str, Tensor | None] = {}
         if needs.topk_weights:
             if saved.w2_bias is not None:
                 by_weight += self.share_of_bias(saved.w2_bias)
             found["topk_weights"] = by_weight.to(saved.topk_weights.dtype)
         if needs.w2:
-            assert active is not None
             found["w2"] = self.weight_grad(saved.w2, self.grad, active, True, into[1])
         del active
         if needs.w2_bias:
@@ -177,6 +103,22 @@ class LayerBackward:
             bias, gradient = getattr(saved, name), found.get(name)
             found[name] = None if gradient is None else gradient.to(bias.dtype)
         return [found.get(name) for name in Needs._fields]
+
+    def through_activation(
+        self, h: Tensor, weights: Tensor, grad_h: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the gradient of h, which may be h; returns the activation's result times the
+        router weight, [R, I], and the gradient of the weights, float32 [T, k]."""
+        saved, table = self.saved, RoutingTable(*self.saved[-3:])
+        if saved.w2_scale is None:
+            found = project_gradient(self.grad, saved.w2, h, weights, table, self.how, grad_h)
+            if found is not None:
+                return found
+        active = self.turned(self.grad, saved.w2, saved.w2_scale, gather=True)
+        by_weight = activate_rows_backward(
+            h, active, weights, saved.inverse, self.how.options, grad_h, active
+        )
+        return active, by_weight
 
     def product(
         self, x: Tensor, weight: Tensor, gather: bool, out_dtype: torch.dtype | None = None
@@ -271,8 +213,3 @@ class LayerBackward:
         inverse, count = self.saved.inverse.flatten(), self.saved.index.shape[0]
         row = inverse.where(inverse >= 0, count).long()
         return weights.new_zeros(count + 1).scatter_(0, row, weights.flatten())[:count]
-
-
-def rows_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of rows that are summed: one may exceed float16 where their sum does not."""
-    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype

@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.choose.heuristics_sm90 import FEW_PAIRS, step_config
-from cutlass_moe.layer.accept import (
-    Conversion,
-    aligned,
-    conversions,
-    convert,
-    refuse_unreadable,
-    weigh_input,
-)
-from cutlass_moe.layer.checks import check_layer, layer_addresses, problems_of
+from cutlass_moe.layer.accept import aligned, convert, refuse_unreadable, weigh_input
+from cutlass_moe.layer.checks import Accepted, accept_layer, layer_addresses
 from cutlass_moe.layer.reference import fused_moe_reference
 from cutlass_moe.layer.steps import LayerProblems, Quantize
 from cutlass_moe.layer.why_not import why_no_layer
@@ -84,8 +77,9 @@ class Link:
 class LayerWorkspace:
     """The layout of a layer's workspace: the offset in bytes of each of its regions, by name."""
 
-    def __init__(self, layer: LayerOperands, options: LayerOptions) -> None:
-        problems = problems_of(layer, options)
+    def __init__(
+        self, layer: LayerOperands, options: LayerOptions, problems: LayerProblems
+    ) -> None:
         tokens, experts = len(layer.hidden), len(layer.w2)
         hidden, inter = problems.down.n, problems.down.k
         pairs, quant = layer.topk_ids.numel(), options.quant
@@ -156,21 +150,16 @@ class Chain:
     """
 
     def __init__(
-        self,
-        layer: LayerOperands,
-        options: LayerOptions,
-        needed: list[tuple[str, Conversion]] | None = None,
+        self, accepted: Accepted, options: LayerOptions, workspace: LayerWorkspace
     ) -> None:
-        """layer: after the conversions `needed`, which each launch makes."""
-        self.conversions = needed or []
-        self.workspace = LayerWorkspace(layer, options)
-        self.options = options
+        """Each launch makes the conversions that the accepted arguments needed."""
+        layer, self.conversions, problems = accepted
+        self.workspace, self.options = workspace, options
         self.rows = layer.topk_ids.numel()
         self.why_not: str | None = None
         self.links: list[Link] = []
         self._lock = Lock()
         if layer.hidden.is_cuda and self.rows:
-            problems = problems_of(layer, options)
             arch = library.device_arch(layer.hidden.get_device())
             self.why_not = why_no_layer(problems, arch)
             if self.why_not is None:
@@ -375,10 +364,9 @@ def find_chain(
     if chain is None:
         check_types(LayerOperands, layer._asdict())
         check_types(LayerOptions, options._asdict())
-        needed = conversions(layer, options)
-        layer = convert(layer, needed)
-        check_layer(layer, options, out)
+        accepted = accept_layer(layer, options, out)
+        needed = LayerWorkspace(accepted.layer, options, accepted.problems)
         if workspace is not None:
-            LayerWorkspace(layer, options).layout.aligned(workspace)
-        chain = _chains.keep(key, Chain(layer, options, needed))
+            needed.layout.aligned(workspace)
+        chain = _chains.keep(key, Chain(accepted, options, needed))
     return chain

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from cutlass_moe.layer.accept import Conversion, conversions, convert
 from cutlass_moe.layer.steps import Forms, LayerProblems, LayerSizes, Projection, layer_problems
 from cutlass_moe.operands import (
     DTYPES,
@@ -39,6 +42,27 @@ _ALIGNMENTS = {  # bytes that addresses must be multiples of
     **dict.fromkeys(("hidden", "w13", "w2", "residual", "out"), 16),
     **dict.fromkeys(("w13_scale", "w2_scale", "w13_bias", "w2_bias"), 8),
 }
+
+
+class Accepted(NamedTuple):
+    """Checked arguments of `fused_moe`, in the forms that its kernels read."""
+
+    layer: LayerOperands
+    conversions: list[tuple[str, Conversion]]  # that every call with such arguments needs
+    problems: LayerProblems
+
+
+def accept_layer(
+    layer: LayerOperands, options: LayerOptions, out: Tensor | None = None
+) -> Accepted:
+    """Converts and checks arguments that are `widened`, and poses their problems.
+
+    Raises what `check_layer` raises.
+    """
+    needed = conversions(layer, options)
+    layer = convert(layer, needed)
+    check_layer(layer, options, out)
+    return Accepted(layer, needed, problems_of(layer, options))
 
 
 def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None = None) -> None:

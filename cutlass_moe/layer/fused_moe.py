@@ -10,7 +10,7 @@ from torch import Tensor
 from cutlass_moe.layer.accept import conversions, convert, widened
 from cutlass_moe.layer.backward import GradInto
 from cutlass_moe.layer.chain import LayerWorkspace, find_chain
-from cutlass_moe.layer.checks import check_layer, problems_of
+from cutlass_moe.layer.checks import accept_layer, check_layer
 from cutlass_moe.layer.training import check_into, differentiable_layer
 from cutlass_moe.operands import (
     LAYER_SCHEMA,
@@ -156,13 +156,14 @@ def fused_moe(
         if type(recompute) is not bool:
             check_types(fused_moe, locals())
         into = (None, None) if grad_into is None else check_into(layer, grad_into)
-        if wants_gradient((*layer, out, workspace)):
+        gradient, plain = wants_gradient((*layer, out, workspace)), is_plain_eager(hidden, w13)
+        if gradient:
             if out is not None or workspace is not None:
                 raise RuntimeError(_NOT_INTO)
             return differentiable_layer(layer, options, recompute, into)
         out = _empty(layer, options) if out is None else out
         written = out.view(-1, *out.shape[(-1 if reduce == "sum" else -2) :])
-        if is_plain_eager(hidden, w13):
+        if plain:
             _run(written, workspace, layer, options)
         else:
             _fused_moe_out_op(written, workspace, *layer, *options)
@@ -187,7 +188,8 @@ def fused_moe_workspace_size(
     tensors may be on the meta device. Raises what `fused_moe` raises.
     """
     layer, options = split_layer(hidden, w13, w2, topk_weights, topk_ids, arguments)
-    return LayerWorkspace(_checked(layer, options), options).layout.size
+    layer, _, problems = accept_layer(widened(layer), options)
+    return LayerWorkspace(layer, options, problems).layout.size
 
 
 @typed
@@ -207,15 +209,7 @@ def fused_moe_problems(
         cutlass_moe.warmup(cutlass_moe.fused_moe_problems(hidden, w13, w2, topk_weights, topk_ids))
     """
     layer, options = split_layer(hidden, w13, w2, topk_weights, topk_ids, arguments)
-    return [problem for problem in problems_of(_checked(layer, options), options) if problem]
-
-
-def _checked(layer: LayerOperands, options: LayerOptions) -> LayerOperands:
-    """The arguments after the conversions that they need, checked."""
-    layer = widened(layer)
-    layer = convert(layer, conversions(layer, options))
-    check_layer(layer, options)
-    return layer
+    return [problem for problem in accept_layer(widened(layer), options).problems if problem]
 
 
 def _empty(layer: LayerOperands, options: LayerOptions) -> Tensor:

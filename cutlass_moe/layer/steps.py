@@ -7,15 +7,13 @@ from typing import NamedTuple
 
 from cutlass_moe.operands import padded
 from emitters.spec.dtypes import ACCUMULATIONS, Accumulation, DType
-from emitters.spec.gemm import (
+from emitters.spec.epilogue import (
     Activation,
     ActivationFunction,
-    GemmProblem,
-    Granularity,
-    Major,
-    WeightFormat,
+    ActivationGradient,
     make_epilogue,
 )
+from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightFormat
 from emitters.spec.layer_steps import (
     ActivateBackwardProblem,
     ActivateProblem,
@@ -74,24 +72,29 @@ def training_problems(layer: LayerProblems, interleaved: bool = False) -> dict[s
     """The problems of a layer's forward and backward in training, by what they compute.
 
     layer: the problems of the same layer without training, not quantised. interleaved: as in
-    `fused_moe`. The up projection is stored before its activation, which is a kernel of its own.
+    `fused_moe`. With few rows per expert, and where columns are interleaved, the activation and its
+    gradient are kernels of their own.
     """
     up, down, combine, node = layer.up, layer.down, layer.combine, layer.up.activation
     assert node is not None
-    rows = ActivateProblem(node.function, up.x, down.k, interleaved)
+    rows = node.function, up.x, down.k, interleaved
+    of_active = replace(_transposed(down), gather=True)
     found: dict[str, Problem] = {
         "route": layer.route,
-        "up stored": replace(up, epilogue=up.epilogue[:-1]),
-        "activate": rows,
+        "up before activation": replace(up, epilogue=up.epilogue[:-1]),
+        "activate": ActivateProblem(*rows),
         "down": down,
         "combine": replace(combine, out=combine.rows),
-        "gradient of active": replace(_transposed(down), gather=True),
-        "activate backward": ActivateBackwardProblem(node.function, up.x, down.k, interleaved),
+        "gradient of active": of_active,
+        "activate backward": ActivateBackwardProblem(*rows),
         "gradient of rows": replace(_transposed(up), gather=False, out=down.out),
         "gradient of hidden": replace(combine, out=combine.rows, n=up.k, weights=DType.FP32),
         "gradient of w13": _weight_grad(up, Side.RIGHT),
         "gradient of w2": _weight_grad(down, Side.LEFT),
     }
+    if not interleaved:
+        found["up"] = with_stored_columns(up)
+        found["gradient of up"] = with_gradient(of_active, node.function)
     if down.epilogue:  # sums over rows are products with thin rows
         sums = WeightGradProblem(up.x, DType.FP32, _THIN, up.n, up.num_experts)
         found["gradient of w13_bias"] = sums
@@ -99,6 +102,18 @@ def training_problems(layer: LayerProblems, interleaved: bool = False) -> dict[s
         thin = replace(down, n=_THIN, k=down.n, gather=True, epilogue=(), out=DType.FP32)
         found["w2_bias by weights"] = replace(thin, weight=WeightFormat(up.x))
     return found
+
+
+def with_stored_columns(up: GemmProblem) -> GemmProblem:
+    """The up projection that stores its columns before the activation too."""
+    *nodes, node = up.epilogue
+    assert isinstance(node, Activation)
+    return replace(up, epilogue=(*nodes, replace(node, stored=True)))
+
+
+def with_gradient(product: GemmProblem, function: ActivationFunction) -> GemmProblem:
+    """The gradient of an activation's result that becomes that of its input."""
+    return replace(product, epilogue=(ActivationGradient(function),))
 
 
 def _transposed(problem: GemmProblem) -> GemmProblem:

@@ -7,7 +7,8 @@
   out = residual + sum of w * rows [T, H]         x's: sum of a token's rows of gh @ w13
 
 x is `hidden`. There are R = T * k rows, sorted by expert, and w is the router weight of a row. It
-multiplies `a` instead of g, so nothing of R x H is kept for its gradient.
+multiplies `a` instead of g, so nothing of R x H is kept for its gradient. One kernel makes h and a,
+and one gh and w * a without storing ga; products.py says where they can't.
 """
 
 from __future__ import annotations
@@ -18,25 +19,16 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.layer.accept import Conversion, conversions, convert, weigh_input, widened
-from cutlass_moe.layer.activate import activate_rows
-from cutlass_moe.layer.backward import (
-    Factor,
-    GradInto,
-    How,
-    LayerBackward,
-    Needs,
-    Saved,
-    project,
-    rows_dtype,
-)
+from cutlass_moe.layer.backward import GradInto, LayerBackward, Needs, Saved
 from cutlass_moe.layer.chain import INVARIANT_ROWS
 from cutlass_moe.layer.checks import check_layer, why_no_gradient
+from cutlass_moe.layer.products import Factor, How, project, project_up, rows_dtype
 from cutlass_moe.operands import LAYER_SCHEMA, LayerOperands, LayerOptions
 from cutlass_moe.ops._checks import expect
 from cutlass_moe.ops._define import define, define_gradient
 from cutlass_moe.ops.combine import combine
 from cutlass_moe.ops.grouped_matmul import is_plain_eager
-from cutlass_moe.ops.route import route
+from cutlass_moe.ops.route import RoutingTable, route
 from cutlass_moe.runtime.signatures import Signatures, signature
 
 _COUNT = len(LayerOperands._fields)
@@ -122,13 +114,13 @@ def _train(layer: LayerOperands, options: LayerOptions, recompute: bool) -> tupl
     hidden, how = layer.hidden, _how(layer, options)
     up = Factor(layer.w13, layer.w13_scale, layer.w13_bias)
     down = Factor(layer.w2, layer.w2_scale, layer.w2_bias)
-    index, offsets, inverse = _route(layer, options)
+    table = _route(layer, options)
+    index, offsets, inverse = table.index, table.offsets, table.inverse
     if recompute:
         h = hidden.new_empty(0, layer.w13.shape[1], dtype=_stored(hidden, options))
         active = project(hidden, up, how, offsets, index, h.dtype, activated=True)
     else:
-        h = project(hidden, up, how, offsets, index, _stored(hidden, options))
-        active = activate_rows(h, inverse, options)
+        h, active = project_up(hidden, up, how, table, _stored(hidden, options))
     wide = rows_dtype(hidden)
     rows = project(active, down, how, offsets, out_dtype=wide)
     residual = None if layer.residual is None else layer.residual.to(wide)
@@ -173,20 +165,22 @@ def _checked(layer: LayerOperands, options: LayerOptions) -> LayerOperands:
     return convert(layer, needed)
 
 
-def _route(layer: LayerOperands, options: LayerOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """index, offsets and inverse of the routing table, of at most `max_rows` rows."""
+def _route(layer: LayerOperands, options: LayerOptions) -> RoutingTable:
+    """The routing table, of at most `max_rows` rows."""
     table = route(
         layer.topk_ids,
         len(layer.w2),
         expert_map=layer.expert_map,
         capacity_factor=options.capacity_factor,
     )
-    index, offsets, inverse = table.index, table.offsets, table.inverse
     most = options.rows(layer.topk_ids.numel())
-    if most < len(index):
-        index, offsets = index[:most].clone(), offsets.clamp(max=most)
-        inverse = inverse.where(inverse < most, -1)
-    return index, offsets, inverse
+    if most == len(table.index):
+        return table
+    return RoutingTable(
+        table.index[:most].clone(),
+        table.offsets.clamp(max=most),
+        table.inverse.where(table.inverse < most, -1),
+    )
 
 
 def _expected_rows(layer: LayerOperands, options: LayerOptions) -> int:

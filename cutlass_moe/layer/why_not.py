@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from cutlass_moe.layer.accept import conversions, convert, widened
-from cutlass_moe.layer.checks import check_layer, problems_of, why_no_gradient
+from cutlass_moe.layer.accept import widened
+from cutlass_moe.layer.checks import accept_layer, why_no_gradient
 from cutlass_moe.layer.steps import LayerProblems, training_problems
 from cutlass_moe.operands import (
     LayerArguments,
@@ -135,10 +135,7 @@ def _why_no_layer(layer: LayerOperands, options: LayerOptions, arch: str) -> str
     reason = why_no_gradient(layer, options) if trained else None
     if reason is not None:
         return reason
-    layer = widened(layer)
-    layer = convert(layer, conversions(layer, options))
-    check_layer(layer, options)
-    problems = problems_of(layer, options)
+    problems = accept_layer(widened(layer), options).problems
     reason = why_no_layer(problems, arch)
     compiling = torch.compiler.is_compiling()  # the ops then say it when they run
     if reason is None and trained and options.quant is None and not compiling:

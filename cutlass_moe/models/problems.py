@@ -15,13 +15,8 @@ from cutlass_moe.models.shapes import DTYPES, MoeShape
 from cutlass_moe.operands import FP8_BLOCK, PACKINGS
 from cutlass_moe.ops.block_scales import BLOCKS
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import (
-    ActivationFunction,
-    GemmProblem,
-    Granularity,
-    Major,
-    block_count,
-)
+from emitters.spec.epilogue import ActivationFunction
+from emitters.spec.gemm import GemmProblem, Granularity, Major, block_count
 from emitters.spec.layer_steps import (
     MAX_FUSED_EXPERTS,
     RouteLogitsProblem,
@@ -29,7 +24,7 @@ from emitters.spec.layer_steps import (
 )
 from emitters.spec.packing import Packing
 from emitters.spec.registry import Problem
-from emitters.spec.weight_grad import Side, WeightGradProblem
+from emitters.spec.weight_grad import WeightGradProblem
 
 
 def problems_of_shape(shape: MoeShape, dtype: str) -> LayerProblems:
@@ -100,15 +95,13 @@ def weight_grad_problems(shape: MoeShape, dtype: str) -> dict[str, Problem]:
     """
     if dtype != "bf16":
         raise ValueError(f"gradients of weights are those of bf16 weights, got {dtype!r}")
-    products = gemm_problems(shape, dtype)
+    layer = problems_of_shape(_with_activation(shape), dtype)
     found: dict[str, Problem] = {}
-    for name, side in (("up", Side.RIGHT), ("down", Side.LEFT)):
-        n, k = products[name].n, products[name].k
-        turned = Side.LEFT if side is Side.RIGHT else Side.RIGHT
-        for major, m, columns, gathered in (("k", n, k, side), ("n", k, n, turned)):
-            written = WeightGradProblem(
-                DType.BF16, DType.BF16, m, columns, shape.num_experts, gathered
-            )
+    for major in Major:
+        trained = _trained(layer, major)
+        for name, weight in (("up", "w13"), ("down", "w2")):
+            written = trained[f"gradient of {weight}"]
+            assert isinstance(written, WeightGradProblem)
             added = replace(written, out=DType.FP32, accumulate=True)
             found[f"{name} gradient {major}"] = written
             found[f"{name} gradient {major} added"] = added

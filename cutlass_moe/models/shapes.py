@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 from cutlass_moe import operands
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import ActivationFunction
+from emitters.spec.epilogue import ActivationFunction
 from emitters.spec.layer_steps import SCORINGS
 from emitters.spec.packing import BLOCK_ROWS
 
 DTYPES = {name: operands.DTYPES[dtype] for name, dtype in operands.NAMED_DTYPES.items()}
 DTYPES |= dict.fromkeys(operands.PACKINGS, DType.BF16)  # of packed 4-bit weights, x's
+FP8_BLOCK, PACKINGS = operands.FP8_BLOCK, operands.PACKINGS  # some of their names
 DEFAULT_DTYPE = "fp8"  # of a model that asks for none
 FUNCTIONS = tuple(map(str, ActivationFunction))
 CLAMPED = str(ActivationFunction.SWIGLU_OAI)
@@ -21,7 +22,7 @@ CLAMPED_NUMBERS = tuple(operands.Numbers())  # limit, alpha and beta where none 
 
 def padded_size(size: int, dtype: str) -> int:
     """The least inter or hidden from this size up that kernels take, for one of DTYPES."""
-    if dtype in operands.PACKINGS:
+    if dtype in PACKINGS:
         return -(-size // BLOCK_ROWS) * BLOCK_ROWS
     return operands.padded(size, DTYPES[dtype])
 

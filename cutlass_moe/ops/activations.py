@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cutlass_moe.operands import Numbers
-from emitters.spec.gemm import ActivationFunction
+from emitters.spec.epilogue import ActivationFunction
 
 GATED = tuple(str(function) for function in ActivationFunction if function.gated)
 NOT_GATED = tuple(str(function) for function in ActivationFunction if not function.gated)

@@ -39,14 +39,8 @@ from cutlass_moe.runtime.parameters import (
 )
 from cutlass_moe.runtime.signatures import Signatures, signature
 from emitters.spec.dtypes import ACCUMULATIONS, Accumulation
-from emitters.spec.gemm import (
-    GemmProblem,
-    Granularity,
-    Major,
-    WeightFormat,
-    make_epilogue,
-    weight_granularity,
-)
+from emitters.spec.epilogue import make_epilogue
+from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightFormat, weight_granularity
 from emitters.spec.layer_steps import Step
 from emitters.spec.registry import GemmConfig, why_illegal
 

@@ -68,7 +68,7 @@ def gemm_values(
             raise ValueError(f"per_token_scale must span less than 2^31 elements, got {of_scale}")
         x_scale = dict(zip(_X_SCALE_STRIDES, of_scale, strict=True))
     column_stride, gate_stride = gate_strides(problem.n, interleaved)
-    names = problem.activation.numbers if problem.activation else ()
+    names = problem.numbers
     return {
         "starts": 0,
         "out_map": addresses.get("out", 0),
@@ -88,16 +88,28 @@ def gemm_values(
 def gemm_views(
     problem: GemmProblem, weight_strides: tuple[int, ...], num_rows: int, interleaved: bool = False
 ) -> dict[str, View]:
-    """The views for the tensor maps of out and of weight, unless that is packed.
+    """The views for the tensor maps of out, of h if there is one, and of weight unless packed.
 
     weight_strides: of E, N and K, in elements; for weights in a table, those of one expert's.
     """
     columns = problem.out_columns
     views = {"out_map": View((columns, num_rows), (columns,), problem.out.bytes)}
+    if problem.stored:
+        views["h_map"] = gates_and_ups(problem.n, columns, num_rows, problem.out.bytes)
+    if problem.gradient:
+        halves = 2 if problem.gradient.function.gated else 1
+        of_h = gates_and_ups(halves * columns, columns, num_rows, problem.out.bytes)
+        views["h_map"] = views["grad_h_map"] = of_h
     if not problem.weight.packing:
         view = weight_view(problem, weight_strides, interleaved)
         views["weight"] = View(*view, problem.x.bytes)
     return views
+
+
+def gates_and_ups(n: int, outputs: int, num_rows: int, size: int) -> View:
+    """The view of rows of n columns: all gates, then all ups, of so many outputs each; or, where
+    these are n, of columns without a gate. size: bytes of an element."""
+    return View((outputs, n // outputs, num_rows), (outputs, n), size)
 
 
 def weight_grad_values(

@@ -24,7 +24,8 @@ from cutlass_moe.runtime import library
 from cutlass_moe.tune.timing import batch_us, flush_buffer
 from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
 from emitters.spec.config_sm90 import GemmSm90Config
-from emitters.spec.gemm import Bias, GemmProblem
+from emitters.spec.epilogue import Bias
+from emitters.spec.gemm import GemmProblem
 from emitters.spec.image import Image
 from emitters.spec.registry import GemmConfig, why_illegal
 

@@ -139,6 +139,7 @@ def _compile(template: Any, arguments: Sequence[Argument], more_options: str) ->
             *(argument.stand_in for argument in arguments),
             Int32(1),
             make_fake_stream(),
+            no_jit_engine=True,  # this process does not run the kernel
             options=f"--keep-cubin --keep-ptx --dump-dir {dump} {more_options}",
         )
         cubin, ptx = compiled.artifacts.CUBIN, compiled.artifacts.PTX

@@ -9,6 +9,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
+from emitters.spec.config_sm90 import WARPGROUP
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import GemmProblem
 
@@ -33,6 +34,21 @@ def make_sums(
         return acc, acc
     parts = tile[0] * tile[1] // (part[0] * part[1])
     return acc, cute.make_rmem_tensor((parts * cute.size(acc),), sum_type(problem))
+
+
+def fragments(mma, stages: tuple, layouts: tuple, split: int, consumer: Int32):
+    """A consumer's views (tCrA, tCrB) of all stages of both operands.
+
+    stages, layouts: of A and of B, the shared memory and its swizzled layout. split: the consumers
+    that share a tile.
+    """
+    sA, sB = (
+        memory.get_tensor(layout.outer, swizzle=layout.inner)
+        for memory, layout in zip(stages, layouts, strict=True)
+    )
+    group = mma.get_slice(cute.make_layout(split, stride=WARPGROUP)(consumer % split))
+    tCrA = mma.make_fragment_A(group.partition_A(sA))
+    return tCrA, mma.make_fragment_B(group.partition_B(sB))
 
 
 def begin_products():

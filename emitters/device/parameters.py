@@ -62,12 +62,33 @@ class Gate(NamedTuple):
     beta: Int32 | None
 
 
-class Output(NamedTuple):
-    """The output and its tensor map.
+class Gradient(NamedTuple):
+    """What the gradient of an activation reads and writes besides the product.
 
-    out_map: in a template's `__call__` a [16, N] tensor that stands in for it; in the kernel the
-    TMA atom that carries it.
+    h_map: as in `Output`. grad_h, grad_h_map: the gradient of what it shows. topk_weights, inverse:
+    [T, choices]. shares: [T, choices, N tiles]. limit, alpha, beta: as in `Gate`.
+    """
+
+    h_map: cute.CopyAtom
+    grad_h: cute.Pointer
+    grad_h_map: cute.CopyAtom
+    topk_weights: cute.Pointer
+    inverse: cute.Pointer
+    shares: cute.Pointer
+    choices: Int32
+    limit: Int32 | None
+    alpha: Int32 | None
+    beta: Int32 | None
+
+
+class Output(NamedTuple):
+    """The output and its tensor map, and those of the columns before the activation if stored.
+
+    out_map, h_map: in a template's `__call__` a [16, N] tensor that stands in for it; in the kernel
+    the TMA atom that carries it.
     """
 
     out: cute.Pointer
     out_map: cute.CopyAtom
+    h: cute.Pointer | None = None
+    h_map: cute.CopyAtom | None = None

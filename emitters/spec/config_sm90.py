@@ -28,6 +28,14 @@ class Schedule(Name):
     DYNAMIC = "dynamic"  # as TILE for two rounds; then a free cluster takes the next, by a counter
 
 
+def staged_slices(problem: GemmProblem) -> int:
+    """The slices that a warp sends together: of the output and, where there are such, of columns
+    before the activation or of their gradients, gates apart from ups."""
+    if problem.gradient:
+        return 3 if problem.gradient.function.gated else 2
+    return 1 + problem.n // problem.out_columns if problem.stored else 1
+
+
 @dataclass(frozen=True)
 class StagedConfig:
     """The config of a product whose operands wait in a ring of stages in shared memory."""
@@ -207,14 +215,19 @@ class GemmSm90Config(Sm90Config):
         """The int32 of the scheduler's table: three per expert, and the slots of posted units."""
         return 3 * self.table_entries(problem) + SLOTS * SLOT_WORDS
 
-    @property
-    def staging_bytes(self) -> int:
-        """Bytes of staging memory: one slice per consumer warp, on its way to global memory."""
-        return 4 * self.consumers * SLICE_ROWS * SLICE_BYTES
+    def staging_bytes(self, problem: GemmProblem) -> int:
+        """Bytes of staging memory: slices of each consumer warp, on their way to global memory."""
+        return 4 * self.consumers * staged_slices(problem) * SLICE_ROWS * SLICE_BYTES
 
     def fixed_smem_bytes(self, problem: GemmProblem) -> int:
         """Bytes of shared memory except the stages: staging rows, scheduler table, barriers."""
-        return self.staging_bytes + 4 * self.table_words(problem) + 16 * self.MAX_STAGES
+        loaded = 8 * self.slice_barriers(problem)
+        barriers = 16 * self.MAX_STAGES + loaded
+        return self.staging_bytes(problem) + 4 * self.table_words(problem) + barriers
+
+    def slice_barriers(self, problem: GemmProblem) -> int:
+        """The barriers on which warps wait for slices that they load: one each."""
+        return 4 * self.consumers if problem.gradient else 0
 
     def parts(self, problem: GemmProblem) -> int:
         """The parts of a tile's columns that are multiplied one after the other.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType, Name
+from emitters.spec.epilogue import NODES, Activation, ActivationGradient, EpilogueNode
 from emitters.spec.packing import BLOCK_ROWS, Packing
 from emitters.spec.plain import from_plain, to_plain
 
@@ -69,91 +70,6 @@ class Granularity(Name):
 _BLOCK_ROWS = {Granularity.BLOCK_128: 128, Granularity.BLOCK_64: 64, Granularity.BLOCK_32: 32}
 
 
-class EpilogueNode(Protocol):
-    """An operation on the float32 values of a product, applied after the scales.
-
-    A node is a frozen dataclass; emitters/device/epilogue/nodes.py says how to add one.
-    """
-
-    @property
-    def kind(self) -> str:
-        """The node's name in JSON."""
-
-    @property
-    def operand(self) -> str | None:
-        """The kernel parameter of the tensor that the node reads, or None if it reads none.
-
-        A node that reads a tensor also has a property `element`, the tensor's DType.
-        """
-
-
-@dataclass(frozen=True)
-class Bias:
-    """Adds bias[e, n]; the tensor is [E, N], of `dtype`."""
-
-    dtype: DType
-    kind: ClassVar[str] = "bias"
-    operand: ClassVar[str] = "bias"
-
-    @property
-    def element(self) -> DType:
-        return self.dtype
-
-
-class ActivationFunction(Name):
-    """A function of one column x or, if it is gated, of a gate column g and an up column u."""
-
-    SWIGLU = "swiglu"  # silu(g) * u
-    GEGLU = "geglu"  # gelu(g) * u
-    REGLU = "reglu"  # relu(g) * u
-    GEGLU_TANH = "geglu_tanh"  # gelu_tanh(g) * u
-    SWIGLU_OAI = "swiglu_oai"  # g * sigmoid(alpha g) * (u + beta), g <= limit, |u| <= limit
-    GELU = "gelu"  # x * (1 + erf(x / sqrt 2)) / 2
-    GELU_TANH = "gelu_tanh"  # x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2
-    SILU = "silu"  # x * sigmoid(x)
-    RELU = "relu"
-    RELU2 = "relu2"  # relu(x) squared
-
-    @property
-    def gated(self) -> bool:
-        return self in _GATED
-
-
-_GATED = (
-    ActivationFunction.SWIGLU,
-    ActivationFunction.GEGLU,
-    ActivationFunction.REGLU,
-    ActivationFunction.GEGLU_TANH,
-    ActivationFunction.SWIGLU_OAI,
-)
-NUMBERS = ("limit", "alpha", "beta")  # of SWIGLU_OAI: float32 parameters of its kernel's launch
-
-
-@dataclass(frozen=True)
-class Activation:
-    """Applies a function to the columns; it must be the last node.
-
-    A gated function turns N columns into N / 2. Of K-major weights, scale and bias the host tells
-    the kernel where the gate and up columns of an output are.
-
-    alternating: N-major weights, and their bias, have the columns gate, up, gate, up, ... instead
-    of all gates, then all ups.
-    """
-
-    function: ActivationFunction
-    alternating: bool = False
-    kind: ClassVar[str] = "activation"
-    operand: ClassVar[None] = None
-
-    @property
-    def numbers(self) -> tuple[str, ...]:
-        """The names of the float32 launch parameters that the function takes."""
-        return NUMBERS if self.function is ActivationFunction.SWIGLU_OAI else ()
-
-
-NODES: dict[str, type] = {node.kind: node for node in (Bias, Activation)}
-
-
 @dataclass(frozen=True)
 class GemmProblem:
     """A grouped GEMM: each row of the product is a row of x times the weights of its expert.
@@ -202,6 +118,28 @@ class GemmProblem:
     def alternating(self) -> bool:
         """Whether the columns of a tile are gate, up, gate, up, ..., as in memory."""
         return self.activation is not None and self.activation.alternating
+
+    @property
+    def stored(self) -> bool:
+        """Whether the columns before the activation are an output too."""
+        return self.activation is not None and self.activation.stored
+
+    @property
+    def gradient(self) -> ActivationGradient | None:
+        """The epilogue's gradient of an activation, or None."""
+        last = self.epilogue[-1] if self.epilogue else None
+        return last if isinstance(last, ActivationGradient) else None
+
+    @property
+    def sole_output(self) -> bool:
+        """Whether the kernel writes the output alone."""
+        return not self.stored and self.gradient is None
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The names of the float32 launch parameters that the epilogue takes."""
+        last = self.activation or self.gradient
+        return last.numbers if last else ()
 
     @property
     def out_columns(self) -> int:
@@ -327,13 +265,17 @@ class GemmProblem:
         kinds = [node.kind for node in self.epilogue]
         if len(set(kinds)) < len(kinds):
             return f"each epilogue node must come at most once, got {', '.join(kinds)}"
-        if Activation.kind in kinds[:-1]:
+        if {Activation.kind, ActivationGradient.kind} & set(kinds[:-1]):
             return f"the activation must be the last epilogue node, got {', '.join(kinds)}"
+        if self.gradient and not self.gather:
+            return "an activation's gradient must be of gathered rows, got rows in order"
         if self.alternating and not (self.gated and self.weight.major is Major.N):
             return (
                 "an alternating activation must be a gated one of N-major weights, got "
                 f"{self.activation} and {self.weight.major}-major ones"
             )
+        if self.alternating and self.stored:
+            return "an alternating activation must not be stored, got one that is both"
         return None
 
     def to_json(self) -> dict[str, Any]:
@@ -355,12 +297,6 @@ class GemmProblem:
                 f"got {epilogue!r}"
             ) from error
         return from_plain(cls, {**rest, "epilogue": nodes}, f"{cls.op} problem")
-
-
-def make_epilogue(bias: DType | None, activation: Activation | None) -> tuple[EpilogueNode, ...]:
-    """The epilogue's nodes, in order, of a product with this bias and activation, if any."""
-    nodes: list[EpilogueNode] = [] if bias is None else [Bias(bias)]
-    return (*nodes, activation) if activation is not None else tuple(nodes)
 
 
 def block_count(n: int, rows: int, gated: bool) -> int:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from emitters.spec.dtypes import LARGEST, OUTPUTS, DType
-from emitters.spec.gemm import K_BLOCK, MAX_EXPERTS, NUMBERS, ActivationFunction
+from emitters.spec.epilogue import NUMBERS, ActivationFunction
+from emitters.spec.gemm import K_BLOCK, MAX_EXPERTS
 from emitters.spec.plain import from_plain, to_plain
 
 ROW_VECTOR = 8  # elements of a row that a thread reads at a time: 16 bytes if they have 16 bits

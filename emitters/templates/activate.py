@@ -10,7 +10,7 @@ from cutlass.cute.math import fma
 from emitters.device.dependent import launch_next, wait_for_previous
 from emitters.device.epilogue.activations import activate, activate_backward
 from emitters.device.memory import ELEMENT, GMEM, VECTOR, vector
-from emitters.spec.gemm import Activation
+from emitters.spec.epilogue import Activation
 from emitters.spec.layer_steps import ROW_VECTOR, ActivateProblem, StepConfig
 from emitters.templates.parameters import integer, pointer, several
 

@@ -10,20 +10,28 @@ from cutlass import Float32, Int16, Int32, Int64, Uint8, const_expr, range_const
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from emitters.device.dependent import launch_next, wait_for_previous
+from emitters.device.epilogue.gradient import GradientStore
 from emitters.device.epilogue.nodes import Epilogue
 from emitters.device.epilogue.rows import RowsFragment
 from emitters.device.epilogue.store import SliceStore, make_out_map
 from emitters.device.gather import GatherIterator
-from emitters.device.mainloop_sm90 import add_products, begin_products, issue, make_sums, sum_type
+from emitters.device.mainloop_sm90 import (
+    add_products,
+    begin_products,
+    fragments,
+    issue,
+    make_sums,
+    sum_type,
+)
 from emitters.device.memory import ELEMENT
-from emitters.device.parameters import Gate, Gathered, Output, Rows, Scales
+from emitters.device.parameters import Gate, Gathered, Gradient, Output, Rows, Scales
 from emitters.device.ring import Ring
 from emitters.device.scales import BlockScales
 from emitters.device.scheduler import PostedUnits
 from emitters.device.weights import OPERAND_MAJOR, WEIGHT_LAYOUT, WeightLoader
 from emitters.spec.config_sm90 import WARPGROUP, GemmSm90Config, Schedule
 from emitters.spec.gemm import GemmProblem
-from emitters.templates.parameters import gemm_arguments, gemm_tensor_maps
+from emitters.templates.parameters import gemm_arguments, gemm_tensor_maps, gradient_argument
 
 LOAD_AHEAD = 2  # the epilogue's operands are loaded this many k-tiles before the last
 
@@ -85,11 +93,13 @@ class GemmSm90:
         # scales of a stage per consumer thread: of two rows of each 64, and of all columns
         of_rows = 2 * config.warpgroup_rows // 64
         self.scale_count = of_rows + self.scales.count if self.scales else 1
-        self.epilogue = Epilogue(problem, config, RowsFragment, SliceStore(problem))
+        store = GradientStore(problem, config) if problem.gradient else SliceStore(problem)
+        self.epilogue = Epilogue(problem, config, RowsFragment, store)
 
     def arguments(self):
         """The arguments of `__call__`, except grid and stream."""
-        return gemm_arguments(self.problem, dynamic=self.config.schedule is Schedule.DYNAMIC)
+        dynamic = self.config.schedule is Schedule.DYNAMIC
+        return *gemm_arguments(self.problem, dynamic), gradient_argument(self.problem)
 
     def tensor_maps(self):
         columns, k = self.config.tile_n // self.cluster, self.tile[2]
@@ -97,13 +107,14 @@ class GemmSm90:
 
     @cute.jit
     def __call__(
-        self, weight, rows, gathered, output, gate, scales, node_tensors, counters, grid, stream
-    ):
+        self, weight, rows, gathered, output, gate, scales, node_tensors, counters, gradient, grid,
+        stream,
+    ):  # fmt: skip
         """weight: a [N, K, E] tensor, or the pointer to a table of E tensor maps.
 
         None unless needed: gate (for a gated activation), scales (if they vary along K),
         node_tensors (for other scales, and nodes that read a tensor), counters (for a dynamic
-        schedule).
+        schedule), gradient (of an activation).
         """
         _, layout = self.stage_layouts()
         one_stage = cute.slice_(layout, (None, None, 0))
@@ -111,11 +122,12 @@ class GemmSm90:
             self.weights.carrier(weight, one_stage, self.tile[1:]),
             rows,
             gathered,
-            Output(output.out, make_out_map(self.problem, output.out_map)),
+            self.output(output),
             gate,
             scales,
             node_tensors,
             counters,
+            self.gradient(gradient),
         ).launch(
             grid=[grid, 1, 1],
             block=[self.config.threads, 1, 1],
@@ -124,6 +136,21 @@ class GemmSm90:
             preferred_smem_carveout=100,  # else the compiler asks a driver
             stream=stream,
         )
+
+    def output(self, output: Output) -> Output:
+        """The outputs as arguments of the kernel."""
+        maps = {"out_map": make_out_map(self.problem, output.out_map)}
+        if self.problem.stored:
+            maps["h_map"] = make_out_map(self.problem, output.h_map)
+        return output._replace(**maps)
+
+    def gradient(self, gradient: Gradient | None) -> Gradient | None:
+        """An activation's gradient as an argument of the kernel."""
+        if gradient is None:
+            return None
+        maps = {name: getattr(gradient, name) for name in ("h_map", "grad_h_map")}
+        maps = {name: make_out_map(self.problem, tensor) for name, tensor in maps.items()}
+        return gradient._replace(**maps)
 
     def stage_layouts(self):
         """The swizzled layouts of all stages of x and of weight."""
@@ -138,6 +165,8 @@ class GemmSm90:
         per_stage_row = tile_k * self.stages
         words = self.config.table_words(self.problem)
         scale_words = self.config.scale_words(self.problem) * self.stages
+        staging_bytes = self.config.staging_bytes(self.problem)
+        slice_barriers = self.config.slice_barriers(self.problem)
 
         @cute.struct
         class Storage:
@@ -145,11 +174,12 @@ class GemmSm90:
             weight: cute.struct.Align[
                 cute.struct.MemRange[self.element, tile_n * per_stage_row], 1024
             ]
-            staging: cute.struct.Align[cute.struct.MemRange[Uint8, self.config.staging_bytes], 1024]
+            staging: cute.struct.Align[cute.struct.MemRange[Uint8, staging_bytes], 1024]
             full: cute.struct.MemRange[Int64, self.stages]
             empty: cute.struct.MemRange[Int64, self.stages]
             table: cute.struct.MemRange[Int32, words]
             scales: cute.struct.Align[cute.struct.MemRange[Float32, scale_words], 16]
+            loaded: cute.struct.MemRange[Int64, slice_barriers]
 
         return Storage
 
@@ -164,6 +194,7 @@ class GemmSm90:
         scales: Scales | None,
         node_tensors: tuple | None,
         counters: cute.Pointer | None,
+        gradient: Gradient | None,
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -177,6 +208,8 @@ class GemmSm90:
         if warp == 0:
             with cute.arch.elect_one():
                 self.ring.init()
+                for i in range_constexpr(self.config.slice_barriers(self.problem)):
+                    cute.arch.mbarrier_init(storage.loaded.data_ptr() + i, 1)
             cute.arch.mbarrier_init_fence()
         if warp == 1:
             if rows.early == 0:
@@ -199,6 +232,8 @@ class GemmSm90:
         else:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
             staging = storage.staging.data_ptr()
+            if const_expr(gradient is not None):
+                self.epilogue.target.attach_gradient(gradient, storage.loaded.data_ptr() + warp - 4)
             self.epilogue.attach(
                 node_tensors, gate, gathered, output, staging, warp - 4, thread % 32
             )
@@ -282,13 +317,8 @@ class GemmSm90:
             self.element, self.element, k_major, weight_major, sum_type(self.problem),
             (split, 1, 1), tiler_mn=(64, self.config.tile_n // self.parts),
         )  # fmt: skip
-        x_layout, weight_layout = self.stage_layouts()
-        sA = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
-        sB = storage.weight.get_tensor(weight_layout.outer, swizzle=weight_layout.inner)
-        group = mma.get_slice(cute.make_layout(split, stride=WARPGROUP)(consumer % split))
-        tCrA = mma.make_fragment_A(group.partition_A(sA))
-        tCrB = mma.make_fragment_B(group.partition_B(sB))
-        return mma, tCrA, tCrB
+        stages = storage.x, storage.weight
+        return mma, *fragments(mma, stages, self.stage_layouts(), split, consumer)
 
     @cute.jit
     def mma(self, storage, consumer, thread):
@@ -316,7 +346,7 @@ class GemmSm90:
                 state.advance(self.k_tiles)  # these stages are the other consumer's
         expert, row, rows, column, _ = self.units.read(j)
         while expert >= 0:
-            self.epilogue.begin(row, rows)
+            self.epilogue.begin(row, rows, column)
             if const_expr(self.config.pingpong):
                 cute.arch.barrier(barrier_id=1 + consumer, number_of_threads=2 * WARPGROUP)
             mma.set(warpgroup.Field.ACCUMULATE, False)

@@ -351,7 +351,7 @@ class GemmSwapSm90:
         cluster_state = pipeline.make_pipeline_state(PipelineUserType.Consumer, 1)
         while tile < end:
             expert, row, rows, column, _ = self.experts.locate(tile, end, Int32(0))
-            self.epilogue.begin(row, rows)
+            self.epilogue.begin(row, rows, column)
             if const_expr(two_level):
                 sums.fill(0)
             mma.set(warpgroup.Field.ACCUMULATE, False)
@@ -388,7 +388,7 @@ class GemmSwapSm90:
             state.advance()
         while tile < end:
             expert, row, rows, column, _ = self.experts.locate(tile, end, Int32(0))
-            self.epilogue.begin(row, rows)
+            self.epilogue.begin(row, rows, column)
             self.packed.begin()
             behind = state.clone()  # the stage before, which WGMMA still reads
             for k in cutlass.range(own_k, end_k, self.k_groups, unroll=1):

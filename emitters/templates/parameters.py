@@ -11,10 +11,11 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_ptr
 
 from emitters.device.epilogue.nodes import applied
 from emitters.device.memory import ELEMENT
-from emitters.device.parameters import Gate, Gathered, Output, Rows, Scales
+from emitters.device.parameters import Gate, Gathered, Gradient, Output, Rows, Scales
 from emitters.spec.config_sm90 import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import NUMBERS, EpilogueNode, GemmProblem, Granularity, Major, WeightStorage
+from emitters.spec.epilogue import NUMBERS, EpilogueNode
+from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightStorage
 from emitters.spec.image import ParamKind, TensorMapBox
 from emitters.spec.packing import Packing
 from emitters.spec.weight_map import weight_box
@@ -67,7 +68,7 @@ def gemm_arguments(problem: GemmProblem, dynamic: bool = False) -> tuple[Argumen
 
     dynamic: whether the schedule takes units from a counter.
     """
-    out_map = (SLICE_ROWS, problem.out_columns)
+    element, stored = ELEMENT[problem.out], problem.stored
     return (
         _weight(problem),
         several(
@@ -85,8 +86,10 @@ def gemm_arguments(problem: GemmProblem, dynamic: bool = False) -> tuple[Argumen
             kind=Gathered,
         ),
         several(
-            pointer("out", ELEMENT[problem.out], 16),
-            tensor_map("out_map", ELEMENT[problem.out], out_map, (1, 0)),
+            pointer("out", element, 16),
+            tensor_map("out_map", element, (SLICE_ROWS, problem.out_columns), (1, 0)),
+            pointer("h", element, 16) if stored else ABSENT,
+            tensor_map("h_map", element, (SLICE_ROWS, problem.n), (1, 0)) if stored else ABSENT,
             kind=Output,
         ),
         _gate(problem),
@@ -102,6 +105,25 @@ def _gate(problem: GemmProblem) -> Argument:
         return ABSENT
     numbers = [integer(n) if n in activation.numbers else ABSENT for n in NUMBERS]
     return several(integer("column_stride"), integer("gate_stride"), *numbers, kind=Gate)
+
+
+def gradient_argument(problem: GemmProblem) -> Argument:
+    """The argument of a product whose epilogue has an activation's gradient."""
+    if not problem.gradient:
+        return ABSENT
+    element, columns = ELEMENT[problem.out], (SLICE_ROWS, problem.n)
+    numbers = [integer(n) if n in problem.numbers else ABSENT for n in NUMBERS]
+    return several(
+        tensor_map("h_map", element, columns, (1, 0)),
+        pointer("grad_h", element, 16),
+        tensor_map("grad_h_map", element, columns, (1, 0)),
+        pointer("topk_weights", Float32, 4),
+        pointer("inverse", Int32, 4),
+        pointer("shares", Float32, 4),
+        integer("choices"),
+        *numbers,
+        kind=Gradient,
+    )
 
 
 def _scales(problem: GemmProblem) -> Argument:
@@ -142,21 +164,18 @@ def _applied(node: Granularity | EpilogueNode) -> Argument:
 def gemm_tensor_maps(
     problem: GemmProblem, columns: int, k: int, l2_promotion: int
 ) -> tuple[TensorMapBox, ...]:
-    """The tensor maps of the weights, unless they are packed, and of the output.
+    """The tensor maps of the weights, unless they are packed, and of the outputs.
 
     columns, k: of the weights that one copy takes. l2_promotion: bytes that a read of weights
     brings into L2.
     """
-    out = TensorMapBox(
-        "out_map",
-        box=(SLICE_BYTES // problem.out.bytes, SLICE_ROWS),
-        swizzle=SLICE_BYTES,
-        l2_promotion=128,
-    )
+    columns_of_slice = SLICE_BYTES // problem.out.bytes
+    outputs = [TensorMapBox("out_map", (columns_of_slice, SLICE_ROWS), SLICE_BYTES, 128)]
+    box = (columns_of_slice, 1, SLICE_ROWS)
+    for name in ("h_map", "grad_h_map")[: 2 if problem.gradient else 1 if problem.stored else 0]:
+        outputs.append(TensorMapBox(name, box, SLICE_BYTES, 128))
     if problem.weight.packing:
-        return (out,)
+        return tuple(outputs)
     box = weight_box(problem, columns, k)
-    return (
-        TensorMapBox("weight", box=box, swizzle=K_TILE_BYTES, l2_promotion=l2_promotion),
-        out,
-    )
+    weight = TensorMapBox("weight", box=box, swizzle=K_TILE_BYTES, l2_promotion=l2_promotion)
+    return weight, *outputs

@@ -10,7 +10,7 @@ from cutlass.experimental import primitives as prims
 
 from emitters.device.epilogue.slices import Slices
 from emitters.device.gather import GatherIterator
-from emitters.device.mainloop_sm90 import begin_products, issue
+from emitters.device.mainloop_sm90 import begin_products, fragments, issue
 from emitters.device.memory import ELEMENT, VECTOR, tensor_map_address
 from emitters.device.parameters import Gathered
 from emitters.device.ring import Ring
@@ -327,12 +327,8 @@ class WeightGradSm90:
         layout = utils.LayoutEnum.COL_MAJOR
         left = sm90.make_smem_layout_a(layout, self.tile, self.element, self.stages)
         right = sm90.make_smem_layout_b(layout, self.tile, self.element, self.stages)
-        sA = storage.left.get_tensor(left.outer, swizzle=left.inner)
-        sB = storage.right.get_tensor(right.outer, swizzle=right.inner)
-        group = mma.get_slice(cute.make_layout(split, stride=WARPGROUP)(consumer % split))
-        tCrA = mma.make_fragment_A(group.partition_A(sA))
-        tCrB = mma.make_fragment_B(group.partition_B(sB))
-        return mma, tCrA, tCrB
+        stages = storage.left, storage.right
+        return mma, *fragments(mma, stages, (left, right), split, consumer)
 
     @cute.jit
     def mma(self, storage, consumer, thread):

@@ -159,6 +159,9 @@ def test_training_adds_what_it_launches(root, monkeypatch):
     assert len(problems) == len(set(problems))
     ops = {problem.op for problem in set(problems) - set(model_problems(TINY, "bf16").values())}
     assert ops == {"grouped_gemm", "weight_grad", "activate", "activate_backward"}
+    gemms = [problem for problem in problems if isinstance(problem, GemmProblem)]
+    assert sum(problem.stored for problem in gemms) == 2  # of weights with K and with N dense
+    assert sum(problem.gradient is not None for problem in gemms) == 2
     result = call("verify", *words, "--training")
     assert "missing: " in result.output and "up gradient k added" in result.output
     assert "--dtype=bf16 --training" in result.output

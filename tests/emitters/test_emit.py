@@ -18,23 +18,13 @@ from cutlass_moe.models import shapes
 from cutlass_moe.models.problems import model_problems
 from emitters.compile.cubin import _sections as sections
 from emitters.compile.cubin import read_cubin
-from emitters.compile.emit import _emit as emit_all
 from emitters.compile.emit import param_kinds
-from emitters.spec.arch import DEFAULT_ARCH
 from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
 from emitters.spec.config_sm90 import GemmSm90Config, Schedule
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType
-from emitters.spec.gemm import (
-    Activation,
-    ActivationFunction,
-    Bias,
-    GemmProblem,
-    Granularity,
-    Major,
-    WeightFormat,
-    WeightStorage,
-)
+from emitters.spec.epilogue import Activation, ActivationFunction, ActivationGradient, Bias
+from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightFormat, WeightStorage
 from emitters.spec.image import Image, LaunchRecord, image_key
 from emitters.spec.layer_steps import (
     ActivateBackwardProblem,
@@ -77,6 +67,8 @@ EPILOGUES = (
     (Granularity.TOKEN, Granularity.CHANNEL, Activation(ActivationFunction.GELU)),
 )
 GATED = dataclasses.replace(PROBLEM, **scales_and_nodes(EPILOGUES[4]))
+STORED = (Activation(ActivationFunction.SWIGLU, stored=True),)
+GRADIENT = (ActivationGradient(ActivationFunction.SWIGLU_OAI),)
 TWINS = ((DType.E4M3, DType.BF16), (DType.E5M2, DType.FP16))
 
 
@@ -110,13 +102,13 @@ def every_problem(twins: bool = True) -> list[GemmProblem]:
         problems.append(holding(base, operand, accumulation=accumulation, out=out, **epilogue_of))
     for i, base in enumerate((PROBLEM, ODD)):
         ways = [dataclasses.replace(base, gather=False)]
-        for epilogue in ((), (Activation(ActivationFunction.SWIGLU),)):
+        for epilogue in ((), (Activation(ActivationFunction.SWIGLU),), STORED, GRADIENT):
             floats = holding(
                 base, DType.BF16, accumulation=Accumulation.FP32, **scales_and_nodes(epilogue)
             )
             ways.append(kept(floats, major=Major.N))
         alternating = Activation(ActivationFunction.SWIGLU_OAI, alternating=True)
-        ways.append(dataclasses.replace(ways[-1], epilogue=(Bias(DType.BF16), alternating)))
+        ways.append(dataclasses.replace(ways[2], epilogue=(Bias(DType.BF16), alternating)))
         ways.append(kept(base, storage=WeightStorage.TABLE))
         gated = dataclasses.replace(GATED, n=base.n)
         ways.append(kept(gated, storage=WeightStorage.TABLE))
@@ -184,19 +176,23 @@ def test_shipped_kernels_compile_without_spills(compiled: list[Result]) -> None:
     assert {q: i.record.spill_bytes for q, i in images.items() if i.record.spill_bytes} == {}
 
 
-@pytest.mark.parametrize("packing", Packing)
-def test_wgmmas_of_packed_weights_overlap(packing: Packing) -> None:
-    """ptxas waits for each WGMMA where it can't tell who touches a register in between."""
-    problem = packed(packing)
-    for config in heuristics.candidates(problem):
-        image, ptx = emit_all(problem, config, DEFAULT_ARCH)
-        assert image.record.spill_bytes == 0
-        (text,) = (data for name, data in sections(image.cubin) if name.startswith(".text."))
-        waits = sum(
-            word & 0xFFFF == 0x79C5 and word >> 47 & 1  # WARPGROUP.DEPBAR; else .ARRIVE
-            for word, _ in struct.iter_unpack("<QQ", text)
-        )
-        assert 0 < waits <= ptx.count("wgmma.wait_group"), (config, waits)
+def test_wgmmas_of_packed_weights_overlap(compiled: list[Result]) -> None:
+    """The kernel waits for two at once; ptxas waits for each WGMMA where it can't tell who touches
+    a register in between."""
+    seen = set()
+    for result in compiled:
+        problem = result.request.problem
+        if not isinstance(problem, GemmProblem) or problem.weight.packing is None:
+            continue
+        assert result.image is not None
+        code = (data for name, data in sections(result.image.cubin) if name.startswith(".text."))
+        words = [word for word, _ in struct.iter_unpack("<QQ", next(code))]
+        multiplies = sum(word & 0xFFFF == 0x7DF0 for word in words)  # HGMMA
+        # WARPGROUP.DEPBAR; else .ARRIVE
+        waits = sum(word & 0xFFFF == 0x79C5 and word >> 47 & 1 for word in words)
+        assert 0 < waits <= multiplies // 2 + 1, (result.request, multiplies, waits)
+        seen.add(problem.weight.packing)
+    assert seen == set(Packing)
 
 
 def test_parameters_are_the_cubins_own(compiled: list[Result]) -> None:
@@ -264,6 +260,16 @@ PROBLEM_REASONS = [
         {"epilogue": (*GATED.epilogue, Bias(DType.BF16))},
         "must be the last",
     ),
+    (
+        "a gradient before the last node",
+        {"epilogue": (ActivationGradient(ActivationFunction.SILU), Bias(DType.BF16))},
+        "must be the last",
+    ),
+    (
+        "a gradient of rows in order",
+        {"epilogue": (ActivationGradient(ActivationFunction.SILU),), "gather": False},
+        "must be of gathered rows",
+    ),
     ("x scaled by expert", {"x_scale": Granularity.EXPERT}, "one scale per token or none"),
     (
         "weights by token",
@@ -328,6 +334,19 @@ def test_n_major_weights_have_reasons() -> None:
     for rows in (0.1, 4.0, 1000.0):
         config = heuristics.choose(gated, 1, rows)
         assert isinstance(config, GemmSwapSm90Config) == (rows < 1000)
+
+
+def test_two_outputs_have_reasons() -> None:
+    stored = dataclasses.replace(PROBLEM, epilogue=STORED)
+    gradient = dataclasses.replace(PROBLEM, epilogue=GRADIENT)
+    for problem in (stored, gradient):
+        assert why_illegal(problem, GemmSm90Config()) is None
+        assert "the only one" in (why_illegal(problem, GemmSwapSm90Config()) or "")
+        assert isinstance(heuristics.choose(problem, 1, 0.1), GemmSm90Config)
+    alternating = Activation(ActivationFunction.SWIGLU, alternating=True, stored=True)
+    floats = holding(PROBLEM, DType.BF16, accumulation=Accumulation.FP32, x_scale=None)
+    floats = dataclasses.replace(floats, weight_scale=None, epilogue=(alternating,))
+    assert "must not be stored" in (why_illegal(kept(floats, major=Major.N)) or "")
 
 
 def test_gated_tiles_hold_whole_slices_of_outputs() -> None:

@@ -18,10 +18,11 @@ from cutlass import Float32, Int32  # noqa: E402
 
 from emitters.device.epilogue import nodes  # noqa: E402
 from emitters.device.epilogue.fragment import Fragment  # noqa: E402
-from emitters.spec import gemm  # noqa: E402
+from emitters.spec import epilogue as spec  # noqa: E402
 from emitters.spec.arch import DEFAULT_ARCH  # noqa: E402
 from emitters.spec.dtypes import DType  # noqa: E402
-from emitters.spec.gemm import Bias, GemmProblem  # noqa: E402
+from emitters.spec.epilogue import Bias  # noqa: E402
+from emitters.spec.gemm import GemmProblem  # noqa: E402
 from emitters.spec.image import image_key  # noqa: E402
 from emitters.spec.registry import GemmConfig, problem_from_json  # noqa: E402
 from tests.ptxsim.kernels import launch  # noqa: E402
@@ -58,7 +59,7 @@ class MultiplyByFactor:
 
 @pytest.fixture
 def problem(monkeypatch: pytest.MonkeyPatch) -> GemmProblem:
-    monkeypatch.setitem(gemm.NODES, Factor.kind, Factor)
+    monkeypatch.setitem(spec.NODES, Factor.kind, Factor)
     monkeypatch.setitem(nodes.NODES, Factor, MultiplyByFactor)
     with_bias = scales_and_nodes((*BASE.epilogue, Bias(DType.BF16)))
     epilogue = (*with_bias.pop("epilogue"), Factor(3.0))

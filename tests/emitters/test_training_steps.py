@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import ActivationFunction
+from emitters.spec.epilogue import ActivationFunction
 from emitters.spec.layer_steps import (
     ActivateBackwardProblem,
     ActivateProblem,

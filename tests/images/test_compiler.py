@@ -25,7 +25,7 @@ from cutlass_moe.images.compiler import (
     write_manifest,
 )
 from cutlass_moe.images.toolchains import default_build, default_toolchain
-from emitters.spec.config_sm90 import GemmSm90Config
+from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import Accumulation, DType
 from emitters.spec.gemm import GemmProblem, Granularity, WeightFormat
 from emitters.spec.identity import build_identity, installed_toolchains
@@ -43,9 +43,9 @@ GOOD = GemmProblem(
     x_scale=Granularity.TOKEN,
     weight_scale=Granularity.CHANNEL,
 )
-CONFIG = GemmSm90Config(tile_m=64, tile_n=64)
-WIDER = GemmSm90Config(tile_m=64, tile_n=128)
-ILLEGAL = GemmSm90Config(tile_n=100)
+CONFIG = GemmSwapSm90Config()
+WIDER = GemmSwapSm90Config(tile_m=16)
+ILLEGAL = GemmSwapSm90Config(tile_n=100)
 needs_dsl = pytest.mark.skipif(default_build() is None, reason="needs nvidia-cutlass-dsl")
 
 

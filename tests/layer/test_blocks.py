@@ -118,7 +118,7 @@ def test_problems_and_workspace() -> None:
     for problem in (problems.up, problems.down):
         assert problem.x_scale is Granularity.TOKEN_BLOCK
         assert problem.weight_scale is Granularity.BLOCK_128
-    addresses = LayerWorkspace(layer, options).addresses(0)
+    addresses = LayerWorkspace(layer, options, problems).addresses(0)
     assert addresses["active_q"] - addresses["hidden_q_scale"] >= 20 * 2 * 4
     assert cm.why_not(**arguments()) is None
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cutlass_moe.layer.chain import Chain, LayerWorkspace, layer_links
-from cutlass_moe.layer.checks import layer_addresses, problems_of
+from cutlass_moe.layer.checks import accept_layer, layer_addresses, problems_of
 from cutlass_moe.operands import LayerOperands, LayerOptions
 from cutlass_moe.runtime import library
 from emitters.spec.gemm import GemmProblem
@@ -56,9 +56,10 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     def launch(
         layer: LayerOperands, options: LayerOptions, again: bool = False
     ) -> tuple[dict[str, int], list[Any]]:
-        links = layer_links(layer, options, problems_of(layer, options))
+        posed = problems_of(layer, options)
+        links = layer_links(layer, options, posed)
         tensors = layer_addresses(layer, torch.empty_like(layer.hidden))
-        tensors |= LayerWorkspace(layer, options).addresses(BASE)
+        tensors |= LayerWorkspace(layer, options, posed).addresses(BASE)
         known = set(layer._fields)
         for link in links:
             assert set(link.reads.values()) - {"last_end"} <= known, "read before it is written"
@@ -141,6 +142,6 @@ def test_ids_of_all_ranks(run: Any) -> None:
 
 
 def test_on_the_cpu_there_are_no_launches() -> None:
-    layer = make_layer()
-    chain = Chain(layer, LayerOptions("fp8"))
+    accepted, options = accept_layer(make_layer(), LayerOptions("fp8")), LayerOptions("fp8")
+    chain = Chain(accepted, options, LayerWorkspace(accepted.layer, options, accepted.problems))
     assert not chain.links and chain.why_not is None

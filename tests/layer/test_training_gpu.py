@@ -13,13 +13,19 @@ from torch import Tensor
 
 import cutlass_moe as cm
 from cutlass_moe.choose.heuristics_sm90 import choose, every_config
+from cutlass_moe.layer import products
 from cutlass_moe.layer.activate import (
     activate_rows,
     activate_rows_backward,
     activate_rows_backward_reference,
     activate_rows_reference,
 )
-from cutlass_moe.layer.steps import LayerSizes, Projection, layer_problems
+from cutlass_moe.layer.steps import (
+    LayerSizes,
+    Projection,
+    layer_problems,
+    with_stored_columns,
+)
 from cutlass_moe.operands import DTYPES, QUANTS, LayerOptions
 from cutlass_moe.ops.activations import ACTIVATIONS
 from emitters.spec.dtypes import DType
@@ -80,7 +86,8 @@ def frozen_images() -> Iterator[tuple[Problem, Config]]:
     for quant in FROZEN:
         operand = DTYPES[QUANTS[quant]]
         layer = layer_problems(sizes, operand, DType.BF16, "swiglu", each, each)
-        for product in (replace(layer.up, epilogue=layer.up.epilogue[:-1]), layer.down):
+        plain = replace(layer.up, epilogue=layer.up.epilogue[:-1])
+        for product in (plain, with_stored_columns(layer.up), layer.down):
             yield product, choose(product, BASE.tokens, per_expert)
         for step in (layer.quantize_hidden, layer.quantize_active):
             assert step is not None
@@ -106,8 +113,17 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=["apart", "fused"])
+def activation_in_products(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once never, once wherever there are kernels for it."""
+    rows = {"apart": 1 << 30, "fused": 0}[request.param]
+    for name in ("STORED_ROWS", "GRADIENT_ROWS"):
+        monkeypatch.setattr(products, name, rows)
+
+
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("activation_in_products")
 def test_against_float64(name: str, tokens: int, record_property: Any) -> None:
     case = CASES[name]
     given = case.arguments("cuda", tokens)
@@ -174,6 +190,7 @@ def test_main_gradients() -> None:
 
 
 @pytest.mark.parametrize("quant", FROZEN)
+@pytest.mark.usefixtures("activation_in_products")
 def test_frozen_8_bit_experts(quant: str) -> None:
     """Close to the gradients of the same weights in bfloat16."""
     given = BASE.arguments("cuda")

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import cutlass_moe as cm
-from cutlass_moe.layer.chain import Chain
+from cutlass_moe.layer.chain import find_chain
 from cutlass_moe.nn import GatedMoeFeedForward
 from cutlass_moe.operands import LayerOperands, LayerOptions, split_product
 from cutlass_moe.ops import dispatch
@@ -202,10 +202,8 @@ def test_fallbacks_say_the_same(gpu: Any) -> None:
     assert str(told[0].message).endswith(f"slow torch path taken: {cm.why_not(**given)}")
     given = layer(inter=24, weight=FP8)
     operands = gpu(given)
-    found = Chain(
-        LayerOperands(**{n: t for n, t in operands.items() if isinstance(t, Tensor)}),
-        LayerOptions("fp8"),
-    )
+    tensors = LayerOperands(**{n: t for n, t in operands.items() if isinstance(t, Tensor)})
+    found = find_chain(tensors, LayerOptions("fp8"), torch.empty_like(tensors.hidden))
     assert found.why_not == cm.why_not(**given) == cm.why_not(**operands) != None  # noqa: E711
 
 

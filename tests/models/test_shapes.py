@@ -13,7 +13,8 @@ from cutlass_moe.models.problems import gemm_problems, model_problems, weight_gr
 from cutlass_moe.models.shapes import DTYPES, MODELS, MoeShape, Routed
 from cutlass_moe.operands import NAMED_DTYPES, PACKINGS
 from emitters.spec.dtypes import Accumulation, DType
-from emitters.spec.gemm import Activation, ActivationFunction, Granularity
+from emitters.spec.epilogue import Activation, ActivationFunction
+from emitters.spec.gemm import Granularity
 from emitters.spec.layer_steps import (
     CombineProblem,
     QuantizeProblem,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import cutlass_moe as cm
 from cutlass_moe.runtime import fallback
-from emitters.spec.gemm import Bias
+from emitters.spec.epilogue import Bias
 from tests.support.cases import BF16, FP32, SCALES, Case, make_inputs
 from tests.support.layouts import LAYOUTS, MISALIGNED, misaligned, padded, plain, strided
 from tests.support.numerics import naive_gradients, poisoned, same_bits

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import cutlass_moe as cm
 from cutlass_moe.runtime import fallback
-from emitters.spec.gemm import Bias, GemmProblem, Granularity
+from emitters.spec.epilogue import Bias
+from emitters.spec.gemm import GemmProblem, Granularity
 from emitters.spec.registry import GemmConfig
 from tests.support.cases import BF16, FP32, SCALES, Case, make_inputs, skewed
 from tests.support.layouts import LAYOUTS, MISALIGNED, misaligned, padded, plain

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cutlass_moe as cm
 from emitters.spec.dtypes import ACCUMULATIONS
-from emitters.spec.gemm import Activation, ActivationFunction, Bias, EpilogueNode, Granularity
+from emitters.spec.epilogue import Activation, ActivationFunction, Bias, EpilogueNode
+from emitters.spec.gemm import Granularity
 from tests.support.cases import BF16, CASES, FP16, FP32, SCALES, Case, make_inputs
 from tests.support.numerics import (
     DIFFERENTIABLE,

@@ -13,7 +13,8 @@ from cutlass_moe.choose.heuristics_sm90 import choose, every_config
 from cutlass_moe.operands import Operands, Options
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_backward
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import Bias, GemmProblem, Major, WeightFormat
+from emitters.spec.epilogue import Bias
+from emitters.spec.gemm import GemmProblem, Major, WeightFormat
 from emitters.spec.layer_steps import GatherSumProblem
 from emitters.spec.registry import Config, Problem
 from emitters.spec.weight_grad import Side, WeightGradProblem

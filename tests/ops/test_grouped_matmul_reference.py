@@ -16,7 +16,8 @@ from cutlass_moe.ops.grouped_matmul_reference import (
     grouped_matmul_reference,
     grouped_matmul_reference_out,
 )
-from emitters.spec.gemm import Activation, ActivationFunction, Bias, Granularity
+from emitters.spec.epilogue import Activation, ActivationFunction, Bias
+from emitters.spec.gemm import Granularity
 from tests.support.cases import BF16, CASES, FP32, INT8, SCALES, Case, make_inputs
 from tests.support.numerics import (
     DIFFERENTIABLE,

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cutlass_moe as cm
 from cutlass_moe.ops._lists import ListArguments
-from emitters.spec.gemm import Bias, Granularity
+from emitters.spec.epilogue import Bias
+from emitters.spec.gemm import Granularity
 from tests.support.cases import BF16, FP16, FP32, INT8, SCALES, Case
 from tests.support.forms import APART, FORMS, I32, I64, INDEX_FORMS, PARTS, Form, make_call
 from tests.support.numerics import same_bits

@@ -14,7 +14,8 @@ import cutlass_moe as cm
 from cutlass_moe.choose.heuristics_sm90 import candidates, choose
 from cutlass_moe.ops import dispatch
 from emitters.spec.dtypes import Accumulation
-from emitters.spec.gemm import Bias, GemmProblem, Granularity, WeightStorage
+from emitters.spec.epilogue import Bias
+from emitters.spec.gemm import GemmProblem, Granularity, WeightStorage
 from emitters.spec.registry import GemmConfig
 from tests.support.cases import BF16, FP32, INT8, RAGGED, SCALES, Case, skewed
 from tests.support.forms import APART, FORMS, INDEX_FORMS, Form, make_call

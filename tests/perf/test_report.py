@@ -21,6 +21,7 @@ from perf.systems import LAYERS, OURS, PRODUCTS
 from tests.perf.samples import ABOUT, GPU, H200, RUN, UP, contents_of, record_of
 from tests.test_house import ROOT
 
+BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
 LATER = "2026-02-02T03:04:05+00:00"
 FEW, SOME, MANY = (of_shape("mixtral", "up", "fp8", t) for t in (4, 64, 4096))
 SEED = select(suites=["seed"], dtypes=["fp8"])[0]
@@ -156,8 +157,8 @@ def test_reasons_come_once_and_failures_first() -> None:
 
 
 def test_part_goes_between_the_markers() -> None:
-    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    assert report.insert(text, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+    assert report.insert(text, "new") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
     with pytest.raises(ValueError, match="markers"):
         report.insert("nothing here", "new")
 
@@ -181,11 +182,12 @@ def invoke(*arguments: str):
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """An empty perf/results, and pages to write to."""
+    monkeypatch.setattr("perf.__main__.BENCHMARKS", tmp_path / "perf.md")
     for module in ("perf.store", "perf.__main__"):
         monkeypatch.setattr(f"{module}.RESULTS", tmp_path / "results")
     pages = {tmp_path / "perf.md": report.readme_part, tmp_path / "front.md": report.front_part}
     for page in pages:
-        page.write_text(f"# Title\n{report.BEGIN}\n{report.END}\nend\n")
+        page.write_text(f"# Title\n{BEGIN}\n{END}\nend\n")
     monkeypatch.setattr("perf.__main__.PAGES", pages)
     return tmp_path
 

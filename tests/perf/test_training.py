@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ pytest.importorskip("click")
 
 from emitters.spec.registry import why_illegal
 from perf import training
+from perf.training_report import full_table, training_part
 
 TINY = training.TrainedCase("tiny", 8, 2, 64, 32, 24, published=(366, 407))
 
@@ -28,7 +31,7 @@ def test_images_are_legal(case: training.TrainedCase) -> None:
     assert not [image for image in images if why_illegal(*image) is not None]
 
 
-def test_table() -> None:
+def test_table_and_figure(tmp_path: Path) -> None:
     figures = {
         "forward_us": 1000.0,
         "backward_us": 2000.0,
@@ -45,7 +48,16 @@ def test_table() -> None:
         "systems": {training.OURS: figures, "torch": {**figures, "both_us": 6000.0}},
         "absent": {"padded": "out of memory"},
     }
-    lines = training.table({"gpu": "a GPU", "torch": "2.11", "cases": [one]}).splitlines()
+    report = {"gpu": "a GPU", "torch": "2.11", "commit": "abc", "date": "2026-01-02"}
+    report["cases"] = [one]
+    lines = full_table(report).splitlines()
     assert "| 2.00 | 0.25 | 2.00 | 3.0e-03 |" in lines[4]
     assert "SonicMoE" in lines[6] and "out of memory" in lines[7]
+    part = training_part([report])
+    assert "commit abc" in part and lines[4] in part
+    if find_spec("matplotlib"):
+        from perf.plots import write_training_plot
+
+        drawn = write_training_plot(report, tmp_path / "gpu.json")
+        assert drawn.name == "gpu.svg" and "tiny, 24 tokens" in drawn.read_text()
     assert TINY.tflops(1000.0, 3) == pytest.approx(6 * 48 * 64 * 32 / 1e9)

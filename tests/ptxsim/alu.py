@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
-from tests.ptxsim.operands import F32, I32, I64, U16, U32, U64, B, Op, Operands, braced
+from tests.ptxsim.operands import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    U16,
+    U32,
+    U64,
+    B,
+    Op,
+    Operands,
+    braced,
+    same,
+)
+from tests.ptxsim.order import some
 from tests.ptxsim.ptx import Fault, Instruction
 
 Function = Callable[..., np.ndarray]
-_ONE, _SIXTEEN, _HALF = (np.uint32(number) for number in (1, 16, 0x7FFF))
+_ONE, _SEVEN, _SIXTEEN, _HALF, _SIGNS = map(np.uint32, (1, 7, 16, 0x7FFF, 0x8888))
+_NIBBLES = np.array([0, 4, 8, 12], np.uint32)
 
 
 def _shift(function: Function, bits: int) -> Function:
@@ -36,6 +52,8 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     total = product + addend
     back = total - product
     error = (product - (total - back)) + (addend - back)
+    if not some(error != 0):
+        return total.astype(np.float32)
     inexact = np.isfinite(total) & (error != 0)
     down = np.where(inexact & ((error < 0) == (total > 0)), np.nextafter(total, 0), total)
     odd = np.where(inexact, (down.view(np.uint64) | np.uint64(1)).view(np.float64), total)
@@ -56,7 +74,7 @@ def _f16_bits(values: np.ndarray) -> np.ndarray:
 def _numbers_only(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """NaNs have one pattern."""
     nan = values != values
-    return np.where(nan, np.uint32(0x7FFF), bits) if np.count_nonzero(nan) else bits
+    return np.where(nan, np.uint32(0x7FFF), bits) if some(nan) else bits
 
 
 def _pack(convert: Function) -> Function:
@@ -80,21 +98,46 @@ def _pairs_of_bf16(function: Function) -> Function:
         halves = [pair.view(np.uint16) for pair in pairs]
         exact = function(*(_wide(half).astype(np.float64) for half in halves))
         rounded = exact.astype(np.float32)
-        if (rounded != exact).any():
+        if some(rounded != exact):
             raise Fault("a packed bf16 result that float32 does not hold: not modelled")
         return bf16_bits(rounded).astype(np.uint16).view(np.uint32)
 
     return apply
 
 
+# Functions of the bits of a and b, by the results for (a, b) = (0, 0), (0, 1), (1, 0), (1, 1).
+_PAIRS: dict[tuple[int, ...], Function] = {
+    (0, 0, 0, 0): lambda a, b: same(0),
+    (0, 0, 0, 1): np.bitwise_and,
+    (0, 0, 1, 0): lambda a, b: a & ~b,
+    (0, 0, 1, 1): lambda a, b: a,
+    (0, 1, 0, 0): lambda a, b: ~a & b,
+    (0, 1, 0, 1): lambda a, b: b,
+    (0, 1, 1, 0): np.bitwise_xor,
+    (0, 1, 1, 1): np.bitwise_or,
+}
+
+
+def _logic_of_pairs(results: list[int]) -> Function:
+    if results[0] == 0:
+        return _PAIRS[tuple(results)]
+    opposite = _PAIRS[tuple(1 - result for result in results)]
+    return lambda a, b: ~opposite(a, b)
+
+
+@lru_cache
+def _logic_of(table: int) -> Function:
+    """A function of a, b and c whose bits are the table's at the numbers that theirs make."""
+    bits = [table >> i & 1 for i in range(8)]
+    alone = _logic_of_pairs(bits[::2])  # where c is 0
+    if bits[::2] == bits[1::2]:
+        return lambda a, b, c: alone(a, b)
+    changed = _logic_of_pairs([x ^ y for x, y in zip(bits[::2], bits[1::2], strict=True)])
+    return lambda a, b, c: alone(a, b) ^ (changed(a, b) & c)
+
+
 def _logic(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Each bit of the result is the table's at the number that the bits of a, b and c make."""
-    result = np.zeros(32, np.uint32)
-    for i in range(8):
-        if int(table[0]) >> i & 1:
-            bits = [x if i >> s & 1 else ~x for x, s in ((a, 2), (b, 1), (c, 0))]
-            result |= bits[0] & bits[1] & bits[2]
-    return result
+    return _logic_of(int(table[0]))(a, b, c)
 
 
 def _funnel(low: np.ndarray, high: np.ndarray, by: np.ndarray) -> np.ndarray:
@@ -104,14 +147,11 @@ def _funnel(low: np.ndarray, high: np.ndarray, by: np.ndarray) -> np.ndarray:
 
 def _permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     """Bytes of b, a, each by 3 bits of its 4 in the selector; the fourth replicates a sign."""
-    if (selector & np.uint32(0x8888)).any():
+    if some(selector & _SIGNS != 0):
         raise Fault(f"prmt with selector {int(selector[0]):#x}: signs are not modelled")
-    pair = b.astype(np.uint64) << np.uint64(32) | a
-    result = np.zeros(32, np.uint64)
-    for i in range(4):
-        byte = selector.astype(np.uint64) >> np.uint64(4 * i) & np.uint64(7)
-        result |= (pair >> np.uint64(8) * byte & np.uint64(0xFF)) << np.uint64(8 * i)
-    return result.astype(np.uint32)
+    pairs = np.stack([a, b], axis=1).view(np.uint8)
+    which = selector[:, None] >> _NIBBLES & _SEVEN
+    return pairs[LANES[:, None], which].view(np.uint32)[:, 0]
 
 
 def _quietly(function: Function) -> Function:
@@ -258,7 +298,8 @@ def _applied(function: Function, put: Callable, sources: list[Callable]) -> Op:
     if len(sources) == 2:
         a, b = sources
         return lambda f: put(f, function(a(f), b(f)))
-    return lambda f: put(f, function(*(source(f) for source in sources)))
+    a, b, c, *more = sources
+    return lambda f: put(f, function(a(f), b(f), c(f), *[source(f) for source in more]))
 
 
 def _move(one: Instruction, operands: Operands, kind: np.dtype) -> Op:

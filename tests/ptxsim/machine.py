@@ -11,8 +11,7 @@ import numpy as np
 
 from tests.ptxsim.barriers import ClusterBarrier, MBarrier, NamedBarrier
 from tests.ptxsim.memory import Access, GlobalMemory
-from tests.ptxsim.operands import differ
-from tests.ptxsim.order import GENERIC, Order, Threads
+from tests.ptxsim.order import GENERIC, Order, Threads, differ
 from tests.ptxsim.ordered import OFFSET, RANK_BIT, shared_memory
 from tests.ptxsim.outcome import DONE, READY
 from tests.ptxsim.ptx import Fault, Instruction

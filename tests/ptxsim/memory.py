@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.ptxsim.order import Order, Threads
+from tests.ptxsim.order import Order, Threads, some
 from tests.ptxsim.ordered import OrderedMemory, aligned, places
 from tests.ptxsim.ptx import Fault
 
@@ -93,7 +93,7 @@ class GlobalMemory:
         region = self.regions[first]
         offsets = addresses - region.base
         outside = (offsets < 0) | (offsets > len(region.data) - size)
-        if np.count_nonzero(outside):
+        if some(outside):
             raise Fault(
                 f"global access of {size} bytes at {region.name} + {int(offsets[outside][0])}, "
                 f"which has {len(region.data)} bytes"
@@ -148,6 +148,6 @@ class GlobalMemory:
         index = offsets[:, None] + np.arange(values.shape[1])
         np.add.at(region.writes, index.ravel(), 1)
         twice = region.writes[index] > 1
-        if np.count_nonzero(twice):
+        if some(twice):
             raise Fault(f"{region.name} + {int(index[twice][0])} bytes written twice")
         region.data[index] = values

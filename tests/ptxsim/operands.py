@@ -40,11 +40,6 @@ def _mask(lanes: bytes) -> int:
     return sum(1 << lane for lane in range(32) if lanes[lane])
 
 
-def differ(lanes: np.ndarray) -> bool:
-    """Whether not all of the values are the same."""
-    return bool(np.count_nonzero(lanes != lanes[0]))
-
-
 _SPECIAL: dict[str, Callable[[Any], Lanes]] = {
     "%tid.x": lambda f: f.warp.tid,
     "%laneid": lambda f: LANES.astype(np.uint32),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptxsim.order import ASYNC, GENERIC, NEVER, Order, Threads, consecutive
+from tests.ptxsim.order import ASYNC, GENERIC, NEVER, Order, Threads, consecutive, differ, some
 from tests.ptxsim.ptx import Fault
 
 SHARED_WINDOW = 0x7000_0000_0000_0000  # of shared memory among generic addresses
@@ -130,7 +130,7 @@ class OrderedMemory:
         them for all words."""
         writes, order = self.written[words], self.order
         one = int(writes[0, 0])
-        if one >= 0 and not np.count_nonzero(writes != one):
+        if one >= 0 and not differ(writes):
             needs = proxy if _proxy(one) == GENERIC else GENERIC
             times = order.known[needs, consecutive(threads), _agent(one)]
             if min(times.tolist()) >= _time(one):
@@ -145,13 +145,13 @@ class OrderedMemory:
 
     def _check_known(self, words: np.ndarray, known: np.ndarray, what: str) -> None:
         writes = self.written[words]
-        if np.count_nonzero(writes < 0):
+        if some(writes < 0):
             if (writes == _BARRIER).any():
                 raise Fault(f"{what} of an mbarrier")
             at = self._first(words, writes < 0)
             raise Fault(f"{what} of uninitialised {self.name} memory at {at}")
         late = ~known
-        if np.count_nonzero(late):
+        if some(late):
             at = self._first(words, late)
             if self._pending(words[late]):
                 raise Fault(f"{what} at {at} while an asynchronous write is pending")
@@ -172,7 +172,7 @@ class OrderedMemory:
         self._check_read(threads, at.words)
         if self.locations:
             self._check_locations(threads, at.words, writes=False)
-        self._keep_read(threads, at.words)
+        self._keep_read(threads, at)
         return self.pieces(at.size)[at.numbers]
 
     def _check_read(self, threads: Threads, words: np.ndarray) -> None:
@@ -180,22 +180,26 @@ class OrderedMemory:
         if known is not None:
             self._check_known(words, known, "read")
 
-    def _keep_read(self, threads: Threads, words: np.ndarray) -> None:
-        warp = int(threads[0]) // 32
+    def _keep_read(self, threads: Threads, at: Places) -> None:
+        warp, words = int(threads[0]) // 32, at.words
         self.was_read[words] = True
         self.read_tick[warp][words] = self.order.ticks[warp]
-        bits = np.broadcast_to(_BITS[threads % 32, None], words.shape)
-        np.bitwise_or.at(self.read_lanes[warp], words.ravel(), bits.ravel())
+        lanes, bits = self.read_lanes[warp], _BITS[threads % 32, None]
+        if at.distinct:
+            lanes[words] |= bits
+        else:
+            bits = np.broadcast_to(bits, words.shape)
+            np.bitwise_or.at(lanes, words.ravel(), bits.ravel())
 
     def _check_write(self, threads: Threads, words: np.ndarray, proxy: int) -> None:
         """Everything done to these words before must have happened before. threads: [n] or [1]."""
         known = self._known(threads, words, proxy, together=False)
         if known is not None:
             writes = self.written[words]
-            if np.count_nonzero(writes == _BARRIER):
+            if some(writes == _BARRIER):
                 raise Fault("write to an mbarrier")
             late = ~known & (writes != _UNWRITTEN)
-            if np.count_nonzero(late):
+            if some(late):
                 at = self._first(words, late)
                 raise Fault(
                     f"write at {at} while an asynchronous write is pending"
@@ -207,7 +211,7 @@ class OrderedMemory:
         if self.stores and np.count_nonzero(self.store_reads[words]):
             at = self._first(words, self.store_reads[words] > 0)
             raise Fault(f"write at {at} that a bulk store may still be reading")
-        if np.count_nonzero(self.was_read[words]):
+        if some(self.was_read[words]):
             self._check_readers(threads, words)
 
     def _check_queues(self, threads: Threads, words: np.ndarray) -> None:
@@ -215,7 +219,7 @@ class OrderedMemory:
         reads = self.queue_reads[warps.start : warps.stop].take(words, axis=1)
         queues = slice(order.queue(warps.start), order.queue(warps.stop))
         known = order.known[GENERIC, consecutive(threads), queues].T
-        if np.count_nonzero(reads.max(axis=(1, 2)) > known.min(axis=1)):
+        if some(reads.max(axis=(1, 2)) > known.min(axis=1)):
             late = (reads > known[:, :, None]).any(axis=0)
             if late.any():
                 at = self._first(words, late)
@@ -237,7 +241,7 @@ class OrderedMemory:
     def _stamp(self, words: np.ndarray, write: np.ndarray | int) -> None:
         """The words' last write, and no read since."""
         self.written[words] = write
-        if np.count_nonzero(self.was_read[words]):
+        if some(self.was_read[words]):
             self.was_read[words] = False
             self.read_tick[:, words] = 0
             self.read_lanes[:, words] = 0
@@ -307,7 +311,7 @@ class OrderedMemory:
         """The thread has waited until that was read."""
         self.store_reads[at.words] -= 1
         self.stores -= len(at.numbers)
-        self._keep_read(threads, at.words)
+        self._keep_read(threads, at)
 
     def _check_locations(self, threads: Threads, words: np.ndarray, writes: bool) -> None:
         """A plain access comes after the atomic ones that it could race with."""

@@ -15,12 +15,11 @@ from tests.ptxsim.operands import (
     B,
     Op,
     Operands,
-    differ,
     integer,
     mask_of,
     same,
 )
-from tests.ptxsim.order import ASYNC, GENERIC, Clock
+from tests.ptxsim.order import ASYNC, GENERIC, Clock, differ
 from tests.ptxsim.outcome import AGAIN, PARKED, WAITING, YIELD
 from tests.ptxsim.ptx import Fault, Instruction
 

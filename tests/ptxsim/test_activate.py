@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cutlass_moe.images.toolchains import default_build
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import ActivationFunction
+from emitters.spec.epilogue import ActivationFunction
 from emitters.spec.layer_steps import ActivateBackwardProblem, ActivateProblem, StepConfig
 from tests.ptxsim.ptx import Fault
 from tests.ptxsim.schedule import MODES, Schedule

@@ -9,7 +9,8 @@ import pytest
 
 from cutlass_moe.images.toolchains import default_build
 from emitters.spec.dtypes import Accumulation, DType
-from emitters.spec.gemm import Activation, ActivationFunction, GemmProblem, Major, WeightStorage
+from emitters.spec.epilogue import Activation, ActivationFunction
+from emitters.spec.gemm import GemmProblem, Major, WeightStorage
 from emitters.spec.registry import GemmConfig
 from tests.ptxsim.kernels import launch
 from tests.ptxsim.kernels.mutations import MUTATIONS

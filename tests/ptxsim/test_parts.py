@@ -222,3 +222,25 @@ def test_some_run_gives_the_integer_sums_themselves() -> None:
     ]
     assert sums
     assert all(case.k * 127**2 < 2**24 for case in sums)
+
+
+def test_lop3_is_its_table() -> None:
+    lanes = np.arange(32, dtype=np.uint32)
+    a, b, c = (lanes >> np.uint32(bit) & np.uint32(1) for bit in (2, 1, 0))
+    for table in range(256):
+        got = alu._logic(a, b, c, np.full(32, table, np.uint32)) & np.uint32(1)
+        want = [table >> (lane & 7) & 1 for lane in range(32)]
+        assert got.tolist() == want, table
+
+
+def test_prmt_takes_bytes() -> None:
+    random = np.random.default_rng(0)
+    a, b, selector = random.integers(0, 2**32, (3, 32), dtype=np.uint32)
+    selector &= np.uint32(0x7777)
+    got = alu._permute(a, b, selector)
+    for lane in range(32):
+        pair = int(b[lane]) << 32 | int(a[lane])
+        taken = [pair >> 8 * (int(selector[lane]) >> 4 * i & 7) & 0xFF for i in range(4)]
+        assert got[lane] == sum(byte << 8 * i for i, byte in enumerate(taken))
+    with pytest.raises(Fault, match="signs are not modelled"):
+        alu._permute(a, b, selector | np.uint32(8))

@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.ptxsim.memory import Access
 from tests.ptxsim.operands import ALL, U16, U32, U64, Op, Operands, braced, integer, same
-from tests.ptxsim.order import GENERIC
+from tests.ptxsim.order import GENERIC, some
 from tests.ptxsim.ordered import OFFSET, PARAM_WINDOW, RANK_BIT, SHARED_WINDOW, places
 from tests.ptxsim.outcome import YIELD
 from tests.ptxsim.ptx import Fault, Instruction
@@ -168,7 +168,7 @@ def _copy_async(one: Instruction, operands: Operands) -> Op:
 
     def copy(f: Any) -> Any:
         where, count = to(f)[f.own], size(f)[f.own]
-        if np.count_nonzero(count > width):
+        if some(count > width):
             raise Fault(f"cp.async of {int(count.max())} bytes of {width}")
         origin = source(f)[f.own]
         f.warp.cta.shared.begin_write(f.threads, places(where, width), GENERIC)
@@ -252,7 +252,7 @@ def _land(cta: Any, copies: Copies, agent: int | np.ndarray, time: int) -> None:
         data = np.zeros((len(copies.to), width), np.uint8)
         for size in sorted(set(copies.count.tolist()) - {0}):
             rows = copies.count == size
-            if np.count_nonzero(copies.origin[rows] % width):
+            if some(copies.origin[rows] % width != 0):
                 raise Fault("misaligned cp.async source")
             data[rows, :size] = memory.read_bytes(copies.by, copies.origin[rows], size)
         cta.shared.land(places(copies.to, width), data, agent, time, GENERIC)

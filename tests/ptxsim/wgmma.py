@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.ptxsim.operands import ALL, BUSY, U64, B, Op, Operands, braced, differ, integer
-from tests.ptxsim.order import GENERIC
+from tests.ptxsim.operands import ALL, BUSY, U64, B, Op, Operands, braced, integer
+from tests.ptxsim.order import GENERIC, differ
 from tests.ptxsim.ordered import OrderedMemory, Places
 from tests.ptxsim.outcome import YIELD
 from tests.ptxsim.ptx import Fault, Instruction, Program

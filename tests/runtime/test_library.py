@@ -23,7 +23,7 @@ from cutlass_moe.runtime.kernel import Kernel
 from cutlass_moe.runtime.launch import Launch
 from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import Bias
+from emitters.spec.epilogue import Bias
 from emitters.spec.image import Param, ParamKind
 from emitters.spec.layer_steps import RouteProblem, StepConfig
 from tests.support.fake_images import ARCH, image_for, make_image

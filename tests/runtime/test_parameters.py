@@ -26,16 +26,8 @@ from cutlass_moe.runtime.parameters import (
 )
 from emitters.spec.config_sm90 import GemmSm90Config, Schedule
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import (
-    Activation,
-    ActivationFunction,
-    Bias,
-    GemmProblem,
-    Granularity,
-    Major,
-    WeightFormat,
-    WeightStorage,
-)
+from emitters.spec.epilogue import Activation, ActivationFunction, Bias
+from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightFormat, WeightStorage
 from emitters.spec.layer_steps import (
     ActivateBackwardProblem,
     ActivateProblem,

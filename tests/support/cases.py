@@ -18,17 +18,8 @@ from cutlass_moe.ops.pack import pack_weights
 from emitters.spec.config_sm90 import GemmSm90Config, Schedule
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import ACCUMULATIONS, Accumulation, DType
-from emitters.spec.gemm import (
-    NUMBERS,
-    Activation,
-    ActivationFunction,
-    Bias,
-    EpilogueNode,
-    GemmProblem,
-    Granularity,
-    Major,
-    WeightFormat,
-)
+from emitters.spec.epilogue import NUMBERS, Activation, ActivationFunction, Bias, EpilogueNode
+from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightFormat
 from emitters.spec.packing import Packing
 from emitters.spec.registry import GemmConfig, why_illegal
 

@@ -43,6 +43,11 @@ PARAMETERS = {
         "h grad_active weights inverse grad_h active grad_weights num_rows num_pairs"
     ),
 }
+_OF_GRADIENT = (
+    *((name, POINTER) for name in ("grad_h", "topk_weights", "inverse", "shares")),
+    ("grad_h_map", MAP),
+    ("choices", INT),
+)
 SIZES = {ParamKind.TENSOR_MAP: 128, ParamKind.POINTER: 8, ParamKind.INT32: 4}
 COUNTERS = 0xC0 << 8  # the address that every kernel's counters have
 SUCCESS = driver.CUresult.CUDA_SUCCESS
@@ -74,7 +79,10 @@ def parameters_of(problem: Problem, config: Config) -> list[tuple[str, ParamKind
         ("early", INT),
         ("column_stride", INT if problem.gated else None),
         ("gate_stride", INT if problem.gated else None),
-        *((name, INT) for name in (problem.activation.numbers if problem.activation else ())),
+        *((name, INT) for name in problem.numbers),
+        ("h", POINTER if problem.stored else None),
+        ("h_map", MAP if problem.stored or problem.gradient else None),
+        *((name, kind) for name, kind in _OF_GRADIENT if problem.gradient),
         ("per_token_scale", POINTER if problem.x_scale else None),
         ("scale", POINTER if problem.weight_scale else None),
         *((operand, POINTER) for operand in operands),

@@ -18,7 +18,8 @@ from cutlass_moe.ops.pack import quantize_packed
 from cutlass_moe.ops.quantize import quantize_per_token_reference
 from cutlass_moe.ops.quantize_groups import quantize_per_block
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import ActivationFunction, Granularity
+from emitters.spec.epilogue import ActivationFunction
+from emitters.spec.gemm import Granularity
 from emitters.spec.layer_steps import Step, TopkProblem
 from emitters.spec.packing import Packing
 from emitters.spec.registry import Config, Problem

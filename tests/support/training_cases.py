@@ -21,7 +21,8 @@ from cutlass_moe.layer.steps import (
 )
 from cutlass_moe.operands import DTYPES
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import ActivationFunction, GemmProblem
+from emitters.spec.epilogue import ActivationFunction
+from emitters.spec.gemm import GemmProblem
 from emitters.spec.registry import Config, Problem
 from emitters.spec.weight_grad import WeightGradProblem
 

@@ -8,7 +8,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 
-from emitters.spec.gemm import Activation, ActivationFunction
+from emitters.spec.epilogue import Activation, ActivationFunction
 
 # Abramowitz and Stegun 7.1.26: erfc(z) = t (a1 + t (a2 + ...)) exp(-z^2) for z >= 0, where
 # t = 1 / (1 + p z), within 1.5e-7

@@ -12,7 +12,7 @@ the results.
 
 A new node takes changes in three places, none of them in a template:
 
-  1. a frozen dataclass with `kind`, `operand` and `element` (emitters/spec/gemm.py) in NODES there
+  1. a frozen dataclass with `kind`, `operand` and `element` (emitters/spec/epilogue.py), in NODES
   2. a class like those below: made of (node, fragment, tensor), with `load` and `apply`
   3. its entry in NODES here
 """
@@ -28,7 +28,8 @@ from emitters.device.epilogue.fragment import Fragment
 from emitters.device.epilogue.store import Store
 from emitters.device.memory import VECTOR
 from emitters.device.parameters import Gate, Gathered, Output
-from emitters.spec.gemm import Bias, EpilogueNode, GemmProblem, Granularity
+from emitters.spec.epilogue import Bias, EpilogueNode
+from emitters.spec.gemm import GemmProblem, Granularity
 from emitters.spec.registry import GemmConfig
 
 _FEW_CHANNELS = 8  # up to this many values of a bias a thread keeps in registers from `load` on
@@ -159,10 +160,10 @@ class Epilogue:
         self.tokens = cute.make_rmem_tensor((fragment.token_count,), Int32)
 
     @cute.jit
-    def begin(self, first_row: Int32, rows: Int32):
+    def begin(self, first_row: Int32, rows: Int32, column: Int32):
         """Starts reading the tokens of the thread's rows; called when a tile's main loop starts.
 
-        rows: from first_row to the expert's end.
+        rows: from first_row to the expert's end. column: the tile's first column of N.
         """
         for i in range_constexpr(cute.size(self.tokens)):
             row = self.fragment.token_row(i)
@@ -173,6 +174,8 @@ class Epilogue:
                     index = cute.make_tensor(self.gathered.index, cute.make_layout(VECTOR))
                     token = index[first_row + row]
             self.tokens[i] = token
+        if const_expr(self.problem.gradient is not None):
+            self.target.begin(self.tokens, first_row, self.out_column(column))
 
     def out_column(self, column: Int32) -> Int32:
         """The output column where a tile starts that starts at `column` of N."""
@@ -204,9 +207,10 @@ class Epilogue:
                 values = node.apply(m, part, values, expert, first_column)
             if const_expr(self.problem.gather):
                 self.clear_missing(m, part, missing, values)
+            results = values
             if const_expr(self.problem.activation is not None):
-                values = self.activate(values)
-            self.target.put(m, part, values, first_row, rows, first_column)
+                results = self.activate(values)
+            self.target.put(m, part, results, values, first_row, rows, first_column)
 
     def activate(self, values: cute.Tensor):
         """The activation's results, one per output; 0 for zeros, so rows without a token stay 0."""

@@ -16,7 +16,7 @@ from emitters.device.epilogue.rows import RowsFragment
 from emitters.device.epilogue.slices import CHUNK, Slices
 from emitters.device.memory import ELEMENT, GMEM, SMEM, tensor_map_address, vector
 from emitters.device.parameters import Output
-from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS
+from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS, staged_slices
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import GemmProblem
@@ -34,10 +34,18 @@ class Store(Protocol):
         """Binds the output, and the shared memory of this warp, `staging`."""
 
     def put(
-        self, m: int, part: int, values: cute.Tensor, first_row: Int32, rows: Int32, column: Int32
+        self,
+        m: int,
+        part: int,
+        values: cute.Tensor,
+        before: cute.Tensor,
+        first_row: Int32,
+        rows: Int32,
+        column: Int32,
     ):
         """Stores part `part` of the thread's m-th 64 rows or columns.
 
+        values: the output's; before: those before the activation, where they are stored too.
         first_row, column: where the tile starts in the output. rows: from first_row to the
         expert's end. Rows past these, and columns past the output's, are not stored.
         """
@@ -60,17 +68,22 @@ class SliceStore:
     A part fills a slice, or half of one in a gated problem. The warp writes a slice to its 16
     staging rows, in the 128-byte swizzle, and one TMA store sends it from there. If the expert ends
     within the 16 rows, lanes store them instead: 16 bytes per lane, eight lanes per row.
+
+    Where columns before the activation are stored too, a warp has staging rows for a slice of them
+    as well, in a gated problem for a slice of gates and one of ups, and sends all of them together.
     """
 
     def __init__(self, problem: GemmProblem):
         self.problem = problem
         self.slice_columns = SLICE_BYTES // problem.out.bytes
         self.slice_parts = 2 if problem.gated else 1
-        self.staging_bytes = SLICE_ROWS * SLICE_BYTES
+        self.slice_bytes = SLICE_ROWS * SLICE_BYTES
+        self.halves = staged_slices(problem) - 1  # of h
+        self.staging_bytes = (1 + self.halves) * self.slice_bytes
         self.slices = Slices(problem.out)
 
     def attach(self, output: Output, fragment: RowsFragment, staging: cute.Pointer, lane: Int32):
-        self.out, self.out_map = output
+        self.output, self.halves_target = output, output[2:]
         self.fragment, self.staging, self.lane = fragment, staging, lane
         self.slices.attach(lane)
 
@@ -80,6 +93,7 @@ class SliceStore:
         m: cutlass.Constexpr,
         part: cutlass.Constexpr,
         values: cute.Tensor,
+        before: cute.Tensor,
         first_row: Int32,
         rows: Int32,
         first_column: Int32,
@@ -88,9 +102,12 @@ class SliceStore:
         if const_expr(in_slice == 0):
             if self.lane == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-            cute.arch.sync_warp()  # the previous slice has left shared memory
+            cute.arch.sync_warp()  # the previous slices have left shared memory
         first = in_slice * (SLICE_BYTES // CHUNK // self.slice_parts)
         self.slices.write(self.staging, values, first)
+        if const_expr(self.problem.stored):
+            for i, columns in enumerate(self.gates_and_ups(before)):
+                self.slices.write(self.slice_of_h(i), columns, first)
         if const_expr(in_slice == self.slice_parts - 1):
             cute.arch.fence_view_async_shared()
             cute.arch.sync_warp()
@@ -100,27 +117,62 @@ class SliceStore:
                 first_column + part // self.slice_parts * self.slice_columns,
             )
 
+    def slice_of_h(self, i: int) -> cute.Pointer:
+        """The staging rows of gates and of ups, or of the columns without a gate."""
+        return self.staging + (1 + i) * self.slice_bytes
+
+    def gates_and_ups(self, values: cute.Tensor) -> list[cute.Tensor]:
+        """The gates and the ups of a part, each in the order of its outputs; or the whole part."""
+        if not self.problem.gated:
+            return [values]
+        pairs = self.fragment.gates_and_ups(values)
+        found = [cute.make_rmem_tensor((len(pairs),), Float32) for _ in range(2)]
+        for i, pair in enumerate(pairs):
+            for columns, value in zip(found, pair, strict=True):
+                columns[i] = value
+        return found
+
     @cute.jit
     def finish(self):
         if self.lane == 0:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
-    def send(self, first_row: Int32, rows: Int32, first_column: Int32):
-        """Sends a slice to the output. rows: from first_row to the expert's end."""
+    def send(self, first_row: Int32, rows: Int32, column: Int32):
+        """Sends the slices to the outputs. rows: from first_row to the expert's end."""
+        out, out_map = self.output[:2]
         if rows >= SLICE_ROWS:
             if self.lane == 0:
-                prims.cp_async_bulk_tensor_global_shared_cta(
-                    tensor_map_address(self.out_map).to_llvm_ptr(),
-                    self.staging.to_llvm_ptr(),
-                    [first_column, first_row],
-                )
+                self.send_slice(out_map, self.staging, [column, first_row])
+                for i in range_constexpr(self.halves):
+                    slice_, corner = self.slice_of_h(i), [column, Int32(i), first_row]
+                    self.send_slice(self.halves_target[1], slice_, corner)
                 cute.arch.cp_async_bulk_commit_group()
         else:
-            self.copy_out(first_row, rows, first_column)
+            columns = self.problem.out_columns
+            self.copy_out(self.staging, out, columns, first_row, rows, column)
+            for i in range_constexpr(self.halves):
+                target, pitch = self.halves_target[0] + i * columns, self.halves * columns
+                self.copy_out(self.slice_of_h(i), target, pitch, first_row, rows, column)
+
+    def send_slice(self, target, slice_: cute.Pointer, corner: list):
+        """Starts a slice's store; by one thread. target: the atom of a tensor map."""
+        prims.cp_async_bulk_tensor_global_shared_cta(
+            tensor_map_address(target).to_llvm_ptr(), slice_.to_llvm_ptr(), corner
+        )
 
     @cute.jit
-    def copy_out(self, first_row: Int32, rows: Int32, first_column: Int32):
+    def copy_out(
+        self,
+        slice_: cute.Pointer,
+        out: cute.Pointer,
+        pitch: cutlass.Constexpr,
+        first_row: Int32,
+        rows: Int32,
+        first_column: Int32,
+    ):
+        """Stores a slice's first `rows` rows. pitch: from a row of `out` to the next, in elements;
+        columns past the output's are not stored."""
         chunk = self.lane % (SLICE_BYTES // CHUNK)
         column = first_column + chunk * (CHUNK // self.problem.out.bytes)
         for i in range_constexpr(SLICE_ROWS // 4):
@@ -130,9 +182,9 @@ class SliceStore:
                 store = store and column < self.problem.out_columns
             if store:
                 words = cute.make_rmem_tensor((4,), Int32)
-                source = self.slices.chunk(self.staging, row, chunk)
+                source = self.slices.chunk(slice_, row, chunk)
                 cute.autovec_copy(vector(source, Int32, 4, SMEM), words)
-                target = self.out + (Int64(first_row + row) * self.problem.out_columns + column)
+                target = out + (Int64(first_row + row) * pitch + column)
                 cute.autovec_copy(words, vector(target, Int32, 4, GMEM))
 
 
@@ -160,6 +212,7 @@ class TransposedStore:
         m: cutlass.Constexpr,
         part: cutlass.Constexpr,
         values: cute.Tensor,
+        before: cute.Tensor,
         first_row: Int32,
         rows: Int32,
         first_column: Int32,

@@ -14,7 +14,8 @@ from torch import Tensor
 from cutlass_moe.operands import clamped_numbers
 from cutlass_moe.runtime.parameters import gemm_values, gemm_views
 from cutlass_moe.runtime.tensor_map import View
-from emitters.spec.gemm import NUMBERS, GemmProblem, Major, WeightStorage
+from emitters.spec.epilogue import NUMBERS
+from emitters.spec.gemm import GemmProblem, Major, WeightStorage
 from emitters.spec.image import LaunchRecord, ParamKind
 from emitters.spec.registry import GemmConfig
 from tests.ptxsim.kernels.compiled import ptx_of
@@ -110,9 +111,12 @@ class Arguments:
         addresses = {
             name: self._add(name, tensor)
             for name, tensor in inputs.items()
-            if isinstance(tensor, Tensor) and name != "weight"
+            if isinstance(tensor, Tensor) and name not in ("weight", "h")
         }
-        addresses["out"] = self.memory.add("out", _bytes(out), writer=self.grid)
+        self.written = {"out": out, **({"h": inputs["h"]} if self.problem.stored else {})}
+        for name, tensor in self.written.items():
+            address = self.memory.add(name, _bytes(tensor), writer=self.grid)
+            addresses[name] = addresses[f"{name}_map"] = address
         if late:
             old = self.memory.add("old", np.zeros(out.nbytes, np.uint8), 0)
             self._copy(addresses["out"], old)
@@ -163,26 +167,29 @@ class Arguments:
         return self.memory.add("tensor maps", np.frombuffer(b"".join(maps), np.uint8))
 
     def check_writes(self, written: Tensor) -> None:
-        """written: bool [rows], which rows of `out` must have been written, once; no other."""
+        """written: bool [rows], which rows of what the kernel writes must have been written, once;
+        no other."""
         if self.counters.any():
             raise Fault(f"counters left at {self.counters.tolist()}, not zero")
-        region = next(r for r in self.memory.regions if r.name == "out")
-        rows = region.writes.reshape(len(self.out), -1) if len(self.out) else region.writes
-        expected = written.numpy().astype(np.uint8)[:, None]
-        wrong = np.argwhere(rows != expected) if len(self.out) else np.zeros((0, 2), int)
-        if len(wrong):
-            row, byte = (int(i) for i in wrong[0])
-            column = byte // self.out.element_size()
-            verb = "never written" if written[row] else "written, which belongs to no expert"
-            raise Fault(f"out[{row}, {column}] {verb} ({len(wrong)} bytes are wrong)")
+        for name, tensor in self.written.items():
+            region = next(r for r in self.memory.regions if r.name == name)
+            rows = region.writes.reshape(len(tensor), -1) if len(tensor) else region.writes
+            expected = written.numpy().astype(np.uint8)[:, None]
+            wrong = np.argwhere(rows != expected) if len(tensor) else np.zeros((0, 2), int)
+            if len(wrong):
+                row, byte = (int(i) for i in wrong[0])
+                column = byte // tensor.element_size()
+                verb = "never written" if written[row] else "written, which belongs to no expert"
+                raise Fault(f"{name}[{row}, {column}] {verb} ({len(wrong)} bytes are wrong)")
 
 
 def simulate(
     kernel: SimulatedKernel, inputs: dict[str, Any], schedule: Schedule, grid: int = 2, *,
     rows: int, trace: Trace | None = None, late: bool = False,
 ) -> Tensor:  # fmt: skip
-    """out [rows, N], from `poisoned`. inputs: as `grouped_matmul` takes them, and int32 `starts`.
-    late: a dependent launch, whose predecessor writes x and per_token_scale.
+    """out [rows, N], from `poisoned`. inputs: as `grouped_matmul` takes them, and int32 `starts`;
+    of a problem that stores columns before the activation also h [rows, N], which is written. late:
+    a dependent launch, whose predecessor writes x and per_token_scale.
 
     Raises Fault for a defect of the kernel; what `out` holds is the caller's to check.
     """

@@ -17,23 +17,15 @@ from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
 from emitters.spec.config_sm90 import GemmSm90Config, Schedule
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType
-from emitters.spec.gemm import (
-    Activation,
-    ActivationFunction,
-    Bias,
-    EpilogueNode,
-    GemmProblem,
-    Granularity,
-    Major,
-    WeightStorage,
-)
+from emitters.spec.epilogue import Activation, ActivationFunction, Bias, EpilogueNode
+from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightStorage
 from emitters.spec.packing import Packing
 from emitters.spec.registry import GemmConfig
 from tests.ptxsim import schedule
 from tests.ptxsim.kernels import launch
 from tests.ptxsim.ptx import Fault
 from tests.support.cases import BLOCK_SCALES, SCALES, Case, make_inputs
-from tests.support.numerics import check
+from tests.support.numerics import check, poisoned
 
 SMALL = GemmSm90Config(tile_m=64, tile_n=64, stages=2)
 PINGPONG = replace(SMALL, pingpong=True)
@@ -254,6 +246,35 @@ ACTIVATED |= {
         _k(replace(_FEW_GATED, n=64), 4), replace(SWAP, split_k=4, tile_m=16), grid=4
     ),
     "swap_gated_n_16": Run(replace(_FEW_GATED, n=16), SWAP),
+}
+_STORED = replace(
+    _GATED,
+    operand=DType.BF16,
+    epilogue=(Bias(DType.FP32), Activation(ActivationFunction.GEGLU, stored=True)),
+)
+ACTIVATED |= {  # the columns before the activation are an output too
+    "stored": Run(_STORED, _WIDE),
+    "stored_plain": Run(
+        replace(_STORED, epilogue=(Activation(ActivationFunction.RELU2, stored=True),), n=72)
+    ),
+    "stored_fp32": Run(
+        replace(_STORED, out=DType.FP32, k=272, counts=(200, 0, 140)),
+        replace(PINGPONG, tile_m=128, tile_n=128),
+    ),
+    "stored_pingpong_256": Run(
+        replace(_STORED, n=528, counts=PAIRS.counts), replace(PINGPONG, tile_n=256, cluster_m=2)
+    ),
+    "stored_shared_256": Run(
+        replace(_STORED, n=272, counts=(140, 0, 33)),
+        GemmSm90Config(tile_m=128, tile_n=256, stages=2),
+    ),
+    "stored_n_major": Run(
+        replace(_STORED, weight_major=Major.N, n=272, reads="any"), replace(SMALL, tile_n=256)
+    ),
+    "stored_two_level": Run(
+        _k(replace(_STORED, operand=DType.E4M3, accumulation=Accumulation.TWO_LEVEL), 3),
+        replace(_WIDE, tile_m=128),
+    ),
 }
 _N_MAJOR = replace(
     BASE, weight_major=Major.N, operand=DType.FP16, out=DType.FP16, epilogue=(), n=136, k=136
@@ -478,7 +499,14 @@ def check_schedules(run: Run, seed: int, count: int) -> None:
         order = schedule.Schedule(seed + i, modes[(seed + i) % len(modes)])
         exact = i < count - 1
         inputs = make_inputs(run.case, "cpu", exact=exact, seed=i)
-        check(_simulate(run, inputs, order), run.case, inputs, exact=exact)
+        if run.problem.stored:
+            inputs["h"] = poisoned(run.case.rows, run.case.n, inputs["out_dtype"], "cpu")
+        out, h = _simulate(run, inputs, order), inputs.pop("h", None)
+        check(out, run.case, inputs, exact=exact)
+        if h is not None:
+            before = {**inputs, "activation": None, "interleaved": False}
+            plain = replace(run.case, epilogue=run.case.epilogue[:-1])
+            check(h, plain, before, exact=exact)
 
 
 def _simulate(run: Run, inputs: dict[str, Any], order: schedule.Schedule) -> Tensor:
