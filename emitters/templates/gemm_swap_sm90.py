@@ -217,7 +217,9 @@ class GemmSwapSm90:
             if const_expr(self.one_producer):
                 cute.arch.setmaxregister_increase(self.config.consumer_registers)
             staging = storage.staging.data_ptr()
-            of_columns = warp % (self.column_threads // 32)
+            of_columns = warp
+            if const_expr(self.packed is not None):  # of either group with the same columns
+                of_columns = warp % (self.column_threads // 32)
             lane = thread % 32
             self.epilogue.attach(node_tensors, gate, gathered, output, staging, of_columns, lane)
             if const_expr(self.packed is not None):
