@@ -132,8 +132,7 @@ def _some_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """
     if problem.two_level:
         return _widest(problem, 128, _wide(problem)) or _widest(problem, 64, 128)
-    tile = (64, _wide(problem)) if problem.sole_output else (128, 128)
-    wide = _widest(problem, *tile, pingpong=True, group_m=16)
+    wide = _widest(problem, *_tile_in_turn(problem), pingpong=True, group_m=16)
     return wide or _widest(problem, 64, 128)
 
 
@@ -157,9 +156,13 @@ def _many_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
         shared = _widest(problem, 128, 256, group_m=16)
         if shared:
             return shared
-    tile = (64, _wide(problem)) if problem.sole_output else (128, 128)
-    pairs = _widest(problem, *tile, pingpong=True, group_m=16, cluster_m=2)
+    pairs = _widest(problem, *_tile_in_turn(problem), pingpong=True, group_m=16, cluster_m=2)
     return pairs or _some_rows(problem)
+
+
+def _tile_in_turn(problem: GemmProblem) -> tuple[int, int]:
+    """The tile of consumers that take turns; with more outputs a wide one has too few stages."""
+    return (64, _wide(problem)) if problem.sole_output else (128, 128)
 
 
 def _wide(problem: GemmProblem) -> int:

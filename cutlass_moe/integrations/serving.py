@@ -47,11 +47,15 @@ class ServedExperts(NamedTuple):
         return f"{self.num_experts} experts {self.hidden} x {self.inter} in {quant}"
 
     @property
+    def of_tokens(self) -> str | None:
+        """The argument `quant` of `fused_moe`: packed weights take tokens in 16 bits."""
+        return None if self.quant in PACKINGS else self.quant
+
+    @property
     def options(self) -> dict[str, Any]:
         """The arguments of `fused_moe` that are no tensors."""
         named = self.activation._asdict()
-        quant = None if self.quant in PACKINGS else self.quant
-        return {"quant": quant, "interleaved": self.interleaved, **named}
+        return {"quant": self.of_tokens, "interleaved": self.interleaved, **named}
 
 
 def why_not(experts: ServedExperts, engine: str, device: int) -> str | None:
@@ -109,7 +113,7 @@ def arguments(experts: ServedExperts, tokens: int) -> dict[str, Any]:
     """A call of `fused_moe`, with tensors that have no values."""
     e, h, i = experts.num_experts, experts.hidden, experts.inter
     gates = 1 if experts.activation in NOT_GATED else 2
-    quant = None if experts.quant in PACKINGS else experts.quant
+    quant = experts.of_tokens
     held = QUANTS["fp8" if quant == FP8_BLOCK else quant] if quant else experts.dtype
     tensor = partial(torch.empty, device="meta")
     call: dict[str, Any] = {
@@ -127,7 +131,7 @@ def arguments(experts: ServedExperts, tokens: int) -> dict[str, Any]:
             call[f"{name}_scale"] = tensor(e, n, dtype=torch.float32)
         if experts.bias:
             call[f"{name}_bias"] = tensor(e, n, dtype=experts.bias)
-    if experts.quant is not None and quant is None:
+    if experts.quant in PACKINGS:
         packed = allocate(e, (gates * i, h, i), experts.quant, torch.device("meta"))
         call |= {"w13": packed.w13, "w2": packed.w2}
     return call

@@ -59,10 +59,21 @@ def accept_layer(
 
     Raises what `check_layer` raises.
     """
+    layer, needed = convert_checked(layer, options, out)
+    return Accepted(layer, needed, problems_of(layer, options))
+
+
+def convert_checked(
+    layer: LayerOperands, options: LayerOptions, out: Tensor | None = None
+) -> tuple[LayerOperands, list[tuple[str, Conversion]]]:
+    """Arguments that are `widened` as kernels read them, and the conversions that this took.
+
+    Raises what `check_layer` raises.
+    """
     needed = conversions(layer, options)
     layer = convert(layer, needed)
     check_layer(layer, options, out)
-    return Accepted(layer, needed, problems_of(layer, options))
+    return layer, needed
 
 
 def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None = None) -> None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cutlass_moe.layer.accept import conversions, convert, widened
+from cutlass_moe.layer.accept import widened
 from cutlass_moe.layer.backward import GradInto
 from cutlass_moe.layer.chain import LayerWorkspace, find_chain
-from cutlass_moe.layer.checks import accept_layer, check_layer
+from cutlass_moe.layer.checks import accept_layer, convert_checked
 from cutlass_moe.layer.training import check_into, differentiable_layer
 from cutlass_moe.operands import (
     LAYER_SCHEMA,
@@ -257,7 +257,7 @@ def _check(out: Tensor, layer: LayerOperands, options: LayerOptions) -> None:
     narrow = wide is not layer and wide.w2.shape[1] != out.shape[-1]
     if narrow:
         _check_narrow(out, layer, options)
-    check_layer(convert(wide, conversions(wide, options)), options, None if narrow else out)
+    convert_checked(wide, options, None if narrow else out)
 
 
 def _check_narrow(out: Tensor, layer: LayerOperands, options: LayerOptions) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +13,13 @@ from cutlass_moe.layer.steps import with_gradient, with_stored_columns
 from cutlass_moe.operands import QUANTS, LayerOptions, Operands, Options
 from cutlass_moe.ops._checks import check
 from cutlass_moe.ops._copies import aligned, reads_in_place
-from cutlass_moe.ops.dispatch import Choice, choose_launch, pose, strides_of
+from cutlass_moe.ops.dispatch import Choice, choose_launch, enqueue, pose, strides_of
 from cutlass_moe.ops.grouped_matmul import grouped_matmul
 from cutlass_moe.ops.quantize import quantize_per_token
 from cutlass_moe.ops.reasons import why_no_product
 from cutlass_moe.ops.route import RoutingTable
 from cutlass_moe.runtime import library
-from cutlass_moe.runtime.device import on_device
-from cutlass_moe.runtime.parameters import MisalignedAddress, operand_addresses
+from cutlass_moe.runtime.parameters import MisalignedAddress
 from cutlass_moe.runtime.signatures import Signatures, signature
 
 # Rows per expert above which an up projection stores its columns before the activation too, and
@@ -214,13 +212,12 @@ def _shape(choice: Choice) -> tuple[int, ...]:
 
 def _launch(choice: Choice, operands: Operands, out: Tensor, others: Mapping[str, Tensor]) -> None:
     """Enqueues the kernel. others: of what it reads or writes, by parameter."""
-    try:
-        addresses = operand_addresses(operands, out)
-    except MisalignedAddress:
-        operands = aligned(operands)
-        addresses = operand_addresses(operands, out)
+    values: dict[str, int] = {}
     for name, tensor in others.items():
-        addresses[name] = addresses[f"{name}_map"] = tensor.data_ptr()
+        values[name] = values[f"{name}_map"] = tensor.data_ptr()
     if "inverse" in others:
-        addresses["choices"] = others["inverse"].shape[1]
-    on_device(out.get_device(), partial(choice.launch, addresses))
+        values["choices"] = others["inverse"].shape[1]
+    try:
+        enqueue(choice, out, operands, values)
+    except MisalignedAddress:
+        enqueue(choice, out, aligned(operands), values)

@@ -21,7 +21,7 @@ from cutlass_moe.operands import (
 from cutlass_moe.ops._packed import columns as columns_of
 from cutlass_moe.ops._packed import packing_of
 from cutlass_moe.ops._types import typed
-from cutlass_moe.ops.activations import is_gated
+from cutlass_moe.ops.activations import in_halves, is_gated
 from cutlass_moe.ops.combine import combine_reference
 from cutlass_moe.ops.pack import dequantize_packed
 from cutlass_moe.ops.route import local_experts, row_capacity
@@ -103,7 +103,7 @@ def unpacked(experts: Experts, options: LayerOptions, like: Tensor) -> Experts:
     inter = inner_size(experts.w13, experts.w2, is_gated(options.activation))
     bias = experts.w13_bias
     if bias is not None and options.interleaved:
-        bias = torch.cat([bias[:, ::2], bias[:, 1::2]], 1)
+        bias = in_halves(bias, 1)
     return experts._replace(
         w13=dequantize_packed(experts.w13, like.shape[1], like.dtype),
         w2=dequantize_packed(experts.w2, inter, like.dtype),

@@ -21,7 +21,7 @@ from torch import Tensor
 from cutlass_moe.layer.accept import Conversion, conversions, convert, weigh_input, widened
 from cutlass_moe.layer.backward import GradInto, LayerBackward, Needs, Saved
 from cutlass_moe.layer.chain import INVARIANT_ROWS
-from cutlass_moe.layer.checks import check_layer, why_no_gradient
+from cutlass_moe.layer.checks import convert_checked, why_no_gradient
 from cutlass_moe.layer.products import Factor, How, project, project_up, rows_dtype
 from cutlass_moe.operands import LAYER_SCHEMA, LayerOperands, LayerOptions
 from cutlass_moe.ops._checks import expect
@@ -157,9 +157,7 @@ def _checked(layer: LayerOperands, options: LayerOptions) -> LayerOperands:
     key = signature(options, layer)
     needed = _conversions.get(key)
     if needed is None:
-        needed = conversions(layer, options)
-        layer = convert(layer, needed)
-        check_layer(layer, options)
+        layer, needed = convert_checked(layer, options)
         _conversions.keep(key, needed)
         return layer
     return convert(layer, needed)
@@ -193,8 +191,7 @@ def _expected_rows(layer: LayerOperands, options: LayerOptions) -> int:
 
 def _train_fake(*arguments: Any) -> tuple[Tensor, ...]:
     layer, options, recompute = _split(arguments)
-    layer = convert(layer, conversions(layer, options))
-    check_layer(layer, options)
+    layer, _ = convert_checked(layer, options)
     hidden, ids = layer.hidden, layer.topk_ids
     rows = options.rows(ids.numel())
     return (

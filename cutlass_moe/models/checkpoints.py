@@ -23,11 +23,12 @@ from cutlass_moe.models.expert_weights import (
 from cutlass_moe.models.families import FAMILIES, OTHER
 from cutlass_moe.models.files import read_model
 from cutlass_moe.models.layouts import Layout, Matrix, check_tensors, find_layout
-from cutlass_moe.models.packed_experts import fill_packed, in_halves
+from cutlass_moe.models.packed_experts import fill_packed
 from cutlass_moe.models.problems import block_rows
 from cutlass_moe.models.shards import Shards
 from cutlass_moe.models.tensor_names import TensorNames
 from cutlass_moe.operands import FP8_BLOCK
+from cutlass_moe.ops.activations import in_halves
 
 _NUMBERED = re.compile(r"(?P<root>.*?)\.?(?P<layer>\d+)\.(?P<name>.+)")  # layer: the first number
 _PREDICTORS = re.compile(r"(^|\.)mtp(\.|$)")  # of several tokens at once: not the model's layers
@@ -283,7 +284,7 @@ class _ExpertReader:
             self._read(down, expert, rows, columns, weights.w2[slot])
             down_scale = self._down_scale(expert, rows, columns, weights.w2[slot])
         elif layout.interleaved:
-            biases = in_halves(biases)
+            biases = [None if one is None else in_halves(one) for one in biases]
         for tensor, parts in (
             (weights.w13_scale, scales),
             (weights.w2_scale, [down_scale]),

@@ -12,6 +12,7 @@ from cutlass_moe.layer.pad import pad_experts
 from cutlass_moe.models.problems import block_rows
 from cutlass_moe.operands import FP8_BLOCK, NAMED_DTYPES, PACKINGS, Experts
 from cutlass_moe.ops._packed import columns, packed_shape
+from cutlass_moe.ops.activations import in_halves
 from cutlass_moe.ops.pack import dequantize_packed, quantize_packed
 from cutlass_moe.ops.quantize import quantize_per_token_reference
 from cutlass_moe.ops.quantize_groups import quantize_per_block
@@ -130,7 +131,7 @@ class ExpertWeights:
         if self.w13_bias is not None and other.w13_bias is not None:
             bias = other.w13_bias[other_index]
             if self.quant in PACKINGS and other.interleaved:
-                bias = torch.cat([bias[::2], bias[1::2]])
+                bias = in_halves(bias)
             self.w13_bias[index] = bias
         if self.w2_bias is not None and other.w2_bias is not None:
             self.w2_bias[index] = other.w2_bias[other_index]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -49,8 +47,3 @@ def fill_packed(
     pack_weights(values, scale, interleaved=layout.interleaved, out=out)
     values, scale = read(layout.down, slice(0, layout.down.rows), part)
     pack_weights(values[None], scale[None], out=weights.w2[slot : slot + 1])
-
-
-def in_halves(rows: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Values of gate, up, gate, up, ... rows in the order of all gates, then all ups."""
-    return [None if one is None else torch.cat([one[::2], one[1::2]]) for one in rows]

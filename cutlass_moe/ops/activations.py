@@ -76,6 +76,12 @@ def _default_numbers(function: ActivationFunction) -> Numbers | None:
     return Numbers() if function is ActivationFunction.SWIGLU_OAI else None
 
 
+def in_halves(values: Tensor, dim: int = 0) -> Tensor:
+    """Values of gate, up, gate, up, ... along `dim`, in the order of all gates, then all ups."""
+    first, second = (values[(slice(None),) * dim + (slice(start, None, 2),)] for start in (0, 1))
+    return torch.cat([first, second], dim)
+
+
 def _gate_and_up(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     if interleaved:
         return x[..., ::2], x[..., 1::2]

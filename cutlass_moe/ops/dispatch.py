@@ -123,15 +123,17 @@ def _choose(operands: Operands, dtype: torch.dtype, options: Options) -> Choice 
     )
 
 
-def enqueue(choice: Choice, out: Tensor, operands: Operands, maps: Tensor | None = None) -> None:
+def enqueue(
+    choice: Choice, out: Tensor, operands: Operands, others: Mapping[str, int] | None = None
+) -> None:
     """Launches a kernel on checked operands, on torch's current stream; returns at once.
 
-    maps uint8 [E, 128], on the device: one tensor map per expert, for weights that are separate
-    tensors. The kernel then reads these instead of `operands.weight`.
+    others: values of more parameters, and of "weight" where the kernel reads tensor maps uint8
+    [E, 128] on the device, one per expert, instead of `operands.weight`.
     """
     addresses = operand_addresses(operands, out)
-    if maps is not None:
-        addresses["weight"] = maps.data_ptr()
+    if others is not None:
+        addresses |= others
     on_device(out.get_device(), lambda stream: choice.launch(addresses, stream))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from cutlass_moe.operands import Operands, Options, ProductArguments, split_product
 from cutlass_moe.ops._packed import columns, dequantize_expert, packing_of
 from cutlass_moe.ops._types import typed
-from cutlass_moe.ops.activations import activate, activate_backward, is_gated
+from cutlass_moe.ops.activations import activate, activate_backward, in_halves, is_gated
 from cutlass_moe.ops.block_scales import expand_weight_scale, expand_x_scale, is_block_scaled
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _halves(of_rows: Tensor | None) -> Tensor | None:
     """Values [E, N] of gate, up, gate, up, ... in the order of all gates, then all ups."""
     if of_rows is None or of_rows.dim() < 2:
         return of_rows
-    return torch.cat([of_rows[:, ::2], of_rows[:, 1::2]], 1)
+    return in_halves(of_rows, 1)
 
 
 def _values(weight: Tensor, expert: int, k: int) -> Tensor:

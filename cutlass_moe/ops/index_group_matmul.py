@@ -324,7 +324,9 @@ class Executor:
         operands = Operands(**tensors, starts=starts)
         out: Tensor = resolve(self._out, workspace)
         if self._choice is not None:
-            maps = None if self._maps is None else self._maps.of(workspace)
+            maps = {}
+            if self._maps is not None:
+                maps = {"weight": self._maps.of(workspace).data_ptr()}
             enqueue(self._choice, out, operands, maps)
         elif len(out):
             if self._why_illegal is not None:

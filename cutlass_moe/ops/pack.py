@@ -21,6 +21,7 @@ from cutlass_moe.ops._packed import (
     unpack_expert,
 )
 from cutlass_moe.ops._types import typed
+from cutlass_moe.ops.activations import in_halves
 from emitters.spec.packing import BLOCK_K, BLOCK_ROWS, E2M1_VALUES, E8M0_LARGEST, Packing
 
 _BYTES = (torch.uint8, torch.int8)
@@ -70,7 +71,7 @@ def pack_weights(
         codes = _codes(values[e].reshape(n, -1), packing)
         of_expert = stored[e]
         if interleaved:
-            codes, of_expert = _halves(codes), _halves(of_expert)
+            codes, of_expert = in_halves(codes), in_halves(of_expert)
         out[e] = pack_expert(codes, of_expert, packing)
     return out
 
@@ -149,7 +150,7 @@ def quantize_packed(weight: Tensor, format: str, *, interleaved: bool = False) -
     packed = torch.empty(shape, dtype=torch.uint8, device=weight.device)
     round_to = _round_e2m1 if packing is Packing.MXFP4 else _round_int4
     for e in range(experts):
-        rows = _halves(weight[e]) if interleaved else weight[e]
+        rows = in_halves(weight[e]) if interleaved else weight[e]
         groups = functional.pad(rows.float(), (0, -k % packing.group))
         codes, scale = round_to(groups.unflatten(1, (-1, packing.group)))
         packed[e] = pack_expert(codes.flatten(1)[:, :k].contiguous(), scale, packing)
@@ -242,11 +243,6 @@ def _codes(values: Tensor, packing: Packing) -> Tensor:
         both = values.view(torch.uint8)
         return torch.stack([both & 15, both >> 4], 2).flatten(1)
     return torch.stack([(values >> 4 * i & 15).to(torch.uint8) for i in range(8)], 2).flatten(1)
-
-
-def _halves(rows: Tensor) -> Tensor:
-    """Rows gate, up, gate, up, ... as all gates, then all ups."""
-    return torch.cat([rows[::2], rows[1::2]])
 
 
 def _checked(packed: Tensor, k: int | None) -> tuple[Packing, int]:
