@@ -44,15 +44,10 @@ def find_image(problem: Problem, config: Config, arch: str) -> Image:
     Raises MissingImage, which names the command that builds the image, if CUTLASS_MOE_JIT=0 forbids
     to compile or no compiler is installed; CompileError if compiling fails.
     """
-    key = image_key(problem, config, arch)
-    cache = default_cache()
-    forbidden = not JIT.on()
-    identity = None if forbidden else default_build()
-    if identity is not None:
-        return cache.load_or_build(arch, key, lambda: _compile(problem, config, arch), identity)
-    image = cache.load(arch, key)
+    image = cached_or_compiled(problem, config, arch)
     if image is None:
-        why = "CUTLASS_MOE_JIT=0" if forbidden else "nvidia-cutlass-dsl is not installed"
+        why = "nvidia-cutlass-dsl is not installed" if JIT.on() else "CUTLASS_MOE_JIT=0"
+        cache = default_cache()
         absent = {root for root in cache.roots if not os.path.exists(root)}
         roots = ", ".join(f"{r}{' (does not exist)' * (r in absent)}" for r in cache.roots)
         raise MissingImage(
@@ -61,6 +56,17 @@ def find_image(problem: Problem, config: Config, arch: str) -> Image:
             f"Build it with:\n{build_command(problem, config, arch)}"
         )
     return image
+
+
+def cached_or_compiled(problem: Problem, config: Config, arch: str) -> Image | None:
+    """An image as `find_image` finds it; None where that would read the whole cache to say why."""
+    key = image_key(problem, config, arch)
+    identity = default_build() if JIT.on() else None
+    if identity is None:
+        return default_cache().load(arch, key)
+    return default_cache().load_or_build(
+        arch, key, lambda: _compile(problem, config, arch), identity
+    )
 
 
 def _compile(problem: Problem, config: Config, arch: str) -> Image:

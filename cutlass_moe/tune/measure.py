@@ -26,7 +26,6 @@ from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
 from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.epilogue import Bias
 from emitters.spec.gemm import GemmProblem
-from emitters.spec.image import Image
 from emitters.spec.registry import GemmConfig, why_illegal
 
 TOKENS = tuple(2**i for i in range(16))
@@ -115,14 +114,9 @@ def find_images(problem: GemmProblem, configs: Iterable[GemmConfig]) -> Images:
     device = torch.cuda.current_device()
     arch = library.device_arch(device)
 
-    def find(config: GemmConfig) -> Image | None:
-        try:
-            return library.find_image(problem, config, arch)
-        except MissingImage:
-            return None
-
     with ThreadPoolExecutor() as pool:
-        images = dict(zip(configs, pool.map(find, configs), strict=True))
+        found = pool.map(lambda c: library.cached_or_compiled(problem, c, arch), configs)
+        images = dict(zip(configs, found, strict=True))
     usable = {c: image for c, image in images.items() if image and not image.record.spill_bytes}
     for config, image in usable.items():
         library.load(problem, config, device, image)

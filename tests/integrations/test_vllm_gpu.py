@@ -43,7 +43,9 @@ TOKENS = (1, 16, 128, 1024, 8192)
 # From float64 with the same points of quantisation, and from vLLM's kernels, which have others.
 LIMITS = {None: (5e-3, 1e-2), "int8": (6e-3, 2e-2), "fp8": (3e-2, 4e-2), FP8_BLOCK: (1e-2, 4e-2)}
 CHOSEN = {None: "TritonExperts", "int8": "TritonExperts", "fp8": "TritonOrCutlassExperts"}
-NEAR = 0.05  # of two tokens' log probabilities: either may be chosen
+# Between log probabilities by our experts and by vLLM's, which round elsewhere. A bfloat16 logit of
+# these models has steps of 0.06; of a wrong layer they are off by 4 and more.
+ALIKE = {None: 0.2, "int8": 0.3, "fp8": 0.5, FP8_BLOCK: 0.5}
 quants = pytest.mark.parametrize("quant", ALL_QUANTS)
 
 
@@ -210,9 +212,23 @@ def test_model(quant: str | None, tmp_path: Path) -> None:
     assert set(got["experts"]) == set(graphs["experts"]) == {"CutlassMoeExperts"}
     assert "CutlassMoeExperts" not in want["experts"]
     for found in (got, graphs):
-        for prompt, right in enumerate(want["tokens"]):
-            for step, (mine, token) in enumerate(zip(found["tokens"][prompt], right, strict=True)):
-                best = want["logprobs"][prompt][step]
-                if mine != token:
-                    assert best[str(token)] - best.get(str(mine), -1e9) <= NEAR, (prompt, step)
-                    break
+        apart = difference(found, want)
+        assert apart <= ALIKE[quant], apart
+
+
+def difference(found: dict[str, Any], want: dict[str, Any]) -> float:
+    """The most by which log probabilities differ, up to the first other token of each prompt.
+
+    Both tokens of such a step must be among the best of both, so that this is more than half of
+    what lies between them.
+    """
+    apart = [0.0]
+    for prompt, right in enumerate(want["tokens"]):
+        for step, (mine, token) in enumerate(zip(found["tokens"][prompt], right, strict=True)):
+            ours, theirs = (report["logprobs"][prompt][step] for report in (found, want))
+            both = ours.keys() & theirs.keys()
+            assert {str(mine), str(token)} <= both, (prompt, step)
+            apart += [abs(ours[one] - theirs[one]) for one in both]
+            if mine != token:
+                break
+    return max(apart)
