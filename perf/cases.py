@@ -24,7 +24,6 @@ OUT_BYTES = 2  # bf16: outputs, and a layer's hidden states
 
 MODELS: dict[str, MoeShape] = {
     **shapes.MODELS,
-    "gpt-oss-20b": MoeShape("gpt-oss-20b", 32, 4, 2880, 2880),
     "qwen3-30b-tp4": shapes.MODELS["qwen3-30b"].shard(tp=4),
 }
 FIGURE_MODELS = ("qwen3-30b", "mixtral", "dsv3-ep8")

@@ -148,5 +148,6 @@ MODELS: dict[str, MoeShape] = {
         MoeShape("glm-4.5-air", 128, 8, 4096, 1408, scoring="sigmoid"),
         MoeShape("llama4-maverick", 128, 1, 5120, 8192, scoring="sigmoid"),
         MoeShape("gpt-oss-120b", 128, 4, 2880, 2880, bias=True, activation="swiglu_oai"),
+        MoeShape("gpt-oss-20b", 32, 4, 2880, 2880, bias=True, activation="swiglu_oai"),
     )
 }
