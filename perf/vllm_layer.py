@@ -107,7 +107,7 @@ class Engine:
         from vllm.model_executor.layers.quantization.utils import quant_utils
         from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_manager
 
-        from cutlass_moe.integrations.vllm import CutlassMoeExperts
+        from cutlass_moe.integrations.vllm_experts import CutlassMoeExperts
 
         init_workspace_manager(torch.device("cuda:0"))
         # All captured graphs share it, so that it must not move: as large as any case needs.

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,10 +23,12 @@ pytest.importorskip("vllm", reason="needs vLLM")
 import cutlass_moe as cm
 from cutlass_moe.integrations import plugins, serving
 from cutlass_moe.integrations.experts import ActivationArguments
+from cutlass_moe.operands import PACKINGS
 from tests.integrations.vllm_layers import (
     ALL_QUANTS,
     Layer,
     expert_map_of,
+    load_packed,
     make_kernel,
     prepare,
     relative,
@@ -35,9 +38,11 @@ from tests.integrations.vllm_layers import (
 from tests.integrations.vllm_models import load_layer, read_layer, write_model
 
 prepare("cpu")  # before anything of vLLM is imported
-ours: Any = import_module("cutlass_moe.integrations.vllm")
+choice: Any = import_module("cutlass_moe.integrations.vllm")
+ours: Any = import_module("cutlass_moe.integrations.vllm_experts")
 config: Any = import_module("vllm.config")
-fp8, int8, mxfp4, unquantized = ours.fp8, ours.int8, ours.mxfp4, ours.unquantized
+fp8, int8, mxfp4, unquantized = choice.fp8, choice.int8, choice.mxfp4, choice.unquantized
+wna16, INT4_METHOD = choice.wna16, choice.wna16.CompressedTensorsWNA16MoEMethod
 UNQUANTIZED = ours.FusedMoEQuantConfig.make()
 
 ORACLES: tuple[ModuleType, ...] = (fp8, int8, unquantized)
@@ -66,16 +71,17 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Our class thinks that there is a GPU, and is in no choice that a test does not put it in."""
     here = staticmethod(lambda: True)
     monkeypatch.setattr(ours.CutlassMoeExperts, "_supports_current_device", here)
-    patched = [(oracle, name) for oracle in ORACLES for name in PATCHED]
+    patched: list[tuple[Any, str]] = [(oracle, name) for oracle in ORACLES for name in PATCHED]
     patched += [(mxfp4, name) for name in ("_get_priority_backends_for_gpt_oss", PATCHED[1])]
-    before = {(oracle, name): getattr(oracle, name) for oracle, name in patched}
-    ours.register.cache_clear()
+    patched += [(wna16, "select_wna16_moe_backend"), (INT4_METHOD, "_setup_kernel")]
+    before = {(owner, name): getattr(owner, name) for owner, name in patched}
+    choice.register.cache_clear()
     serving.refuse.cache_clear()
     serving._known.clear()
     with config.set_current_vllm_config(config.VllmConfig()):
         yield
-    for (oracle, name), function in before.items():
-        setattr(oracle, name, function)
+    for (owner, name), function in before.items():
+        setattr(owner, name, function)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +99,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @quants
 def test_our_class_is_chosen_and_weights_stay_as_they_are(quant: str | None) -> None:
-    ours.register()
+    choice.register()
     backend, experts = select(Layer(quant))
     assert backend.value == "TRITON" and experts is ours.CutlassMoeExperts
 
@@ -115,13 +121,13 @@ def test_a_version_with_a_registry_gets_our_class_through_it(
     monkeypatch.setitem(sys.modules, plugins.VLLM_REGISTRY, registry)
     monkeypatch.setattr(plugins, "is_tested", lambda _: False)
     before = [getattr(oracle, name) for oracle in ORACLES for name in PATCHED]
-    ours.register()
+    choice.register()
     assert before == [getattr(oracle, name) for oracle in ORACLES for name in PATCHED]
     ((name, path),) = entered
     module, _, attribute = path.rpartition(".")
     experts = getattr(import_module(module), attribute)
     moe = Layer("int8").config(moe_backend=name)
-    arguments = (*ours._INT8, ours.mk.FusedMoEActivationFormat.Standard)
+    arguments = (*ours.INT8, ours.mk.FusedMoEActivationFormat.Standard)
     assert experts.is_supported_config(experts, moe, *arguments) == (True, None)
 
 
@@ -130,7 +136,7 @@ def test_what_vllm_would_choose_is_not_reordered_where_ours_is_refused() -> None
     layer = Layer("fp8", activation="swiglustep")
     keys = (ours.keys.kFp8StaticChannelSym, ours.keys.kFp8DynamicTokenSym)
     before = fp8._get_priority_backends(layer.config(), *keys)
-    ours.register()
+    choice.register()
     assert fp8._get_priority_backends(layer.config(), *keys) == before
     first = fp8._get_priority_backends(Layer("fp8").config(), *keys)[0]
     assert first == fp8.Fp8MoeBackend.TRITON != before[0]
@@ -142,7 +148,7 @@ def test_refused_in_words(case: str, caplog: pytest.LogCaptureFixture) -> None:
     moe = Layer("int8", **layer).config(**changes)
     with caplog.at_level(logging.INFO, "cutlass_moe"):
         supported, why = ours.CutlassMoeExperts.is_supported_config(
-            ours.CutlassMoeExperts, moe, *ours._INT8, ours.mk.FusedMoEActivationFormat.Standard
+            ours.CutlassMoeExperts, moe, *ours.INT8, ours.mk.FusedMoEActivationFormat.Standard
         )
     assert not supported and reason in str(why)
     assert bool(caplog.messages) == (case != "asked for")  # what a user asks for is no fallback
@@ -182,14 +188,14 @@ def test_all2all_and_batch_invariance_are_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_strict_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUTLASS_MOE_STRICT", "1")
-    ours.register()
+    choice.register()
     with pytest.raises(RuntimeError, match="no kernel for experts of vLLM .*: .*LoRA"):
         select(Layer("int8"), is_lora_enabled=True)
 
 
 def test_with_lora_the_class_is_tritons_in_all_but_name() -> None:
     """vLLM takes the first class of the Triton backend then, without asking it."""
-    ours.register()
+    choice.register()
     _, cls = unquantized.select_unquantized_moe_backend(Layer(None).config(is_lora_enabled=True))
     experts = cls(Layer(None).config(is_lora_enabled=True), UNQUANTIZED)
     triton = ours.TritonExperts(Layer(None).config(), UNQUANTIZED)
@@ -273,7 +279,7 @@ def test_clamped(quant: str | None) -> None:
 
 def compare(layer: Layer, tokens: int, options: dict[str, Any]) -> None:
     """vLLM's kernel against the reference of `fused_moe`."""
-    ours.register()
+    choice.register()
     weights, call = layer.weights(), layer.calls(tokens)
     kernel = make_kernel(layer, weights, *select(layer))
     assert kernel.fused_experts.is_ours
@@ -289,7 +295,7 @@ def compare(layer: Layer, tokens: int, options: dict[str, Any]) -> None:
     assert got.dtype == torch.bfloat16 and relative(got, want) <= 2e-2
 
 
-@quants
+@pytest.mark.parametrize("quant", (*ALL_QUANTS, "int4_g32", "int4_g128"))
 def test_a_layer_of_a_checkpoint(quant: str | None, tmp_path: Path, one_rank: None) -> None:
     """vLLM's own module of experts: its choice, its loader, its router and its runner."""
     write_model(tmp_path, quant)
@@ -297,7 +303,7 @@ def test_a_layer_of_a_checkpoint(quant: str | None, tmp_path: Path, one_rank: No
         model=str(tmp_path), skip_tokenizer_init=True, max_model_len=256, enforce_eager=True
     )
     made = engine.create_engine_config()
-    ours.register()
+    choice.register()
     hidden, logits = torch.randn(17, 256).bfloat16(), torch.randn(17, 8)
     with config.set_current_vllm_config(made):
         layer, kernel = load_layer(tmp_path, made)
@@ -309,7 +315,7 @@ def test_a_layer_of_a_checkpoint(quant: str | None, tmp_path: Path, one_rank: No
         hidden,
         topk_weights=weights / weights.sum(1, keepdim=True),
         topk_ids=ids.int(),
-        quant=quant,
+        quant=None if quant in PACKINGS else quant,
         compute_dtype=torch.float64,
         **read_layer(tmp_path),
     )
@@ -318,30 +324,21 @@ def test_a_layer_of_a_checkpoint(quant: str | None, tmp_path: Path, one_rank: No
 
 @pytest.mark.parametrize("local", [None, 4], ids=["all", "expert_map"])
 @pytest.mark.parametrize("tokens", [1, 33])
-def test_gpt_oss_in_mxfp4(tokens: int, local: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quant", ["mxfp4", "int4_g128"])
+def test_packed(quant: str, tokens: int, local: int | None) -> None:
     """Weights as vLLM loads them, which are packed then; biases stay as they are."""
-    monkeypatch.setattr(mxfp4, "_user_moe_activation_override", lambda: None)  # asks for a model
-    ours.register()
-    layer = Layer(None, activation="swigluoai", bias=True, local=local)
-    moe, weights, call = layer.config(), layer.weights(), layer.calls(tokens)
-    backend, cls = mxfp4.select_mxfp4_moe_backend(moe)
-    assert cls is ours.CutlassMoeExperts
-    module = torch.nn.Module()
-    for name in ("w13", "w2"):
-        values, scale = cm.unpack_weights(cm.quantize_packed(weights[name], "mxfp4"))
-        for end, tensor in (("", values.flatten(2)), ("_scale", scale)):
-            loaded = torch.nn.Parameter(tensor, requires_grad=False)
-            module.register_parameter(f"{name}_weight{end}", loaded)
-    given = {"w1_bias": weights["w13_bias"], "w2_bias": weights["w2_bias"], "swiglu_limit": 7.0}
-    given |= {"w1_scale": module.w13_weight_scale, "w2_scale": module.w2_weight_scale}
-    quant = mxfp4.make_mxfp4_moe_quant_config(backend, **given, gemm1_alpha=1.702, gemm1_beta=1.0)
-    kernel = mxfp4.make_mxfp4_moe_kernel(quant, moe, cls, backend)
-    kernel.fused_experts.process_weights_after_loading(module)
-    held = {**weights, "w13": module.w13_weight.data, "w2": module.w2_weight.data}
-    assert held["w13"].dim() == 4 and not module.w13_weight_scale.numel()
+    choice.register()
+    layer, options = Layer(None, local=local), {}
+    if quant == "mxfp4":  # gpt-oss
+        layer = replace(layer, activation="swigluoai", bias=True)
+        options = {"activation": "swiglu_oai", "interleaved": True}
+    kernel, held = load_packed(layer, quant, layer.weights())
+    assert kernel.fused_experts.is_ours and held["w13"].dim() == 4
+    assert not kernel.fused_experts.w1_scale.numel()
+    call = layer.calls(tokens)
     got = run(kernel, layer, held, call)
     want = cm.fused_moe_reference(
-        **call, **held, activation="swiglu_oai", interleaved=True,
+        **call, **held, **options,
         expert_map=expert_map_of(layer), compute_dtype=torch.float64,
     )  # fmt: skip
     assert got.dtype == torch.bfloat16 and relative(got, want) <= 1e-2
@@ -349,14 +346,54 @@ def test_gpt_oss_in_mxfp4(tokens: int, local: int | None, monkeypatch: pytest.Mo
 
 def test_other_mxfp4_is_refused() -> None:
     experts, silu = ours.CutlassMoeExperts, Layer(None).config()
-    arguments = (*ours._MXFP4, ours.mk.FusedMoEActivationFormat.Standard)
+    arguments = (*ours.MXFP4, ours.mk.FusedMoEActivationFormat.Standard)
     supported, why = experts.is_supported_config(experts, silu, *arguments)
     assert not supported and "gpt-oss's, with swigluoai, got silu" in str(why)
 
 
+def int4_method(group: int = 128, symmetric: bool = True, **changes: Any) -> Any:
+    """The method of compressed-tensors for INT4, with what it chose."""
+    how = {"num_bits": 4, "strategy": "group", "group_size": group, "symmetric": symmetric}
+    layer = Layer(None)
+    return INT4_METHOD(wna16.QuantizationArgs(**how), None, layer.config(**changes))
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [{"group": 64}, {"symmetric": False}, {"in_dtype": torch.float16}, {"moe_backend": "triton"}],
+    ids=str,
+)
+def test_other_int4_is_vllms(refused: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = wna16.WNA16MoEBackend.TRITON, choice.TritonWNA16Experts
+    monkeypatch.setattr(wna16, "select_wna16_moe_backend", lambda *_, **__: theirs)
+    choice.register()
+    assert int4_method().experts_cls is ours.CutlassMoeExperts
+    assert int4_method(**refused).experts_cls is choice.TritonWNA16Experts
+
+
+def test_int4_that_is_refused_once_loaded_is_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the Triton kernels want the weights, which must not be packed then."""
+    built: list[Any] = []
+    monkeypatch.setattr(INT4_METHOD, "_setup_kernel", lambda self, layer: built.append(self))
+    choice.register()
+    method = int4_method()
+    monkeypatch.setattr(ours, "describe", Mock(side_effect=ours.Unsupported("no")))
+    scales = {f"{name}_weight_scale": torch.ones(8, 256, 2) for name in ("w13", "w2")}
+    method._setup_kernel(SimpleNamespace(**scales, _expert_routing_tables=lambda: None))
+    assert built == [method] and method.experts_cls is choice.TritonWNA16Experts
+
+
+def test_packed_weights_are_not_rebalanced() -> None:
+    parallel = ours.FusedMoEParallelConfig.make_no_parallel()
+    moe = Layer(None).config(moe_parallel_config=replace(parallel, enable_eplb=True))
+    with pytest.raises(ours.Unsupported, match="moves weights that must not be packed"):
+        ours.describe(moe, "int4_g32", None, None, None)
+    assert ours.describe(moe, "int8", None, None, None).quant == "int8"
+
+
 def test_weights_on_the_input() -> None:
     """Where vLLM multiplies tokens by their only weight, results are not weighted again."""
-    ours.register()
+    choice.register()
     layer = Layer("int8", top_k=1)
     weights, call = layer.weights(), layer.calls(9)
     call["topk_weights"] = torch.full_like(call["topk_weights"], 0.5)

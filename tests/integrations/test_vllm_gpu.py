@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tests.integrations.vllm_layers import (
     ALL_QUANTS,
     Layer,
     expert_map_of,
+    load_packed,
     make_kernel,
     prepare,
     relative,
@@ -39,6 +41,8 @@ pytestmark = pytest.mark.gpu
 
 REAL = Layer(None, 128, 8, 2048, 768, "cuda")  # qwen3-30b
 RANK = Layer(None, 128, 8, 2048, 768, "cuda", local=64)  # of two
+OSS = Layer(None, 32, 4, 2880, 2880, "cuda", activation="swigluoai", bias=True)  # gpt-oss-20b
+PACKED = {"int4_g128": REAL, "int4_g32": TINY, "mxfp4": OSS}
 TOKENS = (1, 16, 128, 1024, 8192)
 # From float64 with the same points of quantisation, and from vLLM's kernels, which have others.
 LIMITS = {None: (5e-3, 1e-2), "int8": (6e-3, 2e-2), "fp8": (3e-2, 4e-2), FP8_BLOCK: (1e-2, 4e-2)}
@@ -52,13 +56,17 @@ quants = pytest.mark.parametrize("quant", ALL_QUANTS)
 def images() -> set[tuple[Problem, Config]]:
     """All that the integration loads for these layers."""
     found: set[tuple[Problem, Config]] = set()
-    for layer in (REAL, RANK, TINY):
-        for quant in ALL_QUANTS:
-            sizes = (layer.held, layer.top_k, layer.hidden, layer.inter)
-            swiglu = ActivationArguments("swiglu")
-            experts = ServedExperts(*sizes, torch.bfloat16, quant, swiglu)
-            for problem in cm.fused_moe_problems(**serving.arguments(experts, 1)):
-                found |= {(problem, config) for config in every_config(problem)}
+    layers = [(layer, quant) for layer in (REAL, RANK, TINY) for quant in ALL_QUANTS]
+    for layer, quant in (*layers, *((layer, quant) for quant, layer in PACKED.items())):
+        activation = "swiglu_oai" if layer is OSS else "swiglu"
+        experts = ServedExperts(
+            *(layer.held, layer.top_k, layer.hidden, layer.inter, torch.bfloat16, quant),
+            ActivationArguments(activation),
+            interleaved=layer is OSS,
+            bias=torch.bfloat16 if layer.bias else None,
+        )
+        for problem in cm.fused_moe_problems(**serving.arguments(experts, 1)):
+            found |= {(problem, config) for config in every_config(problem)}
     return found
 
 
@@ -179,6 +187,42 @@ def test_graph_replay_with_new_tokens(quant: str | None, tokens: int, ours: Any)
         assert same_bits(replayed, run(kernel, layer, weights, call))
 
 
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("quant", PACKED)
+def test_packed_layer(quant: str, tokens: int, ours: Any) -> None:
+    """4-bit weights as vLLM loads them: against float64 and, in INT4, vLLM's own Marlin kernels."""
+    ours.register()
+    layer = PACKED[quant] if PACKED[quant].device == "cuda" else replace(TINY, device="cuda")
+    weights, call = layer.weights(), layer.calls(tokens)
+    kernel, held = load_packed(layer, quant, weights)
+    assert kernel.fused_experts.is_ours
+    out = run(kernel, layer, held, call)
+    with no_wait():
+        again = run(kernel, layer, held, call)
+    assert same_bits(out, again)
+    few = {name: tensor[:64] for name, tensor in call.items()}
+    options = {"activation": "swiglu_oai", "interleaved": True} if layer is OSS else {}
+    want = cm.fused_moe_reference(**few, **held, **options, compute_dtype=torch.float64)
+    right, alike = LIMITS[None]
+    assert relative(out[:64], want) <= right
+    if quant == "mxfp4":
+        return  # vLLM's own need a model's config
+    with unregistered(ours):
+        theirs, held = load_packed(layer, quant, weights)
+    assert type(theirs.fused_experts).__name__ == "MarlinExperts"
+    assert relative(out, run(theirs, layer, held, call)) <= alike
+
+
+@contextmanager
+def unregistered(ours: Any) -> Iterator[None]:
+    """Within it, INT4 gets what vLLM chooses by itself."""
+    with pytest.MonkeyPatch.context() as patched:
+        method = ours.wna16.CompressedTensorsWNA16MoEMethod
+        for owner, name in ((ours.wna16, "select_wna16_moe_backend"), (method, "_setup_kernel")):
+            patched.setattr(owner, name, getattr(owner, name).__wrapped__)
+        yield
+
+
 # Whole models
 
 
@@ -203,7 +247,7 @@ def generate(directory: Path, *options: str) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-@quants
+@pytest.mark.parametrize("quant", (*ALL_QUANTS, "int4_g32"))
 def test_model(quant: str | None, tmp_path: Path) -> None:
     """Greedy tokens are vLLM's own, up to the first for which two are about as likely."""
     write_model(tmp_path, quant)

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -183,6 +184,62 @@ def make_kernel(layer: Layer, weights: dict[str, Any], backend: Any, experts: ty
     if layer.quant == "int8":
         return int8.make_int8_moe_kernel(backend, quant, moe, experts)
     return fp8.make_fp8_moe_kernel(quant, moe, experts, backend)
+
+
+def load_packed(layer: Layer, quant: str, weights: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """vLLM's kernel of experts in 4 bits, from what a checkpoint has, and the weights it holds.
+
+    Of MXFP4 as in gpt-oss, which is the only one that ours take.
+    """
+    of_quant = _load_mxfp4 if quant == "mxfp4" else _load_int4
+    loaded = {
+        name: cm.unpack_weights(cm.quantize_packed(weights[name], quant)) for name in ("w13", "w2")
+    }
+    kernel, module = of_quant(layer, loaded, weights)
+    return kernel, {**weights, "w13": module.w13_weight.data, "w2": module.w2_weight.data}
+
+
+def _load_int4(layer: Layer, loaded: dict[str, Any], weights: dict[str, Any]) -> tuple[Any, Any]:
+    from compressed_tensors.quantization import QuantizationArgs
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_wna16 as wna16,
+    )
+
+    group = layer.hidden // loaded["w13"][1].shape[2]
+    how = QuantizationArgs(num_bits=4, strategy="group", group_size=group, symmetric=True)
+    method, module = wna16.CompressedTensorsWNA16MoEMethod(how, None, layer.config()), Held()
+    with torch.device(layer.device):
+        method.create_weights(module, layer.held, layer.hidden, layer.inter, torch.bfloat16)
+    for name, (values, scale) in loaded.items():
+        getattr(module, f"{name}_weight_packed").data.copy_(values)
+        getattr(module, f"{name}_weight_scale").data.copy_(scale)
+    method.process_weights_after_loading(module)
+    return method.moe_kernel, module
+
+
+def _load_mxfp4(layer: Layer, loaded: dict[str, Any], weights: dict[str, Any]) -> tuple[Any, Any]:
+    from vllm.model_executor.layers.fused_moe.oracle import mxfp4
+
+    module, moe = Held(), layer.config()
+    with patch.object(mxfp4, "_user_moe_activation_override", lambda: None):  # asks for a model
+        backend, experts = mxfp4.select_mxfp4_moe_backend(moe)
+    for name, (values, scale) in loaded.items():
+        for end, tensor in (("", values.flatten(2)), ("_scale", scale)):
+            held = torch.nn.Parameter(tensor, requires_grad=False)
+            module.register_parameter(f"{name}_weight{end}", held)
+    given = {"w1_bias": weights["w13_bias"], "w2_bias": weights["w2_bias"], "swiglu_limit": 7.0}
+    given |= {"w1_scale": module.w13_weight_scale, "w2_scale": module.w2_weight_scale}
+    quant = mxfp4.make_mxfp4_moe_quant_config(backend, **given, gemm1_alpha=1.702, gemm1_beta=1.0)
+    kernel = mxfp4.make_mxfp4_moe_kernel(quant, moe, experts, backend)
+    kernel.fused_experts.process_weights_after_loading(module)
+    return kernel, module
+
+
+class Held(torch.nn.Module):
+    """What a method of vLLM gets its weights from."""
+
+    def _expert_routing_tables(self) -> None:
+        return None
 
 
 def run(

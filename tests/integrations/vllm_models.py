@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import cutlass_moe as cm
-from cutlass_moe.operands import FP8_BLOCK, QUANTS
+from cutlass_moe.operands import FP8_BLOCK, PACKINGS, QUANTS
 from tests.integrations.vllm_layers import Layer
 from tests.support.checkpoints import QUANTIZATION
 
 TINY = Layer(None, 8, 2, 256, 128)
 EXPERTS = "model.layers.0.mlp.experts"
 NAMES = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}  # vLLM's
-_SUFFIXES = ("weight", "weight_scale", "weight_scale_inv")
+_SUFFIXES = ("weight", "weight_scale", "weight_scale_inv", "weight_packed")
 
 
 def write_model(directory: Path, quant: str | None) -> None:
@@ -98,6 +98,10 @@ def stored(name: str, weight: Tensor, quant: str | None) -> dict[str, Tensor]:
     if quant == FP8_BLOCK:
         values, scale = cm.quantize_per_block(weight)
         return {name: values[0], f"{name}_scale_inv": scale[0]}
+    if quant in PACKINGS:
+        values, scale = cm.unpack_weights(cm.quantize_packed(weight, quant), weight.shape[2])
+        shape = torch.tensor(weight.shape[1:])
+        return {f"{name}_packed": values[0], f"{name}_scale": scale[0], f"{name}_shape": shape}
     values, scale = cm.quantize_per_channel(weight, QUANTS[quant])
     return {name: values[0], f"{name}_scale": scale[0][:, None]}
 
@@ -115,7 +119,7 @@ def load_layer(directory: Path, vllm_config: Any) -> tuple[nn.Module, Any]:
         quant_config=vllm_config.quant_config,
         prefix=EXPERTS,
     )
-    held = next(module for module in layer.modules() if hasattr(module, "w13_weight"))
+    held = next(module for module in layer.modules() if _has_weights(module))
     parameters = dict(held.named_parameters())
     for name, tensor in load_file(directory / "model.safetensors").items():
         if name.startswith(EXPERTS):
@@ -140,8 +144,14 @@ def read_layer(directory: Path) -> dict[str, Tensor]:
                 for e in range(TINY.experts)
             ]
             if each[0][0] is not None:
-                key = ours if suffix == "weight" else f"{ours}_scale"
+                key = f"{ours}_scale" if "scale" in suffix else ours
                 found[key] = torch.stack([torch.cat(parts) for parts in each])  # type: ignore[arg-type]
-                if suffix == "weight_scale":
-                    found[key] = found[key].squeeze(-1)
+        if found[ours].dtype == torch.int32:
+            found[ours] = cm.pack_weights(found[ours], found.pop(f"{ours}_scale"))
+        elif f"{ours}_scale" in found:  # [E, N, 1] if it is per channel
+            found[f"{ours}_scale"] = found[f"{ours}_scale"].squeeze(-1)
     return found
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return hasattr(module, "w13_weight") or hasattr(module, "w13_weight_packed")
