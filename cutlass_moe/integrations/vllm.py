@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
@@ -117,7 +116,7 @@ def _offer_int4() -> None:
         return choice(config, weight_key, quant_config, **named)
 
     @functools.wraps(set_up)
-    def with_packed(self: Any, layer: torch.nn.Module) -> None:
+    def with_packed(self: Any, layer: Any) -> None:
         if self.experts_cls is CutlassMoeExperts:
             quant, tables = self.get_fused_moe_quant_config(layer), layer._expert_routing_tables()
             experts = CutlassMoeExperts(self.moe, quant)
