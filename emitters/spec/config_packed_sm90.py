@@ -20,8 +20,8 @@ _WGMMA_OTHERS = 42  # those of a WGMMA besides its accumulators, before register
 class GemmPackedSm90Config(GemmSwapSm90Config):
     """The config of `GemmSwapSm90` for packed weights, which WGMMA reads from registers.
 
-    Each 64 columns of a tile have a consumer warpgroup; or two, with k_groups 2, which take stages
-    in turn and add their sums. With `one_producer` a single warpgroup loads weights and rows of x,
+    Each 64 columns of a tile have a consumer warpgroup; or k_groups of them, which take stages in
+    turn and add their sums. With `one_producer` a single warpgroup loads weights and rows of x,
     and passes on to the consumers the registers that it does not need.
     """
 
@@ -42,7 +42,7 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
 
     @property
     def k_shares(self) -> int:
-        return self.split_k * self.k_groups
+        return self.split_k + self.k_groups - 1
 
     @property
     def gather_threads(self) -> int:
@@ -87,7 +87,7 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
         return min(SM90.registers_per_sm // 4 // (32 * warps) // 8 * 8, 248)
 
     def pipeline_stages(self, problem: GemmProblem) -> int:
-        """As of other configs; with k_groups an even number, so that each stage has its group.
+        """As of other configs; a multiple of k_groups, so that each stage has its group.
 
         A group that missed a fill of a stage could not tell the next one from it.
         """
@@ -112,7 +112,8 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
 
     @property
     def words(self) -> str:
-        more = (" one producer" if self.one_producer else "") + (" in turn" * (self.k_groups - 1))
+        more = " one producer" if self.one_producer else ""
+        more += f" {self.k_groups} in turn" if self.k_groups > 1 else ""
         return f"packed {super().words}{more}"
 
     def why_illegal(self, problem: GemmProblem) -> str | None:
@@ -153,14 +154,19 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
         return self._why_groups(problem) or self._why_split(problem)
 
     def _why_groups(self, problem: GemmProblem) -> str | None:
-        if self.k_groups not in (1, 2):
-            return f"k_groups must be 1 or 2, got {self.k_groups}"
-        if self.k_groups > 1 and (self.split_k > 1 or self.k_stages(problem) < 2):
+        if self.k_groups not in (1, 2, 4):
+            return f"k_groups must be 1, 2 or 4, got {self.k_groups}"
+        if self.k_groups == 1:
+            return None
+        if self.k_stages(problem) // self.split_k < self.k_groups:
             return (
-                "k_groups must be 1 with split_k and where K fills a single stage, got "
-                f"{self.k_groups}, split_k {self.split_k} and K = {problem.k}"
+                f"k_groups must be at most the stages that K = {problem.k} fills in each of "
+                f"split_k {self.split_k} CTAs, got {self.k_groups}"
             )
         stages = self.pipeline_stages(problem)
-        if self.k_groups > 1 and (stages < 4 or stages % 2):
-            return f"stages must be an even number from 4 on with k_groups 2, got {stages}"
+        if stages < 2 * self.k_groups or stages % self.k_groups:
+            return (
+                f"stages must be a multiple of k_groups {self.k_groups} and at least twice as "
+                f"many, got {stages}"
+            )
         return None

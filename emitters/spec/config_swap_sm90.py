@@ -89,7 +89,7 @@ class GemmSwapSm90Config(Sm90Config):
 
     @property
     def k_shares(self) -> int:
-        """The shares of K whose sums are added for a tile."""
+        """The shares of K whose sums meet in a CTA: its own and those of its cluster's others."""
         return self.split_k
 
     @property

@@ -63,8 +63,8 @@ class GemmSwapSm90:
     table, for which it waits for the previous kernel unless `early`.
 
     Packed weights have more consumers: each warpgroup has 64 of the tile's columns, and releases
-    every stage; or two of them have the same ones and take stages in turn, of which each releases
-    its own, and the second passes its sums to the first, which stores (`store_both`). With one
+    every stage; or several have the same ones and take stages in turn, of which each releases its
+    own, and the others pass their sums to the first, which stores (`add_groups`). With one
     producer the gather's first warp copies weights too, in step with the others, and the gather's
     warpgroup passes registers on to the consumers.
 
@@ -204,7 +204,7 @@ class GemmSwapSm90:
                 self.ring.init()
                 if const_expr(self.config.split_k > 1):
                     cute.arch.mbarrier_init(sums, 1)
-                    cute.arch.mbarrier_init(sums + 1, consumer_warps)
+                    cute.arch.mbarrier_init(sums + 1, self.column_threads // 32)
             cute.arch.mbarrier_init_fence()
             self.weights.prefetch_map(weight)
         self.sync_cluster(alone=True)
@@ -385,13 +385,15 @@ class GemmSwapSm90:
         first_k, end_k = self.k_range()
         state = self.ring.consumer()
         cluster_state = pipeline.make_pipeline_state(PipelineUserType.Consumer, 1)
-        own_k = first_k + group  # the group's first stage of the tile
-        if self.k_groups > 1 and group > 0:
-            state.advance()
+        turn = group  # the group's first stage of the tile
+        for i in range_constexpr(self.k_groups - 1):
+            if group > i:
+                state.advance()
         while tile < end:
             expert, row, rows, column, _ = self.experts.locate(tile, end, Int32(0))
             self.epilogue.begin(row, rows, column)
             self.packed.begin()
+            own_k = first_k + turn
             behind = state.clone()  # the stage before, which WGMMA still reads
             for k in cutlass.range(own_k, end_k, self.k_groups, unroll=1):
                 self.ring.wait_full(state)
@@ -408,8 +410,11 @@ class GemmSwapSm90:
             self.release(behind.index)
             place = (expert, row, rows, column)
             if const_expr(self.k_groups > 1):
-                self.store_both(storage, group, thread, place)
-                own_k ^= (end_k - first_k) % 2  # groups take turns on from tile to tile
+                self.add_groups(storage, group, thread)
+                # turns go on from tile to tile: a power of two minus the stages of this one
+                turn = (turn + (self.k_groups - 1) * (end_k - first_k)) & (self.k_groups - 1)
+                if group == 0:
+                    self.store(storage, self.packed.sums, sums_full, cluster_state, thread, place)
             else:
                 self.store(storage, self.packed.sums, sums_full, cluster_state, thread, place)
             cluster_state.advance()
@@ -417,25 +422,24 @@ class GemmSwapSm90:
         self.epilogue.finish()
 
     @cute.jit
-    def store_both(self, storage, group, thread, place):
-        """Stores a tile after adding the sums of the other group of consumers, which took the
-        stages in between."""
+    def add_groups(self, storage, group, thread):
+        """Adds the sums of the other groups of consumers, which took the stages in between, to
+        those of the first, which stores a tile."""
         sums, partial_sums = self.packed.sums, storage.partial.data_ptr()
+        first = self.config.split_k - 1  # behind the sums of a cluster's CTAs
         if group > 0:
             for i in range_constexpr(cute.size(sums) // 4):
-                sent = self.partial_vector(partial_sums, 0, i, thread, Float32)
+                sent = self.partial_vector(partial_sums, first + group - 1, i, thread, Float32)
                 for j in range_constexpr(4):
                     sent[j] = sums[4 * i + j]
         cute.arch.barrier(barrier_id=1, number_of_threads=self.consumer_threads)
         if group == 0:
-            for i in range_constexpr(cute.size(sums) // 4):
-                sent = self.partial_vector(partial_sums, 0, i, thread, Float32)
-                for j in range_constexpr(4):
-                    sums[4 * i + j] = sums[4 * i + j] + sent[j]
+            for other in range_constexpr(self.k_groups - 1):
+                for i in range_constexpr(cute.size(sums) // 4):
+                    sent = self.partial_vector(partial_sums, first + other, i, thread, Float32)
+                    for j in range_constexpr(4):
+                        sums[4 * i + j] = sums[4 * i + j] + sent[j]
         cute.arch.barrier(barrier_id=2, number_of_threads=self.consumer_threads)
-        if group == 0:
-            expert, row, rows, column = place
-            self.epilogue.store(sums, expert, row, rows, column)
 
     def release(self, stage, kept=0):
         """Releases a stage that all lanes have read; see `Ring.release_unless`."""
@@ -500,10 +504,12 @@ class GemmSwapSm90:
     @cute.jit
     def add_sums(self, sums, partial, sums_full, phase, thread):
         """Adds the sums of the cluster's other CTAs, in order of their ranks."""
+        peers = self.config.split_k - 1
         if thread == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(sums_full, self.config.partial_bytes)
+            sent_bytes = peers * self.config.tile_m * self.config.tile_n * 4
+            cute.arch.mbarrier_arrive_and_expect_tx(sums_full, sent_bytes)
         cute.arch.mbarrier_wait(sums_full, phase)
-        for peer in range_constexpr(self.config.split_k - 1):
+        for peer in range_constexpr(peers):
             for i in range_constexpr(cute.size(sums) // 4):
                 sent = self.partial_vector(partial, peer, i, thread, sum_type(self.problem))
                 for j in range_constexpr(4):

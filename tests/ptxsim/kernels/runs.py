@@ -476,6 +476,12 @@ PACKED: dict[str, Run] = {  # 4-bit weights, which WGMMA reads from registers
             ),
         )
     },
+    "packed_four_in_turn": _packed(  # seven steps of K
+        _MXFP4, replace(_PACK, k_groups=4, k_boxes=2, stages=8), k=840, counts=(9, 0, 3)
+    ),
+    "packed_in_turn_in_a_cluster": _packed(  # two and three of five
+        _G128, replace(_PACK, k_groups=2, split_k=2, k_boxes=2, stages=4), k=584, n=128
+    ),
     "packed_one_producer_two_ctas": _packed(
         _G32,
         replace(_PACK, tile_m=128, k_boxes=2, one_producer=True, ctas_per_sm=2),
