@@ -38,7 +38,7 @@ def pack_weights(
         values  uint8 or int8 [E, N, K / 32, 16] or [E, N, K / 2]: two E2M1 per byte, the first in
                 the low bits
         scale   [E, N, K / 32]: uint8 or float8_e8m0fnu, 2^(s - 127), or float32 powers of two; at
-                most 2
+                most 2^33
       INT4 (compressed-tensors, "pack-quantized", symmetric)
         values  int32 [E, N, K / 8]: eight values + 8 per word, the first in the low bits
         scale   [E, N, K / 32] or [E, N, K / 128]: bfloat16, or float16 or float32 that bfloat16
@@ -231,7 +231,7 @@ def _stored(scale: Tensor, packing: Packing) -> Tensor:
         )
     if scale.numel() and exponents.amax() > E8M0_LARGEST:
         raise ValueError(
-            f"scale must be at most 2 (E8M0 {E8M0_LARGEST}) for MXFP4, got E8M0 "
+            f"scale must be at most 2^33 (E8M0 {E8M0_LARGEST}) for MXFP4, got E8M0 "
             f"{exponents.amax().item()}"
         )
     return exponents.to(torch.uint8)

@@ -13,7 +13,7 @@ from emitters.device.memory import ELEMENT
 from emitters.device.packed import PackedOperand
 from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
 from emitters.spec.gemm import GemmProblem
-from emitters.spec.packing import Packing
+from emitters.spec.packing import MXFP4_SHIFT, Packing
 
 _STEPS = 2  # WGMMAs per word of packed weights: 16 of K each
 _BOX_WORDS = 2  # words per box of x, which has 64 of K
@@ -119,3 +119,5 @@ class PackedProducts:
             self.add_group()
         else:
             warpgroup.wait_group(0)
+            for i in range(cute.size(self.acc)):
+                self.acc[i] = self.acc[i] * Float32(2.0**MXFP4_SHIFT)

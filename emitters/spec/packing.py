@@ -74,9 +74,12 @@ class Packing(Name):
         return n // BLOCK_ROWS, -(-k // BLOCK_K)
 
 
-# MXFP4: a scale 2^(s - 127) is stored as s + 126, the exponent field of the bf16 factor that turns
-# an E2M1 in the places above, a bf16 2^126 times too small, into the scaled value. The byte is
-# rotated right by one bit: bf16 has the last bit of its exponent in another byte than the rest.
-E8M0_OFFSET = 126
-E8M0_LARGEST = 128  # the largest s with a finite factor: scales are at most 2
+# MXFP4: values are converted to bf16 that are 2^32 times too small, and sums multiplied by 2^32, so
+# that scales up to 2^33 have a finite factor. It turns an E2M1 in the places above, a bf16 2^126
+# times too small, into such a value: a scale 2^(s - 127) is stored as s + 94, the factor's exponent
+# field. The byte is rotated right by one bit: bf16 has the last bit of its exponent in another byte
+# than the rest. Values below 2^-101, subnormal bf16 then, are rounded.
+MXFP4_SHIFT = 32
+E8M0_OFFSET = 126 - MXFP4_SHIFT
+E8M0_LARGEST = 128 + MXFP4_SHIFT  # the largest s with a finite factor
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0 to 7; with 8 added, negative

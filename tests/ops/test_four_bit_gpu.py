@@ -14,7 +14,7 @@ import cutlass_moe as cm
 from cutlass_moe.choose import heuristics_sm90 as heuristics
 from cutlass_moe.ops import dispatch
 from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
-from emitters.spec.packing import Packing
+from emitters.spec.packing import E8M0_LARGEST, Packing
 from emitters.spec.registry import Config, GemmConfig, Problem, why_illegal
 from tests.ops.test_pack import int4, mxfp4
 from tests.support.cases import PACKED, PACKED_CASES, RAGGED, Case, make_inputs
@@ -37,6 +37,11 @@ def every_config(case: Case) -> list[GemmConfig]:
     ]
     configs += [
         *(GemmPackedSm90Config(m, 64, split_k=2, ctas_per_sm=2) for m in (8, 16)),
+        *(
+            GemmPackedSm90Config(8, 64, k_boxes=2, split_k=split, k_groups=groups, stages=8)
+            for split, groups in ((1, 2), (1, 4), (2, 2))
+        ),
+        GemmPackedSm90Config(32, 128, k_boxes=2, k_groups=2, one_producer=True),
         *(
             GemmPackedSm90Config(m, n, k_boxes=2, one_producer=True, ctas_per_sm=ctas)
             for m in (32, 96, 144, 192, 256)
@@ -92,6 +97,20 @@ def test_results_are_the_same_bits_in_every_launch_and_in_graphs(packing: Packin
     graph.replay()
     assert same_bits(out, first)
     opcheck(case, "cuda")
+
+
+def test_scales_of_mxfp4() -> None:
+    """Up to the largest; each column of the output has one."""
+    case = REPEATED[Packing.MXFP4]
+    inputs = make_inputs(case, "cuda")
+    experts, blocks = len(case.counts), (case.n, -(-case.k // 32))
+    scale = torch.linspace(64, E8M0_LARGEST, case.n, device="cuda").round().byte()
+    scale = scale[:, None].expand(experts, *blocks).contiguous()
+    codes = torch.randint(0, 256, (experts, *blocks, 16), dtype=torch.uint8, device="cuda")
+    inputs["weight"] = cm.pack_weights(codes, scale)
+    out, wanted = (f(**inputs).double() for f in (cm.grouped_matmul, cm.grouped_matmul_reference))
+    errors = (out - wanted).norm(dim=0) / wanted.norm(dim=0)
+    assert errors.isfinite().all() and errors.max() < 6e-3
 
 
 def test_lists_of_packed_weights() -> None:

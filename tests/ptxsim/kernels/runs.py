@@ -479,6 +479,13 @@ PACKED: dict[str, Run] = {  # 4-bit weights, which WGMMA reads from registers
     "packed_four_in_turn": _packed(  # seven steps of K
         _MXFP4, replace(_PACK, k_groups=4, k_boxes=2, stages=8), k=840, counts=(9, 0, 3)
     ),
+    "packed_one_producer_in_turn": _packed(
+        _MXFP4,
+        replace(_PACK, tile_m=32, tile_n=128, k_groups=2, k_boxes=2, stages=4, one_producer=True),
+        counts=(33, 0, 9),
+        k=584,
+        n=192,
+    ),
     "packed_in_turn_in_a_cluster": _packed(  # two and three of five
         _G128, replace(_PACK, k_groups=2, split_k=2, k_boxes=2, stages=4), k=584, n=128
     ),
