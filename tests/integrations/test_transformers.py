@@ -42,6 +42,7 @@ from tests.integrations.tiny_models import (
     definition,
     experts_of,
     make,
+    write_mxfp4,
 )
 from tests.support.checkpoints import QUANTIZATION
 
@@ -610,22 +611,6 @@ def write_8bit(directory: Path, model: Any, quant: str) -> None:
     safetensors_torch.save_file(tensors, file)
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"] = QUANTIZATION[quant]
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-def write_mxfp4(directory: Path, model: Any) -> None:
-    """Saves a gpt-oss as it is published: its experts in MXFP4, as the loader of transformers
-    reads them."""
-    model.save_pretrained(directory)
-    (file,) = directory.glob("*.safetensors")
-    tensors = safetensors_torch.load_file(file)
-    for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
-        weight = tensors.pop(name).transpose(1, 2)
-        blocks, scales = cm.unpack_weights(cm.quantize_packed(weight, "mxfp4"), weight.shape[2])
-        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-    safetensors_torch.save_file(tensors, file)
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4"}
     (directory / "config.json").write_text(json.dumps(config))
 
 

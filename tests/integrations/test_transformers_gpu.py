@@ -7,18 +7,30 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import cutlass_moe as cm
 from cutlass_moe.choose.heuristics_sm90 import choose, every_config
 from cutlass_moe.layer.steps import Forms, LayerSizes, Projection, layer_problems
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import GemmProblem, Granularity
+from emitters.spec.packing import Packing
 from emitters.spec.registry import Config, Problem
-from tests.integrations.tiny_models import FAMILIES, TOP_K, VOCAB, E, definition, experts_of, make
+from tests.integrations.tiny_models import (
+    FAMILIES,
+    TOP_K,
+    VOCAB,
+    E,
+    definition,
+    experts_of,
+    make,
+    write_mxfp4,
+)
 from tests.layer.test_nn_gpu import no_wait
 from tests.support.numerics import same_bits
 from tests.support.training_cases import trained_problems
@@ -34,6 +46,7 @@ WIDE = {
 }
 TOKENS = (1, 2, 34, 42, 64, 333)  # of the calls below
 SHAPES = {"qwen3-moe": "swiglu", "gpt-oss": "swiglu_oai", "nemotron-h": "relu2"}
+PACKED = {"mxfp4": "gpt-oss", "int4_g32": "qwen3-moe", "int4_g128": "nemotron-h"}
 OPERANDS = {None: DType.BF16, "int8": DType.INT8, "fp8": DType.E4M3}
 LIMITS = {None: 6e-3, "int8": 2.5e-2, "fp8": 7e-2}  # of a module, from float32
 quants = pytest.mark.parametrize("quant", LIMITS)
@@ -55,6 +68,17 @@ def images() -> set[tuple[Problem, Config]]:
                 trained = trained_problems(layer, family == "gpt-oss") if quant is None else ()
                 for problem in filter(None, (*layer, plain, *trained)):
                     found |= {(problem, config) for config in _configs(problem)}
+    for quant, family in PACKED.items():
+        bias = DType.BF16 if family == "gpt-oss" else None
+        each = Projection(bias=bias, packing=Packing(quant))
+        sizes = LayerSizes(E, TOP_K, HIDDEN, INTER)
+        for weights in (DType.BF16, DType.FP32):
+            layer = layer_problems(
+                *(sizes, DType.BF16, DType.BF16, SHAPES[family], each, each),
+                forms=Forms(64, weights),
+            )
+            for problem in filter(None, layer):
+                found |= {(problem, config) for config in _configs(problem)}
     return found
 
 
@@ -209,6 +233,51 @@ def test_a_quantised_model(family: str, quant: str, ours: Any) -> None:
         want = model(ids).logits
         got = ours.quantize_(model, quant)(ids).logits
     assert per_token(got, want).median() <= (0.05 if quant == "int8" else 0.15)
+
+
+@pytest.mark.parametrize(("quant", "family"), PACKED.items())
+def test_packed_experts(quant: str, family: str, ours: Any) -> None:
+    """Against the plain path on the CPU; nothing waits; graphs with other routing."""
+    experts = experts_of(ours.quantize_(model_of(family), quant))[0]
+    apart = copy.deepcopy(experts).cpu()  # the reference
+    arguments, graph = routing(64), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        for tokens in (0, 1, 333):
+            given = routing(tokens)
+            out = experts(*given)
+            with no_wait():
+                again = experts(*given)
+            assert out.shape == given[0].shape and same_bits(out, again)
+            if tokens:
+                assert relative(out.cpu(), apart(*(one.cpu() for one in given))) <= LIMITS[None]
+        experts(*arguments)
+        with torch.cuda.graph(graph):
+            out = experts(*arguments)
+        new = routing(64, seed=1)
+        for tensor, value in zip(arguments, new, strict=True):
+            tensor.copy_(value)
+        graph.replay()
+        assert same_bits(out, experts(*new))
+
+
+def test_gpt_oss_keeps_its_bits(tmp_path: Path, ours: Any) -> None:
+    """Loaded in MXFP4, beside the model that transformers makes of the same file in bfloat16."""
+    transformers = importlib.import_module("transformers")
+    write_mxfp4(tmp_path, make("gpt-oss", **WIDE))
+    loaded, ids = ours.load_quantized(tmp_path).eval(), tokens_of()
+    wide = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=transformers.Mxfp4Config(dequantize=True),
+        dtype=torch.bfloat16, experts_implementation="eager",
+    ).eval().cuda()  # fmt: skip
+    for mine, theirs in zip(experts_of(loaded), experts_of(wide), strict=True):
+        assert mine.down_proj.dtype == torch.uint8 and mine.down_proj.is_cuda
+        w2 = cm.dequantize_packed(mine.down_proj, INTER)
+        assert torch.equal(w2, theirs.down_proj.detach().transpose(1, 2).float())
+        arguments = routing(42)
+        with torch.no_grad():
+            assert relative(mine(*arguments), eager(theirs, *arguments)) <= LIMITS[None]
+    with torch.no_grad():
+        assert per_token(loaded(ids).logits, wide(ids).logits).median() <= 2e-2
 
 
 @pytest.mark.parametrize("family", SHAPES)

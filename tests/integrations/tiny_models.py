@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import cutlass_moe as cm
 
 E, TOP_K, HIDDEN, INTER, VOCAB = 8, 2, 64, 32, 128
 _SHARED: dict[str, Any] = {
@@ -116,3 +120,21 @@ def definition(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Te
             down = wide.post_expert_norm(down)
         out[token] += weights[token, choice].float() * down[0]
     return out.detach()
+
+
+def write_mxfp4(directory: Path, model: Any) -> None:
+    """Saves a gpt-oss as it is published: its experts in MXFP4, as the loader of transformers
+    reads them."""
+    import safetensors.torch as safetensors_torch
+
+    model.save_pretrained(directory)
+    (file,) = directory.glob("*.safetensors")
+    tensors = safetensors_torch.load_file(file)
+    for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
+        weight = tensors.pop(name).transpose(1, 2)
+        blocks, scales = cm.unpack_weights(cm.quantize_packed(weight, "mxfp4"), weight.shape[2])
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    safetensors_torch.save_file(tensors, file)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (directory / "config.json").write_text(json.dumps(config))
