@@ -26,8 +26,8 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.platforms import current_platform
 
-from cutlass_moe.integrations import plugins
-from cutlass_moe.integrations.vllm_experts import INT8, NAME, CutlassMoeExperts, Scheme
+from cutlass_moe.integrations import plugins, serving
+from cutlass_moe.integrations.vllm_experts import ENGINE, INT8, NAME, CutlassMoeExperts, Scheme
 
 
 @functools.cache
@@ -108,10 +108,12 @@ def _offer_int4() -> None:
     def with_ours(
         config: FusedMoEConfig, weight_key: Any, quant_config: Any, **named: Any
     ) -> tuple[Any, type[mk.FusedMoEExperts]]:
-        grouped = quant_config.group_size in (32, 128) and quant_config.actorder != "group"
+        group, order = quant_config.group_size, quant_config.actorder
         standard = mk.FusedMoEActivationFormat.Standard
         asked = (CutlassMoeExperts, config, weight_key, None, standard)
-        if grouped and CutlassMoeExperts.is_supported_config(*asked)[0]:
+        if group not in (32, 128) or order == "group":
+            serving.refuse(ENGINE, f"groups must be 32 or 128 neighbours, got {group}, {order}")
+        elif CutlassMoeExperts.is_supported_config(*asked)[0]:
             return wna16.WNA16MoEBackend.TRITON, CutlassMoeExperts
         return choice(config, weight_key, quant_config, **named)
 

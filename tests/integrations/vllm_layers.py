@@ -207,7 +207,8 @@ def _load_int4(layer: Layer, loaded: dict[str, Any], weights: dict[str, Any]) ->
 
     group = layer.hidden // loaded["w13"][1].shape[2]
     how = QuantizationArgs(num_bits=4, strategy="group", group_size=group, symmetric=True)
-    method, module = wna16.CompressedTensorsWNA16MoEMethod(how, None, layer.config()), Held()
+    method = wna16.CompressedTensorsWNA16MoEMethod(how, None, layer.config())
+    module = Held(layer.inter)
     with torch.device(layer.device):
         method.create_weights(module, layer.held, layer.hidden, layer.inter, torch.bfloat16)
     for name, (values, scale) in loaded.items():
@@ -220,7 +221,7 @@ def _load_int4(layer: Layer, loaded: dict[str, Any], weights: dict[str, Any]) ->
 def _load_mxfp4(layer: Layer, loaded: dict[str, Any], weights: dict[str, Any]) -> tuple[Any, Any]:
     from vllm.model_executor.layers.fused_moe.oracle import mxfp4
 
-    module, moe = Held(), layer.config()
+    module, moe = Held(layer.inter), layer.config()
     with patch.object(mxfp4, "_user_moe_activation_override", lambda: None):  # asks for a model
         backend, experts = mxfp4.select_mxfp4_moe_backend(moe)
     for name, (values, scale) in loaded.items():
@@ -237,6 +238,10 @@ def _load_mxfp4(layer: Layer, loaded: dict[str, Any], weights: dict[str, Any]) -
 
 class Held(torch.nn.Module):
     """What a method of vLLM gets its weights from."""
+
+    def __init__(self, inter: int):
+        super().__init__()
+        self.intermediate_size_per_partition = inter
 
     def _expert_routing_tables(self) -> None:
         return None

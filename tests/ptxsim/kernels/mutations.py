@@ -415,6 +415,9 @@ MUTATIONS: dict[str, Mutation] = {
     "packed_rotated_too_far": Mutation(
         replace_nth(r"(shf.r.wrap.b32 [^;]*,) 4;", r"\1 20;"), (_WRONG,), "packed_mxfp4"
     ),
+    "packed_sum_left_too_small": Mutation(
+        replace_nth("0f4F800000;", "0f3F800000;"), (_WRONG,), "packed_mxfp4"
+    ),
     "packed_factor_of_another_group": Mutation(
         replace_nth(r"(prmt.b32 [^;]*,) %r\d+;", r"\1 0x5151;", 0), (_WRONG,), "packed_mxfp4"
     ),
