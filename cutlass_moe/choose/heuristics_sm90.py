@@ -74,8 +74,12 @@ _PACKED: tuple[tuple[float, tuple[GemmPackedSm90Config, ...]], ...] = (
     (300, (_one_producer(144, 128, 2),)),
     (inf, (_one_producer(176, 128, 2), _one_producer(144, 128, 2))),
 )
-# If there are fewer tiles than SMs: a tile's K goes through two warpgroups.
-_PACKED_IN_TURN = (GemmPackedSm90Config(8, 64, ctas_per_sm=2, k_groups=2), *_PACKED[0][1])
+# With tiles for half of the SMs, for all, or for two each: warpgroups, and CTAs, share a tile's K.
+_PACKED_IN_TURN: tuple[tuple[float, GemmPackedSm90Config], ...] = (
+    (0.5, GemmPackedSm90Config(8, 64, split_k=2, k_groups=2)),
+    (1, GemmPackedSm90Config(8, 64, k_groups=4)),
+    (2, GemmPackedSm90Config(8, 64, ctas_per_sm=2, k_groups=2)),
+)
 _PACKED_SMALLEST = (GemmPackedSm90Config(64, 128), GemmPackedSm90Config(32, 64))  # else
 _EVICT_FIRST_BYTES = 300e6  # with more active weights, an H200's L2 had them evict one another
 
@@ -214,11 +218,17 @@ def _packed(
     return _first_legal(problem, *found)
 
 
+def _few_tiles(tiles_per_sm: float) -> tuple[GemmPackedSm90Config, ...]:
+    """Configs for packed weights and single rows per expert, the best first."""
+    in_turn = (config for limit, config in _PACKED_IN_TURN if tiles_per_sm <= limit)
+    return (*in_turn, *_PACKED[0][1])
+
+
 def _estimates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """Every config that `estimate` may return."""
     if problem.weight.packing:
         families = [_packed(problem, configs, rows <= _PACKED_ONCE) for rows, configs in _PACKED]
-        families.append(_packed(problem, _PACKED_IN_TURN, True))
+        families += [_packed(problem, _few_tiles(tiles), True) for tiles, _ in _PACKED_IN_TURN]
         return tuple(dict.fromkeys(config for family in families for config in family))
     if problem.stored:
         return _many_rows(problem)
@@ -301,8 +311,8 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
     if problem.weight.packing:
         limit, configs = next(entry for entry in _PACKED if rows_per_expert <= entry[0])
         tiles = min(1.0, rows_per_expert) * experts * -(-problem.n // 64)
-        if configs == _PACKED[0][1] and tiles <= gpu.sms:
-            configs = _PACKED_IN_TURN
+        if configs == _PACKED[0][1]:
+            configs = _few_tiles(tiles / gpu.sms)
         return _packed(problem, configs, limit <= _PACKED_ONCE)
     if problem.stored:
         return _many_rows(problem)

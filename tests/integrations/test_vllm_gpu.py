@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -219,7 +220,7 @@ def unregistered(ours: Any) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         method = ours.wna16.CompressedTensorsWNA16MoEMethod
         for owner, name in ((ours.wna16, "select_wna16_moe_backend"), (method, "_setup_kernel")):
-            patched.setattr(owner, name, getattr(owner, name).__wrapped__)
+            patched.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
         yield
 
 
