@@ -175,6 +175,7 @@ class Epilogue:
                     token = index[first_row + row]
             self.tokens[i] = token
         if const_expr(self.problem.gradient is not None):
+            self.leave_out_others()
             self.target.begin(self.tokens, first_row, self.out_column(column))
 
     def out_column(self, column: Int32) -> Int32:
@@ -182,13 +183,18 @@ class Epilogue:
         return column // 2 if self.problem.gated else column
 
     @cute.jit
-    def load(self, expert: Int32, column: Int32):
-        """Loads what scales and nodes read. column: the tile's first column of N."""
-        first_column = self.out_column(column)
+    def leave_out_others(self):
+        """Marks rows whose token is not below T by -1."""
         tokens = self.tokens
         for i in range_constexpr(cute.size(tokens)):
             if tokens[i] >= self.gathered.num_tokens:
                 tokens[i] = Int32(-1)
+
+    @cute.jit
+    def load(self, expert: Int32, column: Int32):
+        """Loads what scales and nodes read. column: the tile's first column of N."""
+        first_column = self.out_column(column)
+        self.leave_out_others()
         for node in self.nodes:
             node.load(self.tokens, expert, first_column)
 
