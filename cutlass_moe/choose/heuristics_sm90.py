@@ -161,8 +161,9 @@ def _many_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 
 
 def _tile_in_turn(problem: GemmProblem) -> tuple[int, int]:
-    """The tile of consumers that take turns; with more outputs a wide one has too few stages."""
-    return (64, _wide(problem)) if problem.sole_output else (128, 128)
+    """The tile of consumers that take turns; with an activation's gradient, whose slices take
+    memory, a wide one has too few stages."""
+    return (64, _wide(problem)) if problem.gradient is None else (128, 128)
 
 
 def _wide(problem: GemmProblem) -> int:
