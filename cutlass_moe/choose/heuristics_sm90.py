@@ -221,8 +221,6 @@ def _estimates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
         families = [_packed(problem, configs, rows <= _PACKED_ONCE) for rows, configs in _PACKED]
         families.append(_packed(problem, _PACKED_IN_TURN, True))
         return tuple(dict.fromkeys(config for family in families for config in family))
-    if problem.stored:
-        return _many_rows(problem)
     families = [*_one_wave(problem), _swap(problem, 8, 64, True), _swap(problem, 8, 64, False)]
     evict_first = _evict_first(problem, problem.num_experts, H200)
     for rows in (*(rows for rows, _ in _SWAP_ROWS[1:]), _swap_rows(problem, H200)):
@@ -305,8 +303,6 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
         if configs == _PACKED[0][1] and tiles <= gpu.sms:
             configs = _PACKED_IN_TURN
         return _packed(problem, configs, limit <= _PACKED_ONCE)
-    if problem.stored:
-        return _many_rows(problem)
     if rows_per_expert > _swap_rows(problem, gpu) or not problem.sole_output:  # else swap-AB
         # Half of the rows of one large tile may be empty: that costs nothing only as long as
         # reading the weights takes longer than the arithmetic.
