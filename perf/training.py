@@ -62,7 +62,8 @@ NAMES = ("hidden", "w13", "w2", "topk_weights")  # of what has gradients
 
 @dataclass(frozen=True)
 class TrainedCase:
-    """A SwiGLU layer. published: of SonicMoE on an H100, TFLOP/s forward and backward."""
+    """A SwiGLU layer. published: of SonicMoE on an H100, TFLOP/s forward and backward. zipf: a
+    token chooses the i-th most popular expert 1/i as likely as the first, instead of any alike."""
 
     name: str
     num_experts: int
@@ -71,6 +72,7 @@ class TrainedCase:
     inter: int
     tokens: int
     published: tuple[int, int] | None = None
+    zipf: bool = False
 
     @property
     def rows(self) -> int:
@@ -85,7 +87,9 @@ CASES = (
     TrainedCase("qwen3-30b", 128, 8, 2048, 768, 16384),
     TrainedCase("qwen3-30b", 128, 8, 2048, 768, 4096),
     TrainedCase("qwen3-30b", 128, 8, 2048, 768, 32768),
+    TrainedCase("qwen3-30b zipf", 128, 8, 2048, 768, 16384, zipf=True),
     TrainedCase("mixtral", 8, 2, 4096, 14336, 16384),
+    TrainedCase("mixtral zipf", 8, 2, 4096, 14336, 16384, zipf=True),
     TrainedCase("sonic d1536 n256", 128, 8, 1536, 256, 24576, (366, 407)),
     TrainedCase("sonic d4096 n1024 E64", 64, 4, 4096, 1024, 32768, (553, 556)),
     TrainedCase("sonic d4096 n1024 E128", 128, 8, 4096, 1024, 32768, (560, 568)),
@@ -115,7 +119,11 @@ class TrainedLayer:
             "w13": random(self.experts, 2 * inter, hidden, size=hidden**-0.5),
             "w2": random(self.experts, hidden, inter, size=inter**-0.5),
         }
-        logits = torch.randn(tokens, self.experts, device=device, generator=generator)
+        # the largest of logits that are drawn so are what draws without replacement would give
+        drawn = torch.empty(tokens, self.experts, device=device)
+        logits = -drawn.exponential_(generator=generator).log()
+        if case.zipf:
+            logits -= torch.arange(1, self.experts + 1, device=device).log()
         top = logits.topk(case.top_k)
         self.tensors["topk_weights"] = top.values.softmax(-1)
         self.tensors = {name: t.requires_grad_() for name, t in self.tensors.items()}

@@ -165,8 +165,9 @@ def _many_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 
 
 def _tile_in_turn(problem: GemmProblem) -> tuple[int, int]:
-    """The tile of consumers that take turns; with more outputs a wide one has too few stages."""
-    return (64, _wide(problem)) if problem.sole_output else (128, 128)
+    """The tile of consumers that take turns; with an activation's gradient, whose slices take
+    memory, a wide one has too few stages."""
+    return (64, _wide(problem)) if problem.gradient is None else (128, 128)
 
 
 def _wide(problem: GemmProblem) -> int:
@@ -230,8 +231,6 @@ def _estimates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
         families = [_packed(problem, configs, rows <= _PACKED_ONCE) for rows, configs in _PACKED]
         families += [_packed(problem, _few_tiles(tiles), True) for tiles, _ in _PACKED_IN_TURN]
         return tuple(dict.fromkeys(config for family in families for config in family))
-    if problem.stored:
-        return _many_rows(problem)
     families = [*_one_wave(problem), _swap(problem, 8, 64, True), _swap(problem, 8, 64, False)]
     evict_first = _evict_first(problem, problem.num_experts, H200)
     for rows in (*(rows for rows, _ in _SWAP_ROWS[1:]), _swap_rows(problem, H200)):
@@ -314,8 +313,6 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
         if configs == _PACKED[0][1]:
             configs = _few_tiles(tiles / gpu.sms)
         return _packed(problem, configs, limit <= _PACKED_ONCE)
-    if problem.stored:
-        return _many_rows(problem)
     if rows_per_expert > _swap_rows(problem, gpu) or not problem.sole_output:  # else swap-AB
         # Half of the rows of one large tile may be empty: that costs nothing only as long as
         # reading the weights takes longer than the arithmetic.

@@ -59,11 +59,13 @@ class Needs(NamedTuple):
 
 
 class LayerBackward:
-    """The backward of one call."""
+    """The backward of one call. owned: nobody reads what was saved again, so that the gradient of
+    h may take its place."""
 
-    def __init__(self, grad: Tensor, saved: Saved, how: How) -> None:
+    def __init__(self, grad: Tensor, saved: Saved, how: How, owned: bool = False) -> None:
         grad = grad if how.quant is None else grad.bfloat16()  # as what is not quantised
         self.grad, self.saved, self.how = grad.contiguous(), saved, how
+        self.owned = owned
         hidden = saved.hidden
         self.hidden = hidden if reads_rows(hidden) else hidden.contiguous()
 
@@ -77,7 +79,7 @@ class LayerBackward:
         if again:
             up = Factor(saved.w13, saved.w13_scale, saved.w13_bias)
             h = project(self.hidden, up, self.how, saved.offsets, table)
-        grad_h = h if again else torch.empty_like(h)
+        grad_h = h if again or self.owned else torch.empty_like(h)
         weights = saved.topk_weights.float().contiguous()
         active, by_weight = self.through_activation(h, weights, grad_h)
         del h

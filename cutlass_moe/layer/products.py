@@ -112,16 +112,12 @@ def project_up(
 
     With many rows per expert one kernel stores both, and applies the activation to its float32
     sums. Else a step applies it to what a product has stored; so it does with gate and up columns
-    that alternate.
+    that alternate, and with 8-bit weights, whose scales leave a kernel no registers for wide tiles.
     """
-    if x.is_cuda and len(table.index) and not how.interleaved and how.expected_rows > STORED_ROWS:
-        wide, per_token_scale = quantized(x, how)
-        operands = Operands(
-            wide, up.weight, table.index, table.offsets, per_token_scale, up.scale, up.bias
-        )
-        options = Options(
-            out_dtype=out_dtype, accumulation=how.accumulation, expected_rows=how.expected_rows
-        )
+    alone = how.interleaved or how.quant is not None or how.expected_rows <= STORED_ROWS
+    if x.is_cuda and len(table.index) and not alone:
+        operands = Operands(x, up.weight, table.index, table.offsets, bias=up.bias)
+        options = Options(out_dtype=out_dtype, expected_rows=how.expected_rows)
         choice = _chosen(operands, options, how, backward=False)
         if choice is not None:
             h = x.new_empty(operands.rows, up.weight.shape[1], dtype=out_dtype)

@@ -268,8 +268,10 @@ def _gradients(
             for name, need in needs._asdict().items():
                 found[name] = next(computed) if need else None
         else:
+            owned = not torch._C._autograd._get_current_graph_task_keep_graph()
             with torch.no_grad():
-                gradients = LayerBackward(grad, saved, ctx.how).gradients(needs, ctx.into)
+                backward = LayerBackward(grad, saved, ctx.how, owned)
+                gradients = backward.gradients(needs, ctx.into)
             found.update(zip(Needs._fields, gradients, strict=True))
             for name, weight in zip(("w13", "w2"), ctx.owners, strict=True):
                 if want[name] and weight is not None:

@@ -29,11 +29,11 @@ class Schedule(Name):
 
 
 def staged_slices(problem: GemmProblem) -> int:
-    """The slices that a warp sends together: of the output and, where there are such, of columns
-    before the activation or of their gradients, gates apart from ups."""
-    if problem.gradient:
-        return 3 if problem.gradient.function.gated else 2
-    return 1 + problem.n // problem.out_columns if problem.stored else 1
+    """The slices that a warp has staging rows for: one, or with an activation's gradient one of the
+    output, of gates and of ups."""
+    if problem.gradient is None:
+        return 1
+    return 3 if problem.gradient.function.gated else 2
 
 
 @dataclass(frozen=True)
@@ -335,8 +335,10 @@ class GemmSm90Config(Sm90Config):
         if problem.two_level:  # the products' registers are free again when the epilogue starts
             others = self._two_level_others
             wide_out = self.tile_m == 192 and problem.out is DType.FP32
-            if per_channel and (tail or self.warpgroup_rows > 64 or wide_out):
+            if per_channel and (tail or self.warpgroup_rows > 64 or wide_out or problem.stored):
                 others += 30
+        elif per_channel and problem.stored:
+            others = 120  # the parts of a slice stay until gates and ups are stored
         elif per_channel and "bias" in kinds:
             others = 112 if tail else 100 if problem.gated else 80
         accumulators = self.accumulator_registers(problem)

@@ -94,3 +94,11 @@ def test_few_rows_have_the_gradient_as_a_step(table: Any, driver: Any) -> None:
     project_up(grad, Factor(bf16(4, 96, 64), None, None), few, table, torch.bfloat16)
     assert [problem.op for problem in driver.posed] == ["grouped_gemm", "activate"]
     assert not driver.posed[0].epilogue
+
+
+def test_8_bit_weights_have_the_activation_as_a_step(table: Any, driver: Any) -> None:
+    w13 = torch.zeros(4, 96, 64, dtype=torch.float8_e4m3fn)
+    up = Factor(w13, torch.ones(4, 96), None)
+    project_up(bf16(3, 64), up, HOW._replace(quant="fp8"), table, torch.bfloat16)
+    product, step = driver.posed[-2:]
+    assert (product.op, step.op) == ("grouped_gemm", "activate") and not product.epilogue

@@ -181,6 +181,28 @@ def test_what_is_kept(recompute: bool) -> None:
     assert leaves["residual"].data_ptr() not in kept and out.data_ptr() not in kept
 
 
+def test_the_gradient_of_h_takes_its_place_unless_the_graph_is_kept() -> None:
+    given = BASE.arguments("cpu")
+    leaves = leaves_of(given)
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = cm.fused_moe(**{**given, **leaves})
+    shape = given["topk_ids"].numel(), given["w13"].shape[1]
+    (h,) = (tensor for tensor in saved if tensor.shape == shape)
+    before = h.clone()
+    tensors = list(leaves.values())
+    first = torch.autograd.grad(out.sum(), tensors, retain_graph=True)
+    assert torch.equal(h, before)
+    again = torch.autograd.grad(out.sum(), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(h, before)
+
+
 # Frozen 8-bit experts.
 
 

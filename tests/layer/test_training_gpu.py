@@ -28,8 +28,11 @@ from cutlass_moe.layer.steps import (
 )
 from cutlass_moe.operands import DTYPES, QUANTS, LayerOptions
 from cutlass_moe.ops.activations import ACTIVATIONS
+from cutlass_moe.ops.dispatch import forced_config
+from cutlass_moe.runtime.signatures import Signatures
+from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.dtypes import DType
-from emitters.spec.gemm import Granularity
+from emitters.spec.gemm import GemmProblem, Granularity
 from emitters.spec.layer_steps import ActivateBackwardProblem, ActivateProblem
 from emitters.spec.registry import Config, Problem
 from tests.support.training_cases import (
@@ -63,6 +66,15 @@ CASES = {
 }
 LIMITS = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 FROZEN = ("fp8", "int8")
+# Of an up projection that stores its columns before the activation: of whole tiles or in turn,
+# alone or in pairs of CTAs.
+STORED_TILES = (
+    GemmSm90Config(64, 256, pingpong=True),
+    GemmSm90Config(64, 256, pingpong=True, cluster_m=2),
+    GemmSm90Config(128, 256),
+    GemmSm90Config(128, 256, cluster_m=2),
+    GemmSm90Config(128, 128, pingpong=True, cluster_m=2),
+)
 INTERS = (8, 256, 2880, 14336)
 
 
@@ -75,7 +87,16 @@ def images() -> set[tuple[Problem, Config]]:
             for options, dtype, inter in activations(activation):
                 problem = kind(options.function, DTYPES[dtype], inter, options.interleaved)
                 found |= {(problem, config) for config in every_config(problem)}
-    return found | set(frozen_images())
+    return found | set(frozen_images()) | {(_stored_up(), config) for config in STORED_TILES}
+
+
+def _stored_up() -> GemmProblem:
+    """The up projection of BASE without biases, which stores its columns before the activation."""
+    sizes = LayerSizes(BASE.experts, BASE.top_k, BASE.hidden, BASE.inter)
+    layer = layer_problems(
+        sizes, DType.BF16, DType.BF16, BASE.activation, Projection(), Projection()
+    )
+    return with_stored_columns(layer.up)
 
 
 def frozen_images() -> Iterator[tuple[Problem, Config]]:
@@ -87,7 +108,7 @@ def frozen_images() -> Iterator[tuple[Problem, Config]]:
         operand = DTYPES[QUANTS[quant]]
         layer = layer_problems(sizes, operand, DType.BF16, "swiglu", each, each)
         plain = replace(layer.up, epilogue=layer.up.epilogue[:-1])
-        for product in (plain, with_stored_columns(layer.up), layer.down):
+        for product in (plain, layer.down):
             yield product, choose(product, BASE.tokens, per_expert)
         for step in (layer.quantize_hidden, layer.quantize_active):
             assert step is not None
@@ -172,6 +193,39 @@ def test_activations(activation: str) -> None:
         again = activate_rows_backward(h, grad, weights, inverse, options, h, grad)
         assert torch.equal(again, by_weight)
         assert torch.equal(h[:-1], by_h[:-1]) and torch.equal(grad[:-1], weighted[:-1])
+
+
+@pytest.mark.parametrize("config", STORED_TILES, ids=lambda config: config.words)
+def test_stored_columns(config: GemmSm90Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = BASE.arguments("cuda")
+    x, w13 = given["hidden"], given["w13"]
+    table = cm.route(given["topk_ids"], BASE.experts)
+    how = products.How(
+        BASE.activation, False, None, None, None, None, None, products.STORED_ROWS + 1
+    )
+    monkeypatch.setattr(products, "_decisions", Signatures())
+    with forced_config(config):
+        up = products.Factor(w13, None, None)
+        h, active = products.project_up(x, up, how, table, torch.bfloat16)
+    wide = x.double(), w13.double()
+    want = cm.grouped_matmul_reference(
+        *wide, index=table.index, offsets=table.offsets, out_dtype=torch.float64
+    )
+    rows = int(table.offsets[-1])
+    assert relative(h[:rows], want[:rows]) < 4e-3
+    gate, up_columns = want[:rows].chunk(2, 1)
+    assert relative(active[:rows], torch.nn.functional.silu(gate) * up_columns) < 4e-3
+
+
+@pytest.mark.usefixtures("activation_in_products")
+def test_a_kept_graph_has_the_same_gradients_again() -> None:
+    given = BASE.arguments("cuda")
+    leaves = leaves_of(given)
+    out = cm.fused_moe(**{**given, **leaves})
+    grad, tensors = torch.randn_like(out), list(leaves.values())
+    first = torch.autograd.grad(out, tensors, grad, retain_graph=True)
+    last = torch.autograd.grad(out, tensors, grad)  # which may write over what was saved
+    assert all(torch.equal(a, b) for a, b in zip(first, last, strict=True))
 
 
 def test_main_gradients() -> None:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("click")
 
@@ -17,12 +18,26 @@ from perf.training_report import full_table, training_part
 TINY = training.TrainedCase("tiny", 8, 2, 64, 32, 24, published=(366, 407))
 
 
-def test_systems_agree() -> None:
-    errors = training.TrainedLayer(TINY, TINY.tokens, "cpu").errors(())
+@pytest.mark.parametrize("zipf", [False, True])
+def test_systems_agree(zipf: bool) -> None:
+    case = dataclasses.replace(TINY, zipf=zipf)
+    errors = training.TrainedLayer(case, TINY.tokens, "cpu").errors(())
     assert set(errors) >= {training.OURS, "torch", "padded"}
     for name, found in errors.items():
         assert set(found) == {"out", *training.NAMES}
         assert max(found.values()) < 1e-2, name
+
+
+def test_routing() -> None:
+    """Any expert alike, or Zipf's law; a token takes an expert once."""
+    loads = {}
+    for zipf in (False, True):
+        case = dataclasses.replace(TINY, zipf=zipf)
+        ids = training.TrainedLayer(case, 4000, "cpu").ids
+        assert ids.shape == (4000, 2) and bool((ids[:, 0] != ids[:, 1]).all())
+        loads[zipf] = torch.bincount(ids.flatten(), minlength=8)
+    assert loads[False].min() > 900 and loads[False].max() < 1100
+    assert loads[True][0] > 2000 and loads[True][-1] < 600
 
 
 @pytest.mark.parametrize("case", training.CASES, ids=lambda c: f"{c.name} {c.tokens}")

@@ -171,6 +171,15 @@ def test_right_in_every_order(name: str) -> None:
         run.check(given)
 
 
+def test_a_row_of_no_token_is_zeros() -> None:
+    run = RUNS["swiglu"]
+    given = run.tensors(0)
+    given["inverse"][given["inverse"] == 0] = -1
+    given["index"][0] = run.tokens
+    run.run(launch.kernel(run.problem, run.config), given, Schedule(0))
+    assert not given["out"][0].any() and not given["grad_h"][0].any()
+
+
 WAIT = r"mbarrier\.try_wait\.parity\.shared\.b64 P1, \[%r\d+\], %r\d+, 10000000;"
 # What is planted, and in which run.
 DEFECTS: dict[str, tuple[str, Edit]] = {

@@ -18,7 +18,7 @@ from tests.ptxsim.kernels.runs import CLUSTER, PINGPONG, RUNS, SMALL
 from tests.ptxsim.ptx import Fault
 from tests.ptxsim.schedule import MODES, Schedule
 from tests.support.cases import SCALES, Case, make_inputs
-from tests.support.numerics import check
+from tests.support.numerics import check, poisoned
 
 pytestmark = pytest.mark.skipif(default_build() is None, reason="needs nvidia-cutlass-dsl")
 CASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=272, spare=3)
@@ -41,6 +41,7 @@ KERNELS: dict[str, tuple[Case, GemmConfig]] = {
     "gated": (GATED, replace(SMALL, tile_n=128)),
     "swap_gated": (replace(GATED, counts=(9, 0, 5)), RUNS["swap_gated_128"].config),
     "n_major": (N_MAJOR, SMALL),
+    "stored": (RUNS["stored"].case, RUNS["stored"].config),
     **{
         name: (RUNS[run].case, RUNS[run].config)
         for name, run in (("packed", "packed_int4_g128"), ("packed_mxfp4", "packed_mxfp4"))
@@ -60,8 +61,11 @@ def problem(name: str) -> GemmProblem:
 def complaint(kernel: launch.SimulatedKernel, case: Case, order: Schedule) -> str:
     """What is wrong in a schedule; "" where nothing is."""
     inputs = make_inputs(case, "cpu", exact=True)
+    more = {}
+    if case.problem.stored:
+        more["h"] = poisoned(case.rows, case.n, inputs["out_dtype"], "cpu")
     try:
-        out = launch.simulate(kernel, inputs, order, rows=case.rows)
+        out = launch.simulate(kernel, {**inputs, **more}, order, rows=case.rows)
         check(out, case, inputs, exact=True)
     except Fault as fault:
         return str(fault)

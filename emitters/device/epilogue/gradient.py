@@ -13,7 +13,7 @@ from emitters.device.epilogue.rows import RowsFragment
 from emitters.device.epilogue.store import SliceStore
 from emitters.device.memory import ELEMENT, VECTOR, tensor_map_address
 from emitters.device.parameters import Gradient, Output
-from emitters.spec.config_sm90 import GemmSm90Config
+from emitters.spec.config_sm90 import GemmSm90Config, staged_slices
 from emitters.spec.epilogue import Activation
 from emitters.spec.gemm import GemmProblem
 
@@ -30,6 +30,7 @@ class GradientStore(SliceStore):
         super().__init__(problem)
         assert problem.gradient is not None
         self.node = Activation(problem.gradient.function)
+        self.halves = staged_slices(problem) - 1  # of h
         self.tile_n, self.n_tiles = config.tile_n, config.n_tiles(problem)
         self.element = ELEMENT[problem.out]
 
@@ -95,13 +96,20 @@ class GradientStore(SliceStore):
                     [],
                 )
 
+    def slice_of_h(self, i: int) -> cute.Pointer:
+        """The staging rows of gates and of ups, or of the columns without a gate."""
+        return self.staging + (1 + i) * self.slice_bytes
+
+    def all_slices(self) -> dict[int, cute.Pointer]:
+        return {0: self.staging, **{1 + i: self.slice_of_h(i) for i in range(self.halves)}}
+
     @cute.jit
     def put(
         self,
         m: cutlass.Constexpr,
         part: cutlass.Constexpr,
+        output: cutlass.Constexpr,
         values: cute.Tensor,
-        before: cute.Tensor,
         first_row: Int32,
         rows: Int32,
         first_column: Int32,
@@ -115,7 +123,7 @@ class GradientStore(SliceStore):
         cute.arch.sync_warp()
         row = first_row + m * 64 + self.fragment.warp_row
         left = rows - m * 64 - self.fragment.warp_row
-        self.send(row, left, first_column + part * self.slice_columns)
+        self.send(self.all_slices(), row, left, first_column + part * self.slice_columns)
         last_part = part == self.fragment.parts - 1
         following = (m + 1, 0) if last_part else (m, part + 1)
         cute.arch.fence_view_async_shared()

@@ -175,6 +175,7 @@ class Epilogue:
                     token = index[first_row + row]
             self.tokens[i] = token
         if const_expr(self.problem.gradient is not None):
+            self.leave_out_others()
             self.target.begin(self.tokens, first_row, self.out_column(column))
 
     def out_column(self, column: Int32) -> Int32:
@@ -182,35 +183,69 @@ class Epilogue:
         return column // 2 if self.problem.gated else column
 
     @cute.jit
-    def load(self, expert: Int32, column: Int32):
-        """Loads what scales and nodes read. column: the tile's first column of N."""
-        first_column = self.out_column(column)
+    def leave_out_others(self):
+        """Marks rows whose token is not below T by -1."""
         tokens = self.tokens
         for i in range_constexpr(cute.size(tokens)):
             if tokens[i] >= self.gathered.num_tokens:
                 tokens[i] = Int32(-1)
+
+    @cute.jit
+    def load(self, expert: Int32, column: Int32):
+        """Loads what scales and nodes read. column: the tile's first column of N."""
+        first_column = self.out_column(column)
+        self.leave_out_others()
         for node in self.nodes:
             node.load(self.tokens, expert, first_column)
 
-    @cute.jit
     def store(self, acc: cute.Tensor, expert: Int32, first_row: Int32, rows: Int32, column: Int32):
         """Applies everything to the accumulators, part by part, and stores the parts."""
         first_column = self.out_column(column)
-        count = self.fragment.part_registers
         missing = self.some_missing()
-        for i in range_constexpr(self.fragment.m_blocks * self.fragment.parts):
-            m, part = i // self.fragment.parts, i % self.fragment.parts
-            values = cute.make_rmem_tensor((count,), Float32)
-            for j in range_constexpr(count):
-                values[j] = acc[self.fragment.register(i * count + j)].to(Float32)
-            for node in self.nodes:
-                values = node.apply(m, part, values, expert, first_column)
-            if const_expr(self.problem.gather):
-                self.clear_missing(m, part, missing, values)
-            results = values
-            if const_expr(self.problem.activation is not None):
-                results = self.activate(values)
-            self.target.put(m, part, results, values, first_row, rows, first_column)
+        together = self.target.slice_parts
+        for first in range(0, self.fragment.m_blocks * self.fragment.parts, together):
+            parts: dict[tuple[int, int], cute.Tensor] = {}
+            for output in range(self.target.outputs):
+                for i in range(first, first + together):
+                    place = i // self.fragment.parts, i % self.fragment.parts
+                    if output == 0:
+                        parts[place] = self.part(acc, *place, missing, expert, first_column)
+                    values = self.columns(parts[place], output)
+                    self.target.put(*place, output, values, first_row, rows, first_column)
+
+    @cute.jit
+    def part(
+        self,
+        acc: cute.Tensor,
+        m: cutlass.Constexpr,
+        part: cutlass.Constexpr,
+        missing: Int32,
+        expert: Int32,
+        first_column: Int32,
+    ):
+        """A part of the accumulators after scales and nodes, before the activation."""
+        count = self.fragment.part_registers
+        first = (m * self.fragment.parts + part) * count
+        values = cute.make_rmem_tensor((count,), Float32)
+        for j in range_constexpr(count):
+            values[j] = acc[self.fragment.register(first + j)].to(Float32)
+        for node in self.nodes:
+            values = node.apply(m, part, values, expert, first_column)
+        if const_expr(self.problem.gather):
+            self.clear_missing(m, part, missing, values)
+        return values
+
+    def columns(self, values: cute.Tensor, output: int):
+        """What a part stores in an output: see `Store.put`."""
+        if output == 0:
+            return values if self.problem.activation is None else self.activate(values)
+        if not self.problem.gated:
+            return values
+        pairs = self.fragment.gates_and_ups(values)
+        found = cute.make_rmem_tensor((len(pairs),), Float32)
+        for i, pair in enumerate(pairs):
+            found[i] = pair[output - 1]
+        return found
 
     def activate(self, values: cute.Tensor):
         """The activation's results, one per output; 0 for zeros, so rows without a token stay 0."""

@@ -29,6 +29,8 @@ class Store(Protocol):
     """
 
     staging_bytes: int  # per warp
+    slice_parts: int  # the parts that are stored together
+    outputs: int  # 1, more if columns before the activation are stored too
 
     def attach(self, output: Output, fragment: Fragment, staging: cute.Pointer, lane: Int32):
         """Binds the output, and the shared memory of this warp, `staging`."""
@@ -37,17 +39,18 @@ class Store(Protocol):
         self,
         m: int,
         part: int,
+        output: int,
         values: cute.Tensor,
-        before: cute.Tensor,
         first_row: Int32,
         rows: Int32,
         column: Int32,
     ):
         """Stores part `part` of the thread's m-th 64 rows or columns.
 
-        values: the output's; before: those before the activation, where they are stored too.
-        first_row, column: where the tile starts in the output. rows: from first_row to the
-        expert's end. Rows past these, and columns past the output's, are not stored.
+        output: 0, or which of the columns before the activation: 1 for gates, or for all without a
+        gate, 2 for ups. first_row, column: where the tile starts in the output. rows: from
+        first_row to the expert's end. Rows past these, and columns past the output's, are not
+        stored. Called for all parts that are stored together, then for the next output.
         """
 
     def finish(self):
@@ -69,8 +72,9 @@ class SliceStore:
     staging rows, in the 128-byte swizzle, and one TMA store sends it from there. If the expert ends
     within the 16 rows, lanes store them instead: 16 bytes per lane, eight lanes per row.
 
-    Where columns before the activation are stored too, a warp has staging rows for a slice of them
-    as well, in a gated problem for a slice of gates and one of ups, and sends all of them together.
+    Where columns before the activation are stored too, a slice of gates and one of ups (of all
+    columns without a gate) follow through the same staging rows: memory for more of them would be a
+    stage less, which takes longer than waiting for each slice to leave.
     """
 
     def __init__(self, problem: GemmProblem):
@@ -78,8 +82,9 @@ class SliceStore:
         self.slice_columns = SLICE_BYTES // problem.out.bytes
         self.slice_parts = 2 if problem.gated else 1
         self.slice_bytes = SLICE_ROWS * SLICE_BYTES
-        self.halves = staged_slices(problem) - 1  # of h
-        self.staging_bytes = (1 + self.halves) * self.slice_bytes
+        self.halves = problem.n // problem.out_columns  # of the columns before the activation
+        self.outputs = 1 + self.halves if problem.stored else 1
+        self.staging_bytes = staged_slices(problem) * self.slice_bytes
         self.slices = Slices(problem.out)
 
     def attach(self, output: Output, fragment: RowsFragment, staging: cute.Pointer, lane: Int32):
@@ -92,8 +97,8 @@ class SliceStore:
         self,
         m: cutlass.Constexpr,
         part: cutlass.Constexpr,
+        output: cutlass.Constexpr,
         values: cute.Tensor,
-        before: cute.Tensor,
         first_row: Int32,
         rows: Int32,
         first_column: Int32,
@@ -102,35 +107,18 @@ class SliceStore:
         if const_expr(in_slice == 0):
             if self.lane == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-            cute.arch.sync_warp()  # the previous slices have left shared memory
+            cute.arch.sync_warp()  # the previous slice has left shared memory
         first = in_slice * (SLICE_BYTES // CHUNK // self.slice_parts)
         self.slices.write(self.staging, values, first)
-        if const_expr(self.problem.stored):
-            for i, columns in enumerate(self.gates_and_ups(before)):
-                self.slices.write(self.slice_of_h(i), columns, first)
         if const_expr(in_slice == self.slice_parts - 1):
             cute.arch.fence_view_async_shared()
             cute.arch.sync_warp()
             self.send(
+                {output: self.staging},
                 first_row + m * 64 + self.fragment.warp_row,
                 rows - m * 64 - self.fragment.warp_row,
                 first_column + part // self.slice_parts * self.slice_columns,
             )
-
-    def slice_of_h(self, i: int) -> cute.Pointer:
-        """The staging rows of gates and of ups, or of the columns without a gate."""
-        return self.staging + (1 + i) * self.slice_bytes
-
-    def gates_and_ups(self, values: cute.Tensor) -> list[cute.Tensor]:
-        """The gates and the ups of a part, each in the order of its outputs; or the whole part."""
-        if not self.problem.gated:
-            return [values]
-        pairs = self.fragment.gates_and_ups(values)
-        found = [cute.make_rmem_tensor((len(pairs),), Float32) for _ in range(2)]
-        for i, pair in enumerate(pairs):
-            for columns, value in zip(found, pair, strict=True):
-                columns[i] = value
-        return found
 
     @cute.jit
     def finish(self):
@@ -138,28 +126,33 @@ class SliceStore:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
-    def send(self, first_row: Int32, rows: Int32, column: Int32):
-        """Sends the slices to the outputs. rows: from first_row to the expert's end."""
-        out, out_map = self.output[:2]
+    def send(self, slices: cutlass.Constexpr, first_row: Int32, rows: Int32, column: Int32):
+        """Sends slices, by output. rows: from first_row to the expert's end."""
         if rows >= SLICE_ROWS:
             if self.lane == 0:
-                self.send_slice(out_map, self.staging, [column, first_row])
-                for i in range_constexpr(self.halves):
-                    slice_, corner = self.slice_of_h(i), [column, Int32(i), first_row]
-                    self.send_slice(self.halves_target[1], slice_, corner)
+                for output, slice_ in slices.items():
+                    self.send_slice(output, slice_, first_row, column)
                 cute.arch.cp_async_bulk_commit_group()
         else:
-            columns = self.problem.out_columns
-            self.copy_out(self.staging, out, columns, first_row, rows, column)
-            for i in range_constexpr(self.halves):
-                target, pitch = self.halves_target[0] + i * columns, self.halves * columns
-                self.copy_out(self.slice_of_h(i), target, pitch, first_row, rows, column)
+            for output, slice_ in slices.items():
+                target, pitch = self.rows_of(output)
+                self.copy_out(slice_, target, pitch, first_row, rows, column)
 
-    def send_slice(self, target, slice_: cute.Pointer, corner: list):
-        """Starts a slice's store; by one thread. target: the atom of a tensor map."""
+    def send_slice(self, output: int, slice_: cute.Pointer, first_row: Int32, column: Int32):
+        """Starts a slice's store; by one thread."""
+        target, corner = self.output[1], [column, first_row]
+        if output > 0:
+            target, corner = self.halves_target[1], [column, Int32(output - 1), first_row]
         prims.cp_async_bulk_tensor_global_shared_cta(
             tensor_map_address(target).to_llvm_ptr(), slice_.to_llvm_ptr(), corner
         )
+
+    def rows_of(self, output: int):
+        """Where an output's first row starts, and the elements from a row to the next."""
+        columns = self.problem.out_columns
+        if output == 0:
+            return self.output[0], columns
+        return self.halves_target[0] + (output - 1) * columns, self.halves * columns
 
     @cute.jit
     def copy_out(
@@ -200,6 +193,7 @@ class TransposedStore:
         self.element = ELEMENT[problem.out]
         self.pitch = config.staging_pitch(problem)
         self.staging_bytes = config.staging_bytes(problem) // (4 * config.column_groups)
+        self.slice_parts = self.outputs = 1
         self.stage = self.stage_words if problem.out is DType.FP32 else self.stage_matrices
 
     def attach(self, output: Output, fragment: ColumnsFragment, staging: cute.Pointer, lane: Int32):
@@ -211,8 +205,8 @@ class TransposedStore:
         self,
         m: cutlass.Constexpr,
         part: cutlass.Constexpr,
+        output: cutlass.Constexpr,
         values: cute.Tensor,
-        before: cute.Tensor,
         first_row: Int32,
         rows: Int32,
         first_column: Int32,

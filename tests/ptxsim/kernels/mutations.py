@@ -288,6 +288,9 @@ MUTATIONS: dict[str, Mutation] = {
     "staging_reused_before_it_is_stored": Mutation(
         consumer("cp.async.bulk.wait_group.read 0;", ""), ("a bulk store may still",)
     ),
+    "gates_over_a_slice_of_outputs": Mutation(
+        consumer("cp.async.bulk.wait_group.read 0;", "", 1), ("a bulk store may still",), "stored"
+    ),
     "exit_while_stores_read": Mutation(
         consumer("cp.async.bulk.wait_group.read 0;", "", -1), ("exits with bulk stores",)
     ),
