@@ -6,6 +6,7 @@ the DSL, hypothesis or the command line's packages are skipped there, with the p
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Generator, Iterable
 from pathlib import Path
@@ -16,6 +17,10 @@ import torch
 from cutlass_moe.images.cache import Cache
 
 OPTIONAL = {"cutlass", "hypothesis", "click", "rich"}  # also what only their modules import
+
+# A compile makes hundreds of thousands of objects, and each search for cycles among them goes
+# through those of torch and the DSL too: 5 % of the suite's time with Python's thresholds.
+gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from os import environ
 from typing import Any
 
 MODES = {
@@ -16,6 +17,7 @@ MODES = {
     "starved_cta": "one CTA runs when no other can",
     "apart": "lanes that a branch parts stay apart until a .sync brings them together",
 }
+SCHEDULES = int(environ.get("PTXSIM_SCHEDULES") or 2)  # of each run
 
 
 class Schedule:
@@ -71,3 +73,9 @@ class Schedule:
     def quantum(self) -> int:
         """Instructions until another warp may run."""
         return self.random.choice((3, 30, 300))
+
+
+def in_turn(runs: Iterable[str], name: str) -> list[Schedule]:
+    """Of one of some runs, which take the modes in turn."""
+    first, modes = SCHEDULES * list(runs).index(name), list(MODES)
+    return [Schedule(seed, modes[seed % len(modes)]) for seed in range(first, first + SCHEDULES)]

@@ -10,7 +10,7 @@ from cutlass_moe.images.toolchains import default_build
 from emitters.spec.registry import GemmConfig
 from tests.ptxsim.kernels.mutations import Edit, replace_nth
 from tests.ptxsim.ptx import Fault
-from tests.ptxsim.schedule import MODES, Schedule
+from tests.ptxsim.schedule import Schedule, in_turn
 from tests.support.cases import Case, make_inputs
 from tests.support.numerics import check
 
@@ -51,9 +51,8 @@ MUTATIONS: dict[str, tuple[Edit, str]] = {  # of the second wait, which is that 
 def test_what_the_grid_before_writes_late_is_awaited(name: str) -> None:
     case, config = KERNELS[name]
     kernel = launch.kernel(case.problem, config)
-    for seed, mode in enumerate(MODES):
+    for seed, order in enumerate(in_turn(KERNELS, name)):
         inputs = make_inputs(case, "cpu", exact=True, seed=seed)
-        order = Schedule(seed, mode)
         out = launch.simulate(kernel, inputs, order, rows=case.rows, late=True)
         check(out, case, inputs, exact=True)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cutlass_moe.images.toolchains import default_build
 from tests.ptxsim.ptx import Fault
-from tests.ptxsim.schedule import MODES, Schedule
+from tests.ptxsim.schedule import MODES, Schedule, in_turn
 
 if default_build() is None:
     pytest.skip("needs nvidia-cutlass-dsl", allow_module_level=True)
@@ -165,9 +165,9 @@ RUNS = {
 def test_right_in_every_order(name: str) -> None:
     run = RUNS[name]
     built = launch.kernel(run.problem, run.config)
-    for seed, mode in enumerate(MODES):
+    for seed, order in enumerate(in_turn(RUNS, name)):
         given = run.tensors(seed)
-        run.run(built, given, Schedule(seed, mode))
+        run.run(built, given, order)
         run.check(given)
 
 

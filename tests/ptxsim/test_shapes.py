@@ -13,12 +13,10 @@ from tests.ptxsim.kernels import launch
 from tests.ptxsim.kernels.runs import (
     ADDRESSES,
     BASE,
-    FEWER,
-    SCHEDULES,
     SHAPES,
     SMALL,
     SWAPPED,
-    check_schedules,
+    check_run,
 )
 from tests.ptxsim.schedule import Schedule
 from tests.support.cases import Case, make_inputs
@@ -28,17 +26,17 @@ pytestmark = pytest.mark.skipif(default_build() is None, reason="needs nvidia-cu
 
 @pytest.mark.parametrize("name", ADDRESSES)
 def test_rows_weights_and_tiles_are_found(name: str) -> None:
-    check_schedules(ADDRESSES[name], FEWER * list(ADDRESSES).index(name), FEWER)
+    check_run(ADDRESSES, name)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernels_are_right(name: str) -> None:
-    check_schedules(SHAPES[name], SCHEDULES * list(SHAPES).index(name), SCHEDULES)
+    check_run(SHAPES, name)
 
 
 @pytest.mark.parametrize("name", SWAPPED)
 def test_swapped_kernels_are_right(name: str) -> None:
-    check_schedules(SWAPPED[name], SCHEDULES * list(SWAPPED).index(name), SCHEDULES)
+    check_run(SWAPPED, name)
 
 
 def _simulate(inputs: dict[str, Any], case: Case) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from os import environ
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from cutlass_moe.images.toolchains import default_build
 from emitters.spec.dtypes import DType
 from emitters.spec.weight_grad import Side, WeightGradProblem, WeightGradSm90Config
 from tests.ptxsim.ptx import Fault
-from tests.ptxsim.schedule import MODES, Schedule
+from tests.ptxsim.schedule import MODES, Schedule, in_turn
 
 if default_build() is None:
     pytest.skip("needs nvidia-cutlass-dsl", allow_module_level=True)
@@ -26,7 +25,6 @@ from tests.ptxsim.kernels.weight_grads import WeightGradKernel, edited, kernel, 
 from tests.support.weight_grads import make_inputs
 
 BF16, FP16, FP32 = DType.BF16, DType.FP16, DType.FP32
-SCHEDULES = int(environ.get("PTXSIM_SCHEDULES") or 2)
 
 
 @dataclass(frozen=True)
@@ -95,11 +93,10 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_sums_are_exact_in_every_order(name: str) -> None:
-    run, first = RUNS[name], list(RUNS).index(name)
+    run = RUNS[name]
     built = kernel(run.problem, run.config)
-    modes = list(MODES)
-    for seed in range(first, first + SCHEDULES):
-        run.check(built, Schedule(seed, modes[seed % len(modes)]))
+    for order in in_turn(RUNS, name):
+        run.check(built, order)
 
 
 WAIT = r"mbarrier\.try_wait\.parity\.shared\.b64 P1, \[%r\d+\], %r\d+, 10000000;"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
-from os import environ
 from typing import Any
 
 from torch import Tensor
@@ -499,18 +498,13 @@ PACKED: dict[str, Run] = {  # 4-bit weights, which WGMMA reads from registers
     "packed_three_ctas": _packed(_G128, grid=3, counts=(9, 0, 33, 1)),
 }
 RUNS = NUMBERS | ADDRESSES | SHAPES | SWAPPED | ACTIVATED | N_MAJOR | BLOCKS | PACKED
-_ASKED = environ.get("PTXSIM_SCHEDULES")
-SCHEDULES = int(_ASKED or 3)  # of runs that differ in their waits
-FEWER = int(_ASKED or 2)  # of runs that differ in arithmetic and addresses
 
 
-def check_schedules(run: Run, seed: int, count: int) -> None:
-    """So many schedules with seeds from `seed` on, modes in turn; the last with values that need
-    rounding."""
-    for i in range(count):
-        modes = list(schedule.MODES)
-        order = schedule.Schedule(seed + i, modes[(seed + i) % len(modes)])
-        exact = i < count - 1
+def check_run(runs: dict[str, Run], name: str) -> None:
+    """One of some runs, in its schedules; in the last with values that need rounding."""
+    run, orders = runs[name], schedule.in_turn(runs, name)
+    for i, order in enumerate(orders):
+        exact = i < len(orders) - 1
         inputs = make_inputs(run.case, "cpu", exact=exact, seed=i)
         if run.problem.stored:
             inputs["h"] = poisoned(run.case.rows, run.case.n, inputs["out_dtype"], "cpu")
