@@ -19,6 +19,7 @@ _STEPS = 2  # WGMMAs per word of packed weights: 16 of K each
 _BOX_WORDS = 2  # words per box of x, which has 64 of K
 _BLOCK_WORDS = 4
 _FRAGMENTS = 2  # words that are unpacked or being multiplied
+_READ_AHEAD = 2  # the word of a block after which the next one is read
 
 
 class PackedProducts:
@@ -79,13 +80,16 @@ class PackedProducts:
 
     def add_stage(self, stage: Int32, released: Callable[[], None]):
         """Starts the products of a stage. released: called when the stage before is free."""
+        blocks = self.config.k_blocks
+        self.operand.read(stage * blocks, 0)
         cute.arch.fence_view_async_shared()  # because cp.async wrote x through the generic proxy
-        for word in range(self.config.k_blocks * _BLOCK_WORDS):  # of the stage
-            of_block = word % _BLOCK_WORDS
-            if of_block == 0:
-                self.operand.read(stage * self.config.k_blocks + word // _BLOCK_WORDS)
+        for word in range(blocks * _BLOCK_WORDS):  # of the stage
+            block, of_block = divmod(word, _BLOCK_WORDS)
+            self.operand.choose(block % 2)
             fragment = self.fragments[word % _FRAGMENTS]
             self.operand.unpack(of_block, cute.recast_tensor(fragment, Int32))
+            if of_block == _READ_AHEAD and block + 1 < blocks:
+                self.operand.read(stage * blocks + block + 1, (block + 1) % 2)
             begins = self.scaled and of_block % self.group_words == 0
             if begins:
                 self.add_group()

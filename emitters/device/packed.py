@@ -105,24 +105,32 @@ class PackedOperand:
         base = weights + (warp // 4 * self.consumer_bytes + warp % 4 * (first * unit))
         self.units = (base, base + second * unit)
         self.row, self.lane = lane // 4, lane
-        self.words = cute.make_rmem_tensor((2, 4), Int32)
-        self.scale_words = cute.make_rmem_tensor((2, max(1, self.scale_bytes // 4)), Int32)
+        count = max(1, self.scale_bytes // 4)
+        blocks = range(2)  # one that is unpacked, and the next one
+        self.words_of = [cute.make_rmem_tensor((2, 4), Int32) for _ in blocks]
+        self.scale_words_of = [cute.make_rmem_tensor((2, count), Int32) for _ in blocks]
 
-    def read(self, block: Int32):
+    def choose(self, turn: int):
+        """Says of which block, read as the 0th or 1st, words and scales are unpacked."""
+        self.words, self.scale_words = self.words_of[turn], self.scale_words_of[turn]
+
+    def read(self, block: Int32, turn: int):
         """Reads the words and scales of a block of K. block: counted over all stages."""
         packing = self.packing
         count = max(1, self.scale_bytes // 4)
         for i, unit in enumerate(self.units):
             at = unit + block * self.block_bytes
             cute.autovec_copy(
-                vector(at + self.lane * LANE_BYTES, Int32, 4, SMEM), self.words[i, None]
+                vector(at + self.lane * LANE_BYTES, Int32, 4, SMEM), self.words_of[turn][i, None]
             )
             scales = at + VALUE_BYTES
             if packing is Packing.INT4_G128:  # a word has the scales of two rows
                 scales = scales + self.row // 2 * 4
             else:
                 scales = scales + self.row * self.scale_bytes
-            cute.autovec_copy(vector(scales, Int32, count, SMEM), self.scale_words[i, None])
+            cute.autovec_copy(
+                vector(scales, Int32, count, SMEM), self.scale_words_of[turn][i, None]
+            )
 
     def scale(self, unit: int, group: int) -> Float32:
         """The scale of an integer row in a group of K of the block that was read."""
