@@ -64,7 +64,7 @@ def _one_producer(tile_m: int, tile_n: int, k_boxes: int) -> GemmPackedSm90Confi
 # so many rows have the largest tiles.
 _PACKED_ONCE = 45  # up to this many rows per expert, most weights are read once: evict them first
 _PACKED: tuple[tuple[float, tuple[GemmPackedSm90Config, ...]], ...] = (
-    (3, (GemmPackedSm90Config(8, 64, ctas_per_sm=4),)),
+    (1.5, (GemmPackedSm90Config(8, 64, ctas_per_sm=4),)),
     (5, (GemmPackedSm90Config(8, 128, ctas_per_sm=2),)),
     (12, (GemmPackedSm90Config(16, 256),)),
     (24, (_one_producer(32, 256, 4),)),
@@ -74,11 +74,11 @@ _PACKED: tuple[tuple[float, tuple[GemmPackedSm90Config, ...]], ...] = (
     (300, (_one_producer(144, 128, 2),)),
     (inf, (_one_producer(176, 128, 2), _one_producer(144, 128, 2))),
 )
-# With tiles for half of the SMs, for all, or for two each: warpgroups, and CTAs, share a tile's K.
+# With tiles for half of the SMs, or for all: warpgroups, and CTAs, share a tile's K if it is long.
 _PACKED_IN_TURN: tuple[tuple[float, GemmPackedSm90Config], ...] = (
     (0.5, GemmPackedSm90Config(8, 64, split_k=2, k_groups=2)),
     (1, GemmPackedSm90Config(8, 64, k_groups=4)),
-    (2, GemmPackedSm90Config(8, 64, ctas_per_sm=2, k_groups=2)),
+    (1, GemmPackedSm90Config(8, 64, ctas_per_sm=2, k_groups=2)),
 )
 _PACKED_SMALLEST = (GemmPackedSm90Config(64, 128), GemmPackedSm90Config(32, 64))  # else
 _EVICT_FIRST_BYTES = 300e6  # with more active weights, an H200's L2 had them evict one another

@@ -144,9 +144,9 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
                 "tile_n must be 64, 128 or 256 (64 columns per consumer warpgroup), "
                 f"got {self.tile_n}"
             )
-        if self.k_boxes not in (2, 4, 8):
+        if self.k_boxes not in (2, 4):
             return (
-                "k_boxes must be 2, 4 or 8 for packed weights (one, two or four blocks of K), "
+                "k_boxes must be 2 or 4 for packed weights (one or two blocks of K), "
                 f"got {self.k_boxes}"
             )
         if self.one_producer and self.tile_m < 16:

@@ -414,7 +414,7 @@ PACKED_REASONS = [
     ("24 rows", {"tile_m": 24}, "multiple of 16"),
     ("many rows", {"tile_m": 272}, "up to 256"),
     ("columns between consumers", {"tile_n": 192}, "64, 128 or 256"),
-    ("half a block of K", {"k_boxes": 1}, "k_boxes must be 2, 4 or 8"),
+    ("half a block of K", {"k_boxes": 1}, "k_boxes must be 2 or 4"),
     ("three groups", {"k_groups": 3}, "k_groups must be 1, 2 or 4"),
     ("more groups than steps of K", {"k_groups": 4, "split_k": 8}, "k_groups must be at most"),
     ("stages of both groups", {"k_groups": 2, "stages": 5}, "must be a multiple of k_groups 2"),

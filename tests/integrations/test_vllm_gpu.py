@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,8 +188,8 @@ def test_graph_replay_with_new_tokens(quant: str | None, tokens: int, ours: Any)
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("quant", PACKED)
-def test_packed_layer(quant: str, tokens: int, ours: Any) -> None:
-    """4-bit weights as vLLM loads them: against float64 and, in INT4, vLLM's own Marlin kernels."""
+def test_packed_layer(quant: str, tokens: int, ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4-bit weights as vLLM loads them: against float64 and, in INT4, vLLM's Triton kernels."""
     ours.register()
     layer = PACKED[quant] if PACKED[quant].device == "cuda" else replace(TINY, device="cuda")
     weights, call = layer.weights(), layer.calls(tokens)
@@ -208,20 +206,11 @@ def test_packed_layer(quant: str, tokens: int, ours: Any) -> None:
     assert relative(out[:64], want) <= right
     if quant == "mxfp4":
         return  # vLLM's own need a model's config
-    with unregistered(ours):
-        theirs, held = load_packed(layer, quant, weights)
-    assert type(theirs.fused_experts).__name__ == "MarlinExperts"
+    triton = ours.wna16.WNA16MoEBackend.TRITON, ours.TritonWNA16Experts
+    monkeypatch.setattr(ours.wna16, "select_wna16_moe_backend", lambda **_: triton)
+    theirs, held = load_packed(layer, quant, weights)
+    assert type(theirs.fused_experts) is ours.TritonWNA16Experts
     assert relative(out, run(theirs, layer, held, call)) <= alike
-
-
-@contextmanager
-def unregistered(ours: Any) -> Iterator[None]:
-    """Within it, INT4 gets what vLLM chooses by itself."""
-    with pytest.MonkeyPatch.context() as patched:
-        method = ours.wna16.CompressedTensorsWNA16MoEMethod
-        for owner, name in ((ours.wna16, "select_wna16_moe_backend"), (method, "_setup_kernel")):
-            patched.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
-        yield
 
 
 # Whole models
@@ -252,7 +241,8 @@ def generate(directory: Path, *options: str) -> dict[str, Any]:
 def test_model(quant: str | None, tmp_path: Path) -> None:
     """Greedy tokens are vLLM's own, up to the first for which two are about as likely."""
     write_model(tmp_path, quant)
-    want, got = generate(tmp_path), generate(tmp_path, "--ours")
+    packed = quant is not None and quant.startswith("int4")
+    want, got = generate(tmp_path, *["--triton"] * packed), generate(tmp_path, "--ours")
     graphs = generate(tmp_path, "--ours", "--graphs")
     assert set(got["experts"]) == set(graphs["experts"]) == {"CutlassMoeExperts"}
     assert "CutlassMoeExperts" not in want["experts"]

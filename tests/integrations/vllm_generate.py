@@ -1,4 +1,4 @@
-"""`python -m tests.integrations.vllm_generate DIR OUT [--ours] [--graphs]`: greedy tokens of vLLM.
+"""`python -m tests.integrations.vllm_generate DIR OUT [options]`: greedy tokens of vLLM.
 
 Writes to OUT, as JSON, the experts' class and for each of a few prompts the tokens that were chosen
 and the log probabilities of the best ones. Attention is Triton's, which needs nothing compiled.
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("directory")
     parser.add_argument("out", type=Path)
     parser.add_argument("--ours", action="store_true")
+    parser.add_argument("--triton", action="store_true", help="not what vLLM chooses by itself")
     parser.add_argument("--graphs", action="store_true", help="decode by CUDA graphs")
     arguments = parser.parse_args()
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": ""}
@@ -43,6 +44,7 @@ def main() -> None:
         # no memory profile, which fails while another process shares the GPU
         gpu_memory_utilization=0.05,
         kv_cache_memory_bytes=1 << 28,
+        moe_backend="triton" if arguments.triton else "auto",
         **(graphs if arguments.graphs else {"enforce_eager": True}),
     )
     prompts = [{"prompt_token_ids": [(7 * i + n) % 100 + 2 for i in range(n)]} for n in LENGTHS]

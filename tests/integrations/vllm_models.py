@@ -148,8 +148,8 @@ def read_layer(directory: Path) -> dict[str, Tensor]:
                 found[key] = torch.stack([torch.cat(parts) for parts in each])  # type: ignore[arg-type]
         if found[ours].dtype == torch.int32:
             found[ours] = cm.pack_weights(found[ours], found.pop(f"{ours}_scale"))
-        elif f"{ours}_scale" in found:  # [E, N, 1] if it is per channel
-            found[f"{ours}_scale"] = found[f"{ours}_scale"].squeeze(-1)
+        elif f"{ours}_scale" in found and found[f"{ours}_scale"].shape[1] == found[ours].shape[1]:
+            found[f"{ours}_scale"] = found[f"{ours}_scale"].squeeze(-1)  # [E, N, 1], per channel
     return found
 
 

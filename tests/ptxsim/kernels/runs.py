@@ -441,7 +441,6 @@ PACKED: dict[str, Run] = {  # 4-bit weights, which WGMMA reads from registers
     "packed_no_rows": _packed(_MXFP4, counts=(0, 0, 0)),
     "packed_no_tokens": _packed(_G32, tokens=0),
     "packed_one_block": _packed(_MXFP4, replace(_PACK, k_boxes=2, stages=3), k=1160),
-    "packed_four_blocks": _packed(_MXFP4, replace(_PACK, k_boxes=8), k=1672),
     "packed_one_producer": _packed(
         _MXFP4,
         replace(_PACK, tile_m=144, tile_n=128, k_boxes=2, one_producer=True),
