@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import product
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
@@ -49,6 +50,19 @@ def fragments(mma, stages: tuple, layouts: tuple, split: int, consumer: Int32):
     group = mma.get_slice(cute.make_layout(split, stride=WARPGROUP)(consumer % split))
     tCrA = mma.make_fragment_A(group.partition_A(sA))
     return tCrA, mma.make_fragment_B(group.partition_B(sB))
+
+
+def loop_steps(count: int):
+    """The steps of a loop that adds to two-level sums. One step is a number that the compiler does
+    not know, but that it is not 0.
+
+    It would take a loop of one step apart, and copy accumulators between WGMMAs, which then wait
+    for each other. A loop that may have no step at all makes 128x256 tiles spill registers.
+    """
+    if count != 1:
+        return count
+    one = cute.arch.inline_ptx("mov.b32 {$w0}, 1;", write_only_types=[Int32], read_only_args=[])
+    return cutlass.max(one, Int32(1))
 
 
 def begin_products():

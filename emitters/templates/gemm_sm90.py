@@ -20,6 +20,7 @@ from emitters.device.mainloop_sm90 import (
     begin_products,
     fragments,
     issue,
+    loop_steps,
     make_sums,
     sum_type,
 )
@@ -353,7 +354,7 @@ class GemmSm90:
             if const_expr(two_level):
                 sums.fill(0)
                 self.take_stage(state, scales)
-                for _ in cutlass.range(last, unroll=1):
+                for _ in cutlass.range(loop_steps(last), unroll=1):
                     following = state.clone()
                     following.advance()
                     take_next = partial(self.take_stage, following, next_scales)

@@ -158,6 +158,8 @@ def compiled(shared_cache: Cache) -> list[Result]:
     for i, problem in enumerate(every_problem(twins=False)):
         configs = heuristics.candidates(problem)
         requests.append(Request(problem, configs[i % len(configs)]))
+    two_k_tiles = dataclasses.replace(GATED, accumulation=Accumulation.TWO_LEVEL, k=256)
+    requests.append(Request(two_k_tiles, GemmSm90Config()))  # a loop of one step
     for problem in (*every_activation(), GatherSumProblem(DType.FP32, DType.FP16, 72)):
         requests += [Request(problem, config) for config in heuristics.every_config(problem)]
     return list(build_images(shared_cache, requests))

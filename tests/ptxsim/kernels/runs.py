@@ -228,9 +228,7 @@ ACTIVATED |= {
     "gated_pingpong_128": Run(
         replace(_GATED, counts=(200, 0, 140)), replace(PINGPONG, tile_m=128, tile_n=128)
     ),
-    # not with the two k-tiles of the others: its PTX then copies accumulators between WGMMAs, which
-    # the simulator refuses and ptxas has to serialise (perf/EXPERIMENTS.md, "Scales that vary")
-    "gated_two_level": Run(_k(replace(_GATED, accumulation=Accumulation.TWO_LEVEL), 3), _WIDE),
+    "gated_two_level": Run(replace(_GATED, accumulation=Accumulation.TWO_LEVEL), _WIDE),
     "gated_starts": Run(replace(_GATED, apart=19), _WIDE),
     "starts": Run(replace(BASE, apart=19), SMALL),
     "swap_starts": Run(replace(FEW, apart=5), SWAP),
