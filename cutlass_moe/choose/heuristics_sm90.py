@@ -88,7 +88,8 @@ Family = tuple[GemmConfig, ...]
 
 def _first_legal(problem: GemmProblem, *configs: GemmConfig) -> tuple[GemmConfig, ...]:
     """The first of the configs that can be built, or nothing."""
-    return tuple(c for c in configs if why_illegal(problem, c) is None)[:1]
+    found = (tuned.with_loads(problem, config) for config in configs)
+    return tuple(c for c in found if why_illegal(problem, c) is None)[:1]
 
 
 @lru_cache(maxsize=4096)

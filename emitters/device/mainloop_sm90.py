@@ -65,9 +65,11 @@ def loop_steps(count: int):
     return cutlass.max(one, Int32(1))
 
 
-def begin_products():
-    """Fences that must come before the first WGMMA of a stage."""
-    cute.arch.fence_view_async_shared()  # because cp.async wrote x through the generic proxy
+def begin_products(copied: bool = True):
+    """Fences that must come before the first WGMMA of a stage. copied: whether cp.async filled it,
+    or a part of it; else TMA did."""
+    if copied:
+        cute.arch.fence_view_async_shared()  # because it wrote through the generic proxy
     warpgroup.fence()
 
 

@@ -303,6 +303,7 @@ CONFIG_REASONS = [
     ("N between slices", {"tile_n": 96}, "multiple of 64"),
     ("N beyond WGMMA", {"tile_n": 320}, "up to 256"),
     ("cluster of four", {"cluster_m": 4}, "1 or 2"),
+    ("TMA of gathered rows", {"tma_x": True}, "tma_x must be False for rows read through an index"),
     ("half a pair in a group", {"cluster_m": 2, "group_m": 3}, "multiple of cluster_m"),
     ("dynamic pairs", {"cluster_m": 2, "schedule": Schedule.DYNAMIC}, "cluster_m must be 1"),
     ("ping-pong of 192 rows", {"tile_m": 192, "tile_n": 64, "pingpong": True}, "at most 128"),

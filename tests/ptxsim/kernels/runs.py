@@ -32,6 +32,7 @@ CLUSTER = replace(SMALL, cluster_m=2)
 SWAP = GemmSwapSm90Config(stages=2)
 BASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=272, spare=3, reads="outside")
 PAIRS = replace(BASE, counts=(140, 0, 33))  # of M tiles: one, and one tile that is left over
+_ORDERED = replace(BASE, gather=False, reads="any")  # rows
 FEW = replace(BASE, counts=(11, 0, 3))
 EPILOGUES: dict[str, tuple[EpilogueNode, ...]] = {
     "none": (),
@@ -163,6 +164,14 @@ SHAPES: dict[str, Run] = {  # what changes the waits
     "cluster_table": Run(PAIRS, CLUSTER, storage=WeightStorage.TABLE),
     "cluster_pingpong": Run(replace(PAIRS, counts=(270, 0, 33)), replace(CLUSTER, pingpong=True)),
     "cluster_without_work": Run(replace(BASE, counts=(0, 5, 0)), CLUSTER, grid=6),
+    "tma_x": Run(_ORDERED, replace(SMALL, tma_x=True)),
+    "tma_x_starts": Run(replace(_ORDERED, apart=19), replace(SMALL, tma_x=True)),
+    "tma_x_pingpong": Run(
+        replace(_ORDERED, counts=(200, 0, 140)), replace(PINGPONG, tile_m=128, tma_x=True)
+    ),
+    "tma_x_cluster": Run(replace(_ORDERED, counts=PAIRS.counts), replace(CLUSTER, tma_x=True)),
+    "tma_x_dynamic": Run(_ORDERED, replace(SMALL, schedule=Schedule.DYNAMIC, tma_x=True)),
+    "tma_x_one_step": Run(replace(_ORDERED, k=16), replace(SMALL, tma_x=True)),
     "one_cta": Run(BASE, grid=1),
     "three_ctas": Run(replace(BASE, counts=(70, 0, 173)), grid=3),
     "more_ctas_than_tiles": Run(replace(BASE, counts=(0, 5, 0)), grid=3),
