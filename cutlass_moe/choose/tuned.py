@@ -88,13 +88,10 @@ def _entries(problem: GemmProblem, gpu: str, files: str) -> tuple[TunedConfig, .
 
 
 def with_loads(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
-    """The config with x loaded as is fastest: by TMA where rows are in order.
-
-    Not with scales that vary along K: then their copies keep the producer busy either way.
-    """
+    """The config with x loaded as is fastest: by TMA where rows are in order, and only there."""
     if not isinstance(config, GemmSm90Config):
         return config
-    return replace(config, tma_x=not problem.gather and not problem.block_rows)
+    return replace(config, tma_x=not problem.gather)
 
 
 @lru_cache(maxsize=16)

@@ -251,7 +251,8 @@ class GemmSm90Config(Sm90Config):
     @property
     def _two_level_others(self) -> int:
         """Registers per consumer thread beside the accumulators of two-level accumulation."""
-        return _TWO_LEVEL_OTHERS - 2 * (self.tile_m == 192)  # then a tile has no scales along K
+        # with 192 rows by cp.async a tile has no scales along K
+        return _TWO_LEVEL_OTHERS - 2 * (self.tile_m == 192 and not self.tma_x)
 
     @property
     def cluster_tiles(self) -> int:
@@ -290,15 +291,10 @@ class GemmSm90Config(Sm90Config):
             )
         if self.tma_x and problem.gather:
             return "tma_x must be False for rows read through an index, got True"
-        if self.tma_x and problem.block_rows:
-            return (
-                "tma_x must be False with scales that vary along K (the threads that copy rows "
-                "copy their scales), got True"
-            )
-        if problem.block_rows and self.tile_m > 128:
+        if problem.block_rows and self.tile_m > 128 and not self.tma_x:
             return (
                 "tile_m must be at most 128 with scales that vary along K (a thread copies one "
-                f"row's scale), got {self.tile_m}"
+                f"row's scale) unless tma_x is set, got {self.tile_m}"
             )
         multiple = SLICE_BYTES // DType.BF16.bytes
         if problem.gated and (problem.out is not DType.FP32 or problem.weight.major is Major.N):

@@ -25,7 +25,7 @@ from emitters.device.mainloop_sm90 import (
     sum_type,
 )
 from emitters.device.memory import ELEMENT, map_carrier
-from emitters.device.ordered import OrderedRows
+from emitters.device.ordered import SCALE_THREADS, OrderedRows
 from emitters.device.parameters import Gate, Gathered, Gradient, Output, Rows, Scales
 from emitters.device.ring import Ring
 from emitters.device.scales import BlockScales
@@ -71,9 +71,10 @@ class GemmSm90:
       both. A stage is empty once the consumers of both CTAs have read it.
     - Warp 1 posts each unit of work before the last stage of the unit before the previous one is
       filled. Named barrier 3 makes the post visible to the producer, full[s] to the consumers.
-    - With tma_x, warp 1 is the whole producer, and one lane loads x as well: full[s] completes
-      after 1 arrival, named barrier 3 has 32 threads. WGMMA then reads what TMA alone has written,
-      so consumers need no proxy fence.
+    - With tma_x, warp 1 posts units, and one lane of it loads weights and x: full[s] completes
+      after its arrival. If scales vary along K, warps 2 and 3 copy these, which takes 64 arrivals
+      more. Named barrier 3 has 32 or 96 threads. WGMMA then reads what TMA alone has written, so
+      consumers need no proxy fence.
 
     A stage has tile_m rows of x and tile_n rows of weight (N-major weights: for every 64 columns,
     the rows of K), in the 128-byte swizzle. Past the end of K or N it has zeros: TMA writes them
@@ -91,16 +92,17 @@ class GemmSm90:
         self.smem_bytes, self.cluster = config.smem_bytes(problem), config.cluster
         self.units = PostedUnits(problem, config)
         self.weights = WeightLoader(problem)
+        self.scales = BlockScales(problem, config) if problem.block_rows else None
         if config.tma_x:
-            self.x, self.tma_bytes = OrderedRows(), self.x_bytes + self.weight_bytes
-            self.producers, arrivals = 32, 1  # threads
+            self.x, self.tma_bytes = OrderedRows(config.tile_m), self.x_bytes + self.weight_bytes
+            copying = SCALE_THREADS if self.scales else 0
+            self.producers = 32 + copying  # threads
         else:
             row_bytes = problem.k * problem.x.bytes
             self.x = GatherIterator(problem.gather, row_bytes, config.tile_m)
-            self.tma_bytes = self.weight_bytes
-            self.producers, arrivals = WARPGROUP, 1 + WARPGROUP
-        self.ring = Ring(self.stages, arrivals, 4 * config.warpgroups_per_tile, self.cluster)
-        self.scales = BlockScales(problem, config) if problem.block_rows else None
+            self.tma_bytes, copying = self.weight_bytes, WARPGROUP
+            self.producers = WARPGROUP
+        self.ring = Ring(self.stages, 1 + copying, 4 * config.warpgroups_per_tile, self.cluster)
         # scales of a stage per consumer thread: of two rows of each 64, and of all columns
         of_rows = 2 * config.warpgroup_rows // 64
         self.scale_count = of_rows + self.scales.count if self.scales else 1
@@ -244,13 +246,11 @@ class GemmSm90:
         if group == 0:
             cute.arch.setmaxregister_decrease(self.config.producer_registers)
             if const_expr(self.config.tma_x):
-                if warp == 1:
-                    self.x.attach(gathered)
-                    self.load(weight, storage, warp)  # the other warps have nothing to copy
+                if warp >= 1 and warp <= self.producers // 32:  # the others have nothing to copy
+                    self.attach_loads(gathered, scales, thread % SCALE_THREADS)
+                    self.load(weight, storage, warp)
             else:
-                self.x.attach(gathered, thread)
-                if const_expr(self.scales is not None):
-                    self.scales.attach_copies(scales, self.x)
+                self.attach_loads(gathered, scales, thread)
                 self.load(weight, storage, warp)
         else:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
@@ -270,6 +270,12 @@ class GemmSm90:
             cute.arch.cluster_wait()
         else:
             cute.arch.sync_threads()
+
+    def attach_loads(self, gathered, scales, thread):
+        """Binds what producers copy, weights aside. thread: its number among those that copy."""
+        self.x.attach(gathered, thread)
+        if self.scales is not None:
+            self.scales.attach_copies(scales, self.x, thread)
 
     @cute.jit
     def load(self, weight, storage, warp):
@@ -307,6 +313,11 @@ class GemmSm90:
                     if const_expr(self.scales is not None):
                         self.scales.copy(state.index, k_tile, expert, column)
                     self.ring.arrive_when_copied(state)
+                elif const_expr(self.scales is not None):
+                    copies = warp > 1  # warp 1 loads the rest
+                    if copies:
+                        self.scales.copy(state.index, k_tile, expert, column)
+                        self.ring.arrive_when_copied(state)
                 state.advance()
             expert, column, shared = next_expert, next_column, next_shared
         if const_expr(self.config.schedule is Schedule.DYNAMIC):

@@ -231,7 +231,7 @@ class GemmSwapSm90:
                 cute.arch.setmaxregister_decrease(self.config.producer_registers)
             self.gather.attach(gathered, thread % WARPGROUP)
             if const_expr(self.scales is not None):
-                self.scales.attach_copies(scales, self.gather)
+                self.scales.attach_copies(scales, self.gather, thread % WARPGROUP)
             self.load_x(storage, weight, warp == weight_warp)
         else:
             self.load_weights(weight, storage)

@@ -425,7 +425,7 @@ def legal_configs(problem: GemmProblem) -> list[GemmConfig]:
         GemmSm90Config(
             tile_m=m, tile_n=n, ctas_per_sm=ctas, cluster_m=cluster, pingpong=pingpong,
             schedule=schedule, group_m=group_m,
-            tma_x=not problem.gather and not problem.block_rows,
+            tma_x=not problem.gather,
         )
         for (m, n, ctas, cluster, pingpong), (schedule, group_m) in zip(shapes, turns, strict=False)
     ]  # fmt: skip

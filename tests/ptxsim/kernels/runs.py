@@ -382,6 +382,18 @@ BLOCKS: dict[str, Run] = {  # scales that vary along K
         replace(_BLOCK_GATED, n=528, gather=False, reads="any"), replace(SMALL, tile_n=256)
     ),
     "blocks_gated_32": Run(_blocks_of(Granularity.BLOCK_32, _BLOCK_GATED), _WIDE),
+    "blocks_tma_x": Run(
+        replace(_BLOCKS, counts=(134, 0, 3), n=264, gather=False, reads="any"),
+        GemmSm90Config(tile_m=128, tile_n=256, stages=2, tma_x=True),
+    ),
+    "blocks_tma_x_192": Run(
+        replace(_BLOCKS, counts=(200, 0, 33), n=136, gather=False, reads="any"),
+        GemmSm90Config(tile_m=192, tile_n=128, stages=2, tma_x=True),
+    ),
+    "blocks_tma_x_cluster": Run(
+        replace(_BLOCKS, counts=(300, 0, 33), n=136, gather=False, reads="any", k=272),
+        GemmSm90Config(tile_m=128, tile_n=128, stages=2, tma_x=True, cluster_m=2),
+    ),
     "swap_blocks": Run(replace(_FEW_BLOCKS, n=136), SWAP),
     "swap_blocks_128": Run(
         replace(_FEW_BLOCKS, n=264), replace(SWAP, tile_n=128, tile_m=48, k_boxes=2)
