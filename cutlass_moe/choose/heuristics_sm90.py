@@ -49,6 +49,8 @@ _ONE_TILE_ROWS = 90  # up to this many rows per expert, one tile of 128 rows bea
 # Two-level sums: between these numbers of rows per expert one tile of 192 rows beats two of 128, by
 # 5 to 19%; with sums as short as this and more rows than that, by 14%.
 _THREE_ROWS, _SHORT_SUM, _THREE_SHORT_ROWS = 180, 1024, 400
+# With scales along K, tiles of 192 rows in order were faster at 8,192 rows per expert: 2%, a mean.
+_THREE_BLOCK_ROWS = 4096
 _MANY_ROWS = {192: 180, 256: 768}  # by tile_n: with more rows per expert, CTA pairs share weights
 FEW_PAIRS = 1024  # up to this many pairs, 256 threads route faster than 1024
 # (elements per row up to, threads per CTA) for quantisation
@@ -88,7 +90,8 @@ Family = tuple[GemmConfig, ...]
 
 def _first_legal(problem: GemmProblem, *configs: GemmConfig) -> tuple[GemmConfig, ...]:
     """The first of the configs that can be built, or nothing."""
-    return tuple(c for c in configs if why_illegal(problem, c) is None)[:1]
+    found = (tuned.with_loads(problem, config) for config in configs)
+    return tuple(c for c in found if why_illegal(problem, c) is None)[:1]
 
 
 @lru_cache(maxsize=4096)
@@ -145,7 +148,7 @@ def _three_consumers(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """A config for two-level accumulation with tiles of 192 rows.
 
     While one of three consumers adds, the other two keep the tensor core busy. With scales along K
-    there is none: the producer's copies would take longer than the products.
+    there is none for gathered rows: the producer's copies would take longer than the products.
     """
     three = _first_legal(problem, GemmSm90Config(192, 128)) if problem.two_level else ()
     return three or _some_rows(problem)
@@ -318,8 +321,7 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
         # reading the weights takes longer than the arithmetic.
         if rows_per_expert <= _ONE_TILE_ROWS * min(1.0, gpu.balance / H200.balance):
             return _one_tile(problem)
-        short = problem.k <= _SHORT_SUM and rows_per_expert > _THREE_SHORT_ROWS
-        if problem.two_level and (short or rows_per_expert <= _THREE_ROWS):
+        if problem.two_level and _wants_three(problem, rows_per_expert):
             return _three_consumers(problem)
         many = rows_per_expert > _MANY_ROWS[_wide(problem)]
         return _many_rows(problem) if many else _some_rows(problem)
@@ -333,6 +335,14 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
         return quarter if tiles <= gpu.sms / 4 else whole
     active = experts * (1 - (1 - 1 / experts) ** rows)  # experts with rows, if routing is uniform
     return _swap(problem, 8, 64, _evict_first(problem, active, gpu))
+
+
+def _wants_three(problem: GemmProblem, rows_per_expert: float) -> bool:
+    """Whether three consumers are faster for two-level sums than two, with so many rows."""
+    if problem.block_rows:
+        return rows_per_expert > _THREE_BLOCK_ROWS
+    short = problem.k <= _SHORT_SUM and rows_per_expert > _THREE_SHORT_ROWS
+    return short or rows_per_expert <= _THREE_ROWS
 
 
 def _swap_rows(problem: GemmProblem, gpu: Gpu) -> float:

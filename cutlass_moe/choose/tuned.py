@@ -12,11 +12,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cutlass_moe.environment import TUNING
+from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.registry import GemmConfig, gemm_config_from_json, why_illegal
 
@@ -81,7 +83,15 @@ def _entries(problem: GemmProblem, gpu: str, files: str) -> tuple[TunedConfig, .
     name = name_of(problem)
     known = (table.get(gpu, {}).get(name, ()) for table in _tables(files))
     entries = next(filter(None, known), ())
-    return tuple(entry for entry in entries if why_illegal(problem, entry.config) is None)
+    loading = (entry._replace(config=with_loads(problem, entry.config)) for entry in entries)
+    return tuple(entry for entry in loading if why_illegal(problem, entry.config) is None)
+
+
+def with_loads(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
+    """The config with x loaded as is fastest: by TMA where rows are in order, and only there."""
+    if not isinstance(config, GemmSm90Config):
+        return config
+    return replace(config, tma_x=not problem.gather)
 
 
 @lru_cache(maxsize=16)

@@ -253,5 +253,12 @@ def choose_launch(
             interleaved=options.interleaved,
             numbers=options.numbers or (),
         ),
-        gemm_views(problem, weight_strides, num_rows, options.interleaved),
+        gemm_views(
+            problem,
+            weight_strides,
+            num_tokens,
+            num_rows,
+            x_stride=strides.x,
+            interleaved=options.interleaved,
+        ),
     )

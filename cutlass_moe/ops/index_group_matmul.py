@@ -348,7 +348,7 @@ def _tensor_maps(problem: GemmProblem, kernel: Kernel, weights: list[Tensor]) ->
     maps = torch.empty((len(weights), TENSOR_MAP_BYTES), dtype=torch.uint8)
     for e, weight in enumerate(weights):
         address = weight.data_ptr()
-        view = gemm_views(problem, (0, *weight.stride()), 0)["weight"]
+        view = gemm_views(problem, (0, *weight.stride()), 0, 0)["weight"]
         encoded = kernel.maps.encode("weight", address, view)
         ctypes.memmove(maps[e].data_ptr(), int(encoded.getPtr()), TENSOR_MAP_BYTES)
     return maps

@@ -86,14 +86,24 @@ def gemm_values(
 
 
 def gemm_views(
-    problem: GemmProblem, weight_strides: tuple[int, ...], num_rows: int, interleaved: bool = False
+    problem: GemmProblem,
+    weight_strides: tuple[int, ...],
+    num_tokens: int,
+    num_rows: int,
+    *,
+    x_stride: int | None = None,
+    interleaved: bool = False,
 ) -> dict[str, View]:
-    """The views for the tensor maps of out, of h if there is one, and of weight unless packed.
+    """The views for the tensor maps of x, out, h if there is one, and of weight unless packed.
 
     weight_strides: of E, N and K, in elements; for weights in a table, those of one expert's.
+    num_tokens: rows of x; x_stride: as in `Strides`. num_rows: rows of the product.
     """
     columns = problem.out_columns
-    views = {"out_map": View((columns, num_rows), (columns,), problem.out.bytes)}
+    views = {
+        "x": View((problem.k, num_tokens), (x_stride or problem.k,), problem.x.bytes),
+        "out_map": View((columns, num_rows), (columns,), problem.out.bytes),
+    }
     if problem.stored:
         views["h_map"] = gates_and_ups(problem.n, columns, num_rows, problem.out.bytes)
     if problem.gradient:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.choose import heuristics_sm90 as heuristics
+from cutlass_moe.choose import tuned
 from cutlass_moe.choose.tuned import TunedConfig
 from cutlass_moe.images.cache import MissingImage
 from cutlass_moe.operands import TORCH_DTYPES
@@ -91,7 +92,8 @@ def space(problem: GemmProblem) -> tuple[GemmConfig, ...]:
         *(GemmPackedSm90Config(m, n, k_boxes=2, one_producer=True) for m, n in one_producer),
         GemmPackedSm90Config(8, 64, ctas_per_sm=3, evict_first=True),
     ]
-    legal = (c for c in considered if c.tile_n < problem.n + 64 and why_illegal(problem, c) is None)
+    loading = (tuned.with_loads(problem, c) for c in considered if c.tile_n < problem.n + 64)
+    legal = (c for c in loading if why_illegal(problem, c) is None)
     return tuple(dict.fromkeys((*heuristics.candidates(problem), *legal)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import product
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
@@ -51,9 +52,24 @@ def fragments(mma, stages: tuple, layouts: tuple, split: int, consumer: Int32):
     return tCrA, mma.make_fragment_B(group.partition_B(sB))
 
 
-def begin_products():
-    """Fences that must come before the first WGMMA of a stage."""
-    cute.arch.fence_view_async_shared()  # because cp.async wrote x through the generic proxy
+def loop_steps(count: int):
+    """The steps of a loop that adds to two-level sums. One step is a number that the compiler does
+    not know, but that it is not 0.
+
+    It would take a loop of one step apart, and copy accumulators between WGMMAs, which then wait
+    for each other. A loop that may have no step at all makes 128x256 tiles spill registers.
+    """
+    if count != 1:
+        return count
+    one = cute.arch.inline_ptx("mov.b32 {$w0}, 1;", write_only_types=[Int32], read_only_args=[])
+    return cutlass.max(one, Int32(1))
+
+
+def begin_products(copied: bool = True):
+    """Fences that must come before the first WGMMA of a stage. copied: whether cp.async filled it,
+    or a part of it; else TMA did."""
+    if copied:
+        cute.arch.fence_view_async_shared()  # because it wrote through the generic proxy
     warpgroup.fence()
 
 

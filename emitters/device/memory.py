@@ -6,8 +6,10 @@ import cutlass
 import cutlass.cute as cute
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import cute_nvgpu
+from cutlass.cute.nvgpu import cpasync
 from cutlass.cutlass_dsl import dsl_user_op
 
+from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS
 from emitters.spec.dtypes import DType
 
 VECTOR = 1 << 30  # extent given to arrays whose length only the host knows
@@ -31,6 +33,17 @@ def vector(
         element, pointer.toint(), space, assumed_align=count * element.width // 8
     )
     return cute.make_tensor(aligned, cute.make_layout(count))
+
+
+def map_carrier(tensor: cute.Tensor):
+    """A TMA atom as an argument of a kernel: it reserves the 128 bytes of a tensor map.
+
+    tensor: any [16, columns] one of the elements; the host encodes the map of the real one.
+    """
+    box = (SLICE_ROWS, SLICE_BYTES * 8 // tensor.element_type.width)
+    layout = cute.make_layout(box, stride=(box[1], 1))
+    atom, _ = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), tensor, layout, box)
+    return atom
 
 
 @dsl_user_op

@@ -25,14 +25,14 @@ class Rows(NamedTuple):
 class Gathered(NamedTuple):
     """x [T, K], and the row of it that each row of the product reads.
 
-    x: bytes. index: None where rows are taken in order. x_stride: units of 16 bytes
-    from a row to the next.
+    x: bytes; where TMA loads rows, as `Output` has tensor maps. index: None where rows are taken
+    in order. x_stride: units of 16 bytes from a row to the next; None where TMA loads rows.
     """
 
-    x: cute.Pointer
+    x: cute.Pointer | cute.CopyAtom
     index: cute.Pointer | None
     num_tokens: Int32
-    x_stride: Int32
+    x_stride: Int32 | None
 
 
 class Scales(NamedTuple):

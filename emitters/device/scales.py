@@ -7,7 +7,8 @@ import cutlass.cute as cute
 from cutlass import Int32, range_constexpr
 from cutlass.experimental import primitives as prims
 
-from emitters.device.gather import ROW_THREADS, ROWS_PER_PASS, GatherIterator
+from emitters.device.gather import GatherIterator
+from emitters.device.ordered import OrderedRows
 from emitters.device.parameters import Scales
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.registry import GemmConfig
@@ -16,9 +17,8 @@ from emitters.spec.registry import GemmConfig
 class BlockScales:
     """Copies the scales of each 128 of K by cp.async of 4 bytes, and reads them in consumers.
 
-    Of the eight threads that copy a row of x, thread i copies the scale of the row i passes on, so
-    that each thread copies one. The first threads copy the scales of the weights as well. A box
-    (128 bytes of K of a stage) has these float32:
+    The threads that copy rows of x copy their scales as well, and the first ones those of the
+    weights. A box (128 bytes of K of a stage) has these float32:
 
       0 ..         a scale per row of the tile; 0 for rows without a token
       tile_m ..    a scale per `columns` columns of the output; of a gated problem those of the
@@ -39,34 +39,29 @@ class BlockScales:
         """Binds the shared memory of all boxes; by producers and consumers."""
         self.boxes = boxes
 
-    def attach_copies(self, scales: Scales, gather: GatherIterator):
-        """Binds the scales in global memory and the gather, whose threads copy them."""
-        self.scales, self.gather = scales, gather
-        self.thread = gather.row * ROW_THREADS + gather.lane
-        self.row = gather.row + gather.lane * ROWS_PER_PASS
-        self.token = cute.make_rmem_tensor((1,), Int32)
+    def attach_copies(self, scales: Scales, x: GatherIterator | OrderedRows, thread: Int32):
+        """Binds the scales in global memory. x: its threads copy them; thread: its number there."""
+        self.scales, self.x, self.thread = scales, x, thread
+        self.rows = x.scaled_rows()
+        self.tokens = cute.make_rmem_tensor((len(self.rows),), Int32)
 
-    @cute.jit
     def advance(self):
-        """Takes over the token whose scale this thread copies; after the gather's `advance`."""
-        tokens = self.gather.tokens
-        token = tokens[0]
-        for i in range_constexpr(1, cute.size(tokens)):
-            token = cutlass.select_(self.gather.lane == i, tokens[i], token)
-        self.token[0] = token
+        """Takes over the tokens whose scales this thread copies; after the rows' `advance`."""
+        self.x.scaled_tokens(self.tokens)
 
     @cute.jit
     def copy(self, box: Int32, k_block: Int32, expert: Int32, column: Int32):
         """Issues the copies of a box. column: the tile's first column of N."""
         target = self.boxes + box * self.words
-        if self.row < self.tile_m:
-            token = self.token[0]
-            size = Int32(4)
-            if token < 0 or k_block >= self.k_blocks:
-                size = Int32(0)
-            at = cutlass.max(token, Int32(0)) * self.scales.x_stride
-            at = at + k_block * self.scales.x_k_stride
-            self.copy_word(target + self.row, self.scales.x + at, size)
+        for i in range_constexpr(len(self.rows)):
+            if self.rows[i] < self.tile_m:
+                token = self.tokens[i]
+                size = Int32(4)
+                if token < 0 or k_block >= self.k_blocks:
+                    size = Int32(0)
+                at = cutlass.max(token, Int32(0)) * self.scales.x_stride
+                at = at + k_block * self.scales.x_k_stride
+                self.copy_word(target + self.rows[i], self.scales.x + at, size)
         if self.thread < self.words - self.tile_m:
             size = Int32(4)
             if self.thread >= self.count or k_block >= self.k_blocks:

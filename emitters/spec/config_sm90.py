@@ -156,6 +156,7 @@ class GemmSm90Config(Sm90Config):
     cluster_m: int = 1  # CTAs per cluster; they take neighbouring M tiles and share weights
     schedule: Schedule = Schedule.TILE
     group_m: int = 8  # M tiles that use an N tile's weights before the next N tile starts
+    tma_x: bool = False  # rows of x, which are in order, come by TMA; else 16 bytes a copy
     template: ClassVar[str] = "gemm_sm90"
 
     MAX_STAGES: ClassVar[int] = 8
@@ -191,7 +192,8 @@ class GemmSm90Config(Sm90Config):
 
     @property
     def producer_registers(self) -> int:
-        return 32 + self.tile_m // 8  # two tokens per 16 rows of the tile, and 32 for addresses
+        # two tokens per 16 rows of the tile, and 32 for addresses
+        return 32 + (0 if self.tma_x else self.tile_m // 8)
 
     @property
     def thread_registers(self) -> str:
@@ -249,7 +251,8 @@ class GemmSm90Config(Sm90Config):
     @property
     def _two_level_others(self) -> int:
         """Registers per consumer thread beside the accumulators of two-level accumulation."""
-        return _TWO_LEVEL_OTHERS - 2 * (self.tile_m == 192)  # then a tile has no scales along K
+        # with 192 rows by cp.async a tile has no scales along K
+        return _TWO_LEVEL_OTHERS - 2 * (self.tile_m == 192 and not self.tma_x)
 
     @property
     def cluster_tiles(self) -> int:
@@ -267,7 +270,8 @@ class GemmSm90Config(Sm90Config):
         pingpong = ["ping-pong"] if self.pingpong else []
         cluster = [f"cluster {self.cluster_m}"] if self.cluster_m > 1 else []
         tile, group = f"{self.tile_m}x{self.tile_n}", f"group {self.group_m}"
-        return " ".join([tile, *pingpong, *cluster, group, f"{self.ctas_per_sm}/SM"])
+        tma = ["TMA x"] if self.tma_x else []
+        return " ".join([tile, *pingpong, *cluster, *tma, group, f"{self.ctas_per_sm}/SM"])
 
     def why_illegal(self, problem: GemmProblem) -> str | None:
         """Why no kernel can be built with this config for a legal problem, or None."""
@@ -285,10 +289,12 @@ class GemmSm90Config(Sm90Config):
             return (
                 f"tile_m must be 64, 128 or 192 (64 rows per consumer warpgroup), got {self.tile_m}"
             )
-        if problem.block_rows and self.tile_m > 128:
+        if self.tma_x and problem.gather:
+            return "tma_x must be False for rows read through an index, got True"
+        if problem.block_rows and self.tile_m > 128 and not self.tma_x:
             return (
                 "tile_m must be at most 128 with scales that vary along K (a thread copies one "
-                f"row's scale), got {self.tile_m}"
+                f"row's scale) unless tma_x is set, got {self.tile_m}"
             )
         multiple = SLICE_BYTES // DType.BF16.bytes
         if problem.gated and (problem.out is not DType.FP32 or problem.weight.major is Major.N):

@@ -13,24 +13,27 @@ from emitters.device.dependent import launch_next, wait_for_previous
 from emitters.device.epilogue.gradient import GradientStore
 from emitters.device.epilogue.nodes import Epilogue
 from emitters.device.epilogue.rows import RowsFragment
-from emitters.device.epilogue.store import SliceStore, make_out_map
+from emitters.device.epilogue.store import SliceStore
 from emitters.device.gather import GatherIterator
 from emitters.device.mainloop_sm90 import (
     add_products,
     begin_products,
     fragments,
     issue,
+    loop_steps,
     make_sums,
     sum_type,
 )
-from emitters.device.memory import ELEMENT
+from emitters.device.memory import ELEMENT, map_carrier
+from emitters.device.ordered import SCALE_THREADS, OrderedRows
 from emitters.device.parameters import Gate, Gathered, Gradient, Output, Rows, Scales
 from emitters.device.ring import Ring
 from emitters.device.scales import BlockScales
 from emitters.device.scheduler import PostedUnits
 from emitters.device.weights import OPERAND_MAJOR, WEIGHT_LAYOUT, WeightLoader
-from emitters.spec.config_sm90 import WARPGROUP, GemmSm90Config, Schedule
+from emitters.spec.config_sm90 import K_TILE_BYTES, WARPGROUP, GemmSm90Config, Schedule
 from emitters.spec.gemm import GemmProblem
+from emitters.spec.image import TensorMapBox
 from emitters.templates.parameters import gemm_arguments, gemm_tensor_maps, gradient_argument
 
 LOAD_AHEAD = 2  # the epilogue's operands are loaded this many k-tiles before the last
@@ -68,6 +71,10 @@ class GemmSm90:
       both. A stage is empty once the consumers of both CTAs have read it.
     - Warp 1 posts each unit of work before the last stage of the unit before the previous one is
       filled. Named barrier 3 makes the post visible to the producer, full[s] to the consumers.
+    - With tma_x, warp 1 posts units, and one lane of it loads weights and x: full[s] completes
+      after its arrival. If scales vary along K, warps 2 and 3 copy these, which takes 64 arrivals
+      more. Named barrier 3 has 32 or 96 threads. WGMMA then reads what TMA alone has written, so
+      consumers need no proxy fence.
 
     A stage has tile_m rows of x and tile_n rows of weight (N-major weights: for every 64 columns,
     the rows of K), in the 128-byte swizzle. Past the end of K or N it has zeros: TMA writes them
@@ -84,12 +91,18 @@ class GemmSm90:
         self.parts = config.parts(problem)
         self.smem_bytes, self.cluster = config.smem_bytes(problem), config.cluster
         self.units = PostedUnits(problem, config)
-        self.gather = GatherIterator(problem.gather, problem.k * problem.x.bytes, config.tile_m)
         self.weights = WeightLoader(problem)
-        self.ring = Ring(
-            self.stages, 1 + WARPGROUP, 4 * config.warpgroups_per_tile, sharers=self.cluster
-        )
         self.scales = BlockScales(problem, config) if problem.block_rows else None
+        if config.tma_x:
+            self.x, self.tma_bytes = OrderedRows(config.tile_m), self.x_bytes + self.weight_bytes
+            copying = SCALE_THREADS if self.scales else 0
+            self.producers = 32 + copying  # threads
+        else:
+            row_bytes = problem.k * problem.x.bytes
+            self.x = GatherIterator(problem.gather, row_bytes, config.tile_m)
+            self.tma_bytes, copying = self.weight_bytes, WARPGROUP
+            self.producers = WARPGROUP
+        self.ring = Ring(self.stages, 1 + copying, 4 * config.warpgroups_per_tile, self.cluster)
         # scales of a stage per consumer thread: of two rows of each 64, and of all columns
         of_rows = 2 * config.warpgroup_rows // 64
         self.scale_count = of_rows + self.scales.count if self.scales else 1
@@ -99,11 +112,16 @@ class GemmSm90:
     def arguments(self):
         """The arguments of `__call__`, except grid and stream."""
         dynamic = self.config.schedule is Schedule.DYNAMIC
-        return *gemm_arguments(self.problem, dynamic), gradient_argument(self.problem)
+        arguments = gemm_arguments(self.problem, dynamic, self.config.tma_x)
+        return *arguments, gradient_argument(self.problem)
 
     def tensor_maps(self):
         columns, k = self.config.tile_n // self.cluster, self.tile[2]
-        return gemm_tensor_maps(self.problem, columns, k, self.config.l2_promotion)
+        maps = gemm_tensor_maps(self.problem, columns, k, self.config.l2_promotion)
+        if self.config.tma_x:
+            x = TensorMapBox("x", (k, self.tile[0]), K_TILE_BYTES, self.config.l2_promotion)
+            maps = (x, *maps)
+        return maps
 
     @cute.jit
     def __call__(
@@ -121,7 +139,7 @@ class GemmSm90:
         self.kernel(
             self.weights.carrier(weight, one_stage, self.tile[1:]),
             rows,
-            gathered,
+            gathered._replace(x=map_carrier(gathered.x)) if self.config.tma_x else gathered,
             self.output(output),
             gate,
             scales,
@@ -139,9 +157,9 @@ class GemmSm90:
 
     def output(self, output: Output) -> Output:
         """The outputs as arguments of the kernel."""
-        maps = {"out_map": make_out_map(self.problem, output.out_map)}
+        maps = {"out_map": map_carrier(output.out_map)}
         if self.problem.stored:
-            maps["h_map"] = make_out_map(self.problem, output.h_map)
+            maps["h_map"] = map_carrier(output.h_map)
         return output._replace(**maps)
 
     def gradient(self, gradient: Gradient | None) -> Gradient | None:
@@ -149,7 +167,7 @@ class GemmSm90:
         if gradient is None:
             return None
         maps = {name: getattr(gradient, name) for name in ("h_map", "grad_h_map")}
-        maps = {name: make_out_map(self.problem, tensor) for name, tensor in maps.items()}
+        maps = {name: map_carrier(tensor) for name, tensor in maps.items()}
         return gradient._replace(**maps)
 
     def stage_layouts(self):
@@ -218,6 +236,8 @@ class GemmSm90:
         if warp == 2:
             cpasync.prefetch_descriptor(output.out_map)
             self.weights.prefetch_map(weight)
+            if const_expr(self.config.tma_x):
+                cpasync.prefetch_descriptor(gathered.x)
         self.sync_cluster()
         wait_for_previous()
         if thread == 0:
@@ -225,10 +245,13 @@ class GemmSm90:
 
         if group == 0:
             cute.arch.setmaxregister_decrease(self.config.producer_registers)
-            self.gather.attach(gathered, thread)
-            if const_expr(self.scales is not None):
-                self.scales.attach_copies(scales, self.gather)
-            self.load(weight, storage, warp)
+            if const_expr(self.config.tma_x):
+                if warp >= 1 and warp <= self.producers // 32:  # the others have nothing to copy
+                    self.attach_loads(gathered, scales, thread % SCALE_THREADS)
+                    self.load(weight, storage, warp)
+            else:
+                self.attach_loads(gathered, scales, thread)
+                self.load(weight, storage, warp)
         else:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
             staging = storage.staging.data_ptr()
@@ -248,38 +271,53 @@ class GemmSm90:
         else:
             cute.arch.sync_threads()
 
+    def attach_loads(self, gathered, scales, thread):
+        """Binds what producers copy, weights aside. thread: its number among those that copy."""
+        self.x.attach(gathered, thread)
+        if self.scales is not None:
+            self.scales.attach_copies(scales, self.x, thread)
+
     @cute.jit
     def load(self, weight, storage, warp):
-        """The producer warpgroup's loop over tiles: fills the stages."""
+        """The producers' loop over tiles: fills the stages."""
         x_stages = cute.recast_ptr(storage.x.data_ptr(), dtype=Uint8)
         weight_stages = cute.recast_ptr(storage.weight.data_ptr(), dtype=Uint8)
         state = self.ring.producer()
         expert, row, rows, column, shared = self.units.read(Int32(0))
-        self.gather.fetch(row, rows)
+        self.x.fetch(row, rows)
         j = Int32(1)  # the CTA's unit after this one
         while expert >= 0:
-            self.gather.advance()
+            self.x.advance()
             if const_expr(self.scales is not None):
                 self.scales.advance()
             next_expert, row, rows, next_column, next_shared = self.units.read(j)
-            self.gather.fetch(row, rows)
+            self.x.fetch(row, rows)
             j += 1
             if warp == 1:
                 self.units.post(j)
-            cute.arch.barrier(barrier_id=3, number_of_threads=WARPGROUP)
+            cute.arch.barrier(barrier_id=3, number_of_threads=self.producers)
             weight_map = self.weights.find_map(weight, expert)
             for k_tile in cutlass.range(self.k_tiles, unroll=1):
                 self.ring.wait_empty(state)
-                if warp == 0:
+                if warp == (1 if self.config.tma_x else 0):
                     with cute.arch.elect_one():
-                        barrier = self.ring.expect(state, self.weight_bytes)
+                        barrier = self.ring.expect(state, self.tma_bytes)
                         stage = weight_stages + state.index * self.weight_bytes
                         corner = (k_tile * self.tile[2], column, expert)
                         self.load_weight(stage, weight_map, corner, barrier, shared)
-                self.gather.copy(x_stages + state.index * self.x_bytes, k_tile)
-                if const_expr(self.scales is not None):
-                    self.scales.copy(state.index, k_tile, expert, column)
-                self.ring.arrive_when_copied(state)
+                        if const_expr(self.config.tma_x):
+                            stage = x_stages + state.index * self.x_bytes
+                            self.x.copy(stage, k_tile * self.tile[2], barrier)
+                if const_expr(not self.config.tma_x):
+                    self.x.copy(x_stages + state.index * self.x_bytes, k_tile)
+                    if const_expr(self.scales is not None):
+                        self.scales.copy(state.index, k_tile, expert, column)
+                    self.ring.arrive_when_copied(state)
+                elif const_expr(self.scales is not None):
+                    copies = warp > 1  # warp 1 loads the rest
+                    if copies:
+                        self.scales.copy(state.index, k_tile, expert, column)
+                        self.ring.arrive_when_copied(state)
                 state.advance()
             expert, column, shared = next_expert, next_column, next_shared
         if const_expr(self.config.schedule is Schedule.DYNAMIC):
@@ -353,7 +391,7 @@ class GemmSm90:
             if const_expr(two_level):
                 sums.fill(0)
                 self.take_stage(state, scales)
-                for _ in cutlass.range(last, unroll=1):
+                for _ in cutlass.range(loop_steps(last), unroll=1):
                     following = state.clone()
                     following.advance()
                     take_next = partial(self.take_stage, following, next_scales)
@@ -403,7 +441,8 @@ class GemmSm90:
         would add to the time in which it has nothing to do.
         """
         self.ring.wait_full(state)
-        cute.arch.fence_view_async_shared()  # because cp.async wrote x through the generic proxy
+        if not self.config.tma_x:
+            cute.arch.fence_view_async_shared()  # because cp.async wrote x by the generic proxy
         if self.scales is not None:
             words = self.scales.read(state.index)
             read = self.epilogue.fragment.read_scales(words, self.scales.columns)
@@ -435,6 +474,6 @@ class GemmSm90:
 
     def issue(self, mma, acc, tCrA, tCrB, stage):
         """Starts the WGMMAs of one stage."""
-        begin_products()
+        begin_products(copied=not self.config.tma_x)
         issue(mma, acc, tCrA, tCrB, stage)
         warpgroup.commit_group()

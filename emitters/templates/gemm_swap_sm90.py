@@ -14,11 +14,11 @@ from cutlass.pipeline import PipelineUserType
 from emitters.device.dependent import launch_next, wait_for_previous
 from emitters.device.epilogue.columns import ColumnsFragment
 from emitters.device.epilogue.nodes import Epilogue
-from emitters.device.epilogue.store import TransposedStore, make_out_map
+from emitters.device.epilogue.store import TransposedStore
 from emitters.device.gather import GatherIterator
 from emitters.device.mainloop_packed_sm90 import PackedProducts
 from emitters.device.mainloop_sm90 import add_products, begin_products, issue, make_sums, sum_type
-from emitters.device.memory import ELEMENT, SMEM, vector
+from emitters.device.memory import ELEMENT, SMEM, map_carrier, vector
 from emitters.device.packed import PackedLoader
 from emitters.device.parameters import Gate, Gathered, Output, Rows, Scales
 from emitters.device.ring import Ring
@@ -120,7 +120,7 @@ class GemmSwapSm90:
             self.weights.carrier(weight, one_box, (self.tile[0], self.tile[2])),
             rows,
             gathered,
-            Output(output.out, make_out_map(self.problem, output.out_map)),
+            Output(output.out, map_carrier(output.out_map)),
             gate,
             scales,
             node_tensors,
@@ -231,7 +231,7 @@ class GemmSwapSm90:
                 cute.arch.setmaxregister_decrease(self.config.producer_registers)
             self.gather.attach(gathered, thread % WARPGROUP)
             if const_expr(self.scales is not None):
-                self.scales.attach_copies(scales, self.gather)
+                self.scales.attach_copies(scales, self.gather, thread % WARPGROUP)
             self.load_x(storage, weight, warp == weight_warp)
         else:
             self.load_weights(weight, storage)

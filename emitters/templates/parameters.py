@@ -63,12 +63,17 @@ def tensor_map(
     return Argument(stand_in, ((name, ParamKind.TENSOR_MAP),))
 
 
-def gemm_arguments(problem: GemmProblem, dynamic: bool = False) -> tuple[Argument, ...]:
+def gemm_arguments(
+    problem: GemmProblem, dynamic: bool = False, tma_x: bool = False
+) -> tuple[Argument, ...]:
     """The arguments of both templates of the grouped GEMM, except grid and stream.
 
-    dynamic: whether the schedule takes units from a counter.
+    dynamic: whether the schedule takes units from a counter. tma_x: whether x has a tensor map.
     """
     element, stored = ELEMENT[problem.out], problem.stored
+    x = pointer("x", Uint8, 16)
+    if tma_x:
+        x = tensor_map("x", ELEMENT[problem.x], (SLICE_ROWS, problem.k), (1, 0))
     return (
         _weight(problem),
         several(
@@ -79,10 +84,10 @@ def gemm_arguments(problem: GemmProblem, dynamic: bool = False) -> tuple[Argumen
             kind=Rows,
         ),
         several(
-            pointer("x", Uint8, 16),
+            x,
             pointer("index", Int32, 4) if problem.gather else ABSENT,
             integer("num_tokens"),
-            integer("x_stride"),
+            ABSENT if tma_x else integer("x_stride"),
             kind=Gathered,
         ),
         several(

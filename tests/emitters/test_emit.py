@@ -158,6 +158,8 @@ def compiled(shared_cache: Cache) -> list[Result]:
     for i, problem in enumerate(every_problem(twins=False)):
         configs = heuristics.candidates(problem)
         requests.append(Request(problem, configs[i % len(configs)]))
+    two_k_tiles = dataclasses.replace(GATED, accumulation=Accumulation.TWO_LEVEL, k=256)
+    requests.append(Request(two_k_tiles, GemmSm90Config()))  # a loop of one step
     for problem in (*every_activation(), GatherSumProblem(DType.FP32, DType.FP16, 72)):
         requests += [Request(problem, config) for config in heuristics.every_config(problem)]
     return list(build_images(shared_cache, requests))
@@ -301,6 +303,7 @@ CONFIG_REASONS = [
     ("N between slices", {"tile_n": 96}, "multiple of 64"),
     ("N beyond WGMMA", {"tile_n": 320}, "up to 256"),
     ("cluster of four", {"cluster_m": 4}, "1 or 2"),
+    ("TMA of gathered rows", {"tma_x": True}, "tma_x must be False for rows read through an index"),
     ("half a pair in a group", {"cluster_m": 2, "group_m": 3}, "multiple of cluster_m"),
     ("dynamic pairs", {"cluster_m": 2, "schedule": Schedule.DYNAMIC}, "cluster_m must be 1"),
     ("ping-pong of 192 rows", {"tile_m": 192, "tile_n": 64, "pingpong": True}, "at most 128"),

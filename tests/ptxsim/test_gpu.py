@@ -41,7 +41,13 @@ def _on_gpu(run: Run, inputs: dict[str, Any]) -> Tensor:
         interleaved=interleaved,
         numbers=launch.numbers_of(inputs),
     )
-    views = gemm_views(run.problem, on["weight"].stride(), len(out), interleaved)
+    views = gemm_views(
+        run.problem,
+        on["weight"].stride(),
+        len(inputs["x"]),
+        len(out),
+        interleaved=interleaved,
+    )
     kernel = load(run.problem, run.config, torch.cuda.current_device())
     stream = torch.cuda.current_stream().cuda_stream
     kernel.launch(values, run.grid, stream, views=views)

@@ -114,7 +114,8 @@ class Gradient:
             self.problem, addresses, self.tokens, len(given["out"]), numbers=numbers
         )
         values["choices"] = self.top_k
-        views = gemm_views(self.problem, given["weight"].stride(), len(given["out"]))
+        strides = given["weight"].stride()
+        views = gemm_views(self.problem, strides, self.tokens, len(given["out"]))
         parameters = launch.pack(record, built.code, values, views)
         job = Launch(
             built.code, self.grid, record.smem_bytes, record.registers, parameters,

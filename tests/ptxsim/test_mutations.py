@@ -48,6 +48,7 @@ KERNELS: dict[str, tuple[Case, GemmConfig]] = {
     },
     "n_major_gated": (replace(N_MAJOR, epilogue=GATED.epilogue), replace(SMALL, tile_n=128)),
     "starts": (replace(CASE, apart=5), SMALL),
+    "tma_x": (RUNS["tma_x"].case, RUNS["tma_x"].config),
     "many_experts": (replace(CASE, counts=(9, 0, 70, 3)), SMALL),
 }
 

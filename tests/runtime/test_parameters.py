@@ -91,6 +91,7 @@ CASES: dict[str, tuple[Problem, Config, dict[str, int]]] = {
         name: (problem, config, gemm_values(problem, ADDRESS, 8, 24))
         for name, problem, config in (
             ("plain", PLAIN, GemmSm90Config(64, 128)),
+            ("tma_x", PLAIN, GemmSm90Config(64, 128, tma_x=True)),
             ("full", FULL, GemmSm90Config(64, 128, schedule=Schedule.DYNAMIC)),
         )
     },
@@ -180,7 +181,8 @@ def test_views() -> None:
         gather=True,
         weight_scale=Granularity.CHANNEL,
     )
-    views = gemm_views(problem, (4096, 40, 1), num_rows=10)
+    views = gemm_views(problem, (4096, 40, 1), num_tokens=6, num_rows=10, x_stride=48)
+    assert views["x"] == ((32, 6), (48,), 2)
     assert views["weight"] == ((32, 64, 3), (40, 4096), 2)
     assert views["out_map"] == ((64, 10), (64,), 4)
 

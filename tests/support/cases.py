@@ -409,7 +409,8 @@ EVERY_CANDIDATE = (
 )
 # Run with every legal config.
 EVERY_LEGAL = (
-    "n_264", "n_264_two_level", "swiglu", "n_major_swiglu", "blocks_32", "blocks_swiglu"
+    "n_264", "n_264_two_level", "swiglu", "n_major_swiglu", "blocks_32", "blocks_swiglu",
+    "no_index_int8", "blocks_no_index",
 )  # fmt: skip
 # Run with CTAs that share a tile's K.
 SPLIT = ("k_7168", "k_7168_two_level", "k_2064", "blocks_outside")
@@ -424,6 +425,7 @@ def legal_configs(problem: GemmProblem) -> list[GemmConfig]:
         GemmSm90Config(
             tile_m=m, tile_n=n, ctas_per_sm=ctas, cluster_m=cluster, pingpong=pingpong,
             schedule=schedule, group_m=group_m,
+            tma_x=not problem.gather,
         )
         for (m, n, ctas, cluster, pingpong), (schedule, group_m) in zip(shapes, turns, strict=False)
     ]  # fmt: skip

@@ -65,16 +65,17 @@ def parameters_of(problem: Problem, config: Config) -> list[tuple[str, ParamKind
         return [(name, INT if name in integers.split() else POINTER) for name in names]
     stacked = problem.weight.storage is WeightStorage.STACKED
     operands = (node.operand for node in problem.epilogue if node.operand)
+    tma_x = getattr(config, "tma_x", False)
     found = [
         ("weight", MAP if stacked else POINTER),
-        ("x", POINTER),
+        ("x", MAP if tma_x else POINTER),
         ("index", POINTER if problem.gather else None),
         ("starts", POINTER),
         ("offsets", POINTER),
         ("out", POINTER),
         ("out_map", MAP),
         ("num_tokens", INT),
-        ("x_stride", INT),
+        ("x_stride", None if tma_x else INT),
         ("num_rows", INT),
         ("early", INT),
         ("column_stride", INT if problem.gated else None),

@@ -7,7 +7,6 @@ from typing import Protocol
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
-from cutlass.cute.nvgpu import cpasync
 from cutlass.experimental import primitives as prims
 
 from emitters.device.epilogue.columns import ColumnsFragment
@@ -55,14 +54,6 @@ class Store(Protocol):
 
     def finish(self):
         """Waits, after the last tile, until stores have read the shared memory."""
-
-
-def make_out_map(problem: GemmProblem, out: cute.Tensor):
-    """The TMA atom that stores slices. out: any [16, N] tensor; the host encodes the real one."""
-    box = (SLICE_ROWS, SLICE_BYTES // problem.out.bytes)
-    layout = cute.make_layout(box, stride=(box[1], 1))
-    atom, _ = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), out, layout, box)
-    return atom
 
 
 class SliceStore:

@@ -120,7 +120,13 @@ class Arguments:
         if late:
             old = self.memory.add("old", np.zeros(out.nbytes, np.uint8), 0)
             self._copy(addresses["out"], old)
-        views = gemm_views(self.problem, inputs["weight"].stride(), len(out), interleaved)
+        views = gemm_views(
+            self.problem,
+            inputs["weight"].stride(),
+            len(inputs["x"]),
+            len(out),
+            interleaved=interleaved,
+        )
         addresses["weight"] = self._weight(inputs["weight"], views.get("weight"))
         self.counters = np.zeros(2, np.int32)  # of a dynamic schedule
         if any(param.name == "counters" for param in kernel.record.params):

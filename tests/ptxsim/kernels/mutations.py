@@ -385,6 +385,15 @@ MUTATIONS: dict[str, Mutation] = {
         ("belongs to no expert", "never written"),
         "starts",
     ),
+    # rows in order, by TMA
+    "tma_x_not_expected": Mutation(
+        producer("(mov.b32 %r\\d+,) 16384;", r"\1 8192;"), (_PENDING, _UNORDERED), "tma_x"
+    ),
+    "tma_x_of_the_first_tile": Mutation(
+        producer(r"(tensor.2d\S+ \[[^]]*\], \[%rd\d+, \{%r\d+,) %r\d+", r"\1 0"),
+        (_WRONG,),
+        "tma_x",
+    ),
     # ping-pong
     "first_turn_not_passed": Mutation(
         consumer(r"bar.arrive [^;]*;", ""), (_DEADLOCK,), "pingpong"

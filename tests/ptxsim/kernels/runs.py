@@ -32,6 +32,7 @@ CLUSTER = replace(SMALL, cluster_m=2)
 SWAP = GemmSwapSm90Config(stages=2)
 BASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=272, spare=3, reads="outside")
 PAIRS = replace(BASE, counts=(140, 0, 33))  # of M tiles: one, and one tile that is left over
+_ORDERED = replace(BASE, gather=False, reads="any")  # rows
 FEW = replace(BASE, counts=(11, 0, 3))
 EPILOGUES: dict[str, tuple[EpilogueNode, ...]] = {
     "none": (),
@@ -163,6 +164,14 @@ SHAPES: dict[str, Run] = {  # what changes the waits
     "cluster_table": Run(PAIRS, CLUSTER, storage=WeightStorage.TABLE),
     "cluster_pingpong": Run(replace(PAIRS, counts=(270, 0, 33)), replace(CLUSTER, pingpong=True)),
     "cluster_without_work": Run(replace(BASE, counts=(0, 5, 0)), CLUSTER, grid=6),
+    "tma_x": Run(_ORDERED, replace(SMALL, tma_x=True)),
+    "tma_x_starts": Run(replace(_ORDERED, apart=19), replace(SMALL, tma_x=True)),
+    "tma_x_pingpong": Run(
+        replace(_ORDERED, counts=(200, 0, 140)), replace(PINGPONG, tile_m=128, tma_x=True)
+    ),
+    "tma_x_cluster": Run(replace(_ORDERED, counts=PAIRS.counts), replace(CLUSTER, tma_x=True)),
+    "tma_x_dynamic": Run(_ORDERED, replace(SMALL, schedule=Schedule.DYNAMIC, tma_x=True)),
+    "tma_x_one_step": Run(replace(_ORDERED, k=16), replace(SMALL, tma_x=True)),
     "one_cta": Run(BASE, grid=1),
     "three_ctas": Run(replace(BASE, counts=(70, 0, 173)), grid=3),
     "more_ctas_than_tiles": Run(replace(BASE, counts=(0, 5, 0)), grid=3),
@@ -228,9 +237,7 @@ ACTIVATED |= {
     "gated_pingpong_128": Run(
         replace(_GATED, counts=(200, 0, 140)), replace(PINGPONG, tile_m=128, tile_n=128)
     ),
-    # not with the two k-tiles of the others: its PTX then copies accumulators between WGMMAs, which
-    # the simulator refuses and ptxas has to serialise (perf/EXPERIMENTS.md, "Scales that vary")
-    "gated_two_level": Run(_k(replace(_GATED, accumulation=Accumulation.TWO_LEVEL), 3), _WIDE),
+    "gated_two_level": Run(replace(_GATED, accumulation=Accumulation.TWO_LEVEL), _WIDE),
     "gated_starts": Run(replace(_GATED, apart=19), _WIDE),
     "starts": Run(replace(BASE, apart=19), SMALL),
     "swap_starts": Run(replace(FEW, apart=5), SWAP),
@@ -375,6 +382,18 @@ BLOCKS: dict[str, Run] = {  # scales that vary along K
         replace(_BLOCK_GATED, n=528, gather=False, reads="any"), replace(SMALL, tile_n=256)
     ),
     "blocks_gated_32": Run(_blocks_of(Granularity.BLOCK_32, _BLOCK_GATED), _WIDE),
+    "blocks_tma_x": Run(
+        replace(_BLOCKS, counts=(134, 0, 3), n=264, gather=False, reads="any"),
+        GemmSm90Config(tile_m=128, tile_n=256, stages=2, tma_x=True),
+    ),
+    "blocks_tma_x_192": Run(
+        replace(_BLOCKS, counts=(200, 0, 33), n=136, gather=False, reads="any"),
+        GemmSm90Config(tile_m=192, tile_n=128, stages=2, tma_x=True),
+    ),
+    "blocks_tma_x_cluster": Run(
+        replace(_BLOCKS, counts=(300, 0, 33), n=136, gather=False, reads="any", k=272),
+        GemmSm90Config(tile_m=128, tile_n=128, stages=2, tma_x=True, cluster_m=2),
+    ),
     "swap_blocks": Run(replace(_FEW_BLOCKS, n=136), SWAP),
     "swap_blocks_128": Run(
         replace(_FEW_BLOCKS, n=264), replace(SWAP, tile_n=128, tile_m=48, k_boxes=2)
