@@ -48,7 +48,7 @@ KERNELS: dict[str, tuple[Case, GemmConfig]] = {
     },
     "n_major_gated": (replace(N_MAJOR, epilogue=GATED.epilogue), replace(SMALL, tile_n=128)),
     "starts": (replace(CASE, apart=5), SMALL),
-    "tma_x": (RUNS["tma_x"].case, RUNS["tma_x"].config),
+    **{name: (RUNS[name].case, RUNS[name].config) for name in ("tma_x", "blocks_tma_x")},
     "many_experts": (replace(CASE, counts=(9, 0, 70, 3)), SMALL),
 }
 

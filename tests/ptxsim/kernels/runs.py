@@ -165,6 +165,9 @@ SHAPES: dict[str, Run] = {  # what changes the waits
     "cluster_pingpong": Run(replace(PAIRS, counts=(270, 0, 33)), replace(CLUSTER, pingpong=True)),
     "cluster_without_work": Run(replace(BASE, counts=(0, 5, 0)), CLUSTER, grid=6),
     "tma_x": Run(_ORDERED, replace(SMALL, tma_x=True)),
+    "tma_x_bf16": Run(
+        _k(replace(_ORDERED, operand=DType.BF16, epilogue=()), 2.125), replace(SMALL, tma_x=True)
+    ),
     "tma_x_starts": Run(replace(_ORDERED, apart=19), replace(SMALL, tma_x=True)),
     "tma_x_pingpong": Run(
         replace(_ORDERED, counts=(200, 0, 140)), replace(PINGPONG, tile_m=128, tma_x=True)
