@@ -16,7 +16,7 @@ SCALE_THREADS = 64  # that copy scales of rows in order, if these vary along K
 class OrderedRows:
     """Copies 128 bytes of each row of a tile to a stage, by one box of TMA.
 
-    It has the methods of `GatherIterator`, so that a producer fills stages by either. The rows past
+    Rows are named, and scales copied, by the methods that `GatherIterator` has too. The rows past
     the expert's end are copied as well: they are the next expert's, and nothing of them is stored.
     Past the end of x, and of a row, come zeros.
 

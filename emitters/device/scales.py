@@ -17,8 +17,9 @@ from emitters.spec.registry import GemmConfig
 class BlockScales:
     """Copies the scales of each 128 of K by cp.async of 4 bytes, and reads them in consumers.
 
-    The threads that copy rows of x copy their scales as well, and the first ones those of the
-    weights. A box (128 bytes of K of a stage) has these float32:
+    The threads that copy gathered rows of x copy their scales as well. Rows in order come by TMA,
+    and two warps copy their scales. The first threads also copy the scales of the weights. A box
+    (128 bytes of K of a stage) has these float32:
 
       0 ..         a scale per row of the tile; 0 for rows without a token
       tile_m ..    a scale per `columns` columns of the output; of a gated problem those of the
