@@ -22,10 +22,10 @@ from cutlass_moe.runtime import library
 from cutlass_moe.runtime.parameters import MisalignedAddress
 from cutlass_moe.runtime.signatures import Signatures, signature
 
-# Rows per expert above which an up projection stores its columns before the activation too, and
-# from which the gradient of an activation's result becomes that of its input: with fewer, experts
-# don't fill its tiles. Measured on an H200 with 256 rows and more (perf/EXPERIMENTS.md).
-STORED_ROWS, GRADIENT_ROWS = 768, 128
+# Rows per expert from which an up projection stores its columns before the activation too, and the
+# gradient of an activation's result becomes that of its input: with fewer, experts don't fill their
+# tiles. Measured on an H200 with 256 rows and more (perf/EXPERIMENTS.md).
+STORED_ROWS, GRADIENT_ROWS = 256, 128
 
 
 class How(NamedTuple):
@@ -114,7 +114,7 @@ def project_up(
     sums. Else a step applies it to what a product has stored; so it does with gate and up columns
     that alternate, and with 8-bit weights, whose scales leave a kernel no registers for wide tiles.
     """
-    alone = how.interleaved or how.quant is not None or how.expected_rows <= STORED_ROWS
+    alone = how.interleaved or how.quant is not None or how.expected_rows < STORED_ROWS
     if x.is_cuda and len(table.index) and not alone:
         operands = Operands(x, up.weight, table.index, table.offsets, bias=up.bias)
         options = Options(out_dtype=out_dtype, expected_rows=how.expected_rows)

@@ -201,7 +201,7 @@ def test_stored_columns(config: GemmSm90Config, monkeypatch: pytest.MonkeyPatch)
     x, w13 = given["hidden"], given["w13"]
     table = cm.route(given["topk_ids"], BASE.experts)
     how = products.How(
-        BASE.activation, False, None, None, None, None, None, products.STORED_ROWS + 1
+        BASE.activation, False, None, None, None, None, None, products.STORED_ROWS
     )
     monkeypatch.setattr(products, "_decisions", Signatures())
     with forced_config(config):
