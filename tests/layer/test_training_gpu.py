@@ -200,9 +200,7 @@ def test_stored_columns(config: GemmSm90Config, monkeypatch: pytest.MonkeyPatch)
     given = BASE.arguments("cuda")
     x, w13 = given["hidden"], given["w13"]
     table = cm.route(given["topk_ids"], BASE.experts)
-    how = products.How(
-        BASE.activation, False, None, None, None, None, None, products.STORED_ROWS
-    )
+    how = products.How(BASE.activation, False, None, None, None, None, None, products.STORED_ROWS)
     monkeypatch.setattr(products, "_decisions", Signatures())
     with forced_config(config):
         up = products.Factor(w13, None, None)
