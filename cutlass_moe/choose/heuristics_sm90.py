@@ -66,9 +66,9 @@ def _one_producer(tile_m: int, tile_n: int, k_boxes: int) -> GemmPackedSm90Confi
 # so many rows have the largest tiles.
 _PACKED_ONCE = 45  # up to this many rows per expert, most weights are read once: evict them first
 _PACKED: tuple[tuple[float, tuple[GemmPackedSm90Config, ...]], ...] = (
-    (1.5, (GemmPackedSm90Config(8, 64, ctas_per_sm=4),)),
+    (1.5, (GemmPackedSm90Config(8, 64, ctas_per_sm=4), GemmPackedSm90Config(8, 64, ctas_per_sm=3))),
     (5, (GemmPackedSm90Config(8, 128, ctas_per_sm=2),)),
-    (12, (GemmPackedSm90Config(16, 256),)),
+    (12, (GemmPackedSm90Config(16, 256), GemmPackedSm90Config(16, 256, k_boxes=2))),
     (24, (_one_producer(32, 256, 4),)),
     (_PACKED_ONCE, (_one_producer(48, 256, 4), _one_producer(48, 128, 4))),
     (72, (_one_producer(80, 256, 2), _one_producer(80, 128, 4))),

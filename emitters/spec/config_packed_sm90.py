@@ -8,6 +8,7 @@ from typing import ClassVar
 from emitters.spec.arch import SM90, why_no_registers
 from emitters.spec.config_sm90 import WARPGROUP
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
+from emitters.spec.epilogue import Bias
 from emitters.spec.gemm import GemmProblem, Granularity
 from emitters.spec.packing import BLOCK_ROWS, Packing
 
@@ -124,17 +125,28 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
         )
 
     def _why_registers(self, problem: GemmProblem) -> str | None:
-        packing = problem.weight.packing
-        assert packing is not None
-        others, accumulators = _OTHERS[packing], self.accumulator_registers(problem)
-        if packing is Packing.INT4_G128 and accumulators > 16:
-            others += 8
-        if problem.weight_scale is Granularity.CHANNEL and len(problem.epilogue) > 1:
-            others += 8
+        accumulators, others = self.accumulator_registers(problem), self._other_registers(problem)
         role = "consumer thread" if self.one_producer else "thread"
         return why_no_registers(
             self.tile_m // 2, _WGMMA_OTHERS, self.registers, "thread at launch"
         ) or why_no_registers(accumulators, others, self.consumer_registers, role)
+
+    def _other_registers(self, problem: GemmProblem) -> int:
+        """Registers per consumer thread besides accumulators with which no kernel spilled."""
+        packing, accumulators = problem.weight.packing, self.accumulator_registers(problem)
+        assert packing is not None
+        others = _OTHERS[packing]
+        if packing is Packing.INT4_G128 and accumulators >= 16:
+            others += 8
+        per_channel = problem.weight_scale is Granularity.CHANNEL
+        of_columns = per_channel or any(isinstance(node, Bias) for node in problem.epilogue)
+        if of_columns and packing is Packing.INT4_G128:
+            others += 8
+        elif of_columns and packing is Packing.MXFP4 and accumulators <= 8:
+            others += 4 + 4 * self.k_blocks
+        if per_channel and problem.epilogue:
+            others += 20
+        return others
 
     def _why_tile(self, problem: GemmProblem) -> str | None:
         if self.tile_m != 8 and (self.tile_m % 16 or not 16 <= self.tile_m <= 256):
