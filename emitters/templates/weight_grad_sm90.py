@@ -5,13 +5,13 @@ import cutlass.cute as cute
 import cutlass.utils as utils
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int16, Int32, Int64, Uint8, const_expr, range_constexpr
-from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.nvgpu import warpgroup
 from cutlass.experimental import primitives as prims
 
 from emitters.device.epilogue.slices import Slices
 from emitters.device.gather import GatherIterator
 from emitters.device.mainloop_sm90 import begin_products, fragments, issue
-from emitters.device.memory import ELEMENT, VECTOR, tensor_map_address
+from emitters.device.memory import ELEMENT, VECTOR, map_carrier, tensor_map_address
 from emitters.device.parameters import Gathered
 from emitters.device.ring import Ring
 from emitters.spec.config_sm90 import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, WARPGROUP
@@ -128,12 +128,12 @@ class WeightGradSm90:
         gathered: the other operand, None if both are in order. out: a [16, N] tensor.
         """
         self.kernel(
-            *(None if x is None else self.carrier(x) for x in (left, right)),
+            *(None if x is None else map_carrier(x) for x in (left, right)),
             gathered,
             starts,
             offsets,
             num_rows,
-            self.carrier(out),
+            map_carrier(out),
         ).launch(
             grid=[grid, 1, 1],
             block=[self.config.threads, 1, 1],
@@ -142,15 +142,6 @@ class WeightGradSm90:
             preferred_smem_carveout=100,  # else the compiler asks a driver
             stream=stream,
         )
-
-    def carrier(self, tensor: cute.Tensor):
-        """A TMA atom as an argument of the kernel: it reserves the 128 bytes of a tensor map."""
-        box = (SLICE_ROWS, SLICE_BYTES * 8 // tensor.element_type.width)
-        layout = cute.make_layout(box, stride=(box[1], 1))
-        atom, _ = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileS2GOp(), tensor, layout, box
-        )
-        return atom
 
     def storage(self):
         tile_m, tile_n, rows = self.tile
