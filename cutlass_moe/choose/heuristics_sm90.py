@@ -312,8 +312,8 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
     experts = problem.num_experts
     if problem.weight.packing:
         limit, configs = next(entry for entry in _PACKED if rows_per_expert <= entry[0])
-        tiles = min(1.0, rows_per_expert) * experts * -(-problem.n // 64)
         if configs == _PACKED[0][1]:
+            tiles = min(1.0, rows_per_expert) * experts * -(-problem.n // 64)
             configs = _few_tiles(tiles / gpu.sms)
         return _packed(problem, configs, limit <= _PACKED_ONCE)
     if rows_per_expert > _swap_rows(problem, gpu) or not problem.sole_output:  # else swap-AB
