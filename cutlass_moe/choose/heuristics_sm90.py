@@ -205,7 +205,18 @@ def every_config(problem: Problem) -> tuple[Config, ...]:
 
 def candidates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """Every config that `choose` may return for this problem."""
-    return tuple(dict.fromkeys((*tuned.configs(problem), *_estimates(problem))))
+    found = (*tuned.configs(problem), *_estimates(problem))
+    if problem.block_rows:
+        found = (*found, *(_copied(problem, config) for config in found))
+    return tuple(dict.fromkeys(found))
+
+
+def _copied(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
+    """The config with x, and its scales along K, copied by threads: TMA can't read the scales."""
+    if not isinstance(config, GemmSm90Config):
+        return config
+    copied = replace(config, tma_x=False)
+    return copied if why_illegal(problem, copied) is None else replace(copied, tile_m=128)
 
 
 @lru_cache(maxsize=1024)
@@ -268,16 +279,20 @@ def choose(
     rows_per_expert: float,
     schedule: str | None = None,
     gpu: str = GPU,
+    columns: bool = True,
 ) -> GemmConfig:
     """The config for a call: from a tuning table that knows GPU and problem, else an estimate.
 
     num_tokens: rows of x. rows_per_expert: the mean, or the caller's hint. schedule: the caller's
     wish. The swap-AB template has one schedule only, so another one brings a config of the template
-    for many rows; a dynamic schedule has no clusters. Packed weights keep theirs. Raises
-    ValueError, with the reason, if no config is legal.
+    for many rows; a dynamic schedule has no clusters. Packed weights keep theirs. columns: whether
+    TMA can read the scales of x, if they vary along K. Raises ValueError, with the reason, if no
+    config is legal.
     """
     config = tuned.lookup(problem, gpu, rows_per_expert)
     config = config or estimate(problem, num_tokens, rows_per_expert, gpu)
+    if problem.block_rows and not columns:
+        config = _copied(problem, config)
     if schedule is None:
         return config
     scheduled = config.scheduled(Schedule(schedule))

@@ -28,6 +28,7 @@ from cutlass_moe.runtime.launch import Launch
 from cutlass_moe.runtime.parameters import (
     DENSE,
     Strides,
+    column_stride,
     combine_values,
     quantize_groups_values,
     quantize_values,
@@ -124,8 +125,19 @@ class LayerWorkspace:
 
 
 def _scales(rows: int, problem: GemmProblem) -> tuple[int, ...]:
-    """The shape of the scales of so many rows of x."""
-    return (rows, problem.scale_blocks[1]) if problem.block_rows else (rows,)
+    """The shape of the memory for the scales of so many rows of x."""
+    if not problem.block_rows:
+        return (rows,)
+    columns = problem.scale_blocks[1]
+    return (rows, columns) if problem.gather else (columns, column_stride(rows))
+
+
+def _scale_strides(rows: int, problem: GemmProblem) -> tuple[int, int]:
+    """The strides of the scales along K of so many rows of x.
+
+    Those of rows in order, which TMA loads, lie column by column.
+    """
+    return (problem.scale_blocks[1], 1) if problem.gather else (1, column_stride(rows))
 
 
 class Chain:
@@ -221,7 +233,9 @@ def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProb
     if problems.quantize_hidden:
         stride = layer.hidden.stride(0) * layer.hidden.element_size()
         read = {"source": "hidden", "static_scale": "hidden_scale"}
-        links.append(make.quantize(problems.quantize_hidden, tokens, stride, read, early=True))
+        links.append(
+            make.quantize(problems.quantize_hidden, problems.up, tokens, stride, read, early=True)
+        )
         up_x = {"x": "hidden_q", "per_token_scale": "hidden_q_scale"}
     elif options.quant:
         up_x["per_token_scale"] = "hidden_scale"
@@ -229,7 +243,7 @@ def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProb
     if problems.quantize_active:
         stride = 2 * problems.down.k
         read = {"source": "active", "end": "last_end", "static_scale": "active_scale"}
-        links.append(make.quantize(problems.quantize_active, rows, stride, read))
+        links.append(make.quantize(problems.quantize_active, problems.down, rows, stride, read))
         down_x = {"x": "active_q", "per_token_scale": "active_q_scale"}
     links.append(make.gemm(problems.down, rows, "w2", {**down_x, **routing}, "rows"))
     outputs, weight_stride = tokens, layer.topk_weights.stride(0)
@@ -277,6 +291,7 @@ class _LinkMaker:
     def quantize(
         self,
         problem: Quantize,
+        product: GemmProblem,
         rows: int,
         stride: int,
         reads: dict[str, str],
@@ -284,11 +299,11 @@ class _LinkMaker:
     ) -> Link:
         """A link for a quantisation of the rows named "source". stride: bytes between rows.
 
-        early: in a dependent launch the rows are final when it starts.
+        product: reads the result. early: in a dependent launch the rows are final when it starts.
         """
         early = early and self.overlap
         if isinstance(problem, QuantizeGroupsProblem):
-            strides = (problem.groups, 1)
+            strides = _scale_strides(rows, product)
             values = quantize_groups_values({}, rows, stride, strides, early=early)
         else:
             values = quantize_values({}, rows, stride, early=early)
@@ -327,7 +342,7 @@ class _LinkMaker:
                 activation=str(self.options.function) if problem.activation else None,
                 **(numbers._asdict() if numbers and problem.activation else {}),
             ),
-            self.strides(problem, reads["x"]),
+            self.strides(problem, num_tokens, reads["x"]),
         )
         # down may read offsets before its wait: up has waited for route, which wrote them
         early = self.overlap and not problem.gather
@@ -338,11 +353,12 @@ class _LinkMaker:
             {"out": out, "out_map": out},
         )
 
-    def strides(self, problem: GemmProblem, x: str) -> Strides:
-        """The strides of x and its scale, which are dense where the layer's kernels write them."""
+    def strides(self, problem: GemmProblem, num_tokens: int, x: str) -> Strides:
+        """The strides of x and its scale; x is dense where the layer's kernels write it."""
         hidden, scale = self.layer.hidden, self.layer.hidden_scale
         if x != "hidden":
-            return DENSE
+            blocks = problem.block_rows
+            return Strides(x_scale=_scale_strides(num_tokens, problem)) if blocks else DENSE
         return Strides(
             hidden.stride(0), scale.stride() if scale is not None and problem.block_rows else None
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cutlass_moe.operands import Operands
 from cutlass_moe.runtime.fallback import announce_copy
-from cutlass_moe.runtime.parameters import ALIGNMENTS, misaligned, reads_rows
+from cutlass_moe.runtime.parameters import alignment, misaligned, reads_rows
 
 T = TypeVar("T", Tensor, Tensor | None)
 
@@ -114,8 +114,10 @@ def at_address(name: str, tensor: T, multiple: int | None = None) -> T:
 
     multiple: of this many bytes the address must be; default what a GEMM's operand needs.
     """
-    multiple = multiple or ALIGNMENTS.get(name, 4)
-    if tensor is None or tensor.data_ptr() % multiple == 0:
+    if tensor is None:
+        return tensor
+    multiple = multiple or alignment(name, tensor)
+    if tensor.data_ptr() % multiple == 0:
         return tensor
     announce_copy(name, multiple)
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -126,7 +128,7 @@ def refuse_misaligned(name: str, tensor: Tensor, multiple: int | None = None) ->
 
     name: of the operand, or "name[e]" for expert e's part of it. multiple: as in `at_address`.
     """
-    multiple = multiple or ALIGNMENTS.get(name.partition("[")[0], 4)
+    multiple = multiple or alignment(name.partition("[")[0], tensor)
     address = tensor.data_ptr()
     if address % multiple:
         raise misaligned(name, multiple, address)

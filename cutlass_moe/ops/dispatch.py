@@ -35,6 +35,7 @@ from cutlass_moe.runtime.parameters import (
     Strides,
     gemm_values,
     gemm_views,
+    in_columns,
     operand_addresses,
 )
 from cutlass_moe.runtime.signatures import Signatures, signature
@@ -230,7 +231,10 @@ def choose_launch(
     experts = problem.num_experts
     per_expert = options.expected_rows or num_rows / experts
     gpu = library.device_name(device)
-    config = forced or heuristics.choose(problem, num_tokens, per_expert, options.schedule, gpu)
+    columns = strides.x_scale is not None and in_columns(num_tokens, strides.x_scale)
+    config = forced or heuristics.choose(
+        problem, num_tokens, per_expert, options.schedule, gpu, columns
+    )
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     ctas = min(options.num_sms or sms, sms) * config.ctas_per_sm
     most_tiles = (num_rows // config.tile_m + min(experts, num_rows)) * config.n_tiles(problem)
@@ -258,7 +262,7 @@ def choose_launch(
             weight_strides,
             num_tokens,
             num_rows,
-            x_stride=strides.x,
+            strides=strides,
             interleaved=options.interleaved,
         ),
     )

@@ -14,7 +14,7 @@ from cutlass_moe.ops.dispatch import Choice, find_call
 from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference_out
 from cutlass_moe.runtime.device import on_device
-from cutlass_moe.runtime.parameters import ALIGNMENTS, misaligned, operand_addresses
+from cutlass_moe.runtime.parameters import alignment, misaligned, operand_addresses
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,7 +29,7 @@ class Plan:
         named = {**operands._asdict(), "out": out}
         self._tensors = {name: t for name, t in named.items() if t is not None}
         self._slots = {
-            name: (t.shape, t.dtype, t.stride(), ALIGNMENTS.get(name, 4))
+            name: (t.shape, t.dtype, t.stride(), alignment(name, t))
             for name, t in self._tensors.items()
         }
         self._device = out.get_device()

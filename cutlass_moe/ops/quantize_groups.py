@@ -16,7 +16,7 @@ from cutlass_moe.ops._types import check_types, typed
 from cutlass_moe.ops.block_scales import BLOCKS
 from cutlass_moe.ops.dispatch import launch_step, step_kernel
 from cutlass_moe.ops.quantize import LARGEST, check_values
-from cutlass_moe.runtime.parameters import quantize_groups_values
+from cutlass_moe.runtime.parameters import column_stride, quantize_groups_values
 from emitters.spec.gemm import K_BLOCK
 from emitters.spec.layer_steps import QuantizeGroupsProblem
 
@@ -38,8 +38,9 @@ def quantize_per_token_group(
     x [T, K]: bfloat16, float16 or float32; the last group of a row may be shorter. dtype:
     torch.float8_e4m3fn, torch.float8_e5m2 or torch.int8, with largest 448, 57344 and 127.
     power_of_two: scales are rounded up to powers of two (DeepSeek-V3.1's UE8M0, still float32).
-    column_major: neighbours in memory are the scales of neighbouring tokens, as DeepGEMM reads
-    them; the shape stays.
+    column_major: neighbours in memory are the scales of neighbouring tokens, and columns start at
+    multiples of 16 bytes; the shape stays. `grouped_matmul` without an index is faster with these,
+    and DeepGEMM reads them.
 
     Returns (q [T, K] of `dtype`, scale float32 [T, K / 128, rounded up]), which `grouped_matmul`
     takes as x and per_token_scale. A group with an infinity or a NaN gets a scale that is not
@@ -75,7 +76,7 @@ def quantize_per_token_group_reference(
     scale = _scale(groups.abs().amax(-1), dtype, power_of_two)
     q = _divide(groups, scale[..., None], dtype).flatten(-2)[..., :k]
     if column_major:
-        scale = scale.mT.contiguous().mT
+        scale = _new_scale(scale, scale.shape, column_major).copy_(scale)
     return q.contiguous(), scale
 
 
@@ -153,10 +154,16 @@ def _quantize_fake(
     x: Tensor, dtype: torch.dtype, power_of_two: bool, column_major: bool
 ) -> tuple[Tensor, Tensor]:
     rows, groups = x.shape[0], -(-x.shape[1] // K_BLOCK)
-    q = x.new_empty(x.shape, dtype=dtype)
-    if column_major:
-        return q, x.new_empty((groups, rows), dtype=torch.float32).mT
-    return q, x.new_empty((rows, groups), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=dtype), _new_scale(x, (rows, groups), column_major)
+
+
+def _new_scale(like: Tensor, shape: tuple[int, ...], column_major: bool) -> Tensor:
+    """Memory for a scale [..., T, K / 128] on the device of a tensor."""
+    *others, rows, groups = shape
+    if not column_major:
+        return like.new_empty(shape, dtype=torch.float32)
+    columns = like.new_empty((*others, groups, column_stride(rows)), dtype=torch.float32)
+    return columns[..., :rows].mT
 
 
 def _quantize_cuda(

@@ -22,8 +22,10 @@ from emitters.spec.weight_map import gate_strides, weight_view
 Addresses = Mapping[str, int]
 _OPERANDS = Operands._fields
 _X_SCALE_STRIDES = ("per_token_scale_stride", "per_token_scale_k_stride")
-# The alignment of the addresses of a GEMM's tensors, in bytes; 4 for all others.
+# The alignment of the addresses of a GEMM's tensors, in bytes; 4 for all others. Scales of tokens
+# that `in_columns` need 16.
 ALIGNMENTS = {"x": 16, "weight": 16, "out": 16, "scale": 8, "bias": 8}
+_COLUMN_UNIT = 4  # float32: a multiple of 16 bytes lies between two columns that TMA reads
 
 
 class Strides(NamedTuple):
@@ -37,6 +39,28 @@ class Strides(NamedTuple):
 
 
 DENSE = Strides()
+
+
+def column_stride(tokens: int) -> int:
+    """From a column of per_token_scale [T, K / 128] to the next, in elements, where columns are
+    dense and TMA can read them."""
+    return -(-tokens // _COLUMN_UNIT) * _COLUMN_UNIT
+
+
+def in_columns(tokens: int, strides: tuple[int, ...]) -> bool:
+    """Whether TMA can read per_token_scale [T, K / 128], its address aside: the scales of
+    neighbouring tokens are neighbours, and columns a multiple of 16 bytes apart."""
+    if len(strides) != 2:
+        return False
+    of_token, of_column = strides
+    return of_token == 1 and of_column % _COLUMN_UNIT == 0 and of_column >= max(tokens, 1)
+
+
+def alignment(name: str, tensor: Tensor) -> int:
+    """The bytes of which the address of a GEMM's tensor must be a multiple."""
+    if name == "per_token_scale" and in_columns(len(tensor), tensor.stride()):
+        return 16
+    return ALIGNMENTS.get(name, 4)
 
 
 def gemm_values(
@@ -91,19 +115,23 @@ def gemm_views(
     num_tokens: int,
     num_rows: int,
     *,
-    x_stride: int | None = None,
+    strides: Strides = DENSE,
     interleaved: bool = False,
 ) -> dict[str, View]:
-    """The views for the tensor maps of x, out, h if there is one, and of weight unless packed.
+    """The views for the tensor maps of x, out, h if there is one, of weight unless packed, and of
+    per_token_scale if it has columns.
 
     weight_strides: of E, N and K, in elements; for weights in a table, those of one expert's.
-    num_tokens: rows of x; x_stride: as in `Strides`. num_rows: rows of the product.
+    num_tokens: rows of x. num_rows: rows of the product.
     """
     columns = problem.out_columns
     views = {
-        "x": View((problem.k, num_tokens), (x_stride or problem.k,), problem.x.bytes),
+        "x": View((problem.k, num_tokens), (strides.x or problem.k,), problem.x.bytes),
         "out_map": View((columns, num_rows), (columns,), problem.out.bytes),
     }
+    if strides.x_scale is not None:
+        extents = num_tokens, problem.scale_blocks[1]
+        views["per_token_scale"] = View(extents, strides.x_scale[1:], 4)
     if problem.stored:
         views["h_map"] = gates_and_ups(problem.n, columns, num_rows, problem.out.bytes)
     if problem.gradient:
@@ -178,6 +206,11 @@ def operand_addresses(operands: Operands, out: Tensor) -> dict[str, int]:
     for name, multiple in ALIGNMENTS.items():
         if addresses.get(name, 0) % multiple:
             raise misaligned(name, multiple, addresses[name])
+    scale = operands.per_token_scale
+    if scale is not None and addresses["per_token_scale"] % 16:
+        multiple = alignment("per_token_scale", scale)
+        if addresses["per_token_scale"] % multiple:
+            raise misaligned("per_token_scale", multiple, addresses["per_token_scale"])
     return addresses
 
 

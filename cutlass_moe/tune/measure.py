@@ -22,6 +22,7 @@ from cutlass_moe.ops.grouped_matmul import grouped_matmul_out
 from cutlass_moe.ops.pack import quantize_packed
 from cutlass_moe.ops.route import route
 from cutlass_moe.runtime import library
+from cutlass_moe.runtime.parameters import column_stride
 from cutlass_moe.tune.timing import batch_us, flush_buffer
 from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
 from emitters.spec.config_sm90 import GemmSm90Config
@@ -217,6 +218,8 @@ class RandomOperands:
                 fixed["bias"] = bias.to(TORCH_DTYPES[node.dtype])
         rows = tokens if problem.gather else tokens * top_k
         scale = torch.rand(rows, *of_token, device="cuda") if problem.x.quantized else None
+        if problem.block_rows and not problem.gather:  # in columns, as layers write them
+            scale = torch.rand(*of_token, column_stride(rows), device="cuda").mT[:rows]
         return cls(problem, top_k, _values(dtype, rows, k).to(dtype), fixed, scale)
 
     def product(self, tokens: int, skewed: bool) -> Callable[[], None]:

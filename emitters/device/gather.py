@@ -87,19 +87,19 @@ class GatherIterator:
                 cp_size=size,
             )
 
-    def scaled_rows(self) -> list[Int32]:
+    def scaled_row(self) -> Int32:
         """The row of the tile whose scale this thread copies.
 
         Of the eight threads that copy a row, thread i copies the scale of the row i passes on.
         """
-        return [self.row + self.lane * ROWS_PER_PASS]
+        return self.row + self.lane * ROWS_PER_PASS
 
-    def scaled_tokens(self, tokens: cute.Tensor):
-        """Writes the row of x whose scale this thread copies; -1 if the tile's row has none."""
+    def scaled_token(self) -> Int32:
+        """The row of x whose scale this thread copies; -1 if the tile's row has none."""
         token = self.tokens[0]
         for i in range(1, self.passes):
             token = cutlass.select_(self.lane == i, self.tokens[i], token)
-        tokens[0] = token
+        return token
 
     @cute.jit
     def locate(self, column: Int32):

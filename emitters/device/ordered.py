@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.experimental import primitives as prims
@@ -10,26 +9,18 @@ from cutlass.experimental import primitives as prims
 from emitters.device.memory import tensor_map_address
 from emitters.device.parameters import Gathered
 
-SCALE_THREADS = 64  # that copy scales of rows in order, if these vary along K
-
 
 class OrderedRows:
     """Copies 128 bytes of each row of a tile to a stage, by one box of TMA.
 
-    Rows are named, and scales copied, by the methods that `GatherIterator` has too. The rows past
-    the expert's end are copied as well: they are the next expert's, and nothing of them is stored.
-    Past the end of x, and of a row, come zeros.
-
-    rows: of a tile.
+    Rows are named by the methods that `GatherIterator` has too. The rows past the expert's end are
+    copied as well: they are the next expert's, and nothing of them is stored. Past the end of x,
+    and of a row, come zeros.
     """
 
-    def __init__(self, rows: int):
-        self.rows = rows
-
-    def attach(self, gathered: Gathered, thread: Int32):
-        """Binds x. thread: its number among those that copy scales."""
-        self.x, self.num_tokens = gathered.x, gathered.num_tokens
-        self.thread = thread
+    def attach(self, gathered: Gathered):
+        """Binds x."""
+        self.x = gathered.x
         self.row = cute.make_rmem_tensor((1,), Int32)
         self.next_row = cute.make_rmem_tensor((1,), Int32)
 
@@ -50,13 +41,3 @@ class OrderedRows:
             barrier.to_llvm_ptr(),
             [],
         )
-
-    def scaled_rows(self) -> list[Int32]:
-        """The rows of the tile whose scales this thread copies."""
-        return [self.thread + first for first in range(0, self.rows, SCALE_THREADS)]
-
-    def scaled_tokens(self, tokens: cute.Tensor):
-        """Writes the rows of x whose scales this thread copies; -1 past its end."""
-        for i, row in enumerate(self.scaled_rows()):
-            token = self.row[0] + row
-            tokens[i] = cutlass.select_(token < self.num_tokens, token, Int32(-1))

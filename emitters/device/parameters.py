@@ -38,13 +38,13 @@ class Gathered(NamedTuple):
 class Scales(NamedTuple):
     """Scales that vary along K.
 
-    x: [T, K / 128], with strides in elements, from a token to the next and along K. weight: dense
-    [E, blocks of N, K / 128].
+    x: [T, K / 128], with strides in elements, from a token to the next and along K; None where TMA
+    loads rows, which has a tensor map as `Output` does. weight: dense [E, blocks of N, K / 128].
     """
 
-    x: cute.Pointer
-    x_stride: Int32
-    x_k_stride: Int32
+    x: cute.Pointer | cute.CopyAtom
+    x_stride: Int32 | None
+    x_k_stride: Int32 | None
     weight: cute.Pointer
 
 

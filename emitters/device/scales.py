@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, range_constexpr
+from cutlass import Int32
 from cutlass.experimental import primitives as prims
 
 from emitters.device.gather import GatherIterator
-from emitters.device.ordered import OrderedRows
+from emitters.device.memory import tensor_map_address
 from emitters.device.parameters import Scales
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.registry import GemmConfig
 
 
 class BlockScales:
-    """Copies the scales of each 128 of K by cp.async of 4 bytes, and reads them in consumers.
+    """Copies the scales of each 128 of K to shared memory, and reads them in consumers.
 
-    The threads that copy gathered rows of x copy their scales as well. Rows in order come by TMA,
-    and two warps copy their scales. The first threads also copy the scales of the weights. A box
-    (128 bytes of K of a stage) has these float32:
+    The threads that copy gathered rows of x copy their scales as well, by cp.async of 4 bytes. The
+    scales of rows in order are copied by TMA, from memory where those of neighbouring tokens are
+    neighbours. Those of the weights always come by cp.async. A box (128 bytes of K of a stage) has
+    these float32:
 
-      0 ..         a scale per row of the tile; 0 for rows without a token
-      tile_m ..    a scale per `columns` columns of the output; of a gated problem those of the
-                   gates, then those of the ups; zeros up to a multiple of four
+      0 ..            a scale per row of the tile; 0 for rows without a token. TMA can only begin
+                      at a multiple of four rows of x, so up to three scales come before; and rows
+                      past the expert's end have the next expert's
+      scaled_rows ..  a scale per `columns` columns of the output; of a gated problem those of the
+                      gates, then those of the ups; zeros up to a multiple of four
 
     Past the end of K scales are 0. The last block of N may be partial.
     """
@@ -33,37 +36,44 @@ class BlockScales:
         self.columns = config.scale_columns(problem)
         self.count = config.weight_scales(problem)
         self.groups = self.count // 2 if problem.gated else self.count  # per gates or ups
-        self.words = config.scale_words(problem)
+        self.scaled_rows, self.words = config.scaled_rows, config.scale_words(problem)
+        self.x_bytes = 4 * self.scaled_rows  # that TMA copies to a box
         self.n_blocks, self.k_blocks = problem.scale_blocks
 
     def attach(self, boxes: cute.Pointer):
         """Binds the shared memory of all boxes; by producers and consumers."""
         self.boxes = boxes
 
-    def attach_copies(self, scales: Scales, x: GatherIterator | OrderedRows, thread: Int32):
-        """Binds the scales in global memory. x: its threads copy them; thread: its number there."""
-        self.scales, self.x, self.thread = scales, x, thread
-        self.rows = x.scaled_rows()
-        self.tokens = cute.make_rmem_tensor((len(self.rows),), Int32)
+    def attach_copies(self, scales: Scales, thread: Int32, gather: GatherIterator | None = None):
+        """Binds the scales in global memory. thread: its number among those that copy scales.
+
+        gather: of the rows, whose threads copy the scales of x; None where TMA does.
+        """
+        self.scales, self.gather, self.thread = scales, gather, thread
+        self.token = cute.make_rmem_tensor((1,), Int32)
 
     def advance(self):
-        """Takes over the tokens whose scales this thread copies; after the rows' `advance`."""
-        self.x.scaled_tokens(self.tokens)
+        """Takes over the token whose scale this thread copies; after the gather's `advance`."""
+        self.token[0] = self.gather.scaled_token()
 
     @cute.jit
     def copy(self, box: Int32, k_block: Int32, expert: Int32, column: Int32):
         """Issues the copies of a box. column: the tile's first column of N."""
-        target = self.boxes + box * self.words
-        for i in range_constexpr(len(self.rows)):
-            if self.rows[i] < self.tile_m:
-                token = self.tokens[i]
-                size = Int32(4)
-                if token < 0 or k_block >= self.k_blocks:
-                    size = Int32(0)
-                at = cutlass.max(token, Int32(0)) * self.scales.x_stride
-                at = at + k_block * self.scales.x_k_stride
-                self.copy_word(target + self.rows[i], self.scales.x + at, size)
-        if self.thread < self.words - self.tile_m:
+        row = self.gather.scaled_row()
+        if row < self.tile_m:
+            token = self.token[0]
+            size = Int32(4)
+            if token < 0 or k_block >= self.k_blocks:
+                size = Int32(0)
+            at = cutlass.max(token, Int32(0)) * self.scales.x_stride
+            at = at + k_block * self.scales.x_k_stride
+            self.copy_word(self.box(box) + row, self.scales.x + at, size)
+        self.copy_weights(box, k_block, expert, column)
+
+    @cute.jit
+    def copy_weights(self, box: Int32, k_block: Int32, expert: Int32, column: Int32):
+        """Issues the copies of the weights' scales of a box."""
+        if self.thread < -(-self.count // 4) * 4:
             size = Int32(4)
             if self.thread >= self.count or k_block >= self.k_blocks:
                 size = Int32(0)
@@ -71,8 +81,18 @@ class BlockScales:
             at = (expert * self.n_blocks + block) * self.k_blocks + k_block
             if size == 0:
                 at = Int32(0)
-            word = target + (self.tile_m + self.thread)
+            word = self.box(box) + (self.scaled_rows + self.thread)
             self.copy_word(word, self.scales.weight + at, size)
+
+    def load_x(self, box: Int32, k_block: Int32, first_row: Int32, barrier: cute.Pointer):
+        """Starts TMA's copy of a box's scales of x; by one thread. first_row: of the tile, in x."""
+        prims.cp_async_bulk_tensor_shared_cluster_global(
+            self.box(box).to_llvm_ptr(),
+            tensor_map_address(self.scales.x).to_llvm_ptr(),
+            [first_row & -4, k_block],
+            barrier.to_llvm_ptr(),
+            [],
+        )
 
     def block(self, column: Int32, i: Int32):
         """The block of N of the tile's i-th scale of weights."""
@@ -88,6 +108,16 @@ class BlockScales:
             target.to_llvm_ptr(), source.to_llvm_ptr(), 4, prims.LoadCacheModifier.CA, cp_size=size
         )
 
-    def read(self, box: Int32) -> cute.Tensor:
-        """The float32 of a box, in shared memory."""
-        return cute.make_tensor(self.boxes + box * self.words, cute.make_layout(self.words))
+    def box(self, number: Int32) -> cute.Pointer:
+        return self.boxes + number * self.words
+
+    def read(self, box: Int32, skipped: Int32 | int = 0) -> tuple[cute.Tensor, cute.Tensor]:
+        """The scales of the tile's rows, and those of the weights, in shared memory.
+
+        skipped: the scales before those of the tile's rows.
+        """
+        of_rows, of_weights = self.box(box) + skipped, self.box(box) + self.scaled_rows
+        return (
+            cute.make_tensor(of_rows, cute.make_layout(self.tile_m)),
+            cute.make_tensor(of_weights, cute.make_layout(self.count)),
+        )

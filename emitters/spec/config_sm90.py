@@ -132,6 +132,11 @@ class Sm90Config(StagedConfig):
         outputs = self.tile_n // 2 if problem.gated else self.tile_n
         return (2 if problem.gated else 1) * outputs // self.scale_columns(problem)
 
+    @property
+    def scaled_rows(self) -> int:
+        """The rows of x whose scales along K are in shared memory with a tile."""
+        return self.tile_m
+
     def scale_words(self, problem: GemmProblem) -> int:
         """The float32 of shared memory for the scales of one k-tile: of x, then of the weights.
 
@@ -139,7 +144,7 @@ class Sm90Config(StagedConfig):
         """
         if not problem.block_rows:
             return 0
-        return self.tile_m + -(-self.weight_scales(problem) // 4) * 4
+        return self.scaled_rows + -(-self.weight_scales(problem) // 4) * 4
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,9 @@ class GemmSm90Config(Sm90Config):
     cluster_m: int = 1  # CTAs per cluster; they take neighbouring M tiles and share weights
     schedule: Schedule = Schedule.TILE
     group_m: int = 8  # M tiles that use an N tile's weights before the next N tile starts
-    tma_x: bool = False  # rows of x, which are in order, come by TMA; else 16 bytes a copy
+    # rows of x, which are in order, and their scales along K come by TMA; else by copies of 16
+    # bytes and of 4
+    tma_x: bool = False
     template: ClassVar[str] = "gemm_sm90"
 
     MAX_STAGES: ClassVar[int] = 8
@@ -208,6 +215,15 @@ class GemmSm90Config(Sm90Config):
 
     def k_tiles(self, problem: GemmProblem) -> int:
         return -(-problem.k // self.k_tile(problem))
+
+    @property
+    def scaled_rows(self) -> int:
+        # TMA reads from a multiple of 16 bytes on: up to three scales before the tile's
+        return self.tile_m + (4 if self.tma_x else 0)
+
+    def scale_words(self, problem: GemmProblem) -> int:
+        words = super().scale_words(problem)
+        return -(-words // 32) * 32 if self.tma_x else words  # TMA writes to multiples of 128 bytes
 
     def stage_bytes(self, problem: GemmProblem) -> int:
         scales = 4 * self.scale_words(problem)

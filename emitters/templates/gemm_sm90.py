@@ -25,7 +25,7 @@ from emitters.device.mainloop_sm90 import (
     sum_type,
 )
 from emitters.device.memory import ELEMENT, map_carrier
-from emitters.device.ordered import SCALE_THREADS, OrderedRows
+from emitters.device.ordered import OrderedRows
 from emitters.device.parameters import Gate, Gathered, Gradient, Output, Rows, Scales
 from emitters.device.ring import Ring
 from emitters.device.scales import BlockScales
@@ -72,9 +72,9 @@ class GemmSm90:
     - Warp 1 posts each unit of work before the last stage of the unit before the previous one is
       filled. Named barrier 3 makes the post visible to the producer, full[s] to the consumers.
     - With tma_x, warp 1 posts units, and one lane of it loads weights and x: full[s] completes
-      after its arrival. If scales vary along K, warps 2 and 3 copy these, which takes 64 arrivals
-      more. Named barrier 3 has 32 or 96 threads. WGMMA then reads what TMA alone has written, so
-      consumers need no proxy fence.
+      after its arrival. If scales vary along K, it loads those of x too, and warp 2 copies those of
+      the weights, which takes 32 arrivals more. Named barrier 3 has 32 or 64 threads. WGMMA then
+      reads what TMA alone has written, so consumers need no proxy fence.
 
     A stage has tile_m rows of x and tile_n rows of weight (N-major weights: for every 64 columns,
     the rows of K), in the 128-byte swizzle. Past the end of K or N it has zeros: TMA writes them
@@ -94,8 +94,11 @@ class GemmSm90:
         self.weights = WeightLoader(problem)
         self.scales = BlockScales(problem, config) if problem.block_rows else None
         if config.tma_x:
-            self.x, self.tma_bytes = OrderedRows(config.tile_m), self.x_bytes + self.weight_bytes
-            copying = SCALE_THREADS if self.scales else 0
+            self.x, self.tma_bytes = OrderedRows(), self.x_bytes + self.weight_bytes
+            copying = 0
+            if self.scales:
+                self.tma_bytes += self.scales.x_bytes
+                copying = 32
             self.producers = 32 + copying  # threads
         else:
             row_bytes = problem.k * problem.x.bytes
@@ -119,8 +122,12 @@ class GemmSm90:
         columns, k = self.config.tile_n // self.cluster, self.tile[2]
         maps = gemm_tensor_maps(self.problem, columns, k, self.config.l2_promotion)
         if self.config.tma_x:
-            x = TensorMapBox("x", (k, self.tile[0]), K_TILE_BYTES, self.config.l2_promotion)
+            promotion = self.config.l2_promotion
+            x = TensorMapBox("x", (k, self.tile[0]), K_TILE_BYTES, promotion)
             maps = (x, *maps)
+            if self.scales is not None:
+                box = self.config.scaled_rows, 1
+                maps = (*maps, TensorMapBox("per_token_scale", box, 0, promotion))
         return maps
 
     @cute.jit
@@ -136,10 +143,14 @@ class GemmSm90:
         """
         _, layout = self.stage_layouts()
         one_stage = cute.slice_(layout, (None, None, 0))
+        if const_expr(self.config.tma_x):
+            gathered = gathered._replace(x=map_carrier(gathered.x))
+            if const_expr(scales is not None):
+                scales = scales._replace(x=map_carrier(scales.x))
         self.kernel(
             self.weights.carrier(weight, one_stage, self.tile[1:]),
             rows,
-            gathered._replace(x=map_carrier(gathered.x)) if self.config.tma_x else gathered,
+            gathered,
             self.output(output),
             gate,
             scales,
@@ -193,10 +204,10 @@ class GemmSm90:
                 cute.struct.MemRange[self.element, tile_n * per_stage_row], 1024
             ]
             staging: cute.struct.Align[cute.struct.MemRange[Uint8, staging_bytes], 1024]
+            scales: cute.struct.Align[cute.struct.MemRange[Float32, scale_words], 128]
             full: cute.struct.MemRange[Int64, self.stages]
             empty: cute.struct.MemRange[Int64, self.stages]
             table: cute.struct.MemRange[Int32, words]
-            scales: cute.struct.Align[cute.struct.MemRange[Float32, scale_words], 16]
             loaded: cute.struct.MemRange[Int64, slice_barriers]
 
         return Storage
@@ -247,10 +258,14 @@ class GemmSm90:
             cute.arch.setmaxregister_decrease(self.config.producer_registers)
             if const_expr(self.config.tma_x):
                 if warp >= 1 and warp <= self.producers // 32:  # the others have nothing to copy
-                    self.attach_loads(gathered, scales, thread % SCALE_THREADS)
+                    self.x.attach(gathered)
+                    if const_expr(self.scales is not None):
+                        self.scales.attach_copies(scales, thread % 32)
                     self.load(weight, storage, warp)
             else:
-                self.attach_loads(gathered, scales, thread)
+                self.x.attach(gathered, thread)
+                if const_expr(self.scales is not None):
+                    self.scales.attach_copies(scales, thread, self.x)
                 self.load(weight, storage, warp)
         else:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
@@ -271,12 +286,6 @@ class GemmSm90:
         else:
             cute.arch.sync_threads()
 
-    def attach_loads(self, gathered, scales, thread):
-        """Binds what producers copy, weights aside. thread: its number among those that copy."""
-        self.x.attach(gathered, thread)
-        if self.scales is not None:
-            self.scales.attach_copies(scales, self.x, thread)
-
     @cute.jit
     def load(self, weight, storage, warp):
         """The producers' loop over tiles: fills the stages."""
@@ -288,7 +297,7 @@ class GemmSm90:
         j = Int32(1)  # the CTA's unit after this one
         while expert >= 0:
             self.x.advance()
-            if const_expr(self.scales is not None):
+            if const_expr(self.scales is not None and not self.config.tma_x):
                 self.scales.advance()
             next_expert, row, rows, next_column, next_shared = self.units.read(j)
             self.x.fetch(row, rows)
@@ -308,15 +317,17 @@ class GemmSm90:
                         if const_expr(self.config.tma_x):
                             stage = x_stages + state.index * self.x_bytes
                             self.x.copy(stage, k_tile * self.tile[2], barrier)
+                            if const_expr(self.scales is not None):
+                                self.scales.load_x(state.index, k_tile, self.x.row[0], barrier)
                 if const_expr(not self.config.tma_x):
                     self.x.copy(x_stages + state.index * self.x_bytes, k_tile)
                     if const_expr(self.scales is not None):
                         self.scales.copy(state.index, k_tile, expert, column)
                     self.ring.arrive_when_copied(state)
                 elif const_expr(self.scales is not None):
-                    copies = warp > 1  # warp 1 loads the rest
+                    copies = warp == 2  # warp 1 loads the rest
                     if copies:
-                        self.scales.copy(state.index, k_tile, expert, column)
+                        self.scales.copy_weights(state.index, k_tile, expert, column)
                         self.ring.arrive_when_copied(state)
                 state.advance()
             expert, column, shared = next_expert, next_column, next_shared
@@ -390,11 +401,11 @@ class GemmSm90:
             mma.set(warpgroup.Field.ACCUMULATE, False)
             if const_expr(two_level):
                 sums.fill(0)
-                self.take_stage(state, scales)
+                self.take_stage(state, row, scales)
                 for _ in cutlass.range(loop_steps(last), unroll=1):
                     following = state.clone()
                     following.advance()
-                    take_next = partial(self.take_stage, following, next_scales)
+                    take_next = partial(self.take_stage, following, row, next_scales)
                     self.add(mma, acc, sums, (tCrA, tCrB), state.index, scales, take_next)
                     mma.set(warpgroup.Field.ACCUMULATE, False)
                     for i in range_constexpr(self.scale_count):
@@ -434,8 +445,10 @@ class GemmSm90:
             expert, row, rows, column, _ = self.units.read(j)
         self.epilogue.finish()
 
-    def take_stage(self, state, scales):
+    def take_stage(self, state, row, scales):
         """Waits until a stage is full, makes it visible to WGMMA and reads its scales.
+
+        row: the tile's first.
 
         Two-level accumulation does so while WGMMA works on the stage before: otherwise all this
         would add to the time in which it has nothing to do.
@@ -444,8 +457,8 @@ class GemmSm90:
         if not self.config.tma_x:
             cute.arch.fence_view_async_shared()  # because cp.async wrote x by the generic proxy
         if self.scales is not None:
-            words = self.scales.read(state.index)
-            read = self.epilogue.fragment.read_scales(words, self.scales.columns)
+            of_tile = self.scales.read(state.index, row & 3 if self.config.tma_x else 0)
+            read = self.epilogue.fragment.read_scales(*of_tile, self.scales.columns)
             for i, value in enumerate(read):
                 scales[i] = value
 

@@ -231,7 +231,7 @@ class GemmSwapSm90:
                 cute.arch.setmaxregister_decrease(self.config.producer_registers)
             self.gather.attach(gathered, thread % WARPGROUP)
             if const_expr(self.scales is not None):
-                self.scales.attach_copies(scales, self.gather, thread % WARPGROUP)
+                self.scales.attach_copies(scales, thread % WARPGROUP, self.gather)
             self.load_x(storage, weight, warp == weight_warp)
         else:
             self.load_weights(weight, storage)
@@ -489,7 +489,7 @@ class GemmSwapSm90:
         if self.scales is None:
             return None
         fragment, columns = self.epilogue.fragment, self.scales.columns
-        return fragment.factors(fragment.read_scales(self.scales.read(box), columns), columns)
+        return fragment.factors(fragment.read_scales(*self.scales.read(box), columns), columns)
 
     @cute.jit
     def send_sums(self, sums, partial, sums_full, phase, rank, thread):

@@ -68,7 +68,8 @@ def gemm_arguments(
 ) -> tuple[Argument, ...]:
     """The arguments of both templates of the grouped GEMM, except grid and stream.
 
-    dynamic: whether the schedule takes units from a counter. tma_x: whether x has a tensor map.
+    dynamic: whether the schedule takes units from a counter. tma_x: whether x, and its scales along
+    K, have tensor maps.
     """
     element, stored = ELEMENT[problem.out], problem.stored
     x = pointer("x", Uint8, 16)
@@ -98,7 +99,7 @@ def gemm_arguments(
             kind=Output,
         ),
         _gate(problem),
-        _scales(problem),
+        _scales(problem, tma_x),
         several(*map(_applied, applied(problem))),
         pointer("counters", Int32, 8) if dynamic else ABSENT,
     )
@@ -131,13 +132,16 @@ def gradient_argument(problem: GemmProblem) -> Argument:
     )
 
 
-def _scales(problem: GemmProblem) -> Argument:
+def _scales(problem: GemmProblem, tma_x: bool) -> Argument:
     if not problem.block_rows:
         return ABSENT
+    x = pointer("per_token_scale", Float32, 4)
+    if tma_x:  # any tensor of such columns stands in for it
+        x = tensor_map("per_token_scale", Float32, (SLICE_ROWS, SLICE_BYTES), (1, 0))
     return several(
-        pointer("per_token_scale", Float32, 4),
-        integer("per_token_scale_stride"),
-        integer("per_token_scale_k_stride"),
+        x,
+        ABSENT if tma_x else integer("per_token_scale_stride"),
+        ABSENT if tma_x else integer("per_token_scale_k_stride"),
         pointer("scale", Float32, 4),
         kind=Scales,
     )

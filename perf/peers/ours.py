@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import cutlass_moe
+from cutlass_moe.compat.deep_gemm import get_mn_major_tma_aligned_tensor
 from perf.operands import LayerInputs, ProductInputs, Weights
 from perf.peers.prepared import Prepared, Quick
 
@@ -29,6 +30,8 @@ def product(inputs: ProductInputs, quick: Quick) -> Prepared:
         options["index"] = index
     else:
         x, options["per_token_scale"] = inputs.gathered()
+        if case.dtype == "fp8_block":  # in columns, as layers write them
+            options["per_token_scale"] = get_mn_major_tma_aligned_tensor(options["per_token_scale"])
 
     def launch() -> None:
         cutlass_moe.grouped_matmul_out(out, x, weight, **options)

@@ -29,6 +29,8 @@ STACKED = {name: run for name, run in RUNS.items() if run.storage is WeightStora
 def _on_gpu(run: Run, inputs: dict[str, Any]) -> Tensor:
     """The same kernel, launched without the op: that takes no 8-bit operands without scales."""
     out = poisoned(run.case.rows, run.problem.out_columns, inputs["out_dtype"], "cuda")
+    kernel = load(run.problem, run.config, torch.cuda.current_device())
+    inputs, strides = launch.in_columns(kernel.record, inputs)
     on = {name: t.cuda() for name, t in inputs.items() if isinstance(t, Tensor)}
     addresses = {name: tensor.data_ptr() for name, tensor in on.items()}
     addresses["out"] = out.data_ptr()
@@ -38,6 +40,7 @@ def _on_gpu(run: Run, inputs: dict[str, Any]) -> Tensor:
         addresses,
         len(inputs["x"]),
         len(out),
+        strides=strides,
         interleaved=interleaved,
         numbers=launch.numbers_of(inputs),
     )
@@ -46,9 +49,9 @@ def _on_gpu(run: Run, inputs: dict[str, Any]) -> Tensor:
         on["weight"].stride(),
         len(inputs["x"]),
         len(out),
+        strides=strides,
         interleaved=interleaved,
     )
-    kernel = load(run.problem, run.config, torch.cuda.current_device())
     stream = torch.cuda.current_stream().cuda_stream
     kernel.launch(values, run.grid, stream, views=views)
     return out.cpu()

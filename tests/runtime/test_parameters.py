@@ -181,7 +181,7 @@ def test_views() -> None:
         gather=True,
         weight_scale=Granularity.CHANNEL,
     )
-    views = gemm_views(problem, (4096, 40, 1), num_tokens=6, num_rows=10, x_stride=48)
+    views = gemm_views(problem, (4096, 40, 1), num_tokens=6, num_rows=10, strides=Strides(48))
     assert views["x"] == ((32, 6), (48,), 2)
     assert views["weight"] == ((32, 64, 3), (40, 4096), 2)
     assert views["out_map"] == ((64, 10), (64,), 4)

@@ -66,6 +66,7 @@ def parameters_of(problem: Problem, config: Config) -> list[tuple[str, ParamKind
     stacked = problem.weight.storage is WeightStorage.STACKED
     operands = (node.operand for node in problem.epilogue if node.operand)
     tma_x = getattr(config, "tma_x", False)
+    boxed = tma_x and problem.block_rows
     found = [
         ("weight", MAP if stacked else POINTER),
         ("x", MAP if tma_x else POINTER),
@@ -84,7 +85,7 @@ def parameters_of(problem: Problem, config: Config) -> list[tuple[str, ParamKind
         ("h", POINTER if problem.stored else None),
         ("h_map", MAP if problem.stored or problem.gradient else None),
         *((name, kind) for name, kind in _OF_GRADIENT if problem.gradient),
-        ("per_token_scale", POINTER if problem.x_scale else None),
+        ("per_token_scale", (MAP if boxed else POINTER) if problem.x_scale else None),
         ("scale", POINTER if problem.weight_scale else None),
         *((operand, POINTER) for operand in operands),
         ("counters", POINTER if getattr(config, "schedule", "") == Schedule.DYNAMIC else None),

@@ -77,16 +77,16 @@ class ColumnsFragment:
     def by_channel(self, values: cute.Tensor, m: int, part: int):
         return [values[2 * m + i // 2 % 2] for i in range(4 * self.part_blocks)]
 
-    def read_scales(self, words: cute.Tensor, columns: int) -> list:
+    def read_scales(self, x: cute.Tensor, weights: cute.Tensor, columns: int) -> list:
         of_rows = [
-            words[8 * block + self.lane % 4 * 2 + c]
+            x[8 * block + self.lane % 4 * 2 + c]
             for block in range(self.tile_m // 8)
             for c in range(2)
         ]
         groups = self.m_blocks * self.block_columns // columns  # of gates or ups
         firsts = [m * self.block_columns + self.warp_column for m in range(self.m_blocks)]
         return of_rows + [
-            words[self.tile_m + up * groups + first // columns]
+            weights[up * groups + first // columns]
             for up in range(2 if self.gated else 1)
             for first in firsts
         ]

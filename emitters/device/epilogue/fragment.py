@@ -42,10 +42,11 @@ class Fragment(Protocol):
     def by_channel(self, values: cute.Tensor, m: int, part: int) -> list:
         """Spreads values[channel_count] over a part: for each register, the value of its column."""
 
-    def read_scales(self, words: cute.Tensor, columns: int) -> list:
-        """Reads what the thread needs of a box of `BlockScales`: of its rows, then of its columns.
+    def read_scales(self, x: cute.Tensor, weights: cute.Tensor, columns: int) -> list:
+        """Reads the scales that the thread needs: of its rows, then of its columns.
 
-        words: the box's float32. columns: of the output, that share a scale of the weights.
+        x, weights: the scales of a tile, as `BlockScales.read` gives them. columns: of the output,
+        that share a scale of the weights.
         """
 
     def factors(self, scales: list, columns: int) -> Callable[[int], Float32]:

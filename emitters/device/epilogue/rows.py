@@ -85,9 +85,9 @@ class RowsFragment:
             return [self.gate_or_up(values, first, i) for i in range(4 * self.part_blocks)]
         return [values[first + i // 4 * 2 + i % 2] for i in range(4 * self.part_blocks)]
 
-    def read_scales(self, words: cute.Tensor, columns: int) -> list:
-        of_rows = [words[self.token_row(i)] for i in range(self.token_count)]
-        return of_rows + [words[self.tile_m + i] for i in range(8 * self.blocks // columns)]
+    def read_scales(self, x: cute.Tensor, weights: cute.Tensor, columns: int) -> list:
+        of_rows = [x[self.token_row(i)] for i in range(self.token_count)]
+        return of_rows + [weights[i] for i in range(8 * self.blocks // columns)]
 
     def factors(self, scales: list, columns: int) -> Callable[[int], Float32]:
         halves = 2 if self.gated else 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.operands import clamped_numbers
-from cutlass_moe.runtime.parameters import gemm_values, gemm_views
+from cutlass_moe.runtime.parameters import DENSE, Strides, column_stride, gemm_values, gemm_views
 from cutlass_moe.runtime.tensor_map import View
 from emitters.spec.epilogue import NUMBERS
 from emitters.spec.gemm import GemmProblem, Major, WeightStorage
@@ -94,6 +94,19 @@ def pack(
     return bytes(packed)
 
 
+def in_columns(record: LaunchRecord, inputs: dict[str, Any]) -> tuple[dict[str, Any], Strides]:
+    """The inputs, with per_token_scale in columns if the kernel loads it by TMA, and strides.
+
+    Between columns are NaNs.
+    """
+    if all(box.param != "per_token_scale" for box in record.tensor_maps):
+        return inputs, DENSE
+    scale = inputs["per_token_scale"]
+    columns = torch.full((scale.shape[1], column_stride(len(scale))), torch.nan)
+    columns[:, : len(scale)] = scale.T
+    return {**inputs, "per_token_scale": columns}, Strides(x_scale=(1, columns.shape[1]))
+
+
 class Arguments:
     """Tensors of `grouped_matmul` in simulated global memory, and the kernel's parameters.
 
@@ -104,6 +117,7 @@ class Arguments:
         self, kernel: SimulatedKernel, inputs: dict[str, Any], out: Tensor, late: bool = False
     ):
         self.memory, self.problem = GlobalMemory(), kernel.problem
+        inputs, strides = in_columns(kernel.record, inputs)
         self.inputs, self.record, self.out = inputs, kernel.record, out
         self.grid = int(late)  # the kernel's
         self.copies: list[int] = []  # of the grid before: from, to, int32
@@ -125,6 +139,7 @@ class Arguments:
             inputs["weight"].stride(),
             len(inputs["x"]),
             len(out),
+            strides=strides,
             interleaved=interleaved,
         )
         addresses["weight"] = self._weight(inputs["weight"], views.get("weight"))
@@ -137,6 +152,7 @@ class Arguments:
             addresses,
             len(inputs["x"]),
             len(out),
+            strides=strides,
             interleaved=interleaved,
             numbers=numbers_of(inputs),
             early=late,

@@ -390,7 +390,10 @@ MUTATIONS: dict[str, Mutation] = {
         producer("(mov.b32 %r\\d+,) 16384;", r"\1 8192;"), (_PENDING, _UNORDERED), "tma_x"
     ),
     "tma_x_scales_not_awaited": Mutation(
-        setup("(mov.b32 %r\\d+,) 65;", r"\1 33;"), ("over-arrival", _UNORDERED), "blocks_tma_x"
+        setup("(mov.b32 %r\\d+,) 33;", r"\1 1;"), ("over-arrival", _UNORDERED), "blocks_tma_x"
+    ),
+    "tma_x_scales_not_skipped": Mutation(
+        consumer(r"(and.b32 %r\d+, %r\d+,) 12;", r"\1 0;"), (_WRONG,), "blocks_tma_x"
     ),
     "tma_x_of_the_first_tile": Mutation(
         producer(r"(tensor.2d\S+ \[[^]]*\], \[%rd\d+, \{%r\d+,) %r\d+", r"\1 0"),
