@@ -112,7 +112,8 @@ def writable(out: Tensor) -> Iterator[Tensor]:
 def at_address(name: str, tensor: T, multiple: int | None = None) -> T:
     """The tensor, or a copy of it if kernels need another address; warns once of each name.
 
-    multiple: of this many bytes the address must be; default what a GEMM's operand needs.
+    A copy has the same strides, for which the call's kernel was chosen. multiple: of this many
+    bytes the address must be; default what a GEMM's operand needs.
     """
     if tensor is None:
         return tensor
@@ -120,7 +121,11 @@ def at_address(name: str, tensor: T, multiple: int | None = None) -> T:
     if tensor.data_ptr() % multiple == 0:
         return tensor
     announce_copy(name, multiple)
-    return tensor.clone(memory_format=torch.contiguous_format)
+    if tensor.is_contiguous():
+        return tensor.clone()
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    extent = 1 + sum((size - 1) * stride for size, stride in pairs)
+    return tensor.as_strided((extent,), (1,)).clone().as_strided(tensor.shape, tensor.stride())
 
 
 def refuse_misaligned(name: str, tensor: Tensor, multiple: int | None = None) -> None:

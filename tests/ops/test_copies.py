@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import cutlass_moe as cm
+from cutlass_moe.ops._copies import at_address
 from cutlass_moe.runtime import fallback
 from emitters.spec.epilogue import Bias
 from tests.support.cases import BF16, FP32, SCALES, Case, make_inputs
@@ -231,3 +232,10 @@ def test_meta_tensors_of_index_group_matmul_are_checked() -> None:
         cm.index_group_matmul(*tensors, out[1:], index=inputs["index"])
     with pytest.raises(ValueError, match="out must be on meta, got one on cpu"):
         cm.index_group_matmul(*tensors, torch.empty(13, 24), index=inputs["index"])
+
+
+def test_a_copy_for_the_sake_of_an_address_keeps_the_strides() -> None:
+    given = torch.arange(200, dtype=torch.uint8)[1:].as_strided((5, 16), (32, 1))
+    with pytest.warns(UserWarning, match="address of x"):
+        copy = at_address("x", given)
+    assert copy.data_ptr() % 16 == 0 and copy.stride() == (32, 1) and torch.equal(copy, given)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import cutlass_moe as cm
+from cutlass_moe.compat.deep_gemm import get_mn_major_tma_aligned_tensor as in_columns
 from cutlass_moe.images.cache import MissingImage
 from cutlass_moe.operands import Operands, Options
 from cutlass_moe.ops import dispatch
@@ -71,8 +72,23 @@ def test_every_config(name: str, config: GemmConfig, num_sms: int | None) -> Non
     case = CASES[name]
     for exact in (True, False):
         inputs = make_inputs(case, "cuda", exact)
+        if case.problem.block_rows and getattr(config, "tma_x", False):
+            inputs["per_token_scale"] = in_columns(inputs["per_token_scale"])
         with dispatch.forced_config(config):
             check(launch(case, inputs, num_sms=num_sms), case, inputs, exact)
+
+
+def test_scales_in_columns_at_any_address_give_the_same_bits() -> None:
+    case = CASES["blocks_no_index"]
+    inputs = make_inputs(case, "cuda")
+    want, scale = launch(case, inputs), inputs["per_token_scale"]
+    columns = in_columns(scale)
+    moved = in_columns(torch.cat((scale[:1], scale)))[1:]
+    assert columns.stride() == (1, -(-len(scale) // 4) * 4) and moved.data_ptr() % 16 == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the address costs a copy
+        for given in (columns, moved):
+            assert same_bits(launch(case, {**inputs, "per_token_scale": given}), want)
 
 
 @pytest.mark.parametrize("num_sms", [1, 7, 10_000])
