@@ -13,7 +13,7 @@ from functools import lru_cache
 from math import ceil, inf
 from typing import Any
 
-from cutlass_moe.choose import tuned
+from cutlass_moe.choose import tuned, waves_sm90
 from cutlass_moe.choose.gpus import gpu_of
 from cutlass_moe.choose.weight_grads_sm90 import weight_grad_configs
 from emitters.spec.arch import H200, Gpu
@@ -49,8 +49,6 @@ _ONE_TILE_ROWS = 90  # up to this many rows per expert, one tile of 128 rows bea
 # Two-level sums: between these numbers of rows per expert one tile of 192 rows beats two of 128, by
 # 5 to 19%; with sums as short as this and more rows than that, by 14%.
 _THREE_ROWS, _SHORT_SUM, _THREE_SHORT_ROWS = 180, 1024, 400
-# With scales along K, tiles of 192 rows in order were faster at 8,192 rows per expert: 2%, a mean.
-_THREE_BLOCK_ROWS = 4096
 _MANY_ROWS = {192: 180, 256: 768}  # by tile_n: with more rows per expert, CTA pairs share weights
 FEW_PAIRS = 1024  # up to this many pairs, 256 threads route faster than 1024
 # (elements per row up to, threads per CTA) for quantisation
@@ -251,6 +249,8 @@ def _estimates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
         families.append(_swap(problem, *_swap_tile(problem, rows, H200), evict_first))
     families += [_one_tile(problem), _some_rows(problem), _many_rows(problem)]
     families += [_three_consumers(problem)]
+    if problem.block_rows and not problem.gather:
+        families.append(tuple(t.config for t in waves_sm90.tiles_of(problem, _wide(problem))))
     return tuple(dict.fromkeys(config for family in families for config in family))
 
 
@@ -332,6 +332,8 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
             configs = _few_tiles(tiles / gpu.sms)
         return _packed(problem, configs, limit <= _PACKED_ONCE)
     if rows_per_expert > _swap_rows(problem, gpu) or not problem.sole_output:  # else swap-AB
+        if problem.block_rows and not problem.gather:
+            return _fewest_waves(problem, rows_per_expert, gpu)
         # Half of the rows of one large tile may be empty: that costs nothing only as long as
         # reading the weights takes longer than the arithmetic.
         if rows_per_expert <= _ONE_TILE_ROWS * min(1.0, gpu.balance / H200.balance):
@@ -352,10 +354,15 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
     return _swap(problem, 8, 64, _evict_first(problem, active, gpu))
 
 
+def _fewest_waves(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> Family:
+    """The config that takes the least time by a count of waves."""
+    tiles = waves_sm90.tiles_of(problem, _wide(problem))
+    by_time = sorted(tiles, key=lambda t: waves_sm90.estimate(problem, t, rows_per_expert, gpu))
+    return tuple(tile.config for tile in by_time[:1])
+
+
 def _wants_three(problem: GemmProblem, rows_per_expert: float) -> bool:
     """Whether three consumers are faster for two-level sums than two, with so many rows."""
-    if problem.block_rows:
-        return rows_per_expert > _THREE_BLOCK_ROWS
     short = problem.k <= _SHORT_SUM and rows_per_expert > _THREE_SHORT_ROWS
     return short or rows_per_expert <= _THREE_ROWS
 

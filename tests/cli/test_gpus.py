@@ -47,20 +47,24 @@ def test_choices_for_an_h200_are_those_that_were_measured() -> None:
 
 
 def test_two_level_sums_have_choices_of_their_own() -> None:
-    """As measured: perf/EXPERIMENTS.md, "Where many rows' time goes"."""
+    """As measured: perf/EXPERIMENTS.md, "Where many rows' time goes" and "Scales of x in a box"."""
     products = gemm_problems(MODELS["mixtral"], "fp8_block")
     gathered, blocks = products["up"], products["down"]
     channels = gemm_problems(MODELS["qwen3-30b"], "fp8")["down"]
     channels = replace(channels, accumulation=Accumulation.TWO_LEVEL)
-    wide, three = (GemmSm90Config(m, n, tma_x=True) for m, n in ((128, 256), (192, 128)))
+    tiles = (128, 256), (192, 128), (128, 128)
+    wide, three, square = (GemmSm90Config(m, n, tma_x=True) for m, n in tiles)
 
     def estimate(problem: GemmProblem, rows: int) -> GemmConfig:
         return heuristics.estimate(problem, rows * problem.num_experts, rows)
 
     assert isinstance(estimate(blocks, 32), GemmSwapSm90Config)
-    assert [estimate(blocks, rows) for rows in (64, 512, 8192)] == [wide, wide, three]
+    in_order = [estimate(blocks, rows) for rows in (128, 256, 512, 8192)]
+    assert in_order == [three, square, three, three]
     assert [estimate(channels, rows) for rows in (128, 256, 512)] == [three, wide, three]
     assert estimate(gathered, 8192) == GemmSm90Config(128, 256)
+    row_major = heuristics.choose(replace(blocks, n=8192), 1, 512, columns=False)
+    assert row_major.tile_m == 128 and not row_major.tma_x
 
 
 @pytest.mark.parametrize("gpu", GPUS)

@@ -153,7 +153,7 @@ def test_bad_table(tmp_path, monkeypatch, text, words):
 
 
 # (model, dtype) of which the shipped table has all problems
-TABLED = {*product(("qwen3-30b", "mixtral", "dsv3-ep8"), ("bf16", "fp8", "int8"))}
+TABLED = {*product(("qwen3-30b", "mixtral", "dsv3-ep8"), ("bf16", "fp8", "int8", "fp8_block"))}
 
 
 @pytest.mark.parametrize("model", MODELS)
