@@ -74,11 +74,12 @@ class LayerBackward:
 
         into: gradients of w13 and w2 that theirs are added to, instead of being returned.
         """
-        saved, table = self.saved, self.saved.index
-        h, again = saved.h, len(saved.h) < len(table)
+        saved = self.saved
+        h, again = saved.h, len(saved.h) < len(saved.index)
+        self.saved = saved = saved._replace(h=h.new_empty(0))  # this call lets go of it
         if again:
             up = Factor(saved.w13, saved.w13_scale, saved.w13_bias)
-            h = project(self.hidden, up, self.how, saved.offsets, table)
+            h = project(self.hidden, up, self.how, saved.offsets, saved.index)
         grad_h = h if again or self.owned else torch.empty_like(h)
         weights = saved.topk_weights.float().contiguous()
         active, by_weight = self.through_activation(h, weights, grad_h)
@@ -88,23 +89,45 @@ class LayerBackward:
             if saved.w2_bias is not None:
                 by_weight += self.share_of_bias(saved.w2_bias)
             found["topk_weights"] = by_weight.to(saved.topk_weights.dtype)
-        if needs.w2:
-            found["w2"] = self.weight_grad(saved.w2, self.grad, active, True, into[1])
-        del active
-        if needs.w2_bias:
-            found["w2_bias"] = sum_by_expert(
-                self.grad, saved.offsets, index=table, weights=self.weights_by_row(weights)
-            )
-        if needs.hidden:
-            found["hidden"] = self.hidden_grad(grad_h)
-        if needs.w13:
-            found["w13"] = self.weight_grad(saved.w13, grad_h, self.hidden, False, into[0])
-        if needs.w13_bias:
-            found["w13_bias"] = sum_by_expert(grad_h, saved.offsets)
+        # What takes more memory, active or the gradient of w2, is there for the shorter time.
+        w2_bytes = saved.w2.nbytes if needs.w2 and into[1] is None else 0
+        if active.nbytes <= w2_bytes:
+            found |= self.of_up(grad_h, needs, into[0])
+            del grad_h
+            found |= self.of_down(active, weights, needs, into[1])
+        else:
+            found |= self.of_down(active, weights, needs, into[1])
+            del active
+            found |= self.of_up(grad_h, needs, into[0])
         for name in ("w13_bias", "w2_bias"):
             bias, gradient = getattr(saved, name), found.get(name)
             found[name] = None if gradient is None else gradient.to(bias.dtype)
         return [found.get(name) for name in Needs._fields]
+
+    def of_up(self, grad_h: Tensor, needs: Needs, into: Tensor | None) -> dict[str, Tensor | None]:
+        """The gradients of what the up projection multiplies and adds. into: as in `gradients`."""
+        saved, found = self.saved, dict[str, Tensor | None]()
+        if needs.hidden:
+            found["hidden"] = self.hidden_grad(grad_h)
+        if needs.w13:
+            found["w13"] = self.weight_grad(saved.w13, grad_h, self.hidden, False, into)
+        if needs.w13_bias:
+            found["w13_bias"] = sum_by_expert(grad_h, saved.offsets)
+        return found
+
+    def of_down(
+        self, active: Tensor, weights: Tensor, needs: Needs, into: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        """The gradients of the down projection's weights and bias. into: as in `gradients`."""
+        saved, found = self.saved, dict[str, Tensor | None]()
+        if needs.w2:
+            found["w2"] = self.weight_grad(saved.w2, self.grad, active, True, into)
+        if needs.w2_bias:
+            by_row = self.weights_by_row(weights)
+            found["w2_bias"] = sum_by_expert(
+                self.grad, saved.offsets, index=saved.index, weights=by_row
+            )
+        return found
 
     def through_activation(
         self, h: Tensor, weights: Tensor, grad_h: Tensor

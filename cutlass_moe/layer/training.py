@@ -261,21 +261,21 @@ def _gradients(
     want = dict(zip(LayerOperands._fields, wanted, strict=True))
     needs = Needs(*(want[name] for name in Needs._fields))
     found: dict[str, Tensor | None] = {"residual": grad if want["residual"] else None}
-    if any(needs):
-        saved = Saved(*ctx.saved_tensors)
-        if by_op:
-            computed = iter(_backward_op(grad, *saved, *ctx.how, list(needs)))
-            for name, need in needs._asdict().items():
-                found[name] = next(computed) if need else None
-        else:
-            owned = not torch._C._autograd._get_current_graph_task_keep_graph()
-            with torch.no_grad():
-                backward = LayerBackward(grad, saved, ctx.how, owned)
-                gradients = backward.gradients(needs, ctx.into)
-            found.update(zip(Needs._fields, gradients, strict=True))
-            for name, weight in zip(("w13", "w2"), ctx.owners, strict=True):
-                if want[name] and weight is not None:
-                    found[name] = _added(weight, getattr(saved, name))
+    if any(needs) and by_op:
+        computed = iter(_backward_op(grad, *ctx.saved_tensors, *ctx.how, list(needs)))
+        for name, need in needs._asdict().items():
+            found[name] = next(computed) if need else None
+    elif any(needs):
+        owned = not torch._C._autograd._get_current_graph_task_keep_graph()
+        with torch.no_grad():
+            backward = LayerBackward(grad, Saved(*ctx.saved_tensors), ctx.how, owned)
+            if owned:
+                ctx.maybe_clear_saved_tensors()  # which would keep h until the end
+            gradients = backward.gradients(needs, ctx.into)
+        found.update(zip(Needs._fields, gradients, strict=True))
+        for name, weight in zip(("w13", "w2"), ctx.owners, strict=True):
+            if want[name] and weight is not None:
+                found[name] = _added(weight, getattr(backward.saved, name))
     return tuple(found.get(name) for name in LayerOperands._fields)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch.utils import checkpoint
 
 import cutlass_moe as cm
-from cutlass_moe.layer import backward
+from cutlass_moe.layer import backward, training
 from cutlass_moe.layer.activate import activate_rows_backward_reference, activate_rows_reference
+from cutlass_moe.layer.backward import LayerBackward
 from cutlass_moe.operands import QUANTS, LayerOptions
 from cutlass_moe.ops.activations import ACTIVATIONS
 from tests.support.training_cases import (
@@ -40,6 +42,7 @@ CASES = {
     "foreign": TrainingCase(bias=True, routing="foreign"),
     "nobody": TrainingCase(bias=True, routing="nobody"),
     "no_tokens": TrainingCase(tokens=0, bias=True),
+    "many_rows": TrainingCase(tokens=40, hidden=16, bias=True),  # active is larger than w2
     "one_choice": TrainingCase(top_k=1, options={"weight_on_input": True}),
     "bf16_weights": TrainingCase(weights=torch.bfloat16),
 }
@@ -201,6 +204,37 @@ def test_the_gradient_of_h_takes_its_place_unless_the_graph_is_kept() -> None:
     again = torch.autograd.grad(out.sum(), tensors)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(h, before)
+
+
+@pytest.mark.parametrize(
+    ("case", "graph_kept", "h_kept"),
+    [(BASE, False, False), (BASE, True, True), (CASES["many_rows"], False, True)],
+    ids=["once", "graph_kept", "many_rows"],
+)
+def test_h_is_let_go_before_the_gradient_of_w2(
+    case: TrainingCase, graph_kept: bool, h_kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the graph is kept, or active takes more memory than that gradient."""
+    made: list[weakref.ref[Tensor]] = []
+    there: list[bool] = []
+    real_up, real_down = training.project_up, LayerBackward.of_down
+
+    def project_up(*given: Any) -> tuple[Tensor, Tensor]:
+        h, active = real_up(*given)
+        made.append(weakref.ref(h))
+        return h, active
+
+    def of_down(self: LayerBackward, *given: Any) -> dict[str, Tensor | None]:
+        there.append(made[0]() is not None)
+        return real_down(self, *given)
+
+    monkeypatch.setattr(training, "project_up", project_up)
+    monkeypatch.setattr(LayerBackward, "of_down", of_down)
+    given = case.arguments("cpu")
+    leaves = leaves_of(given)
+    out = cm.fused_moe(**{**given, **leaves})
+    torch.autograd.grad(out.sum(), list(leaves.values()), retain_graph=graph_kept)
+    assert there == [h_kept]
 
 
 # Frozen 8-bit experts.

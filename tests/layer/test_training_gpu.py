@@ -61,6 +61,7 @@ CASES = {
     "one_expert": replace(BASE, routing="one_expert"),
     "foreign": replace(BASE, routing="foreign"),
     "nobody": replace(BASE, routing="nobody"),
+    "many_rows": replace(BASE, hidden=64),  # the activation's result is larger than w2
     "bf16_weights": replace(BASE, weights=torch.bfloat16),
     "one_choice": replace(BASE, options={"weight_on_input": True}),
 }
@@ -76,6 +77,7 @@ STORED_TILES = (
     GemmSm90Config(128, 128, pingpong=True, cluster_m=2),
 )
 INTERS = (8, 256, 2880, 14336)
+_SMALL = 64 << 10  # bytes of tables and router weights
 
 
 def images() -> set[tuple[Problem, Config]]:
@@ -224,6 +226,23 @@ def test_a_kept_graph_has_the_same_gradients_again() -> None:
     first = torch.autograd.grad(out, tensors, grad, retain_graph=True)
     last = torch.autograd.grad(out, tensors, grad)  # which may write over what was saved
     assert all(torch.equal(a, b) for a, b in zip(first, last, strict=True))
+
+
+@pytest.mark.usefixtures("activation_in_products")
+def test_peak_memory() -> None:
+    """h, twice as large as the activation's result, is gone when w2's gradient is computed."""
+    case = CASES["plain"]
+    given = case.arguments("cuda")
+    del given["residual"]
+    leaves = leaves_of(given)
+    out = cm.fused_moe(**{**given, **leaves})
+    grad, tensors = torch.randn_like(out), list(leaves.values())
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    found = torch.autograd.grad(out, tensors, grad)
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+    active = 2 * given["topk_ids"].numel() * case.inter  # bytes
+    assert peak <= sum(tensor.nbytes for tensor in found) + active - 2 * active + _SMALL
 
 
 def test_main_gradients() -> None:

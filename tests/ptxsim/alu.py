@@ -217,6 +217,7 @@ _TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
     "not.pred": (np.logical_not, B, (B,)),
     "not.b32": (np.invert, U32, (U32,)),
     "neg.s32": (np.negative, I32, (I32,)),
+    "max.relu.s32": (lambda a, b: np.maximum(np.maximum(a, b), np.int32(0)), I32, (I32, I32)),
     "setp.nan.f32": (_unordered, B, (F32, F32)),
     "setp.nan.bf16": (lambda a, b: _unordered(_wide(a), _wide(b)), B, (U16, U16)),
     "popc.b32": (_popcount, U32, (U32,)),

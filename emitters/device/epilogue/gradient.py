@@ -13,7 +13,7 @@ from emitters.device.epilogue.rows import RowsFragment
 from emitters.device.epilogue.store import SliceStore
 from emitters.device.memory import ELEMENT, VECTOR, tensor_map_address
 from emitters.device.parameters import Gradient, Output
-from emitters.spec.config_sm90 import GemmSm90Config, staged_slices
+from emitters.spec.config_sm90 import SLICE_ROWS, GemmSm90Config, staged_slices
 from emitters.spec.epilogue import Activation
 from emitters.spec.gemm import GemmProblem
 
@@ -51,27 +51,31 @@ class GradientStore(SliceStore):
 
     @cute.jit
     def begin(self, tokens: cute.Tensor, first_row: Int32, first_column: Int32):
-        """Starts loading a tile's first slices, and finds the pairs of the thread's rows.
+        """Finds the pairs of the thread's rows, and starts loading a tile's first slices.
 
-        The four lanes of a row look at every fourth choice of its token.
+        The four lanes of a row look at every fourth choice of its token. What they read for all
+        rows is under way at once, because the warp multiplies nothing meanwhile.
         """
-        self.fetch(0, 0, first_row, first_column)
         inverse = cute.make_tensor(self.gradient.inverse, cute.make_layout(VECTOR))
         weights = cute.make_tensor(self.gradient.topk_weights, cute.make_layout(VECTOR))
-        for i in range_constexpr(cute.size(tokens)):
-            row = first_row + self.fragment.token_row(i)
-            pair = Int32(-1)
-            if tokens[i] >= 0:
-                for choice in cutlass.range(self.lane % 4, self.gradient.choices, 4, unroll=1):
-                    candidate = tokens[i] * self.gradient.choices + choice
-                    if inverse[candidate] == row:
-                        pair = candidate
+        count, choices, pairs = self.fragment.token_count, self.gradient.choices, self.pairs
+        of_rows = [first_row + self.fragment.token_row(i) for i in range(count)]
+        pairs.fill(-1)
+        self.sums.fill(0.0)
+        for choice in cutlass.range(self.lane % 4, choices, 4, unroll=1):
+            found = cute.make_rmem_tensor((count,), Int32)
+            for i in range_constexpr(count):
+                found[i] = inverse[cutlass.max(tokens[i], 0) * choices + choice]
+            for i in range_constexpr(count):
+                if tokens[i] >= 0 and found[i] == of_rows[i]:
+                    pairs[i] = tokens[i] * choices + choice
+        for i in range_constexpr(count):
             for distance in (1, 2):
-                pair = cutlass.max(pair, cute.arch.shuffle_sync_bfly(pair, distance))
-            weight = Float32(0.0)
-            if pair >= 0:
-                weight = weights[pair]
-            self.pairs[i], self.weights[i], self.sums[i] = pair, weight, Float32(0.0)
+                pairs[i] = cutlass.max(pairs[i], cute.arch.shuffle_sync_bfly(pairs[i], distance))
+            self.weights[i] = weights[cutlass.max(pairs[i], 0)]
+        for i in range_constexpr(count):
+            self.weights[i] = cutlass.select_(pairs[i] >= 0, self.weights[i], Float32(0.0))
+        self.fetch(0, 0, first_row, first_column)
 
     @cute.jit
     def fetch(
@@ -126,8 +130,9 @@ class GradientStore(SliceStore):
         self.send(self.all_slices(), row, left, first_column + part * self.slice_columns)
         last_part = part == self.fragment.parts - 1
         following = (m + 1, 0) if last_part else (m, part + 1)
-        cute.arch.fence_view_async_shared()
-        cute.arch.sync_warp()  # all lanes have stored what TMA did not
+        if left < SLICE_ROWS:
+            cute.arch.fence_view_async_shared()
+            cute.arch.sync_warp()  # all lanes have stored what TMA did not
         if const_expr(following[0] < self.fragment.m_blocks):
             self.fetch(*following, first_row, first_column)
         if const_expr(last_part):
