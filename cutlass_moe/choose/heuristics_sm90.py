@@ -18,7 +18,7 @@ from cutlass_moe.choose.gpus import gpu_of
 from cutlass_moe.choose.weight_grads_sm90 import weight_grad_configs
 from emitters.spec.arch import H200, Gpu
 from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
-from emitters.spec.config_sm90 import GemmSm90Config, Schedule
+from emitters.spec.config_sm90 import K_TILE_BYTES, GemmSm90Config, Schedule
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem, Major
 from emitters.spec.layer_steps import (
@@ -100,6 +100,12 @@ def _swap(
 
     In flight are at most the weights of one tile, because more would delay the rows of x.
     """
+    if tile_m == 8 and problem.k * problem.x.bytes <= K_TILE_BYTES:
+        # a tile is one stage: a third CTA hides what comes before and after it
+        short = GemmSwapSm90Config(tile_m, 128, stages=2, ctas_per_sm=3, evict_first=evict_first)
+        found = _first_legal(problem, short)
+        if found:
+            return found
     wide = GemmSwapSm90Config(
         tile_m, 128, k_boxes=2, stages=2, ctas_per_sm=2, evict_first=evict_first
     )
@@ -161,6 +167,8 @@ def _many_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
         shared = _widest(problem, 128, 256, group_m=16)
         if shared:
             return shared
+    if _tile_in_turn(problem) == (64, 192) and not problem.gather:
+        return _widest(problem, 128, 192) or _some_rows(problem)  # faster than pairs by 5%, a mean
     pairs = _widest(problem, *_tile_in_turn(problem), pingpong=True, group_m=16, cluster_m=2)
     return pairs or _some_rows(problem)
 

@@ -22,6 +22,7 @@ class GemmSwapSm90Config(Sm90Config):
     template: ClassVar[str] = "gemm_swap_sm90"
 
     MAX_STAGES: ClassVar[int] = 32
+    MAX_CTAS: ClassVar[int] = 3
     l2_promotion: ClassVar[int] = 128  # bytes that a read of weights brings into L2
 
     @property

@@ -373,7 +373,7 @@ SWAP_REASONS = [
     ("three boxes", {"k_boxes": 3}, "1, 2 or 4"),
     ("a cluster of three", {"split_k": 3}, "1, 2, 4 or 8"),
     ("more CTAs than steps of K", {"split_k": 8, "k_boxes": 4}, "at most 4, the number of stages"),
-    ("three CTAs", {"ctas_per_sm": 3}, "1 or 2"),
+    ("four CTAs", {"ctas_per_sm": 4}, "1 to 3"),
     ("one stage", {"stages": 1}, "must be 2 to"),
     ("more stages than fit", {"stages": 30}, "shared memory per CTA must be"),
     ("registers", {"tile_m": 96, "tile_n": 128, "ctas_per_sm": 2}, "registers"),

@@ -169,6 +169,7 @@ CASES: dict[str, Case] = {
     "n_520_fp32": replace(BASE, n=520, out=FP32),
     "k_16": replace(BASE, k=16),
     "k_80": replace(BASE, k=80, counts=RAGGED),
+    "k_128_few_rows": replace(BASE, tokens=64, counts=skewed(64, 64), n=2048, k=128),
     "k_144": replace(BASE, k=144),
     "k_2064": replace(BASE, k=2064),
     "k_8_bf16": replace(FLOAT, k=8),
