@@ -218,11 +218,13 @@ def candidates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 
 
 def _copied(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
-    """The config with x, and its scales along K, copied by threads: TMA can't read the scales."""
-    if not isinstance(config, GemmSm90Config):
+    """The config where threads copy x and its scales along K, which TMA can't read. Copies take
+    longer for smaller tiles, unless a second CTA on the SM has others under way."""
+    if not isinstance(config, GemmSm90Config) or not config.tma_x:
         return config
-    copied = replace(config, tma_x=False)
-    return copied if why_illegal(problem, copied) is None else replace(copied, tile_m=128)
+    if config.ctas_per_sm == 1:
+        config = next(iter(_some_rows(problem)), config)
+    return replace(config, tma_x=False)
 
 
 @lru_cache(maxsize=1024)
@@ -365,7 +367,7 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
 def _fewest_waves(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> Family:
     """The config that takes the least time by a count of waves."""
     tiles = waves_sm90.tiles_of(problem, _wide(problem))
-    by_time = sorted(tiles, key=lambda t: waves_sm90.estimate(problem, t, rows_per_expert, gpu))
+    by_time = sorted(tiles, key=lambda t: waves_sm90.time(problem, t, rows_per_expert, gpu))
     return tuple(tile.config for tile in by_time[:1])
 
 

@@ -36,8 +36,8 @@ _TILES = (
     Tile(GemmSm90Config(128, 128, tma_x=True), 1.05, 2.5),
     Tile(GemmSm90Config(64, 128, ctas_per_sm=2, tma_x=True), 1.3, 1.0),
 )
-# A last wave ends early where its tiles are few, as experts' rows and with them tiles differ from
-# run to run: half of the fraction of a wave that rounding up adds counts.
+# The number of tiles differs from call to call, as experts' rows do, so that of what rounding up to
+# whole waves adds only a half counts.
 _ROUNDED = 0.5
 
 
@@ -47,7 +47,7 @@ def tiles_of(problem: GemmProblem, wide: int) -> tuple[Tile, ...]:
     return tuple(t for t in (widest, *_TILES[1:]) if t.config.why_illegal(problem) is None)
 
 
-def estimate(problem: GemmProblem, tile: Tile, rows_per_expert: float, gpu: Gpu) -> float:
+def time(problem: GemmProblem, tile: Tile, rows_per_expert: float, gpu: Gpu) -> float:
     """The time of a product, in units of a k-tile of a whole SM."""
     config = tile.config
     tiles = problem.num_experts * row_tiles(rows_per_expert, config.tile_m)

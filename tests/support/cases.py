@@ -127,7 +127,8 @@ class Case:
     def config(self) -> GemmConfig:
         """What the op chooses for this call."""
         tokens = self.tokens if self.gather else self.rows
-        return choose(self.problem, tokens, self.rows / len(self.counts))
+        rows = self.rows / len(self.counts)
+        return choose(self.problem, tokens, rows, columns=False)  # as `make_inputs` has scales
 
 
 BASE = Case()
@@ -400,6 +401,7 @@ EVERY_CANDIDATE = (
     "bf16_fp32_bf16",
     "swiglu_interleaved",
     "blocks",
+    "blocks_no_index",
     "blocks_64",
     "blocks_swiglu_cut",
     "swiglu_tokens_16384",
