@@ -42,9 +42,10 @@ GPU = H200.name  # the GPU to choose for where none is named, as in a build
 # Measured on an H200 (perf/README.md) at powers of two; the limits lie between them.
 _SWAP_ROWS = ((2.5, 8), (10, 16), (20, 32), (40, 48))  # (rows per expert up to, tile_m)
 _LONG_ROW_BYTES = 4096  # from this many bytes of K on, tiles of 16 rows are faster if narrow
-# Longer sums of weights with N dense are faster in tiles of 128 rows that consumers share: by 20%
-# at K 28,672, the gradient of mixtral's hidden states, and not yet at K 4,096.
-_LONG_SUM = 16_384
+# From this K on, training's products with N dense, and its up projections that store their columns
+# before the activation, are faster in tiles of 128 x 256 that consumers share, in pairs of CTAs:
+# in loops at the power limit by 3 to 5% at K 4,096, by 11% at 28,672, and not yet at 2,048.
+_LONG_SUM = 4096
 _ONE_TILE_ROWS = 90  # up to this many rows per expert, one tile of 128 rows beats two of 64
 # Two-level sums: between these numbers of rows per expert one tile of 192 rows beats two of 128, by
 # 5 to 19%; with sums as short as this and more rows than that, by 14%.
@@ -163,8 +164,9 @@ def _many_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """A config in which pairs of CTAs share weights."""
     if problem.two_level:
         return _some_rows(problem)  # pairs were slower in all but three of 24 cases
-    if problem.weight.major is Major.N and problem.k > _LONG_SUM and problem.sole_output:
-        shared = _widest(problem, 128, 256, group_m=16)
+    trained = problem.stored or problem.weight.major is Major.N and problem.sole_output
+    if trained and problem.k >= _LONG_SUM:
+        shared = _widest(problem, 128, 256, group_m=16, cluster_m=2)
         if shared:
             return shared
     if _tile_in_turn(problem) == (64, 192) and not problem.gather:

@@ -18,7 +18,8 @@ from emitters.spec.arch import GPUS, H200
 from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import Accumulation
-from emitters.spec.gemm import GemmProblem
+from emitters.spec.epilogue import Activation, ActivationFunction
+from emitters.spec.gemm import GemmProblem, Major
 from emitters.spec.registry import GemmConfig
 
 H20, H100 = GPUS["NVIDIA H20"], GPUS["NVIDIA H100 80GB HBM3"]
@@ -65,6 +66,21 @@ def test_two_level_sums_have_choices_of_their_own() -> None:
     assert estimate(gathered, 8192) == GemmSm90Config(128, 256)
     row_major = heuristics.choose(replace(blocks, n=8192), 1, 512, columns=False)
     assert row_major.tile_m == 128 and not row_major.tma_x
+
+
+def test_long_sums_of_training_have_choices_of_their_own() -> None:
+    """As measured: perf/EXPERIMENTS.md, "The energy of training"."""
+    in_turn = GemmSm90Config(64, 256, pingpong=True, group_m=16, cluster_m=2)
+    shared = GemmSm90Config(128, 256, group_m=16, cluster_m=2)
+    for model, wanted in (("qwen3-30b", in_turn), ("mixtral", shared)):  # K 2,048 and 4,096
+        up = gemm_problems(MODELS[model], "bf16")["up"]
+        turned = replace(up, weight=replace(up.weight, major=Major.N), epilogue=(), gather=False)
+        stored = replace(up, epilogue=(Activation(ActivationFunction.SWIGLU, stored=True),))
+        for problem in (stored, turned):
+            config = heuristics.estimate(problem, 16384, 1024)
+            assert config == replace(wanted, tma_x=not problem.gather)
+            assert config in heuristics.candidates(problem)
+        assert heuristics.estimate(up, 16384, 1024) == in_turn
 
 
 @pytest.mark.parametrize("gpu", GPUS)
