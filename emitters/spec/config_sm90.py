@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from emitters.spec.arch import SM90, why_no_registers
 from emitters.spec.dtypes import DType, Name
+from emitters.spec.epilogue import ActivationFunction
 from emitters.spec.gemm import N_MAJOR_BLOCK, GemmProblem, Granularity, Major
 from emitters.spec.plain import to_plain
 
@@ -350,7 +351,7 @@ class GemmSm90Config(Sm90Config):
                 f"one WGMMA needs about {needed} registers per thread, "
                 f"the launch provides {self.launch_registers}"
             )
-        others = 80  # for addresses, scales and one slice to store
+        others, activation = 80, problem.activation  # for addresses, scales and one slice to store
         kinds = {node.kind for node in problem.epilogue}
         tail = problem.n % self.tile_n  # a tail of N takes registers for predicates
         per_channel = problem.weight_scale is Granularity.CHANNEL
@@ -361,6 +362,8 @@ class GemmSm90Config(Sm90Config):
                 others += 30
         elif per_channel and problem.stored:
             others = 120  # the parts of a slice stay until gates and ups are stored
+        elif activation and activation.stored and activation.function is ActivationFunction.GEGLU:
+            others = 100  # the error function takes some
         elif per_channel and "bias" in kinds:
             others = 112 if tail else 100 if problem.gated else 80
         accumulators = self.accumulator_registers(problem)

@@ -356,6 +356,11 @@ def test_two_outputs_have_reasons() -> None:
     floats = holding(PROBLEM, DType.BF16, accumulation=Accumulation.FP32, x_scale=None)
     floats = dataclasses.replace(floats, weight_scale=None, epilogue=(alternating,))
     assert "must not be stored" in (why_illegal(kept(floats, major=Major.N)) or "")
+    geglu = dataclasses.replace(
+        floats, epilogue=(Activation(ActivationFunction.GEGLU, stored=True),)
+    )
+    assert "consumer thread" in (why_illegal(geglu, GemmSm90Config(128, 256)) or "")
+    assert why_illegal(geglu, GemmSm90Config(64, 256, pingpong=True)) is None
 
 
 def test_gated_tiles_hold_whole_slices_of_outputs() -> None:
