@@ -141,19 +141,18 @@ def annotations(function: Callable[..., Any]) -> Iterator[tuple[str, str]]:
             yield name, annotation
 
 
-def wrong() -> Iterator[Any]:
-    for name, (function, _) in CALLS.items():
-        for argument, annotation in annotations(function):
-            kinds = annotation.split(" | ")
-            assert set(kinds) <= set(RIGHT), f"{name}: {argument} is {annotation}"
-            right = {value for kind in kinds for value in RIGHT[kind]}
-            for value in VALUES:
-                if value not in right:
-                    yield pytest.param(name, argument, value, id=f"{name}, {argument}, {value}")
+@pytest.mark.parametrize("name", CALLS)
+def test_a_wrong_type_is_told_by_name(name: str) -> None:
+    """Of each argument, each value that has none of its types."""
+    for argument, annotation in annotations(CALLS[name][0]):
+        kinds = annotation.split(" | ")
+        assert set(kinds) <= set(RIGHT), f"{name}: {argument} is {annotation}"
+        right = {value for kind in kinds for value in RIGHT[kind]}
+        for value in set(VALUES) - right:
+            _check_message(name, argument, value)
 
 
-@pytest.mark.parametrize(("name", "argument", "value"), list(wrong()))
-def test_a_wrong_type_is_told_by_name(name: str, argument: str, value: str) -> None:
+def _check_message(name: str, argument: str, value: str) -> None:
     function, good = CALLS[name]
     given = VALUES[value]
     with pytest.raises(TypeError) as error:
@@ -161,7 +160,8 @@ def test_a_wrong_type_is_told_by_name(name: str, argument: str, value: str) -> N
     message = str(error.value)
     came = [given, *given[:1]] if isinstance(given, list | np.ndarray) else [given]
     words = [word for item in came for word in (in_words(item), type(item).__name__)]
-    assert argument in message and any(f"got {word}" in message for word in words), message
+    told = argument in message and any(f"got {word}" in message for word in words)
+    assert told, (argument, value, message)
 
 
 @pytest.mark.parametrize("name", sorted(set(CALLS) - NEEDS_A_GPU))

@@ -139,7 +139,7 @@ def test_killed_worker_costs_one_image(tmp_path, words):
 
 
 def test_two_builds_at_once_share_the_work(tmp_path, words):
-    processes = [start(words) for _ in range(2)]
+    processes = [start([*words, "--jobs", "1"]) for _ in range(2)]
     outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sum(map(compiled, outputs)) == TO_BUILD

@@ -25,11 +25,14 @@ PROBLEMS = [
     replace(PROBLEM, gathered=None, operand=DType.FP16, out=DType.FP16),
     replace(PROBLEM, m=8, num_experts=9),
     replace(PROBLEM, n=64, num_experts=9, out=DType.FP32, accumulate=True),
-    *(
+    *(  # each output with and without sums from before, and each of these with either way to rows
         replace(PROBLEM, m=200, n=n, num_experts=3, gathered=gathered, out=out, accumulate=add)
-        for n, gathered in ((136, Side.LEFT), (200, None))
-        for out in (DType.BF16, DType.FP32)
-        for add in (False, True)
+        for n, gathered, out, add in (
+            (136, Side.LEFT, DType.BF16, False),
+            (136, Side.LEFT, DType.FP32, True),
+            (200, None, DType.BF16, True),
+            (200, None, DType.FP32, False),
+        )
     ),
 ]
 CONFIGS = [
@@ -43,12 +46,11 @@ CONFIGS = [
 
 
 def test_every_kernel_compiles_without_spills(shared_cache: Cache) -> None:
-    """Of each problem those that calls may get, and one more in turn."""
+    """Of each problem those that calls may get, and each other config with one of them."""
     requests = [
-        Request(problem, config)
-        for i, problem in enumerate(PROBLEMS)
-        for config in (*every_config(problem), CONFIGS[i % len(CONFIGS)])
+        Request(problem, config) for problem in PROBLEMS for config in every_config(problem)
     ]
+    requests += [Request(*pair) for pair in zip(PROBLEMS, CONFIGS, strict=False)]
     results = list(build_images(shared_cache, dict.fromkeys(requests)))
     assert [(r.request, r.error) for r in results if r.image is None] == []
     for result in results:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 pytest.importorskip("accelerate", reason="transformers shares a model among ranks with accelerate")
 pytest.importorskip("transformers", minversion="5.24")
@@ -17,6 +17,7 @@ import transformers
 
 from cutlass_moe.integrations import transformers as ours
 from tests.integrations.tiny_models import VOCAB, experts_of, make
+from tests.support.ranks import run_ranks
 
 RANKS = 2
 LIMITS = {None: 2e-2, "int8": 5e-2, "fp8": 0.15, "fp8_block": 0.15}  # of the median token
@@ -69,7 +70,7 @@ def test_two_ranks_give_what_one_gives(tmp_path: Path) -> None:
     with torch.no_grad():
         want = model(tokens()).logits.double()
     experts, rows, hidden = experts_of(model)[0].gate_up_proj.shape
-    multiprocessing.spawn(run, (tmp_path,), RANKS)
+    run_ranks(run, (tmp_path,), RANKS)
     for rank in range(RANKS):
         found = torch.load(tmp_path / f"rank{rank}.pt")
         for (plan, quant), (logits, shape) in found.items():

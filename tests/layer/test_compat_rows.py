@@ -282,23 +282,25 @@ def test_install_hides_a_package_that_is_there(tmp_path: Path) -> None:
     (tmp_path / "grouped_gemm").mkdir()
     (tmp_path / "grouped_gemm" / "__init__.py").write_text("ops = 'theirs'")
     program = """
+import sys
 import cutlass_moe.compat
-if {late}:
-    import grouped_gemm
+import grouped_gemm
+try:
+    cutlass_moe.compat.install("grouped_gemm")
+except RuntimeError as error:
+    print(error)
+del sys.modules["grouped_gemm"]
 cutlass_moe.compat.install("grouped_gemm")
 import grouped_gemm.ops
 print(grouped_gemm.__name__)
 """
-
-    def run(late: bool) -> subprocess.CompletedProcess[str]:
-        path = os.pathsep.join([str(tmp_path), str(Path(cutlass_moe.__path__[0]).parent)])
-        environment = {**os.environ, "PYTHONPATH": path}
-        command = [sys.executable, "-c", program.format(late=late)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    early = run(late=False)
-    assert early.stdout.strip() == "cutlass_moe.compat.grouped_gemm", early.stderr
-    assert "must come before the first import of grouped_gemm" in run(late=True).stderr
+    path = os.pathsep.join([str(tmp_path), str(Path(cutlass_moe.__path__[0]).parent)])
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    late, early = ended.stdout.strip().split("\n")
+    assert "must come before the first import of grouped_gemm" in late
+    assert early == "cutlass_moe.compat.grouped_gemm", ended.stderr
 
 
 def test_install_of_another_name() -> None:

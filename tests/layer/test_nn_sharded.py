@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 from cutlass_moe.nn import MoeFeedForward
 from tests.layer.test_nn import D, make, tokens
+from tests.support.ranks import run_ranks
 from tests.support.training_cases import relative
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -49,7 +50,7 @@ def run(rank: int, directory: Path) -> None:
 
 
 def test_two_ranks_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    multiprocessing.spawn(run, (tmp_path,), RANKS)
+    run_ranks(run, (tmp_path,), RANKS)
     monkeypatch.setattr(MoeFeedForward, "_why_no_kernel", lambda *_: None)
     for name in NAMES:
         total: dict[str, Tensor] = {}

@@ -20,9 +20,8 @@ from tests.ptxsim.samples.scenes import SCENES
 
 @pytest.mark.parametrize("name", SCENES)
 def test_samples_are_right(name: str) -> None:
-    for seed in range(3):
-        for mode in MODES:
-            SCENES[name].run(Schedule(seed, mode))
+    for seed, mode in enumerate(MODES):
+        SCENES[name].run(Schedule(seed, mode))
 
 
 @pytest.mark.parametrize("name", DEFECTS)

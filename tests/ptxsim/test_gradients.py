@@ -145,19 +145,16 @@ def _bytes(tensor: Tensor) -> np.ndarray:
 RUNS = {
     "swiglu": Gradient(),
     "pingpong_128": Gradient(
-        config=GemmSm90Config(128, 128, stages=2, pingpong=True), inter=136, crowded=40, tokens=170
-    ),
-    "pair_256": Gradient(
-        config=GemmSm90Config(64, 256, stages=2, pingpong=True, cluster_m=2), inter=264, tokens=100
+        config=GemmSm90Config(128, 128, stages=2, pingpong=True), inter=120, tokens=100
     ),
     "pair_128": Gradient(
         config=GemmSm90Config(128, 128, stages=2, pingpong=True, cluster_m=2),
-        inter=136,
-        crowded=100,
-        tokens=170,
+        inter=120,
+        crowded=135,
+        tokens=135,
     ),
     "relu2_fp16": Gradient("relu2", PINGPONG, dtype=DType.FP16, top_k=3),
-    "clamped_k_major": Gradient(limit=0.5, major=Major.K, config=GemmSm90Config(128, 64, stages=2)),
+    "clamped_k_major": Gradient(limit=0.5, major=Major.K),
     "six_choices": Gradient("geglu", PINGPONG, tokens=20, top_k=3, inter=64, grid=3),
 }
 
@@ -194,7 +191,7 @@ DEFECTS: dict[str, tuple[str, Edit]] = {
         consumer(r"fence\.proxy\.async\.shared::cta;", "", 2),
     ),
     "h loaded over a slice in flight": (
-        "pair_256",
+        "pair_128",
         consumer(r"cp\.async\.bulk\.wait_group\.read 0;", "", 1),
     ),
     "an exit before slices were read": (

@@ -11,7 +11,7 @@ import torch
 from cutlass_moe.images.toolchains import default_build
 from tests.ptxsim.memory import WORKSPACE
 from tests.ptxsim.ptx import Fault
-from tests.ptxsim.schedule import MODES, Schedule
+from tests.ptxsim.schedule import MODES, Schedule, in_turn
 
 if default_build() is None:
     pytest.skip("needs nvidia-cutlass-dsl", allow_module_level=True)
@@ -104,8 +104,8 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_route(name: str) -> None:
-    for seed, mode in enumerate(MODES):
-        CASES[name].run(Schedule(seed, mode), CASES[name].kernel)
+    for order in in_turn(CASES, name, 3):
+        CASES[name].run(order, CASES[name].kernel)
 
 
 DEFECTS = {

@@ -437,6 +437,6 @@ MUTATIONS: dict[str, Mutation] = {
         replace_nth("0f4F800000;", "0f3F800000;"), (_WRONG,), "packed_mxfp4"
     ),
     "packed_factor_of_another_group": Mutation(
-        replace_nth(r"(prmt.b32 [^;]*,) %r\d+;", r"\1 0x5151;", 0), (_WRONG,), "packed_mxfp4"
+        replace_nth(r"(prmt.b32 [^;]*,) %r\d+;", r"\1 0x5151;", 4), (_WRONG,), "packed_mxfp4"
     ),
 }  # fmt: skip

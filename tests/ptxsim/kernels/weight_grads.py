@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cutlass_moe.operands import TORCH_DTYPES
 from cutlass_moe.runtime.parameters import weight_grad_values, weight_grad_views
-from emitters.compile.emit import emit_ptx
 from emitters.spec.image import LaunchRecord
 from emitters.spec.weight_grad import WeightGradProblem, WeightGradSm90Config
+from tests.ptxsim.kernels.compiled import ptx_of
 from tests.ptxsim.kernels.launch import pack
 from tests.ptxsim.kernels.mutations import Edit
 from tests.ptxsim.machine import Launch, Machine
@@ -28,7 +28,7 @@ WeightGradKernel = tuple[LaunchRecord, str, Code]
 
 @lru_cache(maxsize=32)
 def kernel(problem: WeightGradProblem, config: WeightGradSm90Config) -> WeightGradKernel:
-    record, ptx = emit_ptx(problem, config, line_info=False)
+    record, ptx = ptx_of(problem, config)
     return record, ptx, Code(parse(ptx))
 
 
