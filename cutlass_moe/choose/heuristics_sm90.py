@@ -224,9 +224,8 @@ def _copied(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
     longer for smaller tiles, unless a second CTA on the SM has others under way."""
     if not isinstance(config, GemmSm90Config) or not config.tma_x:
         return config
-    if config.ctas_per_sm == 1:
-        config = next(iter(_some_rows(problem)), config)
-    return replace(config, tma_x=False)
+    found = _some_rows(problem) if config.ctas_per_sm == 1 else (config,)
+    return next(replace(c, tma_x=False) for c in found if isinstance(c, GemmSm90Config))
 
 
 @lru_cache(maxsize=1024)
@@ -345,7 +344,7 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
         return _packed(problem, configs, limit <= _PACKED_ONCE)
     if rows_per_expert > _swap_rows(problem, gpu) or not problem.sole_output:  # else swap-AB
         if problem.block_rows and not problem.gather:
-            return _fewest_waves(problem, rows_per_expert, gpu)
+            return waves_sm90.fastest(problem, _wide(problem), rows_per_expert, gpu)
         # Half of the rows of one large tile may be empty: that costs nothing only as long as
         # reading the weights takes longer than the arithmetic.
         if rows_per_expert <= _ONE_TILE_ROWS * min(1.0, gpu.balance / H200.balance):
@@ -364,13 +363,6 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
         return quarter if tiles <= gpu.sms / 4 else whole
     active = experts * (1 - (1 - 1 / experts) ** rows)  # experts with rows, if routing is uniform
     return _swap(problem, 8, 64, _evict_first(problem, active, gpu))
-
-
-def _fewest_waves(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> Family:
-    """The config that takes the least time by a count of waves."""
-    tiles = waves_sm90.tiles_of(problem, _wide(problem))
-    by_time = sorted(tiles, key=lambda t: waves_sm90.time(problem, t, rows_per_expert, gpu))
-    return tuple(tile.config for tile in by_time[:1])
 
 
 def _wants_three(problem: GemmProblem, rows_per_expert: float) -> bool:

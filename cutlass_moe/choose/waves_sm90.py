@@ -47,6 +47,14 @@ def tiles_of(problem: GemmProblem, wide: int) -> tuple[Tile, ...]:
     return tuple(t for t in (widest, *_TILES[1:]) if t.config.why_illegal(problem) is None)
 
 
+def fastest(
+    problem: GemmProblem, wide: int, rows_per_expert: float, gpu: Gpu
+) -> tuple[GemmSm90Config, ...]:
+    """The config that takes the least time; nothing if none can be built. wide: see `tiles_of`."""
+    tiles = sorted(tiles_of(problem, wide), key=lambda t: time(problem, t, rows_per_expert, gpu))
+    return tuple(tile.config for tile in tiles[:1])
+
+
 def time(problem: GemmProblem, tile: Tile, rows_per_expert: float, gpu: Gpu) -> float:
     """The time of a product, in units of a k-tile of a whole SM."""
     config = tile.config
