@@ -26,6 +26,7 @@ EVERY = (
     *(replace(PACKED, packing=packing, counts=RAGGED, n=224, k=1160) for packing in Packing),
     replace(PACKED_CASES["swiglu"], k=1160),
 )
+GPT_OSS = PACKED_CASES["gpt_oss_up"], PACKED_CASES["gpt_oss_down"]  # with biases, their shapes
 REPEATED = {packing: replace(PACKED_CASES[f"{packing}_20"], spare=0) for packing in Packing}
 
 
@@ -52,13 +53,19 @@ def every_config(case: Case) -> list[GemmConfig]:
     return list(dict.fromkeys((*heuristics.candidates(case.problem), *configs)))
 
 
+FORCED = [
+    *((case, config) for case in EVERY for config in every_config(case)),
+    *((case, config) for case in GPT_OSS for config in heuristics.candidates(case.problem)),
+]
+
+
 def images() -> set[tuple[Problem, Config]]:
     """Every (problem, config) that these tests run."""
     found: set[tuple[Problem, Config]] = {
         (case.problem, case.config) for case in PACKED_CASES.values()
     }
     found |= {(case.problem, case.config) for case in REPEATED.values()}
-    found |= {(case.problem, config) for case in EVERY for config in every_config(case)}
+    found |= {(case.problem, config) for case, config in FORCED}
     return found | packed_images()
 
 
@@ -75,9 +82,7 @@ def test_cases(case: Case, exact: bool) -> None:
     check(launch(case, inputs), case, inputs, exact)
 
 
-@pytest.mark.parametrize(
-    ("case", "config"), [(case, config) for case in EVERY for config in every_config(case)]
-)
+@pytest.mark.parametrize(("case", "config"), FORCED)
 def test_every_config_gives_the_same(case: Case, config: GemmConfig) -> None:
     inputs = make_inputs(case, "cuda", exact=True)
     with dispatch.forced_config(config):
