@@ -44,7 +44,12 @@ KERNELS: dict[str, tuple[Case, GemmConfig]] = {
     "stored": (RUNS["stored"].case, RUNS["stored"].config),
     **{
         name: (RUNS[run].case, RUNS[run].config)
-        for name, run in (("packed", "packed_int4_g128"), ("packed_mxfp4", "packed_mxfp4"))
+        for name, run in (
+            ("packed", "packed_int4_g128_16"),
+            ("packed_mxfp4", "packed_mxfp4_16"),
+            ("packed_rows", "packed_mxfp4"),
+            ("packed_slices", "packed_one_producer"),
+        )
     },
     "n_major_gated": (replace(N_MAJOR, epilogue=GATED.epilogue), replace(SMALL, tile_n=128)),
     "starts": (replace(CASE, apart=5), SMALL),
