@@ -65,20 +65,25 @@ def _one_producer(tile_m: int, tile_n: int, k_boxes: int) -> GemmPackedSm90Confi
 # so many rows have the largest tiles.
 _PACKED_ONCE = 45  # up to this many rows per expert, most weights are read once: evict them first
 _PACKED: tuple[tuple[float, tuple[GemmPackedSm90Config, ...]], ...] = (
-    (1.5, (GemmPackedSm90Config(8, 64, ctas_per_sm=4), GemmPackedSm90Config(8, 64, ctas_per_sm=3))),
-    (5, (GemmPackedSm90Config(8, 128, ctas_per_sm=2),)),
-    (12, (GemmPackedSm90Config(16, 256), GemmPackedSm90Config(16, 256, k_boxes=2))),
+    (
+        6,
+        tuple(
+            GemmPackedSm90Config(8, 64, ctas_per_sm=ctas, k_boxes=boxes)
+            for ctas, boxes in ((4, 4), (4, 2), (3, 4), (3, 2), (2, 2))
+        ),
+    ),
+    (12, (_one_producer(16, 256, 4), _one_producer(16, 256, 2))),
     (24, (_one_producer(32, 256, 4),)),
-    (_PACKED_ONCE, (_one_producer(48, 256, 4), _one_producer(48, 128, 4))),
-    (72, (_one_producer(80, 256, 2), _one_producer(80, 128, 4))),
-    (90, (_one_producer(96, 128, 4), _one_producer(96, 128, 2))),
-    (300, (_one_producer(144, 128, 2),)),
-    (inf, (_one_producer(176, 128, 2), _one_producer(144, 128, 2))),
+    (_PACKED_ONCE, (_one_producer(48, 256, 4), _one_producer(48, 192, 4))),
+    (72, (_one_producer(80, 256, 2), _one_producer(80, 192, 4))),
+    (84, (_one_producer(96, 192, 2), _one_producer(96, 128, 2))),
+    (100, (_one_producer(112, 192, 2), _one_producer(112, 128, 2))),
+    (700, (_one_producer(144, 192, 2), _one_producer(144, 128, 2))),
+    (inf, (_one_producer(128, 192, 2), _one_producer(144, 128, 2))),
 )
 # With tiles for half of the SMs, or for all: warpgroups, and CTAs, share a tile's K if it is long.
 _PACKED_IN_TURN: tuple[tuple[float, GemmPackedSm90Config], ...] = (
     (0.5, GemmPackedSm90Config(8, 64, split_k=2, k_groups=2)),
-    (1, GemmPackedSm90Config(8, 64, k_groups=4)),
     (1, GemmPackedSm90Config(8, 64, ctas_per_sm=2, k_groups=2)),
 )
 _PACKED_SMALLEST = (GemmPackedSm90Config(64, 128), GemmPackedSm90Config(32, 64))  # else
@@ -237,7 +242,7 @@ def _packed(
     smallest = (replace(config, tile_m=min(most, config.tile_m)) for config in _PACKED_SMALLEST)
     found = []
     for config in (*configs, *smallest):
-        narrow = next(n for n in (64, 128, 256) if n >= min(problem.n, config.tile_n))
+        narrow = next(n for n in (64, 128, 192, 256) if n >= min(problem.n, config.tile_n))
         found.append(replace(config, tile_n=narrow, evict_first=evict_first))
     return _first_legal(problem, *found)
 

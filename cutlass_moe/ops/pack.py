@@ -22,7 +22,14 @@ from cutlass_moe.ops._packed import (
 )
 from cutlass_moe.ops._types import typed
 from cutlass_moe.ops.activations import in_halves
-from emitters.spec.packing import BLOCK_K, BLOCK_ROWS, E2M1_VALUES, E8M0_LARGEST, Packing
+from emitters.spec.packing import (
+    BLOCK_K,
+    BLOCK_ROWS,
+    E2M1_VALUES,
+    E8M0_LARGEST,
+    INT4_LIMIT,
+    Packing,
+)
 
 _BYTES = (torch.uint8, torch.int8)
 _BIAS = 127  # of E8M0
@@ -42,7 +49,7 @@ def pack_weights(
       INT4 (compressed-tensors, "pack-quantized", symmetric)
         values  int32 [E, N, K / 8]: eight values + 8 per word, the first in the low bits
         scale   [E, N, K / 32] or [E, N, K / 128]: bfloat16, or float16 or float32 that bfloat16
-                holds exactly; finite
+                holds exactly; below 2^120. Kernels may take those below 2^-126 for 0
 
     N must be a multiple of 32 (with a gated activation, of 64). interleaved: rows are gate, up,
     gate, up, ... (gpt-oss) and become all gates, then all ups, which is the order of a packed
@@ -215,6 +222,8 @@ def _stored(scale: Tensor, packing: Packing) -> Tensor:
                 "scale must be finite and hold values of bfloat16, got others: scale.bfloat16() "
                 "rounds them"
             )
+        if scale.numel() and (largest := scale.abs().amax().item()) >= INT4_LIMIT:
+            raise ValueError(f"scale must be below 2^120 for INT4, got {largest:g}")
         return stored
     if scale.dtype == torch.float32:
         mantissa, exponent = torch.frexp(scale)

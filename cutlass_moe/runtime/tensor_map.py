@@ -17,8 +17,9 @@ _DTYPES = {
     2: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,  # the fill is 0 in every dtype
     4: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT32,
 }
-_SWIZZLES = {
+SWIZZLES = {
     0: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
+    64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
     128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
 }
 _PROMOTIONS = {
@@ -72,7 +73,7 @@ class TensorMaps:
             [driver.cuuint32_t(extent) for extent in box.box],
             [driver.cuuint32_t(1)] * rank,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            _SWIZZLES[box.swizzle],
+            SWIZZLES[box.swizzle],
             _PROMOTIONS[box.l2_promotion],
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

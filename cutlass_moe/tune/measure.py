@@ -73,8 +73,8 @@ def space(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     each consumer's additions.
     """
     alone = ((64, 128), (64, 192), (64, 256), (128, 128))
-    few = ((8, 64, 2), (8, 64, 4), (8, 256, 1), (16, 64, 3), (16, 128, 2), (32, 64, 2))
-    one_producer = ((96, 128), (112, 128), (128, 128), (160, 128), (192, 128))
+    few = ((8, 64, 2), (8, 64, 4), (8, 128, 2), (8, 256, 1), (16, 128, 2))
+    one_producer = ((32, 192), (96, 192), (128, 192), (144, 128), (176, 128), (192, 128))
     considered: list[GemmConfig] = [
         GemmSm90Config(64, 128),
         GemmSm90Config(64, 64, ctas_per_sm=2),

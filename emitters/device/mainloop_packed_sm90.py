@@ -26,9 +26,11 @@ class PackedProducts:
     """Multiplies the stages of a tile; its `sums` are complete after `finish`.
 
     While WGMMA works on a word's 32 of K, the next word is unpacked: two sets of fragments take
-    turns. If scales vary along K, the products of a group are added to the sums, times its scale,
-    once the next group's first word has been unpacked. Both go on from stage to stage, so that a
-    stage is released when the next has begun.
+    turns. That goes on from stage to stage, so that a stage is released when the next has begun.
+
+    The values of integers have their scales but for the scales' mantissas, from 1 to 2, which would
+    not fit: so the sums are in units of the mantissa of the last group of K. Before the next group
+    they are multiplied by the old unit over the new one, once its first word has been unpacked.
 
     Between the start of WGMMAs and the wait for them there must be no branch, and nothing may read
     any accumulators but after a wait for all WGMMAs: else the compiler makes them wait for each
@@ -37,49 +39,43 @@ class PackedProducts:
 
     def __init__(self, problem: GemmProblem, config: GemmPackedSm90Config):
         self.problem, self.config = problem, config
-        self.operand = PackedOperand(problem, config)
+        self.operand = PackedOperand(problem, config, powers=True)
         packing = problem.weight.packing
         assert packing is not None
-        self.scaled = packing is not Packing.MXFP4  # else scales are in the values
+        self.scaled = packing is not Packing.MXFP4  # else scales are in the values, whole
         self.group_words = packing.group // 32
 
     def attach(self, weights: cute.Pointer, x: cute.Tensor, thread: Int32):
         """Binds the stages of weights and of x. thread: among those of all consumers."""
         k_major = cute.nvgpu.OperandMajorMode.K
         element, tile_m = ELEMENT[self.problem.x], self.config.tile_m
-        self.fresh, self.mma = (
-            sm90.make_trivial_tiled_mma(
-                element, element, k_major, k_major, Float32, (1, 1, 1),
-                tiler_mn=(64, tile_m), a_source=sm90.OperandSource.RMEM,
-            )
-            for _ in range(2)
+        self.mma = sm90.make_trivial_tiled_mma(
+            element, element, k_major, k_major, Float32, (1, 1, 1),
+            tiler_mn=(64, tile_m), a_source=sm90.OperandSource.RMEM,
         )  # fmt: skip
-        self.fresh.set(warpgroup.Field.ACCUMULATE, False)
         self.mma.set(warpgroup.Field.ACCUMULATE, True)
         self.tCrB = self.mma.make_fragment_B(self.mma.get_slice(0).partition_B(x))
         part = self.mma.get_slice(thread % 128)
         shape = part.partition_C(cute.make_identity_tensor((64, tile_m))).shape
-        self.acc = self.sums = cute.make_rmem_tensor(shape, Float32)
+        self.sums = cute.make_rmem_tensor(shape, Float32)
         shape = self.mma.partition_shape_A((64, 32))
         self.fragments = [self.mma.make_fragment_A(shape) for _ in range(_FRAGMENTS)]
-        if self.scaled:
-            self.sums = cute.make_rmem_tensor((tile_m // 2,), Float32)
-            self.scales = cute.make_rmem_tensor((2,), Float32)  # of the products in acc
+        self.behind = cute.make_rmem_tensor((1,), Int32)  # the stage that WGMMA still reads
+        self.units = cute.make_rmem_tensor((2,), Float32)  # of the sums of a thread's two columns
         self.operand.attach(weights, thread // 32, thread % 32)
 
     def begin(self):
         """Starts a tile."""
-        if self.scaled:  # the first stage adds what is in acc: nothing
-            self.sums.fill(0)
-            self.scales.fill(0)
-        for i in range(cute.size(self.acc)):
+        self.behind[0] = Int32(-1)
+        self.units.fill(1)
+        for i in range(cute.size(self.sums)):
             # no constant to the compiler, which would set it between WGMMA and the fence before it
-            self.acc[i] = cute.arch.inline_ptx(
+            self.sums[i] = cute.arch.inline_ptx(
                 "mov.b32 {$w0}, 0;", write_only_types=[Float32], read_only_args=[]
             )
 
-    def add_stage(self, stage: Int32, released: Callable[[], None]):
-        """Starts the products of a stage. released: called when the stage before is free."""
+    def add_stage(self, stage: Int32, release: Callable[[Int32], None]):
+        """Starts the products of a stage, and releases the one before."""
         blocks = self.config.k_blocks
         self.operand.read(stage * blocks, 0)
         cute.arch.fence_view_async_shared()  # because cp.async wrote x through the generic proxy
@@ -92,36 +88,40 @@ class PackedProducts:
                 self.operand.read(stage * blocks + block + 1, (block + 1) % 2)
             begins = self.scaled and of_block % self.group_words == 0
             if begins:
-                self.add_group()
-                for unit in range(2):
-                    self.scales[unit] = self.operand.scale(unit, of_block // self.group_words)
-            self.issue(word, begins, fragment, stage)
+                self.change_units(of_block // self.group_words)
+            self.issue(word, fragment, stage)
             if not begins:
                 warpgroup.wait_group(_FRAGMENTS - 1)  # the next fragment is free
             if word == 0:
-                released()
+                release(self.behind[0])
+        self.behind[0] = stage
 
-    def issue(self, word: int, begins: bool, fragment: cute.Tensor, stage: Int32):
-        """Starts the WGMMAs of a word. begins: they do not add to the products before."""
+    def issue(self, word: int, fragment: cute.Tensor, stage: Int32):
+        """Starts the WGMMAs of a word."""
         warpgroup.fence()
         box = stage * self.config.k_boxes + word // _BOX_WORDS
         for step in range(_STEPS):
-            mma = self.fresh if begins and step == 0 else self.mma
             b = self.tCrB[None, None, word % _BOX_WORDS * _STEPS + step, box]
-            cute.gemm(mma, self.acc, fragment[None, None, step], b, self.acc)
+            cute.gemm(self.mma, self.sums, fragment[None, None, step], b, self.sums)
         warpgroup.commit_group()
 
-    def add_group(self):
-        """Adds the products of a group to the sums, times its scale, when they are there."""
-        warpgroup.wait_group(0)
-        for i in range(cute.size(self.acc)):
-            self.sums[i] = self.sums[i] + self.acc[i] * self.scales[i // 2 % 2]
+    def change_units(self, group: int):
+        """Makes the mantissas of a group of the block the units of the sums."""
+        factors = []
+        for unit in range(2):
+            mantissa = self.operand.scale(unit, group)
+            factors.append(self.units[unit] * cute.arch.rcp_approx(mantissa))
+            self.units[unit] = mantissa
+        self.multiply(factors)
 
-    def finish(self):
-        """Waits for the last products of a tile."""
-        if self.scaled:
-            self.add_group()
-        else:
-            warpgroup.wait_group(0)
-            for i in range(cute.size(self.acc)):
-                self.acc[i] = self.acc[i] * Float32(2.0**MXFP4_SHIFT)
+    def multiply(self, factors: list):
+        """Waits for the products, and multiplies the sums of each of the two columns."""
+        warpgroup.wait_group(0)
+        for i in range(cute.size(self.sums)):
+            self.sums[i] = self.sums[i] * factors[i // 2 % 2]
+
+    def finish(self, release: Callable[[Int32], None]):
+        """Completes the sums of a tile, and releases its last stage."""
+        units = [self.units[unit] for unit in range(2)]
+        self.multiply(units if self.scaled else [Float32(2.0**MXFP4_SHIFT)] * 2)
+        release(self.behind[0])

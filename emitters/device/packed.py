@@ -90,9 +90,11 @@ class PackedOperand:
     (see emitters/spec/packing.py).
     """
 
-    def __init__(self, problem: GemmProblem, config: GemmPackedSm90Config):
+    def __init__(self, problem: GemmProblem, config: GemmPackedSm90Config, powers: bool):
+        """powers: whether the values of integers have their scales but for the mantissas."""
         packing = problem.weight.packing
         assert packing is not None
+        self.powers = powers
         self.packing, self.gated = packing, problem.gated
         self.block_bytes = config.weight_bytes(problem)
         self.consumer_bytes = 2 * packing.block_bytes
@@ -133,29 +135,50 @@ class PackedOperand:
             )
 
     def scale(self, unit: int, group: int) -> Float32:
-        """The scale of an integer row in a group of K of the block that was read."""
+        """What is not in the values of a group of K: an integer row's scale, or its mantissa."""
+        bits = self.scale_bits(unit, group)
+        if self.powers:
+            bits = Int32(cute.arch.lop3(bits, _int(0x007F0000), _int(0x3F800000), _AND_OR))
+        else:
+            bits = bits & Int32(-65536)
+        return bits.bitcast(Float32)
+
+    def scale_bits(self, unit: int, group: int) -> Int32:
+        """The bf16 scale, in the upper 16 bits, of an integer row of the block that was read."""
         word = self.scale_words[unit, group // 2]
         if self.packing is Packing.INT4_G128:
-            word = word << (16 - self.row % 2 * 16)
-        elif group % 2 == 0:
-            word = word << 16
-        return (word & Int32(-65536)).bitcast(Float32)
+            return word << (16 - self.row % 2 * 16)
+        return word << 16 if group % 2 == 0 else word
 
     def unpack(self, word: int, registers: cute.Tensor):
         """Writes a word's 32 of K of both rows, as bf16, to A's int32 registers of two WGMMAs."""
-        factors = None
-        if self.packing is Packing.MXFP4:
+        scaled = self.packing is Packing.MXFP4
+        if scaled:
             factors = [self.factor(unit, word) for unit in range(2)]
+        elif self.powers and word % (self.packing.group // 32) == 0:
+            group = word * 32 // self.packing.group
+            self.terms = [self.power(unit, group) for unit in range(2)]
         for pair in range(4):
             for unit in range(2):
                 bits = self.words[unit, word]
-                if factors is not None:
+                if scaled:
                     values = _packed("mul", self.spread(bits, pair), factors[unit])
-                else:  # 128 + code, - 136
+                else:  # 128 + code, - 136; or (128 + code) * power - 136 * power
                     nibbles = bits if pair == 0 else bits >> (4 * pair)
                     nibbles = cute.arch.lop3(nibbles, _int(_NIBBLES), _int(_128), _AND_OR)
-                    values = _packed("add", nibbles, _int(_MINUS_136))
+                    if self.powers:
+                        values = _packed("fma", nibbles, *self.terms[unit])
+                    else:
+                        values = _packed("add", nibbles, _int(_MINUS_136))
                 registers[2 * pair + unit] = values
+
+    def power(self, unit: int, group: int) -> tuple[Int32, Int32]:
+        """A scale without its mantissa, a power of two, and -136 times that; as two equal bf16."""
+        bits = self.scale_bits(unit, group)
+        power = cute.arch.lop3(
+            Int32(cute.arch.prmt(bits, bits, Int32(0x3232))), _int(0xFF80FF80), Int32(0), _AND
+        )
+        return power, _packed("mul", power, _int(_MINUS_136))
 
     def spread(self, bits: Int32, pair: int) -> Int32:
         """The bits of two E2M1 where bf16 has sign, exponent and mantissa: too small by 2^126."""
@@ -187,10 +210,11 @@ def _int(bits: int) -> Int32:
     return Int32(bits - (1 << 32) if bits >> 31 else bits)
 
 
-def _packed(op: str, a: Int32, b: Int32) -> Int32:
-    """An operation on two pairs of bf16."""
+def _packed(op: str, a: Int32, b: Int32, *c: Int32) -> Int32:
+    """An operation on pairs of bf16."""
+    more = ", {$r2}" * len(c)
     return cute.arch.inline_ptx(
-        "{{ .reg .b32 t; mov.b32 t, {$r1}; " + op + ".rn.bf16x2 {$w0}, {$r0}, t; }}",
+        "{{ .reg .b32 t; mov.b32 t, {$r1}; " + op + ".rn.bf16x2 {$w0}, {$r0}, t" + more + "; }}",
         write_only_types=[Int32],
-        read_only_args=[a, b],
+        read_only_args=[a, b, *c],
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from emitters.spec.arch import SM90, why_no_registers
-from emitters.spec.config_sm90 import WARPGROUP
+from emitters.spec.config_sm90 import SLICE_BYTES, WARPGROUP
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.epilogue import Bias
 from emitters.spec.gemm import GemmProblem, Granularity
@@ -14,16 +14,19 @@ from emitters.spec.packing import BLOCK_ROWS, Packing
 
 # Registers per thread besides accumulators: fragments, packed words, addresses, epilogue.
 _OTHERS = {Packing.INT4_G128: 56, Packing.INT4_G32: 48, Packing.MXFP4: 64}
-_WGMMA_OTHERS = 42  # those of a WGMMA besides its accumulators, before registers are passed on
+MMA_ROWS = 8  # rows of the tiles whose products mma.sync makes, not WGMMA
+_WGMMA_OTHERS = 56  # those of a WGMMA besides its accumulators, before registers are passed on
 
 
 @dataclass(frozen=True)
 class GemmPackedSm90Config(GemmSwapSm90Config):
-    """The config of `GemmSwapSm90` for packed weights, which WGMMA reads from registers.
+    """The config of `GemmSwapSm90` for packed weights, which are multiplied from registers.
 
-    Each 64 columns of a tile have a consumer warpgroup; or k_groups of them, which take stages in
-    turn and add their sums. With `one_producer` a single warpgroup loads weights and rows of x,
-    and passes on to the consumers the registers that it does not need.
+    Tiles of MMA_ROWS rows are multiplied by mma.sync, others by WGMMA. Each 64 columns of a tile
+    have a consumer warpgroup; or k_groups of them, which take stages in turn and add their sums.
+    With `one_producer` a single warpgroup loads weights and rows of x, and passes on to the
+    consumers the registers that it does not need; these then store by warpgroups, from room for a
+    whole tile in shared memory.
     """
 
     k_boxes: int = 4  # of 64 of K; a block of packed weights has 128
@@ -106,10 +109,20 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
     def stage_bytes(self, problem: GemmProblem) -> int:
         return self.x_bytes(problem) * self.k_boxes + self.weight_bytes(problem) * self.k_blocks
 
+    def slice_bytes(self, problem: GemmProblem) -> int:
+        """Bytes of a row of what a warpgroup stores at a time; 0 if warps store by themselves."""
+        columns = 4 * self.warp_columns(problem)
+        return min(SLICE_BYTES, columns * problem.out.bytes) if self.one_producer else 0
+
+    def staging_bytes(self, problem: GemmProblem) -> int:
+        if not self.slice_bytes(problem):
+            return super().staging_bytes(problem)
+        columns = 4 * self.column_groups * self.warp_columns(problem)
+        return self.tile_m * columns * problem.out.bytes
+
     def accumulator_registers(self, problem: GemmProblem) -> int:
-        """Accumulators per consumer thread; if scales vary along K, sums beside products."""
-        sets = 1 if problem.weight.packing is Packing.MXFP4 else 2
-        return sets * self.tile_m // 2
+        """Accumulators per consumer thread."""
+        return self.tile_m // 2
 
     @property
     def words(self) -> str:
@@ -135,11 +148,18 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
         """Registers per consumer thread besides accumulators with which no kernel spilled."""
         packing, accumulators = problem.weight.packing, self.accumulator_registers(problem)
         assert packing is not None
-        others = _OTHERS[packing]
-        if packing is Packing.INT4_G128 and accumulators >= 16:
-            others += 8
         per_channel = problem.weight_scale is Granularity.CHANNEL
         of_columns = per_channel or any(isinstance(node, Bias) for node in problem.epilogue)
+        if self.tile_m == MMA_ROWS:
+            others = 64 + 8 * (per_channel or of_columns and packing is Packing.INT4_G128)
+            if packing is Packing.INT4_G128 and per_channel and problem.epilogue:
+                others += 16
+            if packing is Packing.INT4_G32:
+                others += 24 * (self.k_blocks - 1) + 16 * of_columns
+            return others
+        others = _OTHERS[packing]
+        if packing is Packing.INT4_G128 and accumulators >= 16:
+            others += 8 + 4 * problem.gated
         if of_columns and packing is Packing.INT4_G128:
             others += 8
         elif of_columns and packing is Packing.MXFP4 and accumulators <= 8:
@@ -151,9 +171,9 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
     def _why_tile(self, problem: GemmProblem) -> str | None:
         if self.tile_m != 8 and (self.tile_m % 16 or not 16 <= self.tile_m <= 256):
             return f"tile_m must be 8 or a multiple of 16 up to 256 (WGMMA's N), got {self.tile_m}"
-        if self.tile_n not in (64, 128, 256):
+        if self.tile_n not in (64, 128, 192, 256):
             return (
-                "tile_n must be 64, 128 or 256 (64 columns per consumer warpgroup), "
+                "tile_n must be 64, 128, 192 or 256 (64 columns per consumer warpgroup), "
                 f"got {self.tile_n}"
             )
         if self.k_boxes not in (2, 4):

@@ -74,6 +74,9 @@ class Packing(Name):
         return n // BLOCK_ROWS, -(-k // BLOCK_K)
 
 
+# Integers, with more than MMA_ROWS rows: the power of two of a scale is multiplied into the values,
+# its mantissa into sums. Scales below 2^-126, subnormal bf16, count as 0.
+INT4_LIMIT = 2.0**120  # of scales: 136 times their power of two must be finite
 # MXFP4: values are converted to bf16 that are 2^32 times too small, and sums multiplied by 2^32, so
 # that scales up to 2^33 have a finite factor. It turns an E2M1 in the places above, a bf16 2^126
 # times too small, into such a value: a scale 2^(s - 127) is stored as s + 94, the factor's exponent

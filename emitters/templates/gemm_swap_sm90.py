@@ -1,7 +1,5 @@
 """The SM90 grouped GEMM template for few rows per expert: weights are WGMMA's M operand."""
 
-from functools import partial
-
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
@@ -14,8 +12,9 @@ from cutlass.pipeline import PipelineUserType
 from emitters.device.dependent import launch_next, wait_for_previous
 from emitters.device.epilogue.columns import ColumnsFragment
 from emitters.device.epilogue.nodes import Epilogue
-from emitters.device.epilogue.store import TransposedStore
+from emitters.device.epilogue.store import TransposedStore, WarpgroupStore
 from emitters.device.gather import GatherIterator
+from emitters.device.mainloop_packed_mma import RowProducts
 from emitters.device.mainloop_packed_sm90 import PackedProducts
 from emitters.device.mainloop_sm90 import add_products, begin_products, issue, make_sums, sum_type
 from emitters.device.memory import ELEMENT, SMEM, map_carrier, vector
@@ -25,7 +24,8 @@ from emitters.device.ring import Ring
 from emitters.device.scales import BlockScales
 from emitters.device.scheduler import ExpertTable
 from emitters.device.weights import OPERAND_MAJOR, WEIGHT_LAYOUT, WeightLoader
-from emitters.spec.config_sm90 import WARPGROUP
+from emitters.spec.config_packed_sm90 import MMA_ROWS
+from emitters.spec.config_sm90 import SLICE_BYTES, WARPGROUP
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem
 from emitters.templates.parameters import gemm_arguments, gemm_tensor_maps
@@ -64,9 +64,10 @@ class GemmSwapSm90:
 
     Packed weights have more consumers: each warpgroup has 64 of the tile's columns, and releases
     every stage; or several have the same ones and take stages in turn, of which each releases its
-    own, and the others pass their sums to the first, which stores (`add_groups`). With one
-    producer the gather's first warp copies weights too, in step with the others, and the gather's
-    warpgroup passes registers on to the consumers.
+    own, and the others pass their sums to the first, which stores (`add_groups`). Tiles of eight
+    rows are multiplied by mma.sync. With one producer the gather's first warp copies weights too,
+    in step with the others, the gather's warpgroup passes registers on to the consumers, and these
+    store by TMA, so that a tile leaves under the next one's main loop.
 
     A stage has, for each box, tile_n rows of weight (N-major weights: for every 64 columns, the
     rows of K) and tile_m rows of x, in the 128-byte swizzle. Past the end of K or N it has zeros:
@@ -84,7 +85,8 @@ class GemmSwapSm90:
         self.smem_bytes, self.cluster = config.smem_bytes(problem), config.cluster
         self.experts = ExpertTable(problem, config, cluster_m=1, group_m=GROUP_M)
         self.gather = GatherIterator(problem.gather, problem.k * problem.x.bytes, config.tile_m)
-        self.packed = PackedProducts(problem, config) if problem.weight.packing else None
+        products = RowProducts if config.tile_m == MMA_ROWS else PackedProducts
+        self.packed = products(problem, config) if problem.weight.packing else None
         loader = PackedLoader if self.packed else WeightLoader
         self.weights = loader(problem, config.evict_first)
         self.consumer_threads = WARPGROUP * config.consumers
@@ -93,7 +95,8 @@ class GemmSwapSm90:
         self.one_producer = config.weight_threads == 0
         self.ring = Ring(self.stages, 1 + config.gather_threads, 4 * config.column_groups)
         self.scales = BlockScales(problem, config) if problem.block_rows else None
-        store = TransposedStore(problem, config)
+        self.slice_bytes = config.slice_bytes(problem) if self.packed else 0
+        store = (WarpgroupStore if self.slice_bytes else TransposedStore)(problem, config)
         self.epilogue = Epilogue(problem, config, ColumnsFragment, store)
 
     def arguments(self):
@@ -102,7 +105,8 @@ class GemmSwapSm90:
 
     def tensor_maps(self):
         columns, k = self.config.tile_n, self.tile[2]
-        return gemm_tensor_maps(self.problem, columns, k, self.config.l2_promotion)
+        slice_bytes = self.slice_bytes or SLICE_BYTES
+        return gemm_tensor_maps(self.problem, columns, k, self.config.l2_promotion, slice_bytes)
 
     @cute.jit
     def __call__(
@@ -150,12 +154,14 @@ class GemmSwapSm90:
         weight_count = weight_bytes * 8 // weight_element.width
         words = self.config.table_words(self.problem)
         staging_bytes = self.config.staging_bytes(self.problem)
+        sliced_bytes, staging_bytes = (staging_bytes, 0) if self.slice_bytes else (0, staging_bytes)
         partial_bytes = self.config.partial_bytes
         scale_words = self.config.scale_words(self.problem) * boxes
 
         @cute.struct
         class Storage:
             x: cute.struct.Align[cute.struct.MemRange[self.element, x_count], 1024]
+            slices: cute.struct.Align[cute.struct.MemRange[Uint8, sliced_bytes], 1024]
             weight: cute.struct.Align[cute.struct.MemRange[weight_element, weight_count], 1024]
             partial: cute.struct.Align[cute.struct.MemRange[Uint8, partial_bytes], 16]
             staging: cute.struct.Align[cute.struct.MemRange[Uint8, staging_bytes], 16]
@@ -216,7 +222,7 @@ class GemmSwapSm90:
         if warp < consumer_warps:
             if const_expr(self.one_producer):
                 cute.arch.setmaxregister_increase(self.config.consumer_registers)
-            staging = storage.staging.data_ptr()
+            staging = (storage.slices if self.slice_bytes else storage.staging).data_ptr()
             of_columns = warp
             if const_expr(self.packed is not None):  # of either group with the same columns
                 of_columns = warp % (self.column_threads // 32)
@@ -389,26 +395,28 @@ class GemmSwapSm90:
         for i in range_constexpr(self.k_groups - 1):
             if group > i:
                 state.advance()
-        while tile < end:
+        ahead = self.one_producer  # has registers to find the next tile under the main loop
+        expert = row = rows = column = Int32(0)
+        if const_expr(ahead):
             expert, row, rows, column, _ = self.experts.locate(tile, end, Int32(0))
+        while tile < end:
+            if const_expr(not ahead):
+                expert, row, rows, column, _ = self.experts.locate(tile, end, Int32(0))
+            place = (expert, row, rows, column)
+            tile += stride
             self.epilogue.begin(row, rows, column)
             self.packed.begin()
             own_k = first_k + turn
-            behind = state.clone()  # the stage before, which WGMMA still reads
             for k in cutlass.range(own_k, end_k, self.k_groups, unroll=1):
                 self.ring.wait_full(state)
-                first = Int32(k == own_k)
-                self.packed.add_stage(state.index, partial(self.release, behind.index, first))
-                if k > own_k:
-                    for _ in range_constexpr(self.k_groups):
-                        behind.advance()
+                self.packed.add_stage(state.index, self.release)
                 for _ in range_constexpr(self.k_groups):
                     state.advance()
                 if k == own_k:
-                    self.epilogue.load(expert, column)
-            self.packed.finish()
-            self.release(behind.index)
-            place = (expert, row, rows, column)
+                    self.epilogue.load(place[0], place[3])
+                    if const_expr(ahead):
+                        expert, row, rows, column, _ = self.experts.locate(tile, end, Int32(0))
+            self.packed.finish(self.release)
             if const_expr(self.k_groups > 1):
                 self.add_groups(storage, group, thread)
                 # turns go on from tile to tile: a power of two minus the stages of this one
@@ -418,7 +426,6 @@ class GemmSwapSm90:
             else:
                 self.store(storage, self.packed.sums, sums_full, cluster_state, thread, place)
             cluster_state.advance()
-            tile += stride
         self.epilogue.finish()
 
     @cute.jit
@@ -441,10 +448,10 @@ class GemmSwapSm90:
                         sums[4 * i + j] = sums[4 * i + j] + sent[j]
         cute.arch.barrier(barrier_id=2, number_of_threads=self.consumer_threads)
 
-    def release(self, stage, kept=0):
-        """Releases a stage that all lanes have read; see `Ring.release_unless`."""
+    def release(self, stage):
+        """Releases a stage that all lanes have read; none if it is negative."""
         cute.arch.sync_warp()
-        self.ring.release_unless(stage, Int32(kept))
+        self.ring.release_unless(stage, stage >> 31)
 
     @cute.jit
     def store(self, storage, sums, sums_full, cluster_state, thread, place):

@@ -171,15 +171,15 @@ def _applied(node: Granularity | EpilogueNode) -> Argument:
 
 
 def gemm_tensor_maps(
-    problem: GemmProblem, columns: int, k: int, l2_promotion: int
+    problem: GemmProblem, columns: int, k: int, l2_promotion: int, slice_bytes: int = SLICE_BYTES
 ) -> tuple[TensorMapBox, ...]:
     """The tensor maps of the weights, unless they are packed, and of the outputs.
 
     columns, k: of the weights that one copy takes. l2_promotion: bytes that a read of weights
-    brings into L2.
+    brings into L2. slice_bytes: of a row of the output that one store writes.
     """
-    columns_of_slice = SLICE_BYTES // problem.out.bytes
-    outputs = [TensorMapBox("out_map", (columns_of_slice, SLICE_ROWS), SLICE_BYTES, 128)]
+    columns_of_slice = slice_bytes // problem.out.bytes
+    outputs = [TensorMapBox("out_map", (columns_of_slice, SLICE_ROWS), slice_bytes, 128)]
     box = (columns_of_slice, 1, SLICE_ROWS)
     for name in ("h_map", "grad_h_map")[: 2 if problem.gradient else 1 if problem.stored else 0]:
         outputs.append(TensorMapBox(name, box, SLICE_BYTES, 128))

@@ -26,11 +26,12 @@ EVERY = (
     *(replace(PACKED, packing=packing, counts=RAGGED, n=224, k=1160) for packing in Packing),
     replace(PACKED_CASES["swiglu"], k=1160),
 )
+GPT_OSS = PACKED_CASES["gpt_oss_up"], PACKED_CASES["gpt_oss_down"]  # with biases, their shapes
 REPEATED = {packing: replace(PACKED_CASES[f"{packing}_20"], spare=0) for packing in Packing}
 
 
 def every_config(case: Case) -> list[GemmConfig]:
-    shapes = product((8, 16, 32, 48, 96, 128), (64, 128, 256), (1, 2, 3, 4))
+    shapes = product((8, 16, 32, 96), (64, 128, 256), (1, 2, 4))
     configs = [
         GemmPackedSm90Config(m, n, ctas_per_sm=ctas, k_boxes=2 + 2 * (ctas % 2))
         for m, n, ctas in shapes
@@ -44,12 +45,18 @@ def every_config(case: Case) -> list[GemmConfig]:
         GemmPackedSm90Config(32, 128, k_boxes=2, k_groups=2, one_producer=True),
         *(
             GemmPackedSm90Config(m, n, k_boxes=2, one_producer=True, ctas_per_sm=ctas)
-            for m in (32, 96, 144, 192, 256)
-            for n, ctas in ((64, 2), (128, 1), (256, 1))
+            for m in (32, 144, 176, 208)
+            for n, ctas in ((64, 2), (128, 1), (192, 1), (256, 1))
         ),
     ]
     configs = [c for c in configs if why_illegal(case.problem, c) is None]
     return list(dict.fromkeys((*heuristics.candidates(case.problem), *configs)))
+
+
+FORCED = [
+    *((case, config) for case in EVERY for config in every_config(case)),
+    *((case, config) for case in GPT_OSS for config in heuristics.candidates(case.problem)),
+]
 
 
 def images() -> set[tuple[Problem, Config]]:
@@ -58,7 +65,7 @@ def images() -> set[tuple[Problem, Config]]:
         (case.problem, case.config) for case in PACKED_CASES.values()
     }
     found |= {(case.problem, case.config) for case in REPEATED.values()}
-    found |= {(case.problem, config) for case in EVERY for config in every_config(case)}
+    found |= {(case.problem, config) for case, config in FORCED}
     return found | packed_images()
 
 
@@ -75,9 +82,7 @@ def test_cases(case: Case, exact: bool) -> None:
     check(launch(case, inputs), case, inputs, exact)
 
 
-@pytest.mark.parametrize(
-    ("case", "config"), [(case, config) for case in EVERY for config in every_config(case)]
-)
+@pytest.mark.parametrize(("case", "config"), FORCED)
 def test_every_config_gives_the_same(case: Case, config: GemmConfig) -> None:
     inputs = make_inputs(case, "cuda", exact=True)
     with dispatch.forced_config(config):

@@ -186,6 +186,7 @@ ERRORS = [
     ("bfloat16 scale of MXFP4", (BLOCKS, BF16.repeat(1, 1, 4)), TypeError, "float8_e8m0fnu"),
     ("wide scale", (WORDS, BF16.float() + 2**-20), ValueError, "hold values of bfloat16"),
     ("infinite scale", (WORDS, BF16 / 0), ValueError, "finite"),
+    ("large integer scale", (WORDS, BF16 * 2.0**125), ValueError, r"below 2\^120"),
     ("integer scale", (WORDS, E8M0[:, :, :1]), TypeError, "bfloat16, float16 or float32"),
 ]
 

@@ -214,6 +214,7 @@ _TABLE: dict[str, tuple[Function, np.dtype, tuple[np.dtype, ...]]] = {
     "lop3.b32": (_logic, U32, (U32, U32, U32, U32)),
     "add.rn.bf16x2": (_pairs_of_bf16(np.add), U32, (U32, U32)),
     "mul.rn.bf16x2": (_pairs_of_bf16(np.multiply), U32, (U32, U32)),
+    "fma.rn.bf16x2": (_pairs_of_bf16(lambda a, b, c: a * b + c), U32, (U32, U32, U32)),
     "not.pred": (np.logical_not, B, (B,)),
     "not.b32": (np.invert, U32, (U32,)),
     "neg.s32": (np.negative, I32, (I32,)),

@@ -47,8 +47,10 @@ KERNELS: dict[str, tuple[Case, GemmConfig]] = {
             "stored": "stored",
             "tma_x": "tma_x",
             "blocks_tma_x": "blocks_tma_x",
-            "packed": "packed_int4_g128",
-            "packed_mxfp4": "packed_mxfp4",
+            "packed": "packed_int4_g128_16",
+            "packed_mxfp4": "packed_mxfp4_16",
+            "packed_rows": "packed_mxfp4",
+            "packed_slices": "packed_one_producer",
         }.items()
     },
 }

@@ -56,6 +56,7 @@ def build(one: Instruction, operands: Operands) -> Op | None:
         "cp.async.commit_group": lambda *_: _commit,
         "cp.async.wait_group": _wait_group,
         "cp.async.wait_all": _wait_group,
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16": _load_matrices,
         "stmatrix.sync.aligned.m8n8.x4.shared.b16": _store_matrices,
         "stmatrix.sync.aligned.m8n8.x1.trans.shared.b16": _store_matrices,
         "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16": _store_matrices,
@@ -256,6 +257,23 @@ def _land(cta: Any, copies: Copies, agent: int | np.ndarray, time: int) -> None:
                 raise Fault("misaligned cp.async source")
             data[rows, :size] = memory.read_bytes(copies.by, copies.origin[rows], size)
         cta.shared.land(places(copies.to, width), data, agent, time, GENERIC)
+
+
+def _load_matrices(one: Instruction, operands: Operands) -> Op:
+    """The reverse of `_store_matrices`."""
+    address = operands.address(one.operands[1])
+    puts = [operands.sink(name, U32) for name in braced(one.operands[0])]
+    count = int(one.opcode[len("ldmatrix.sync.aligned.m8n8.x")])
+    if len(puts) != count:
+        raise ValueError(f"{one.where()}: {count} registers expected")
+
+    def load(f: Any) -> None:
+        at = places(address(f)[: count * 8], 16)
+        rows = f.warp.cta.shared.read(f.threads[: count * 8], at)
+        for put, matrix in zip(puts, rows.view(U32).reshape(count, 32), strict=True):
+            put(f, matrix)
+
+    return load
 
 
 def _store_matrices(one: Instruction, operands: Operands) -> Op:

@@ -1,4 +1,4 @@
-"""WGMMA: matrix descriptors, operands, products, and the asynchronous queue of a warp."""
+"""WGMMA: matrix descriptors, operands, products, and the asynchronous queue of a warp; mma.sync."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.ptxsim.operands import ALL, BUSY, U64, B, Op, Operands, braced, integer
+from tests.ptxsim.operands import ALL, BUSY, F32, U32, U64, B, Op, Operands, braced, integer
 from tests.ptxsim.order import GENERIC, differ
 from tests.ptxsim.ordered import OrderedMemory, Places
 from tests.ptxsim.outcome import YIELD
@@ -188,15 +188,41 @@ def registers(program: Program) -> tuple[set[int], set[int]]:
 
 
 def build(one: Instruction, operands: Operands) -> Op | None:
-    """None where the opcode is no WGMMA's."""
+    """None where the opcode multiplies no matrices."""
     if one.opcode.startswith("wgmma.mma_async"):
         return _multiply(one, operands)
     if one.opcode == "wgmma.wait_group.sync.aligned":
         return _wait_group(one, operands)
+    if one.opcode == "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32":
+        return _multiply_at_once(one, operands)
     return {
         "wgmma.fence.sync.aligned": _fence_registers,
         "wgmma.commit_group.sync.aligned": _commit,
     }.get(one.opcode)
+
+
+def _multiply_at_once(one: Instruction, operands: Operands) -> Op:
+    """mma.sync: a warp's 16 x 16 of A with 16 x 8 of B, added to 16 x 8 sums."""
+    results, *given = (braced(text) for text in one.operands)
+    puts = [operands.sink(name, F32) for name in results]
+    a, b, c = (
+        [operands.source(name, kind) for name in names]
+        for names, kind in zip(given, (U32, U32, F32), strict=True)
+    )
+    if (len(puts), len(a), len(b), len(c)) != (4, 4, 2, 4):
+        raise ValueError(f"{one.where()}: 4, 4, 2 and 4 registers expected")
+
+    def multiply(f: Any) -> None:
+        # lane 4 g + t has elements 2 t and 2 t + 1 of B's column g, and those 8 further on
+        halves = np.stack([value(f) for value in b]).view(np.uint16).reshape(2, 8, 4, 2)
+        columns = halves.transpose(1, 0, 2, 3).tobytes()
+        rows = _gathered([value(f) for value in a])
+        product = _values(rows, "bf16") @ _values(columns, "bf16").T
+        sums = product.reshape(2, 8, 4, 2).transpose(0, 3, 1, 2).reshape(4, 32)
+        for put, total, addend in zip(puts, sums, c, strict=True):
+            put(f, (total + addend(f)).astype(np.float32))
+
+    return multiply
 
 
 def _multiply(one: Instruction, operands: Operands) -> Op:

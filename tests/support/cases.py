@@ -548,6 +548,7 @@ class _Data:
             exponents = self.integers(126, 129, (experts, n, groups), torch.int64) + power
             return pack_weights(codes, exponents.clamp(max=128).to(torch.uint8))
         scale = self.scale((experts, n, groups), spread / 4.6).bfloat16()
+        scale *= self.integers(-1, 7, scale.shape).clamp_(max=1)  # some are negative, some 0
         return pack_weights(codes.view(torch.int32), scale)
 
     def scale(self, shape: tuple[int, ...], around: float) -> Tensor:

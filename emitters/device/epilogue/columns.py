@@ -34,7 +34,7 @@ class ColumnsFragment:
         self, problem: GemmProblem, config: GemmSwapSm90Config, strides, warp: Int32, lane: Int32
     ):
         """Computes what a thread's registers stand for. strides: as in `RowsFragment`."""
-        self.lane = lane
+        self.warp, self.lane = warp, lane
         self.gated, self.alternating = problem.gated, problem.alternating
         n_major = problem.weight.major is Major.N
         self.by_blocks = problem.gated and n_major and not problem.alternating  # gate and up

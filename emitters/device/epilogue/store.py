@@ -15,7 +15,8 @@ from emitters.device.epilogue.rows import RowsFragment
 from emitters.device.epilogue.slices import CHUNK, Slices
 from emitters.device.memory import ELEMENT, GMEM, SMEM, tensor_map_address, vector
 from emitters.device.parameters import Output
-from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS, staged_slices
+from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
+from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS, WARPGROUP, staged_slices
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import GemmProblem
@@ -257,3 +258,130 @@ class TransposedStore:
                 cute.autovec_copy(vector(source, Int32, 4, SMEM), words)
                 target = self.out + (Int64(first_row + row) * f.out_columns + column)
                 cute.autovec_copy(words, vector(target, Int32, 4, GMEM))
+
+
+class WarpgroupStore:
+    """Stores slices of 16 rows and the columns of a warpgroup, in at most 128 bytes each, by TMA.
+
+    A part has 16 rows, and each of the four warps has 16 columns of it, or 8 in a gated problem.
+    They write all parts of a tile to shared memory, in the swizzle of the slices' width; one thread
+    per warp sends every fourth part from there. So tiles leave under the next one's main loop: when
+    many SMs store at once, L2 takes longer than the main loop would wait. If the expert ends within
+    the 16 rows, lanes store them instead, 16 bytes each.
+    """
+
+    def __init__(self, problem: GemmProblem, config: GemmPackedSm90Config):
+        self.problem, self.config = problem, config
+        self.element = ELEMENT[problem.out]
+        self.width = config.slice_bytes(problem)
+        self.row_bytes = 4 * config.warp_columns(problem) * problem.out.bytes
+        self.part_bytes = SLICE_ROWS * self.row_bytes
+        self.parts = config.tile_m // SLICE_ROWS
+        self.staging_bytes = self.parts * self.part_bytes // 4
+        self.slice_parts = self.outputs = 1
+        self.stage = self.stage_words if problem.out is DType.FP32 else self.stage_matrices
+
+    def attach(self, output: Output, fragment: ColumnsFragment, staging: cute.Pointer, lane: Int32):
+        self.output, self.fragment, self.lane = output, fragment, lane
+        self.warp, self.group = fragment.warp & 3, fragment.warp >> 2
+        self.staging = staging - self.warp * self.staging_bytes
+
+    @cute.jit
+    def put(
+        self,
+        m: cutlass.Constexpr,
+        part: cutlass.Constexpr,
+        output: cutlass.Constexpr,
+        values: cute.Tensor,
+        first_row: Int32,
+        rows: Int32,
+        first_column: Int32,
+    ):
+        if const_expr(part == 0):
+            self.finish()
+            self.sync()  # the tile before has left shared memory
+        if rows > part * SLICE_ROWS:
+            self.stage(self.staging + part * self.part_bytes, values)
+        if const_expr(part == self.parts - 1):
+            cute.arch.fence_view_async_shared()
+            self.sync()
+            column = first_column + self.group * (self.row_bytes // self.problem.out.bytes)
+            for i in range_constexpr(self.parts):
+                self.send(i, first_row, rows, column)
+            if self.lane == 0:
+                cute.arch.cp_async_bulk_commit_group()
+
+    def sync(self):
+        """Waits for the warpgroup."""
+        cute.arch.barrier(barrier_id=3 + self.group, number_of_threads=WARPGROUP)
+
+    @cute.jit
+    def finish(self):
+        if self.lane == 0:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def place(self, part: cute.Pointer, row: Int32, chunk: Int32):
+        """The address of 16 bytes of a row of the warpgroup."""
+        chunks = self.width // CHUNK
+        swizzle = row % 8 if chunks == 8 else row // 2 % 4
+        slice_ = chunk // chunks * (SLICE_ROWS * self.width)
+        return part + (slice_ + row * self.width + ((chunk % chunks) ^ swizzle) * CHUNK)
+
+    @cute.jit
+    def stage_matrices(self, part: cute.Pointer, values: cute.Tensor):
+        """Writes 16-bit outputs: one stmatrix per part, in 8 x 8 blocks."""
+        count = cute.size(values)
+        halves = self.config.warp_columns(self.problem) // 8
+        packed = cute.make_rmem_tensor((count,), self.element)
+        packed.store(values.load().to(self.element))
+        words = cute.recast_tensor(packed, Int32)
+        row = self.lane % 8 + self.lane // (8 * halves) % 2 * 8
+        target = self.place(part, row, self.warp * halves + self.lane // 8 % halves)
+        prims.stmatrix(
+            target.to_llvm_ptr(), [words[i] for i in range(count // 2)], prims.MMALayout.COL
+        )
+
+    @cute.jit
+    def stage_words(self, part: cute.Pointer, values: cute.Tensor):
+        """Writes float32 outputs."""
+        halves = self.config.warp_columns(self.problem) // 8
+        for i in range_constexpr(cute.size(values)):
+            row = i // (2 * halves) * 8 + self.lane % 4 * 2 + i % 2
+            column = (self.warp * halves + i // 2 % halves) * 8 + self.lane // 4
+            target = self.place(part, row, column // 4) + column % 4 * 4
+            vector(target, Float32, 1, SMEM)[0] = values[i]
+
+    @cute.jit
+    def send(self, number: cutlass.Constexpr, first_row: Int32, rows: Int32, first_column: Int32):
+        """Sends a part. first_row, rows: of the tile."""
+        part = self.staging + number * self.part_bytes
+        skipped = number * SLICE_ROWS
+        if rows >= skipped + SLICE_ROWS:
+            if self.warp == number % 4 and self.lane == 0:
+                for i in range_constexpr(self.row_bytes // self.width):
+                    column = first_column + i * (self.width // self.problem.out.bytes)
+                    prims.cp_async_bulk_tensor_global_shared_cta(
+                        tensor_map_address(self.output.out_map).to_llvm_ptr(),
+                        (part + i * (SLICE_ROWS * self.width)).to_llvm_ptr(),
+                        [column, first_row + skipped],
+                    )
+        elif rows > skipped:
+            self.copy_out(part, first_row + skipped, rows - skipped, first_column)
+
+    @cute.jit
+    def copy_out(self, part: cute.Pointer, first_row: Int32, rows: Int32, first_column: Int32):
+        """Stores a part's first `rows` rows; columns past the output's are not stored."""
+        chunks = self.row_bytes // CHUNK
+        thread = self.warp * 32 + self.lane
+        column = first_column + thread % chunks * (CHUNK // self.problem.out.bytes)
+        for i in range_constexpr(-(-SLICE_ROWS * chunks // WARPGROUP)):
+            row = thread // chunks + i * (WARPGROUP // chunks)
+            store = row < rows
+            if const_expr(self.fragment.has_n_tail):
+                store = store and column < self.problem.out_columns
+            if store:
+                words = cute.make_rmem_tensor((4,), Int32)
+                source = self.place(part, row, thread % chunks)
+                cute.autovec_copy(vector(source, Int32, 4, SMEM), words)
+                target = Int64(first_row + row) * self.problem.out_columns + column
+                cute.autovec_copy(words, vector(self.output.out + target, Int32, 4, GMEM))

@@ -430,6 +430,47 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "packed_three_bits": Mutation(replace_nth("983055;", "458759;"), (_WRONG,), "packed"),
     "packed_other_bias": Mutation(replace_nth("-1022835960;", "-1022835944;"), (_WRONG,), "packed"),
+    "packed_powers_left_out": Mutation(
+        replace_nth("(mov.b32 %r\\d+,) -8323200;", r"\1 0;"), (_WRONG,), "packed"
+    ),
+    "packed_rows_of_another_box": Mutation(
+        replace_nth(r"(ldmatrix[^\[]*\[%r\d+)\+1024\]", r"\1+2048]"), (_WRONG,), "packed_rows"
+    ),
+    "packed_rows_of_the_other_step": Mutation(
+        replace_nth(
+            r"(mma.sync[^{]*{[^}]*}, {[^}]*},) { (%r\d+), (%r\d+) }", r"\1 { \3, \2 }"
+        ),
+        (_WRONG,),
+        "packed_rows",
+    ),
+    "packed_rows_released_by_all_lanes": Mutation(
+        replace_nth("@p mbarrier.arrive", "mbarrier.arrive"),
+        ("over-arrival", "phase"),
+        "packed_rows",
+    ),
+    "packed_tile_not_fenced": Mutation(
+        replace_nth("fence.proxy.async.shared::cta;", "", -1),
+        ("no fence.proxy.async",),
+        "packed_slices",
+    ),
+    "packed_tile_sent_too_early": Mutation(
+        replace_nth(r"bar.sync %r\d+, 128;", "", -1),
+        (_UNORDERED, "uninitialised"),
+        "packed_slices",
+    ),
+    "packed_tile_over_the_one_before": Mutation(
+        replace_nth("cp.async.bulk.wait_group.read 0;", ""),
+        ("a bulk store may still",),
+        "packed_slices",
+    ),
+    "packed_tile_written_by_one_warp_too_early": Mutation(
+        replace_nth(r"bar.sync %r\d+, 128;", ""), ("a bulk store may still",), "packed_slices"
+    ),
+    "packed_tile_left_behind": Mutation(
+        replace_nth("cp.async.bulk.wait_group.read 0;", "", -1),
+        ("exits with bulk stores",),
+        "packed_slices",
+    ),
     "packed_rotated_too_far": Mutation(
         replace_nth(r"(shf.r.wrap.b32 [^;]*,) 4;", r"\1 20;"), (_WRONG,), "packed_mxfp4"
     ),

@@ -418,9 +418,13 @@ def _half(packing: Packing, grid: int = 2, **changes: Any) -> Run:
 
 
 _G128, _G32, _MXFP4 = Packing
-PACKED: dict[str, Run] = {  # 4-bit weights, which WGMMA reads from registers
-    **{f"packed_{packing}": _packed(packing) for packing in Packing},
-    "packed_one_stage": _packed(_MXFP4, k=136, n=64),
+PACKED: dict[str, Run] = {  # 4-bit weights: mma.sync, or WGMMA, reads them from registers
+    **{f"packed_{packing}": _packed(packing, k=1160) for packing in Packing},
+    **{
+        f"packed_{packing}_16": _packed(packing, replace(_PACK, tile_m=16), k=1160)
+        for packing in Packing
+    },
+    **{f"packed_{packing}_one_stage": _packed(packing, k=136, n=64) for packing in Packing},
     "packed_16": _half(_G128, config=replace(_HALF, tile_m=16, stages=3), k=520, out=DType.FP32),
     "packed_48": _half(_G32, config=replace(_HALF, tile_m=48), counts=(50, 0, 33)),
     "packed_96x128": _half(
@@ -494,6 +498,13 @@ PACKED: dict[str, Run] = {  # 4-bit weights, which WGMMA reads from registers
     },
     "packed_four_in_turn": _packed(  # seven steps of K
         _MXFP4, replace(_PACK, k_groups=4, k_boxes=2, stages=8), k=840, counts=(9, 0, 3), n=64
+    ),
+    "packed_one_producer_192": _packed(  # slices of half of a row of float32
+        _G32,
+        replace(_PACK, tile_m=96, tile_n=192, k_boxes=2, one_producer=True),
+        counts=(85, 0, 33, 16),
+        n=320,
+        out=DType.FP32,
     ),
     "packed_one_producer_in_turn": _half(  # five
         _MXFP4,
