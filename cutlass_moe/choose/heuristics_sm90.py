@@ -41,9 +41,8 @@ GPU = H200.name  # the GPU to choose for where none is named, as in a build
 # Measured on an H200 (perf/README.md) at powers of two; the limits lie between them.
 _SWAP_ROWS = ((2.5, 8), (10, 16), (20, 32), (40, 48))  # (rows per expert up to, tile_m)
 _LONG_ROW_BYTES = 4096  # from this many bytes of K on, tiles of 16 rows are faster if narrow
-# From this K on, training's products with N dense, and its up projections that store their columns
-# before the activation, are faster in tiles of 128 x 256 that consumers share, in pairs of CTAs:
-# in loops at the power limit by 3 to 5% at K 4,096, by 11% at 28,672, and not yet at 2,048.
+# From this K on, training's products with N dense, and its up projections that store two outputs,
+# are faster in pairs of shared tiles: by 3 to 5%, by 11% at K 28,672, and not yet at 2,048.
 _LONG_SUM = 4096
 _ONE_TILE_ROWS = 90  # up to this many rows per expert, one tile of 128 rows beats two of 64
 # Two-level sums: between these numbers of rows per expert one tile of 192 rows beats two of 128, by
@@ -136,10 +135,9 @@ def _many_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     if problem.two_level:
         return _some_rows(problem)  # pairs were slower in all but three of 24 cases
     trained = problem.stored or problem.weight.major is Major.N and problem.sole_output
-    if trained and problem.k >= _LONG_SUM and problem.n >= 256:
-        shared = _first_legal(problem, GemmSm90Config(128, 256, group_m=16, cluster_m=2))
-        if shared:
-            return shared
+    shared = GemmSm90Config(128, 256, group_m=16, cluster_m=2)
+    if trained and problem.k >= _LONG_SUM and problem.n >= 256 and not why_illegal(problem, shared):
+        return _first_legal(problem, shared)
     if _tile_in_turn(problem) == (64, 192) and not problem.gather:
         return _widest(problem, 128, 192) or _some_rows(problem)  # faster than pairs by 5%, a mean
     pairs = _widest(problem, *_tile_in_turn(problem), pingpong=True, group_m=16, cluster_m=2)
