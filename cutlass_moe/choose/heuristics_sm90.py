@@ -183,9 +183,8 @@ def every_config(problem: Problem) -> tuple[Config, ...]:
 def candidates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """Every config that `choose` may return for this problem."""
     found = (*tuned.configs(problem), *_estimates(problem))
-    if problem.block_rows:
-        found = (*found, *(_copied(problem, config) for config in found))
-    return tuple(dict.fromkeys(found))
+    copied = (_copied(problem, config) for config in found if problem.block_rows)
+    return tuple(dict.fromkeys((*found, *copied)))
 
 
 def _copied(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
@@ -205,8 +204,7 @@ def _estimates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     evict_first = _evict_first(problem, problem.num_experts, H200)
     for rows in (*(rows for rows, _ in _SWAP_ROWS[1:]), _swap_rows(problem, H200)):
         families.append(_swap(problem, *_swap_tile(problem, rows, H200), evict_first))
-    families += [_one_tile(problem), _some_rows(problem), _many_rows(problem)]
-    families += [_three_consumers(problem)]
+    families += [f(problem) for f in (_one_tile, _some_rows, _many_rows, _three_consumers)]
     if problem.block_rows and not problem.gather:
         families.append(tuple(t.config for t in waves_sm90.tiles_of(problem, _wide(problem))))
     return tuple(dict.fromkeys(config for family in families for config in family))
