@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from math import ceil, inf
+from math import ceil
 from typing import Any
 
 from cutlass_moe.choose import tuned, waves_sm90
 from cutlass_moe.choose.gpus import gpu_of
+from cutlass_moe.choose.packed_sm90 import packed_config, packed_configs
 from cutlass_moe.choose.weight_grads_sm90 import weight_grad_configs
 from emitters.spec.arch import H200, Gpu
-from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
 from emitters.spec.config_sm90 import K_TILE_BYTES, GemmSm90Config, Schedule
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem, Major
@@ -56,37 +56,6 @@ FEW_PAIRS = 1024  # up to this many pairs, 256 threads route faster than 1024
 _ROW_THREADS = ((8192, 128), (16_384, 256), (MAX_ROW, 512))
 
 
-def _one_producer(tile_m: int, tile_n: int, k_boxes: int) -> GemmPackedSm90Config:
-    return GemmPackedSm90Config(tile_m, tile_n, k_boxes=k_boxes, one_producer=True)
-
-
-# The same for packed weights: of these configs, the first that registers allow. Converting weights
-# wants 16 warps on an SM, so few rows have many or wide CTAs; each tile of rows converts them anew,
-# so many rows have the largest tiles.
-_PACKED_ONCE = 45  # up to this many rows per expert, most weights are read once: evict them first
-_PACKED: tuple[tuple[float, tuple[GemmPackedSm90Config, ...]], ...] = (
-    (
-        6,
-        tuple(
-            GemmPackedSm90Config(8, 64, ctas_per_sm=ctas, k_boxes=boxes)
-            for ctas, boxes in ((4, 4), (4, 2), (3, 4), (3, 2), (2, 2))
-        ),
-    ),
-    (12, (_one_producer(16, 256, 4), _one_producer(16, 256, 2))),
-    (24, (_one_producer(32, 256, 4),)),
-    (_PACKED_ONCE, (_one_producer(48, 256, 4), _one_producer(48, 192, 4))),
-    (72, (_one_producer(80, 256, 2), _one_producer(80, 192, 4))),
-    (84, (_one_producer(96, 192, 2), _one_producer(96, 128, 2))),
-    (100, (_one_producer(112, 192, 2), _one_producer(112, 128, 2))),
-    (700, (_one_producer(144, 192, 2), _one_producer(144, 128, 2))),
-    (inf, (_one_producer(128, 192, 2), _one_producer(144, 128, 2))),
-)
-# With tiles for half of the SMs, or for all: warpgroups, and CTAs, share a tile's K if it is long.
-_PACKED_IN_TURN: tuple[tuple[float, GemmPackedSm90Config], ...] = (
-    (0.5, GemmPackedSm90Config(8, 64, split_k=2, k_groups=2)),
-    (1, GemmPackedSm90Config(8, 64, ctas_per_sm=2, k_groups=2)),
-)
-_PACKED_SMALLEST = (GemmPackedSm90Config(64, 128), GemmPackedSm90Config(32, 64))  # else
 _EVICT_FIRST_BYTES = 300e6  # with more active weights, an H200's L2 had them evict one another
 
 Family = tuple[GemmConfig, ...]
@@ -233,32 +202,10 @@ def _copied(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
     return next(replace(c, tma_x=False) for c in found if isinstance(c, GemmSm90Config))
 
 
-@lru_cache(maxsize=1024)
-def _packed(
-    problem: GemmProblem, configs: tuple[GemmPackedSm90Config, ...], evict_first: bool
-) -> Family:
-    """The first of these configs for packed weights, or smaller ones, that registers allow."""
-    most = configs[0].tile_m
-    smallest = (replace(config, tile_m=min(most, config.tile_m)) for config in _PACKED_SMALLEST)
-    found = []
-    for config in (*configs, *smallest):
-        narrow = next(n for n in (64, 128, 192, 256) if n >= min(problem.n, config.tile_n))
-        found.append(replace(config, tile_n=narrow, evict_first=evict_first))
-    return _first_legal(problem, *found)
-
-
-def _few_tiles(tiles_per_sm: float) -> tuple[GemmPackedSm90Config, ...]:
-    """Configs for packed weights and single rows per expert, the best first."""
-    in_turn = (config for limit, config in _PACKED_IN_TURN if tiles_per_sm <= limit)
-    return (*in_turn, *_PACKED[0][1])
-
-
 def _estimates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     """Every config that `estimate` may return."""
     if problem.weight.packing:
-        families = [_packed(problem, configs, rows <= _PACKED_ONCE) for rows, configs in _PACKED]
-        families += [_packed(problem, _few_tiles(tiles), True) for tiles, _ in _PACKED_IN_TURN]
-        return tuple(dict.fromkeys(config for family in families for config in family))
+        return packed_configs(problem)
     families = [*_one_wave(problem), _swap(problem, 8, 64, True), _swap(problem, 8, 64, False)]
     evict_first = _evict_first(problem, problem.num_experts, H200)
     for rows in (*(rows for rows, _ in _SWAP_ROWS[1:]), _swap_rows(problem, H200)):
@@ -342,11 +289,7 @@ def estimate(
 def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[GemmConfig, ...]:
     experts = problem.num_experts
     if problem.weight.packing:
-        limit, configs = next(entry for entry in _PACKED if rows_per_expert <= entry[0])
-        if configs == _PACKED[0][1]:
-            tiles = min(1.0, rows_per_expert) * experts * -(-problem.n // 64)
-            configs = _few_tiles(tiles / gpu.sms)
-        return _packed(problem, configs, limit <= _PACKED_ONCE)
+        return packed_config(problem, rows_per_expert, gpu)
     if rows_per_expert > _swap_rows(problem, gpu) or not problem.sole_output:  # else swap-AB
         if problem.block_rows and not problem.gather:
             return waves_sm90.fastest(problem, _wide(problem), rows_per_expert, gpu)

@@ -1,0 +1,84 @@
+"""The choice of a config for packed 4-bit weights, by estimates made on an H200.
+
+Converting weights wants 16 warps on an SM, so few rows have many or wide CTAs; each tile of rows
+converts them anew, so many rows have the largest tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from math import inf
+
+from emitters.spec.arch import Gpu
+from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
+from emitters.spec.gemm import GemmProblem
+from emitters.spec.registry import why_illegal
+
+Configs = tuple[GemmPackedSm90Config, ...]
+
+
+def _one_producer(tile_m: int, tile_n: int, k_boxes: int) -> GemmPackedSm90Config:
+    return GemmPackedSm90Config(tile_m, tile_n, k_boxes=k_boxes, one_producer=True)
+
+
+_ONCE = 45  # up to this many rows per expert, most weights are read once: evict them first
+# (mean rows per expert up to, configs): the first that registers allow
+_BY_ROWS: tuple[tuple[float, Configs], ...] = (
+    (
+        6,
+        tuple(
+            GemmPackedSm90Config(8, 64, ctas_per_sm=ctas, k_boxes=boxes)
+            for ctas, boxes in ((4, 4), (4, 2), (3, 4), (3, 2), (2, 2))
+        ),
+    ),
+    (12, (_one_producer(16, 256, 4), _one_producer(16, 256, 2))),
+    (24, (_one_producer(32, 256, 4),)),
+    (_ONCE, (_one_producer(48, 256, 4), _one_producer(48, 192, 4))),
+    (72, (_one_producer(80, 256, 2), _one_producer(80, 192, 4))),
+    (84, (_one_producer(96, 192, 2), _one_producer(96, 128, 2))),
+    (100, (_one_producer(112, 192, 2), _one_producer(112, 128, 2))),
+    (700, (_one_producer(144, 192, 2), _one_producer(144, 128, 2))),
+    (inf, (_one_producer(128, 192, 2), _one_producer(144, 128, 2))),
+)
+# With tiles for half of the SMs, or for all: warpgroups, and CTAs, share a tile's K if it is long.
+_IN_TURN: tuple[tuple[float, GemmPackedSm90Config], ...] = (
+    (0.5, GemmPackedSm90Config(8, 64, split_k=2, k_groups=2)),
+    (1, GemmPackedSm90Config(8, 64, ctas_per_sm=2, k_groups=2)),
+)
+_SMALLEST = (GemmPackedSm90Config(64, 128), GemmPackedSm90Config(32, 64))  # else
+
+
+def packed_config(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> Configs:
+    """The config for a call, if any is legal. rows_per_expert: the mean."""
+    limit, configs = next(entry for entry in _BY_ROWS if rows_per_expert <= entry[0])
+    if configs == _BY_ROWS[0][1]:
+        tiles = min(1.0, rows_per_expert) * problem.num_experts * -(-problem.n // 64)
+        configs = _few_tiles(tiles / gpu.sms)
+    return _first_legal(problem, configs, limit <= _ONCE)
+
+
+def packed_configs(problem: GemmProblem) -> Configs:
+    """Every config that `packed_config` may return."""
+    families = [_first_legal(problem, configs, rows <= _ONCE) for rows, configs in _BY_ROWS]
+    families += [_first_legal(problem, _few_tiles(tiles), True) for tiles, _ in _IN_TURN]
+    return tuple(dict.fromkeys(config for family in families for config in family))
+
+
+def _few_tiles(tiles_per_sm: float) -> Configs:
+    """Configs for single rows per expert, the best first."""
+    in_turn = (config for limit, config in _IN_TURN if tiles_per_sm <= limit)
+    return (*in_turn, *_BY_ROWS[0][1])
+
+
+@lru_cache(maxsize=1024)
+def _first_legal(problem: GemmProblem, configs: Configs, evict_first: bool) -> Configs:
+    """The first of these configs, or smaller ones, that registers allow; or nothing."""
+    most = configs[0].tile_m
+    smallest = (replace(config, tile_m=min(most, config.tile_m)) for config in _SMALLEST)
+    for config in (*configs, *smallest):
+        narrow = next(n for n in (64, 128, 192, 256) if n >= min(problem.n, config.tile_n))
+        config = replace(config, tile_n=narrow, evict_first=evict_first)
+        if why_illegal(problem, config) is None:
+            return (config,)
+    return ()
