@@ -75,7 +75,7 @@ class Schedule:
         return self.random.choice((3, 30, 300))
 
 
-def in_turn(runs: Iterable[str], name: str, schedules: int = 2) -> list[Schedule]:
+def in_turn(runs: Iterable[str], name: str, schedules: int = 1) -> list[Schedule]:
     """Of one of some runs, which take the modes in turn; so many schedules, or SCHEDULES."""
     count, modes = SCHEDULES or schedules, list(MODES)
     first = count * list(runs).index(name)

@@ -31,12 +31,12 @@ def test_rows_weights_and_tiles_are_found(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernels_are_right(name: str) -> None:
-    check_run(SHAPES, name, schedules=2)
+    check_run(SHAPES, name)
 
 
 @pytest.mark.parametrize("name", SWAPPED)
 def test_swapped_kernels_are_right(name: str) -> None:
-    check_run(SWAPPED, name, schedules=2)
+    check_run(SWAPPED, name)
 
 
 def _simulate(inputs: dict[str, Any], case: Case) -> torch.Tensor:

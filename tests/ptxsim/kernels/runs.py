@@ -527,10 +527,10 @@ PACKED: dict[str, Run] = {  # 4-bit weights: mma.sync, or WGMMA, reads them from
 RUNS = NUMBERS | ADDRESSES | SHAPES | SWAPPED | ACTIVATED | N_MAJOR | BLOCKS | PACKED
 
 
-def check_run(runs: dict[str, Run], name: str, schedules: int = 1) -> None:
-    """One of some runs, in so many schedules; every other one with values that need rounding."""
+def check_run(runs: dict[str, Run], name: str) -> None:
+    """One of some runs, which take turns: every other schedule has values that need rounding."""
     run = runs[name]
-    for order in schedule.in_turn(runs, name, schedules):
+    for order in schedule.in_turn(runs, name):
         exact = order.seed % 2 == 0
         inputs = make_inputs(run.case, "cpu", exact=exact, seed=order.seed)
         if run.problem.stored:
