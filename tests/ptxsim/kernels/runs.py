@@ -273,7 +273,12 @@ ACTIVATED |= {  # the columns before the activation are an output too
         replace(_STORED, n=272, counts=PAIRS.counts), replace(PINGPONG, tile_n=256, cluster_m=2)
     ),
     "stored_shared_256": Run(
-        replace(_STORED, n=240, counts=(140, 0, 33)),
+        replace(
+            _STORED,
+            n=240,
+            counts=(140, 0, 33),
+            epilogue=(Bias(DType.FP32), Activation(ActivationFunction.SWIGLU, stored=True)),
+        ),
         GemmSm90Config(tile_m=128, tile_n=256, stages=2),
     ),
     "stored_n_major": Run(replace(_STORED, weight_major=Major.N, reads="any"), _WIDE),
