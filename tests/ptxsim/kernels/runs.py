@@ -471,7 +471,8 @@ PACKED: dict[str, Run] = {  # 4-bit weights: mma.sync, or WGMMA, reads them from
     "packed_one_producer": _half(
         _MXFP4,
         config=replace(_HALF, tile_m=144, tile_n=128, one_producer=True),
-        counts=(150, 0, 3),
+        counts=(150, 0, 33),
+        n=160,
         k=392,
     ),
     "packed_one_producer_g128": _packed(
