@@ -164,7 +164,7 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
             others += 8
         elif of_columns and packing is Packing.MXFP4 and accumulators <= 8:
             others += 4 + 4 * self.k_blocks
-        if per_channel and problem.epilogue:
+        if per_channel and (problem.epilogue or packing is Packing.INT4_G128):
             others += 20
         return others
 
