@@ -52,7 +52,7 @@ from perf.images import Image, build_all
 from perf.machine import checkout
 from perf.systems import OURS
 from perf.timing import interleaved
-from perf.training_report import full_table
+from perf.training_report import Report, full_table
 
 SECONDS = 1.0  # of each measurement, all systems together
 CHECKED = 2048  # tokens
@@ -328,25 +328,37 @@ def run(
     out: Path | None,
     commit: str,
 ) -> None:
-    """Measure; prints a Markdown table. `python -m perf report` shows what is in perf/results."""
+    """Measure; prints a Markdown table. `python -m perf report` shows what is in perf/results.
+
+    Cases that the JSON file has already are replaced one by one; the others stay in it.
+    """
     os.environ["CUTLASS_MOE_STRICT"] = "1"  # a fallback must not pass for a kernel
     began = time.monotonic()
-    gpu, cases = torch.cuda.get_device_name(), []
-    report = {
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "commit": commit or checkout(),
+    report: Report = {"gpu": torch.cuda.get_device_name(), "cases": []}
+    if out is not None and out.exists():
+        report = json.loads(out.read_text())
+    source = {
         "date": datetime.date.today().isoformat(),
-        "cases": cases,
+        "commit": commit or checkout(),
+        "torch": torch.__version__,
     }
+    found = []
     for one in selected(case, tokens):
         if time.monotonic() - began > budget:
             break
-        cases.append(measure(one, system))
+        found.append({"run": source, **measure(one, system)})
         torch.cuda.empty_cache()
         if out is not None:
+            report = with_case(report, found[-1])
             out.write_text(json.dumps(report, indent=1))
-    click.echo(full_table(report))
+    click.echo(full_table({**report, "cases": found}))
+
+
+def with_case(report: Report, measured: Report) -> Report:
+    """The report with this case in place of its earlier measurement, or at its end."""
+    cases = {(one["case"]["name"], one["case"]["tokens"]): one for one in report["cases"]}
+    cases[measured["case"]["name"], measured["case"]["tokens"]] = measured
+    return {**report, "cases": list(cases.values())}
 
 
 @main.command()

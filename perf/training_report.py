@@ -19,7 +19,7 @@ def full_table(report: Report) -> str:
         "kept GiB", "peak GiB", "largest error",
     )  # fmt: skip
     lines = (line for one in report["cases"] for line in lines_of(one))
-    return f"{report['gpu']}, torch {report['torch']}\n\n{markdown(header, lines)}"
+    return f"{report['gpu']}\n\n{markdown(header, lines)}"
 
 
 def lines_of(one: Report) -> Iterator[list[str]]:
@@ -60,10 +60,15 @@ def training_part(reports: list[Report]) -> str:
     """What perf/README.md shows of every GPU."""
     parts = []
     for report in reports:
+        runs: dict[str, list[str]] = {}
+        for one in report["cases"]:
+            run, case = one["run"], one["case"]
+            source = f"{run['date']}, commit {run['commit']}, torch {run['torch']}"
+            runs.setdefault(source, []).append(f"{case['name']} at {case['tokens']:,}")
         parts += [
-            f"{report['gpu']}, {report['date']}, commit {report['commit']}, torch "
-            f"{report['torch']}: `python -m perf.training run`. Torch's time is that of its "
+            f"{report['gpu']}, `python -m perf.training run`. Torch's time is that of its "
             "`_grouped_mm` under autograd, as transformers uses it.",
+            "\n".join(f"- {source}: {', '.join(cases)}." for source, cases in runs.items()),
             full_table(report).partition("\n\n")[2],
         ]
     return "\n\n".join(parts)

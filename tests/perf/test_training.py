@@ -63,16 +63,23 @@ def test_table_and_figure(tmp_path: Path) -> None:
         "systems": {training.OURS: figures, "torch": {**figures, "both_us": 6000.0}},
         "absent": {"padded": "out of memory"},
     }
-    report = {"gpu": "a GPU", "torch": "2.11", "commit": "abc", "date": "2026-01-02"}
-    report["cases"] = [one]
+    one["run"] = {"date": "2026-01-02", "commit": "abc", "torch": "2.11"}
+    report = {"gpu": "a GPU", "cases": [one]}
     lines = full_table(report).splitlines()
     assert "| 2.00 | 0.25 | 2.00 | 3.0e-03 |" in lines[4]
     assert "SonicMoE" in lines[6] and "out of memory" in lines[7]
     part = training_part([report])
-    assert "commit abc" in part and lines[4] in part
+    assert "commit abc, torch 2.11: tiny at 24." in part and lines[4] in part
     if find_spec("matplotlib"):
         from perf.plots import write_training_plot
 
         drawn = write_training_plot(report, tmp_path / "gpu.json")
         assert drawn.name == "gpu.svg" and "tiny, 24 tokens" in drawn.read_text()
     assert TINY.tflops(1000.0, 3) == pytest.approx(6 * 48 * 64 * 32 / 1e9)
+
+
+def test_a_case_measured_again_replaces_itself() -> None:
+    first, second = ({"case": {"name": "one", "tokens": n}, "run": 1} for n in (16, 32))
+    report = training.with_case(training.with_case({"cases": []}, first), second)
+    again = {**first, "run": 2}
+    assert training.with_case(report, again)["cases"] == [again, second]
