@@ -139,11 +139,13 @@ def test_the_check_wants_zeros_for_indices_outside() -> None:
 def test_exact_inputs_need_few_bits(name: str) -> None:
     """Sums of exact inputs fit fp32's 24 bits, those of fp8 the 13 that fast accumulation keeps.
 
-    float32 does not hide sums that are larger, and takes half of float64's time.
+    float32 does not hide sums that are larger, and takes half of float64's time. Columns are drawn
+    alike: 128 of them stand for all.
     """
     case = CASES[name]
     inputs = make_inputs(case, "cpu", exact=True)
     inputs = {k: v for k, v in inputs.items() if k in ("x", "weight", "index", "offsets")}
+    inputs["weight"] = inputs["weight"][:, :128]
     sums = grouped_matmul_reference(**inputs, out_dtype=torch.float32).abs()
     bits = 13 if case.operand in ("e4m3", "e5m2") else 22  # 2 more for scales of 1/4
     assert not sums.numel() or sums.max() < 2**bits

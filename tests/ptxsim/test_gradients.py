@@ -144,9 +144,6 @@ def _bytes(tensor: Tensor) -> np.ndarray:
 
 RUNS = {
     "swiglu": Gradient(),
-    "pingpong_128": Gradient(
-        config=GemmSm90Config(128, 128, stages=2, pingpong=True), inter=120, tokens=100
-    ),
     "pair_128": Gradient(
         config=GemmSm90Config(128, 128, stages=2, pingpong=True, cluster_m=2),
         inter=120,

@@ -305,9 +305,6 @@ N_MAJOR: dict[str, Run] = {
     ),
     "n_major_cluster": Run(replace(_N_MAJOR, counts=PAIRS.counts), replace(CLUSTER, tile_n=128)),
     "n_major_gated": Run(_N_GATED, _WIDE),
-    "n_major_gated_256": Run(
-        replace(_N_GATED, n=272, operand=DType.BF16), replace(SMALL, tile_n=256)
-    ),
     "n_major_gated_cluster": Run(
         replace(_N_GATED, counts=PAIRS.counts), replace(CLUSTER, tile_n=128)
     ),
@@ -424,10 +421,12 @@ def _half(packing: Packing, grid: int = 2, **changes: Any) -> Run:
 
 _G128, _G32, _MXFP4 = Packing
 PACKED: dict[str, Run] = {  # 4-bit weights: mma.sync, or WGMMA, reads them from registers
-    **{f"packed_{packing}": _packed(packing, k=1160) for packing in Packing},
     **{
-        f"packed_{packing}_16": _packed(packing, replace(_PACK, tile_m=16), k=1160)
+        f"packed_{packing}{name}": _packed(
+            packing, replace(_PACK, tile_m=tile_m), k=520 if packing is _G32 else 1160
+        )
         for packing in Packing
+        for tile_m, name in ((8, ""), (16, "_16"))
     },
     **{f"packed_{packing}_one_stage": _packed(packing, k=136, n=64) for packing in Packing},
     "packed_16": _half(_G128, config=replace(_HALF, tile_m=16, stages=3), k=520, out=DType.FP32),
@@ -510,6 +509,7 @@ PACKED: dict[str, Run] = {  # 4-bit weights: mma.sync, or WGMMA, reads them from
         replace(_PACK, tile_m=96, tile_n=192, k_boxes=2, one_producer=True),
         counts=(85, 0, 33, 16),
         n=320,
+        k=264,
         out=DType.FP32,
     ),
     "packed_one_producer_in_turn": _half(  # five
