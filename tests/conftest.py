@@ -21,6 +21,10 @@ OPTIONAL = {"cutlass", "hypothesis", "click", "rich"}  # also what only their mo
 # A compile makes hundreds of thousands of objects, and each search for cycles among them goes
 # through those of torch and the DSL too: 5 % of the suite's time with Python's thresholds.
 gc.set_threshold(50_000, 20, 100)
+# Where every core has a process of xdist, there is none for more threads, and waiting ones spin.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
