@@ -135,9 +135,10 @@ def _many_rows(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     if problem.two_level:
         return _some_rows(problem)  # pairs were slower in all but three of 24 cases
     trained = problem.stored or problem.weight.major is Major.N and problem.sole_output
-    shared = GemmSm90Config(128, 256, group_m=16, cluster_m=2)
-    if trained and problem.k >= _LONG_SUM and problem.n >= 256 and not why_illegal(problem, shared):
-        return _first_legal(problem, shared)
+    if trained and problem.k >= _LONG_SUM and problem.n >= 256:
+        shared = _first_legal(problem, GemmSm90Config(128, 256, group_m=16, cluster_m=2))
+        if shared:
+            return shared
     if _tile_in_turn(problem) == (64, 192) and not problem.gather:
         return _widest(problem, 128, 192) or _some_rows(problem)  # faster than pairs by 5%, a mean
     pairs = _widest(problem, *_tile_in_turn(problem), pingpong=True, group_m=16, cluster_m=2)
