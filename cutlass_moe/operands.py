@@ -121,11 +121,6 @@ class Operands(NamedTuple):
     bias: Tensor | None = None
     starts: Tensor | None = None
 
-    @property
-    def rows(self) -> int:
-        """The number of rows of the product."""
-        return self.x.shape[0] if self.index is None else self.index.shape[0]
-
 
 class Options(NamedTuple):
     """The arguments of `grouped_matmul` that are not tensors, in the order of the op's schema."""

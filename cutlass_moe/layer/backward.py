@@ -9,13 +9,12 @@ from torch import Tensor
 
 from cutlass_moe.layer.activate import activate_rows_backward
 from cutlass_moe.layer.products import Factor, How, project, project_gradient, rows_dtype
-from cutlass_moe.ops._checks import is_n_major
+from cutlass_moe.ops._checks import is_n_major, reads_rows
 from cutlass_moe.ops._row_sums import sum_by_expert, two_parts
 from cutlass_moe.ops.combine import combine
 from cutlass_moe.ops.grouped_matmul import grouped_matmul, grouped_matmul_out
 from cutlass_moe.ops.route import RoutingTable
 from cutlass_moe.ops.weight_grad import grouped_weight_grad
-from cutlass_moe.runtime.parameters import reads_rows
 
 _SOME_BYTES = 128 << 20  # of bfloat16 weights that are there at a time
 GradInto = tuple[Tensor | None, Tensor | None]

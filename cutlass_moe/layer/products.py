@@ -11,8 +11,8 @@ from torch import Tensor
 from cutlass_moe.layer.activate import activate_rows
 from cutlass_moe.layer.steps import with_gradient, with_stored_columns
 from cutlass_moe.operands import QUANTS, LayerOptions, Operands, Options
-from cutlass_moe.ops._checks import check
-from cutlass_moe.ops._copies import aligned, reads_in_place
+from cutlass_moe.ops._checks import check, reads_in_place
+from cutlass_moe.ops._copies import aligned
 from cutlass_moe.ops.dispatch import Choice, choose_launch, enqueue, pose, strides_of
 from cutlass_moe.ops.grouped_matmul import grouped_matmul
 from cutlass_moe.ops.quantize import quantize_per_token
@@ -120,7 +120,7 @@ def project_up(
         options = Options(out_dtype=out_dtype, expected_rows=how.expected_rows)
         choice = _chosen(operands, options, how, backward=False)
         if choice is not None:
-            h = x.new_empty(operands.rows, up.weight.shape[1], dtype=out_dtype)
+            h = x.new_empty(len(table.index), up.weight.shape[1], dtype=out_dtype)
             active = h.new_empty(_shape(choice))
             _launch(choice, operands, active, {"h": h})
             return h, active
@@ -188,16 +188,18 @@ def _choose(operands: Operands, options: Options, how: How, backward: bool) -> C
     activated = options._replace(
         activation=how.activation, limit=how.limit, alpha=how.alpha, beta=how.beta
     )
+    asked = options if backward else activated
+    (rows, _), dtype = check(operands, asked)
+    problem = pose(operands, dtype, asked)
     if backward:
-        problem = pose(operands, check(operands, options), options)
         problem = with_gradient(problem, how.options.function)
     else:
-        problem = with_stored_columns(pose(operands, check(operands, activated), activated))
+        problem = with_stored_columns(problem)
     device = operands.x.get_device()
     if why_no_product(problem, library.device_arch(device)) is not None:
         return None  # which a product without it says
     strides, weight_strides = strides_of(operands, problem), operands.weight.stride()
-    tokens, rows = len(operands.x), operands.rows
+    tokens = len(operands.x)
     return choose_launch(problem, device, tokens, rows, weight_strides, activated, strides)
 
 

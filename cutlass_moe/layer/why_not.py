@@ -145,4 +145,4 @@ def _why_no_layer(layer: LayerOperands, options: LayerOptions, arch: str) -> str
 
 
 def _why_no_product(operands: Operands, options: Options, arch: str) -> str | None:
-    return why_no_product(pose(operands, check(operands, options), options), arch)
+    return why_no_product(pose(operands, check(operands, options).dtype, options), arch)

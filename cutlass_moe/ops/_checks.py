@@ -1,15 +1,17 @@
-"""Checks of the arguments of grouped_matmul, and of tensors in general."""
+"""What a product takes: operands that kernels read where they lie, and checks of arguments."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cutlass_moe.operands import DTYPES, FLOATS, Operands, Options, clamped_numbers
+from cutlass_moe.ops._copies import as_int32, refuse_misaligned, token_scale, weight_scale
 from cutlass_moe.ops._packed import block_sizes, columns, packing_of
 from cutlass_moe.ops.activations import ACTIVATIONS, is_gated
 from cutlass_moe.ops.block_scales import block_shapes, is_block_scaled
-from cutlass_moe.runtime.parameters import reads_rows
 from emitters.spec.config_sm90 import Schedule
 from emitters.spec.dtypes import ACCUMULATIONS
 from emitters.spec.gemm import K_BLOCK
@@ -25,20 +27,83 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FLOAT32, _INT32 = (torch.float32,), (torch.int32,)
 
 
-def product_shape(operands: Operands, options: Options) -> tuple[int, int]:
-    """The shape of the product: [rows, N], or [rows, N / 2] if the activation is gated."""
-    n = columns(operands.weight)
-    return operands.rows, n // 2 if is_gated(options.activation) else n
+class TensorMeta(NamedTuple):
+    """A tensor that is not there yet."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
 
 
-def check(operands: Operands, options: Options) -> torch.dtype:
-    """Checks the arguments of `grouped_matmul` and returns the dtype of the product.
+def accept(operands: Operands, options: Options, out: Tensor | None = None) -> TensorMeta | None:
+    """Checks arguments as `check` does, unless some tensor must be copied first: then returns None.
 
-    Extents may be symbolic. Raises ValueError or TypeError that says what must be and what came.
+    Kernels read the operands of a call that is accepted, and write `out`, where they lie. Raises
+    ValueError too for weights at an address that kernels can't read.
+    """
+    if not reads_in_place(operands) or not (out is None or out.is_contiguous()):
+        return None
+    product = check(operands, options, out)
+    refuse_misaligned("weight", operands.weight)
+    return product
+
+
+def reads_in_place(operands: Operands) -> bool:
+    """Whether kernels read all of these operands where they lie, but for their addresses."""
+    return all(a is b for a, b in zip(readable(operands), operands, strict=True))
+
+
+def readable(operands: Operands) -> Operands:
+    """The operands of `grouped_matmul` as kernels read them; weight stays what it is.
+
+    x as `reads_rows` says; bias contiguous; scales contiguous float32 [T], [T, 1], [E, N],
+    [E, N, 1] or [E], or [E, blocks of N, K / 128] beside [T, K / 128], which may have any strides;
+    index, offsets and starts contiguous int32. What can't be made so stays, for
+    `check` to refuse. Extents may be symbolic.
     """
     x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
-    out_dtype, accumulation, expected_rows, num_sms, schedule, activation, interleaved = options[:7]
-    clamped_numbers(activation, *options[7:])
+    if x.dim() != 2 or weight.dim() not in (3, 4):
+        return operands
+    return Operands(
+        x if reads_rows(x) else x.contiguous(),
+        weight,
+        None if index is None else as_int32(index),
+        as_int32(offsets),
+        None if per_token_scale is None else token_scale(per_token_scale, x.shape[0]),
+        None if scale is None else weight_scale(scale, weight.shape[0]),
+        None if bias is None else bias.contiguous(),
+        None if starts is None else as_int32(starts),
+    )
+
+
+def reads_rows(x: Tensor) -> bool:
+    """Whether kernels read these rows of x [T, K] where they lie: each contiguous, at a stride.
+
+    Addresses aside. The stride of rows is a multiple of 16 bytes, and fewer than 2**31 of them.
+    """
+    if x.is_contiguous():
+        return True
+    if x.dim() != 2 or x.stride(1) != 1:
+        return False
+    stride = x.stride(0) * x.dtype.itemsize
+    return 0 < stride < 2**31 and stride % 16 == 0
+
+
+def product_shape(operands: Operands, options: Options) -> tuple[int, int]:
+    """The shape of the product: [rows, N], or [rows, N / 2] if the activation is gated."""
+    x, index, n = operands.x, operands.index, columns(operands.weight)
+    rows = x.shape[0] if index is None else index.shape[0]
+    return rows, n // 2 if is_gated(options.activation) else n
+
+
+def check(operands: Operands, options: Options, out: Tensor | None = None) -> TensorMeta:
+    """Checks the arguments of `grouped_matmul`, or of `grouped_matmul_out`; returns the product.
+
+    out: may have any strides. Extents may be symbolic. Raises ValueError or TypeError that says
+    what must be and what came.
+    """
+    x, weight, index, offsets, _, _, bias, starts = operands
+    activation, interleaved = options.activation, options.interleaved
+    clamped_numbers(activation, options.limit, options.alpha, options.beta)
     device = x.get_device()
     allowed = _ACCUMULATIONS.get(x.dtype)
     if allowed is None:
@@ -72,18 +137,27 @@ def check(operands: Operands, options: Options) -> torch.dtype:
     _check_scales(operands, options)
     if bias is not None:
         expect("bias", bias, device, FLOATS, ((experts, n),))
+    _check_schedule(options)
+    check_accumulation(options.accumulation, x.dtype)
+    dtype = options.out_dtype if out is None else options.out_dtype or out.dtype
+    if dtype is None:
+        dtype = torch.bfloat16 if x.dtype.itemsize == 1 else x.dtype
+    if dtype not in FLOATS:
+        raise TypeError(f"out_dtype must be bfloat16, float16 or float32, got {dtype}")
+    shape = product_shape(operands, options)
+    if out is not None:
+        expect("out", out, device, (dtype,), (shape,), dense=False)
+    return TensorMeta(shape, dtype)
+
+
+def _check_schedule(options: Options) -> None:
+    expected_rows, num_sms, schedule = options.expected_rows, options.num_sms, options.schedule
     if expected_rows is not None and expected_rows < 0:
         raise ValueError(f"expected_rows must be 0 or more, got {expected_rows}")
     if num_sms is not None and num_sms < 1:
         raise ValueError(f"num_sms must be a positive number, got {num_sms}")
     if schedule is not None and schedule not in _SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}, got {schedule!r}")
-    check_accumulation(accumulation, x.dtype)
-    if out_dtype is None:
-        return torch.bfloat16 if x.dtype.itemsize == 1 else x.dtype
-    if out_dtype not in FLOATS:
-        raise TypeError(f"out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
-    return out_dtype
 
 
 def _check_scales(operands: Operands, options: Options) -> None:
@@ -96,7 +170,7 @@ def _check_scales(operands: Operands, options: Options) -> None:
             f"{missing} must be given: {x.dtype} operands need per_token_scale and scale, got None"
         )
     gated = is_gated(options.activation)
-    blocks = is_block_scaled(operands, gated)
+    blocks = is_block_scaled(scale, weight, gated)
     if blocks and x.dtype not in _FLOAT8:
         raise TypeError(f"x must be float8 for scales that vary along K, got {x.dtype}")
     if blocks and options.interleaved:
@@ -125,15 +199,6 @@ def check_accumulation(accumulation: str | None, dtype: torch.dtype) -> None:
         raise ValueError(
             f"accumulation must be {' or '.join(allowed)} for {dtype}, got {accumulation!r}"
         )
-
-
-def check_out(out: Tensor, operands: Operands, options: Options, dtype: torch.dtype) -> None:
-    """Checks that `out` can take the product, which has this dtype; raises as `check` does.
-
-    out may have any strides.
-    """
-    shape = product_shape(operands, options)
-    expect("out", out, operands.x.get_device(), (dtype,), (shape,), dense=False)
 
 
 def check_activation(name: str, weight: Tensor, activation: str, interleaved: bool) -> None:

@@ -18,40 +18,12 @@ from torch import Tensor
 
 from cutlass_moe.operands import Operands
 from cutlass_moe.runtime.fallback import announce_copy
-from cutlass_moe.runtime.parameters import alignment, misaligned, reads_rows
+from cutlass_moe.runtime.parameters import alignment, misaligned
 
 T = TypeVar("T", Tensor, Tensor | None)
 
 NARROW = (torch.bfloat16, torch.float16)  # scales of these dtypes are converted to float32
 LARGEST_INT32 = 2**31 - 1
-
-
-def readable(operands: Operands) -> Operands:
-    """The operands of `grouped_matmul` as kernels read them; weight stays what it is.
-
-    x as `reads_rows` says; bias contiguous; scales contiguous float32 [T], [T, 1], [E, N],
-    [E, N, 1] or [E], or [E, blocks of N, K / 128] beside [T, K / 128], which may have any strides;
-    index, offsets and starts contiguous int32. What can't be made so stays, for
-    `check` to refuse. Extents may be symbolic.
-    """
-    x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
-    if x.dim() != 2 or weight.dim() not in (3, 4):
-        return operands
-    return Operands(
-        x if reads_rows(x) else x.contiguous(),
-        weight,
-        None if index is None else as_int32(index),
-        as_int32(offsets),
-        None if per_token_scale is None else token_scale(per_token_scale, x.shape[0]),
-        None if scale is None else weight_scale(scale, weight.shape[0]),
-        None if bias is None else bias.contiguous(),
-        None if starts is None else as_int32(starts),
-    )
-
-
-def reads_in_place(operands: Operands) -> bool:
-    """Whether kernels read all of these operands where they lie, but for their addresses."""
-    return all(a is b for a, b in zip(readable(operands), operands, strict=True))
 
 
 def as_int32(tensor: Tensor) -> Tensor:

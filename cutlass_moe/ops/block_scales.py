@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cutlass_moe.operands import Operands
 from emitters.spec.gemm import K_BLOCK, Granularity, block_count
 
 BLOCKS = {g.rows: g for g in Granularity if g.rows}  # by rows of weights: 128, 64, 32
@@ -30,10 +29,9 @@ def block_granularity(scale: Tensor, weight: Tensor, gated: bool) -> Granularity
     return next((granularity for granularity, shape in shapes if scale.shape == shape), None)
 
 
-def is_block_scaled(operands: Operands, gated: bool) -> bool:
-    """Whether a product's scales vary along K."""
-    scale = operands.scale
-    return scale is not None and block_granularity(scale, operands.weight, gated) is not None
+def is_block_scaled(scale: Tensor | None, weight: Tensor, gated: bool) -> bool:
+    """Whether the scale of these weights varies along K."""
+    return scale is not None and block_granularity(scale, weight, gated) is not None
 
 
 def expand_x_scale(scale: Tensor, k: int) -> Tensor:

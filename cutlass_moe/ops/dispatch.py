@@ -16,12 +16,13 @@ from torch import Tensor
 from cutlass_moe.choose import heuristics_sm90 as heuristics
 from cutlass_moe.images.cache import MissingImage
 from cutlass_moe.operands import DTYPES, Operands, Options, ProductArguments
-from cutlass_moe.ops._checks import check, check_out, is_n_major, product_shape
-from cutlass_moe.ops._copies import reads_in_place, refuse_misaligned
+from cutlass_moe.ops._checks import TensorMeta, accept, is_n_major, readable
+from cutlass_moe.ops._copies import aligned, refuse_other_devices, writable
 from cutlass_moe.ops._packed import columns, packing_of
 from cutlass_moe.ops._types import check_types
 from cutlass_moe.ops.activations import is_gated
 from cutlass_moe.ops.block_scales import block_granularity
+from cutlass_moe.ops.grouped_matmul_reference import fill_product
 from cutlass_moe.ops.reasons import why_no_product
 from cutlass_moe.runtime import library
 from cutlass_moe.runtime.device import on_device
@@ -32,6 +33,7 @@ from cutlass_moe.runtime.log import logger
 from cutlass_moe.runtime.parameters import (
     DENSE,
     Addresses,
+    MisalignedAddress,
     Strides,
     gemm_values,
     gemm_views,
@@ -71,7 +73,7 @@ class Choice(NamedTuple):
 class CheckedCall(NamedTuple):
     """The part of a call that its signature decides: the result's shape and dtype, the kernel.
 
-    copied: there is no kernel for these operands, because some must be copied first.
+    copied: there is no kernel for these tensors, because some must be copied first.
     """
 
     shape: tuple[int, int]
@@ -83,45 +85,67 @@ class CheckedCall(NamedTuple):
 _calls: Signatures[CheckedCall] = Signatures()
 
 
+def multiply(operands: Operands, options: Options, out: Tensor | None = None) -> Tensor:
+    """Computes a product: into `out`, or into a new tensor. Returns it.
+
+    CPU tensors take the reference, CUDA tensors a kernel. Raises what `find_call` raises.
+    """
+    call = find_call(operands, out, options)
+    product = operands.x.new_empty(call.shape, dtype=call.dtype) if out is None else out
+    if call.choice is not None:
+        try:
+            enqueue(call.choice, product, operands)
+        except MisalignedAddress:
+            with writable(product) as room:
+                enqueue(call.choice, room, aligned(operands))
+    elif not call.copied:
+        _without_kernel(product.zero_() if out is None else product, operands, options)
+    elif out is None:
+        return multiply(readable(operands), options)
+    else:
+        with writable(out) as room:
+            multiply(readable(operands), options, room)
+    return product
+
+
+def _without_kernel(out: Tensor, operands: Operands, options: Options) -> None:
+    """Computes the product with the reference; on the meta device there is nothing to compute."""
+    refuse_other_devices({**operands._asdict(), "out": out}, operands.x.device)
+    if not out.is_meta:
+        with writable(out) as room:
+            fill_product(room, aligned(operands), options)
+
+
 def find_call(operands: Operands, out: Tensor | None, options: Options) -> CheckedCall:
     """Checks arguments and chooses a kernel, once per signature.
 
-    Raises what `check` and `library.load` raise.
+    Operands must be tensors: `signature` fails on others. Raises what `accept` and `library.load`
+    raise.
     """
     key = signature((*options, forced), (out, *operands))
     call = _calls.get(key)
     if call is None:
-        check_types(Operands, operands._asdict())
         check_types(ProductArguments, options._asdict())
-        if not reads_in_place(operands) or not (out is None or out.is_contiguous()):
+        product = accept(operands, options, out)
+        if product is None:
             return _calls.keep(key, CheckedCall((0, 0), operands.x.dtype, None, copied=True))
-        if out is not None and options.out_dtype is None:
-            options = options._replace(out_dtype=out.dtype)
-        dtype = check(operands, options)
-        if out is not None:
-            check_out(out, operands, options, dtype)
-        refuse_misaligned("weight", operands.weight)
-        call = CheckedCall(
-            product_shape(operands, options), dtype, _choose(operands, dtype, options)
-        )
+        call = CheckedCall(*product, _choose(operands, product, options))
         if call.choice is not None or not operands.x.is_cuda:  # else the fallback is told each time
             _calls.keep(key, call)
     return call
 
 
-def _choose(operands: Operands, dtype: torch.dtype, options: Options) -> Choice | None:
-    device = operands.x.get_device()
-    if device < 0 or operands.rows == 0:
+def _choose(operands: Operands, product: TensorMeta, options: Options) -> Choice | None:
+    device, (rows, _) = operands.x.get_device(), product.shape
+    if device < 0 or rows == 0:
         return None
-    problem = pose(operands, dtype, options)
+    problem = pose(operands, product.dtype, options)
     reason = why_no_product(problem, library.device_arch(device))
     if reason is not None:
         announce_fallback(reason)
         return None
     strides, weight_strides = strides_of(operands, problem), operands.weight.stride()
-    return choose_launch(
-        problem, device, len(operands.x), operands.rows, weight_strides, options, strides
-    )
+    return choose_launch(problem, device, len(operands.x), rows, weight_strides, options, strides)
 
 
 def enqueue(

@@ -9,13 +9,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cutlass_moe.operands import Operands, Options, ProductArguments, split_product
-from cutlass_moe.ops._checks import check, check_out, product_shape
-from cutlass_moe.ops._copies import aligned, readable, refuse_other_devices, writable
+from cutlass_moe.ops._checks import check, readable
 from cutlass_moe.ops._define import define
 from cutlass_moe.ops._types import check_types, typed
-from cutlass_moe.ops.dispatch import enqueue, find_call, pose
-from cutlass_moe.ops.grouped_matmul_reference import fill_product
-from cutlass_moe.runtime.parameters import MisalignedAddress
+from cutlass_moe.ops.dispatch import multiply, pose
 from emitters.spec.gemm import GemmProblem
 
 if TYPE_CHECKING:
@@ -115,7 +112,7 @@ def grouped_matmul(
     )  # fmt: skip
     try:
         if is_plain_eager(x, weight) and not wants_gradient(operands):
-            return _product(operands, options)
+            return multiply(operands, options)
         return _grouped_matmul_op(*operands, *options)
     except Exception:
         check_types(grouped_matmul, locals())
@@ -134,9 +131,11 @@ def grouped_matmul_out(
     """
     operands, options = split_product(x, weight, arguments)
     try:
+        if out is None:  # `multiply` would make a tensor
+            check_types(grouped_matmul_out, locals())
         loses_gradient = wants_gradient((out, *operands))
         if is_plain_eager(x, weight) and not loses_gradient:
-            _product_into(out, operands, options)
+            multiply(operands, options, out)
             return
         if loses_gradient:
             raise RuntimeError(
@@ -185,57 +184,18 @@ def grouped_matmul_problem(
     """
     operands, options = split_product(x, weight, arguments)
     operands = readable(operands)
-    dtype = check(operands, options)
-    return pose(operands, dtype, options)
+    return pose(operands, check(operands, options).dtype, options)
 
 
-# Implementations: CPU tensors take the reference, CUDA tensors a kernel.
-
-
-def _product(operands: Operands, options: Options) -> Tensor:
-    call = find_call(operands, None, options)
-    out = operands.x.new_empty(call.shape, dtype=call.dtype)
-    if call.choice is not None:
-        try:
-            enqueue(call.choice, out, operands)
-        except MisalignedAddress:
-            enqueue(call.choice, out, aligned(operands))
-    elif call.copied:
-        return _product(readable(operands), options)
-    else:
-        _without_kernel(out.zero_(), operands, options)
-    return out
-
-
-def _product_into(out: Tensor, operands: Operands, options: Options) -> None:
-    call = find_call(operands, out, options)
-    if call.choice is not None:
-        try:
-            enqueue(call.choice, out, operands)
-        except MisalignedAddress:
-            with writable(out) as room:
-                enqueue(call.choice, room, aligned(operands))
-    elif call.copied:
-        with writable(out) as room:
-            _product_into(room, readable(operands), options)
-    else:
-        _without_kernel(out, operands, options)
-
-
-def _without_kernel(out: Tensor, operands: Operands, options: Options) -> None:
-    """Computes the product with the reference; on the meta device there is nothing to compute."""
-    refuse_other_devices({**operands._asdict(), "out": out}, operands.x.device)
-    if not out.is_meta:
-        with writable(out) as room:
-            fill_product(room, aligned(operands), options)
+# Implementations.
 
 
 def _grouped_matmul_impl(*arguments: Any) -> Tensor:
-    return _product(*split(arguments))
+    return multiply(*split(arguments))
 
 
 def _grouped_matmul_out_impl(out: Tensor, *arguments: Any) -> None:
-    _product_into(out, *split(arguments))
+    multiply(*split(arguments), out)
 
 
 def split(arguments: tuple[Any, ...]) -> tuple[Operands, Options]:
@@ -247,16 +207,13 @@ def split(arguments: tuple[Any, ...]) -> tuple[Operands, Options]:
 
 def _grouped_matmul_fake(*arguments: Any) -> Tensor:
     operands, options = split(arguments)
-    operands = readable(operands)
-    dtype = check(operands, options)
-    return operands.x.new_empty(product_shape(operands, options), dtype=dtype)
+    shape, dtype = check(readable(operands), options)
+    return operands.x.new_empty(shape, dtype=dtype)
 
 
 def _grouped_matmul_out_fake(out: Tensor, *arguments: Any) -> None:
     operands, options = split(arguments)
-    operands = readable(operands)
-    dtype = check(operands, options._replace(out_dtype=options.out_dtype or out.dtype))
-    check_out(out, operands, options, dtype)
+    check(readable(operands), options, out)
 
 
 TENSORS = (

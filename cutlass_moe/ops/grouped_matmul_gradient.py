@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.operands import Operands, Options
-from cutlass_moe.ops._checks import is_n_major
-from cutlass_moe.ops._copies import readable
+from cutlass_moe.ops._checks import is_n_major, readable
 from cutlass_moe.ops._define import define, define_gradient
 from cutlass_moe.ops._packed import packing_of
 from cutlass_moe.ops._row_sums import sum_by_expert, sum_by_index

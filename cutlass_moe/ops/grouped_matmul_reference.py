@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.operands import Operands, Options, ProductArguments, split_product
+from cutlass_moe.ops._checks import product_shape
 from cutlass_moe.ops._packed import columns, dequantize_expert, packing_of
 from cutlass_moe.ops._types import typed
 from cutlass_moe.ops.activations import activate, activate_backward, in_halves, is_gated
@@ -37,9 +38,8 @@ def grouped_matmul_reference(
     """
     operands, options = split_product(x, weight, arguments)
     default = torch.bfloat16 if x.element_size() == 1 else x.dtype
-    n = columns(weight)
-    width = n // 2 if is_gated(options.activation) else n
-    out = x.new_zeros((operands.rows, width), dtype=options.out_dtype or default)
+    shape = product_shape(operands, options)
+    out = x.new_zeros(shape, dtype=options.out_dtype or default)
     fill_product(out, operands, options)
     return out
 
@@ -61,7 +61,7 @@ def fill_product(out: Tensor, operands: Operands, options: Options) -> None:
     x, weight, index, offsets, per_token_scale, scale, bias, starts = operands
     block = max(1, _BLOCK_ELEMENTS // max(columns(weight), x.shape[1]))
     gated = is_gated(options.activation)
-    blocks = is_block_scaled(operands, gated)
+    blocks = is_block_scaled(scale, weight, gated)
     interleaved = options.interleaved
     if interleaved and packing_of(weight) is not None:  # its rows are halves already
         scale, bias, interleaved = _halves(scale), _halves(bias), False

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.operands import Operands
-from cutlass_moe.ops._checks import check, check_out
+from cutlass_moe.ops._checks import check, reads_rows
 from cutlass_moe.ops._copies import LARGEST_INT32, refuse_misaligned
 from cutlass_moe.ops._lists import (
     ListArguments,
@@ -178,7 +178,7 @@ class Executor:
         self._wide_index: WorkspaceRegion | None = None
         self._index = None if arguments.index is None else self._find_index(arguments.index)
         self._operands: dict[str, Tensor | WorkspaceRegion | None] = {
-            "x": layout.join(x, "x"),
+            "x": layout.join(x, "x", reads=reads_rows),
             "weight": weights
             if isinstance(weights, Tensor)
             else weights[0].expand(experts, -1, -1),
@@ -204,15 +204,14 @@ class Executor:
         """Checks the operands as they will be once lists are joined, and loads the kernel."""
         weights, out = self._weights, stand_in(self._out)
         operands = Operands(**{name: stand_in(t) for name, t in self._operands.items()})
-        options = self._arguments.options._replace(out_dtype=out.dtype)
+        options = self._arguments.options
         strides = {operands.weight.stride()}
         if isinstance(weights, list):
             strides = {(0, *weight.stride()) for weight in weights}
         for stride in strides:
             weight = operands.weight.new_empty_strided(operands.weight.shape, stride)
             operands = operands._replace(weight=weight)
-            check(operands, options)
-        check_out(out, operands, options, out.dtype)
+            check(operands, options, out)
         if isinstance(weights, Tensor):
             refuse_misaligned("weight", weights)
         else:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.operands import Operands, Options, ProductArguments, split_product
-from cutlass_moe.ops._copies import readable, refuse_other_devices
+from cutlass_moe.ops._checks import readable
+from cutlass_moe.ops._copies import refuse_other_devices
 from cutlass_moe.ops._types import expect_tensors, typed
 from cutlass_moe.ops.dispatch import Choice, find_call
 from cutlass_moe.ops.grouped_matmul import wants_gradient

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cutlass_moe.choose.weight_grads_sm90 import weight_grad_config
 from cutlass_moe.operands import DTYPES
-from cutlass_moe.ops._checks import expect
+from cutlass_moe.ops._checks import expect, reads_rows
 from cutlass_moe.ops._copies import as_int32, at_address, refuse_other_devices, writable
 from cutlass_moe.ops._define import define
 from cutlass_moe.ops._types import check_types, typed
@@ -22,7 +22,7 @@ from cutlass_moe.runtime import library
 from cutlass_moe.runtime.device import on_device
 from cutlass_moe.runtime.fallback import announce_fallback
 from cutlass_moe.runtime.log import logger
-from cutlass_moe.runtime.parameters import reads_rows, weight_grad_values, weight_grad_views
+from cutlass_moe.runtime.parameters import weight_grad_values, weight_grad_views
 from cutlass_moe.runtime.signatures import Signatures, signature
 from emitters.spec.registry import why_illegal
 from emitters.spec.weight_grad import Side, WeightGradProblem, WeightGradSm90Config

@@ -214,19 +214,6 @@ def operand_addresses(operands: Operands, out: Tensor) -> dict[str, int]:
     return addresses
 
 
-def reads_rows(x: Tensor) -> bool:
-    """Whether kernels read these rows of x [T, K] where they lie: each contiguous, at a stride.
-
-    Addresses aside. The stride of rows is a multiple of 16 bytes, and fewer than 2**31 of them.
-    """
-    if x.is_contiguous():
-        return True
-    if x.dim() != 2 or x.stride(1) != 1:
-        return False
-    stride = x.stride(0) * x.dtype.itemsize
-    return 0 < stride < 2**31 and stride % 16 == 0
-
-
 class MisalignedAddress(ValueError):
     """A tensor lies where a kernel cannot read or write it."""
 

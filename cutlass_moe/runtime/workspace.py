@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cutlass_moe.runtime.fallback import announce_copy
-from cutlass_moe.runtime.parameters import ALIGNMENTS, reads_rows
+from cutlass_moe.runtime.parameters import ALIGNMENTS
 
 ALIGNMENT = 128  # bytes, of every region, because tensor maps in memory need it
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -69,16 +70,21 @@ class WorkspaceLayout:
         return region
 
     def join(
-        self, entries: list[Tensor], name: str = "", dtype: torch.dtype | None = None
+        self,
+        entries: list[Tensor],
+        name: str = "",
+        dtype: torch.dtype | None = None,
+        reads: Callable[[Tensor], bool] = Tensor.is_contiguous,
     ) -> Tensor | WorkspaceRegion:
         """Joins the rows of tensors: a view if kernels can read one, else a region that runs fill.
 
         The tensors may differ in their first extent only. name: of the operand, whose address a
-        kernel needs aligned; default none. dtype: of the region, if it must be another one.
+        kernel needs aligned; default none. dtype: of the region, if it must be another one. reads:
+        whether a kernel reads a tensor with such strides.
         """
         dtype = dtype or entries[0].dtype
         joined = entries[0] if len(entries) == 1 else view_of_rows(entries)
-        if joined is not None and joined.dtype == dtype and _is_plain(name, joined):
+        if joined is not None and joined.dtype == dtype and reads(joined):
             multiple = ALIGNMENTS.get(name, 1)
             if joined.data_ptr() % multiple == 0:
                 return joined
@@ -143,11 +149,6 @@ class WorkspaceLayout:
         for region, entries in self._copies:
             if region is joined:
                 _copy(entries, _split(region.of(workspace), entries))
-
-
-def _is_plain(name: str, tensor: Tensor) -> bool:
-    """Whether a kernel reads an operand of this name with these strides."""
-    return reads_rows(tensor) if name == "x" else tensor.is_contiguous()
 
 
 def view_of_rows(entries: list[Tensor]) -> Tensor | None:
