@@ -367,18 +367,27 @@ class _LinkMaker:
 _chains: Signatures[Chain] = Signatures(limit=2048)  # a chain takes tens of kB
 
 
+def launch_layer(
+    layer: LayerOperands, options: LayerOptions, out: Tensor, workspace: Tensor | None = None
+) -> None:
+    """Computes a layer whose arguments are `widened`. Raises what `find_chain` raises."""
+    chain = find_chain(layer, options, out, workspace)
+    if workspace is None:
+        workspace = out.new_empty(chain.workspace.layout.size, dtype=torch.uint8)
+    chain.launch(layer, out, chain.workspace.base(workspace))
+
+
 def find_chain(
     layer: LayerOperands, options: LayerOptions, out: Tensor, workspace: Tensor | None = None
 ) -> Chain:
     """Checks arguments, workspace included, and chooses kernels, once per signature.
 
-    A signature is the options and the dtypes, shapes, strides and devices of tensors. Raises what
-    `check_layer` and `library.load` raise.
+    A signature is the options and the dtypes, shapes, strides and devices of tensors; it fails on
+    what is no tensor. Raises what `check_layer` and `library.load` raise.
     """
     key = signature((*options, dispatch.forced), (*layer, out))
     chain = _chains.get(key)
     if chain is None:
-        check_types(LayerOperands, layer._asdict())
         check_types(LayerOptions, options._asdict())
         accepted = accept_layer(layer, options, out)
         needed = LayerWorkspace(accepted.layer, options, accepted.problems)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cutlass_moe.layer.accept import widened
 from cutlass_moe.layer.backward import GradInto
-from cutlass_moe.layer.chain import LayerWorkspace, find_chain
+from cutlass_moe.layer.chain import LayerWorkspace, launch_layer
 from cutlass_moe.layer.checks import accept_layer, convert_checked
 from cutlass_moe.layer.training import check_into, differentiable_layer
 from cutlass_moe.operands import (
@@ -234,11 +234,7 @@ def _run(
         _run(room, workspace, wide, options)
         out.copy_(room[..., : out.shape[-1]])
         return
-    layer = wide
-    chain = find_chain(layer, options, out, workspace)
-    if workspace is None:
-        workspace = out.new_empty(chain.workspace.layout.size, dtype=torch.uint8)
-    chain.launch(layer, out, chain.workspace.base(workspace))
+    launch_layer(wide, options, out, workspace)
 
 
 def _fused_moe_out_impl(out: Tensor, workspace: Tensor | None, *arguments: Any) -> None:

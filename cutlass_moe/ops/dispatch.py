@@ -31,14 +31,16 @@ from cutlass_moe.runtime.kernel import Kernel, Views
 from cutlass_moe.runtime.launch import Launch
 from cutlass_moe.runtime.log import logger
 from cutlass_moe.runtime.parameters import (
+    ALIGNMENTS,
     DENSE,
     Addresses,
     MisalignedAddress,
     Strides,
+    alignment,
     gemm_values,
     gemm_views,
     in_columns,
-    operand_addresses,
+    misaligned,
 )
 from cutlass_moe.runtime.signatures import Signatures, signature
 from emitters.spec.dtypes import ACCUMULATIONS, Accumulation
@@ -46,6 +48,8 @@ from emitters.spec.epilogue import make_epilogue
 from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightFormat, weight_granularity
 from emitters.spec.layer_steps import Step
 from emitters.spec.registry import GemmConfig, why_illegal
+
+_OPERANDS = Operands._fields
 
 
 class Choice(NamedTuple):
@@ -90,15 +94,15 @@ def multiply(operands: Operands, options: Options, out: Tensor | None = None) ->
 
     CPU tensors take the reference, CUDA tensors a kernel. Raises what `find_call` raises.
     """
-    call = find_call(operands, out, options)
-    product = operands.x.new_empty(call.shape, dtype=call.dtype) if out is None else out
-    if call.choice is not None:
+    shape, dtype, choice, copied = find_call(operands, out, options)
+    product = operands.x.new_empty(shape, dtype=dtype) if out is None else out
+    if choice is not None:
         try:
-            enqueue(call.choice, product, operands)
+            enqueue(choice, product, operands)
         except MisalignedAddress:
             with writable(product) as room:
-                enqueue(call.choice, room, aligned(operands))
-    elif not call.copied:
+                enqueue(choice, room, aligned(operands))
+    elif not copied:
         _without_kernel(product.zero_() if out is None else product, operands, options)
     elif out is None:
         return multiply(readable(operands), options)
@@ -160,6 +164,25 @@ def enqueue(
     if others is not None:
         addresses |= others
     on_device(out.get_device(), lambda stream: choice.launch(addresses, stream))
+
+
+def operand_addresses(operands: Operands, out: Tensor) -> dict[str, int]:
+    """The addresses of a GEMM's tensors; raises ValueError for one that is not aligned."""
+    addresses = {
+        name: tensor.data_ptr()
+        for name, tensor in zip(_OPERANDS, operands, strict=True)
+        if tensor is not None
+    }
+    addresses["out"] = addresses["out_map"] = out.data_ptr()
+    for name, multiple in ALIGNMENTS.items():
+        if addresses.get(name, 0) % multiple:
+            raise misaligned(name, multiple, addresses[name])
+    scale = operands.per_token_scale
+    if scale is not None and addresses["per_token_scale"] % 16:
+        multiple = alignment("per_token_scale", scale)
+        if addresses["per_token_scale"] % multiple:
+            raise misaligned("per_token_scale", multiple, addresses["per_token_scale"])
+    return addresses
 
 
 def step_kernel(problem: Step, device: int, few: bool = False) -> Kernel | None:

@@ -11,11 +11,11 @@ from cutlass_moe.operands import Operands, Options, ProductArguments, split_prod
 from cutlass_moe.ops._checks import readable
 from cutlass_moe.ops._copies import refuse_other_devices
 from cutlass_moe.ops._types import expect_tensors, typed
-from cutlass_moe.ops.dispatch import Choice, find_call
+from cutlass_moe.ops.dispatch import Choice, find_call, operand_addresses
 from cutlass_moe.ops.grouped_matmul import wants_gradient
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference_out
 from cutlass_moe.runtime.device import on_device
-from cutlass_moe.runtime.parameters import alignment, misaligned, operand_addresses
+from cutlass_moe.runtime.parameters import alignment, misaligned
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -13,14 +13,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cutlass_moe.operands import Operands
 from cutlass_moe.runtime.tensor_map import View
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.weight_grad import RAGGED_ROWS, WeightGradProblem, ragged_view
 from emitters.spec.weight_map import gate_strides, weight_view
 
 Addresses = Mapping[str, int]
-_OPERANDS = Operands._fields
 _X_SCALE_STRIDES = ("per_token_scale_stride", "per_token_scale_k_stride")
 # The alignment of the addresses of a GEMM's tensors, in bytes; 4 for all others. Scales of tokens
 # that `in_columns` need 16.
@@ -193,25 +191,6 @@ def weight_grad_views(
         "right": View(*ragged_view(n, right_stride), size),
         "out": View((n, m, experts), (n, m * n), problem.out.bytes),
     }
-
-
-def operand_addresses(operands: Operands, out: Tensor) -> dict[str, int]:
-    """The addresses of a GEMM's tensors; raises ValueError for one that is not aligned."""
-    addresses = {
-        name: tensor.data_ptr()
-        for name, tensor in zip(_OPERANDS, operands, strict=True)
-        if tensor is not None
-    }
-    addresses["out"] = addresses["out_map"] = out.data_ptr()
-    for name, multiple in ALIGNMENTS.items():
-        if addresses.get(name, 0) % multiple:
-            raise misaligned(name, multiple, addresses[name])
-    scale = operands.per_token_scale
-    if scale is not None and addresses["per_token_scale"] % 16:
-        multiple = alignment("per_token_scale", scale)
-        if addresses["per_token_scale"] % multiple:
-            raise misaligned("per_token_scale", multiple, addresses["per_token_scale"])
-    return addresses
 
 
 class MisalignedAddress(ValueError):

@@ -16,6 +16,7 @@ from cutlass_moe.layer.chain import find_chain
 from cutlass_moe.nn import GatedMoeFeedForward
 from cutlass_moe.operands import LayerOperands, LayerOptions, split_product
 from cutlass_moe.ops import dispatch
+from cutlass_moe.ops._checks import check
 from cutlass_moe.runtime import fallback, library
 from emitters.spec.gemm import GemmProblem
 
@@ -198,7 +199,7 @@ def test_fallbacks_say_the_same(gpu: Any) -> None:
     given = product(500, 1025, FP8)
     operands, options = split_product(**split(gpu(given)))
     with pytest.warns(UserWarning) as told:
-        assert dispatch._choose(operands, BF16, options) is None
+        assert dispatch._choose(operands, check(operands, options), options) is None
     assert str(told[0].message).endswith(f"slow torch path taken: {cm.why_not(**given)}")
     given = layer(inter=24, weight=FP8)
     operands = gpu(given)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 import cutlass_moe as cm
+from cutlass_moe.operands import Operands
 from cutlass_moe.ops._copies import at_address
+from cutlass_moe.ops.dispatch import operand_addresses
 from cutlass_moe.runtime import fallback
 from emitters.spec.epilogue import Bias
 from tests.support.cases import BF16, FP32, SCALES, Case, make_inputs
@@ -239,3 +241,17 @@ def test_a_copy_for_the_sake_of_an_address_keeps_the_strides() -> None:
     with pytest.warns(UserWarning, match="address of x"):
         copy = at_address("x", given)
     assert copy.data_ptr() % 16 == 0 and copy.stride() == (32, 1) and torch.equal(copy, given)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "scale", "bias", "out"])
+def test_a_misaligned_tensor_is_refused(name: str) -> None:
+    buffer = torch.zeros(65)
+    given = {**dict.fromkeys(Operands._fields), "out": None, name: buffer[1:]}
+    for needed in ("x", "weight", "offsets", "out"):
+        given[needed] = buffer[:64] if given[needed] is None else given[needed]
+    out = given.pop("out")
+    assert out is not None
+    multiple = 8 if name in ("scale", "bias") else 16
+    words = f"the address of {name} must be a multiple of {multiple} bytes, got 0x"
+    with pytest.raises(ValueError, match=words):
+        operand_addresses(Operands(**given), out)

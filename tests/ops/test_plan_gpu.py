@@ -13,7 +13,6 @@ import cutlass_moe as cm
 from cutlass_moe.choose.heuristics_sm90 import choose
 from cutlass_moe.operands import Operands, Options
 from cutlass_moe.ops import dispatch
-from cutlass_moe.runtime.parameters import operand_addresses
 from emitters.spec.config_sm90 import GemmSm90Config, Schedule
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem
@@ -124,8 +123,8 @@ def run_chain(names: tuple[str, ...], inputs: dict[str, Any], overlap: bool) -> 
             x, inputs["weight"], inputs["index"], inputs["offsets"], None, None, None
         )
         x = buffers[i % 2]
-        launch = choice._replace(overlap=overlap and i > 0).prepare(operand_addresses(operands, x))
-        launches.append(launch)
+        choice = choice._replace(overlap=overlap and i > 0)
+        launches.append(choice.prepare(dispatch.operand_addresses(operands, x)))
     stream = torch.cuda.current_stream().cuda_stream
     for launch in launches:
         launch(stream)
