@@ -6,7 +6,7 @@ devices, options). Later calls of that signature only fill in addresses and enqu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -61,12 +61,10 @@ class Choice(NamedTuple):
     views: Views
     overlap: bool = False  # programmatic dependent launch
 
-    def launch(self, addresses: Addresses | Iterable[tuple[str, int]], stream: int) -> None:
+    def launch(self, addresses: Addresses, stream: int) -> None:
         """Enqueues the kernel on a stream. addresses: of all tensors, by parameter."""
-        kernel, grid, others, views, overlap = self
-        values = {**others}
-        values.update(addresses)
-        kernel.launch(values, grid, stream, overlap, views)
+        kernel, grid, values, views, overlap = self
+        kernel.launch({**values, **addresses}, grid, stream, overlap, views)
 
     def prepare(self, addresses: Addresses) -> Launch:
         """Makes a launch that can be enqueued again and again. addresses: as in `launch`."""
@@ -95,20 +93,22 @@ def multiply(operands: Operands, options: Options, out: Tensor | None = None) ->
     CPU tensors take the reference, CUDA tensors a kernel. Raises what `find_call` raises.
     """
     shape, dtype, choice, copied = find_call(operands, out, options)
-    product = operands.x.new_empty(shape, dtype=dtype) if out is None else out
-    if choice is not None:
-        try:
-            enqueue(choice, product, operands)
-        except MisalignedAddress:
-            with writable(product) as room:
-                enqueue(choice, room, aligned(operands))
-    elif not copied:
-        _without_kernel(product.zero_() if out is None else product, operands, options)
-    elif out is None:
-        return multiply(readable(operands), options)
-    else:
+    if copied:
+        operands = readable(operands)
+        if out is None:
+            return multiply(operands, options)
         with writable(out) as room:
-            multiply(readable(operands), options, room)
+            multiply(operands, options, room)
+        return out
+    product = operands.x.new_empty(shape, dtype=dtype) if out is None else out
+    if choice is None:
+        _without_kernel(product.zero_() if out is None else product, operands, options)
+        return product
+    try:
+        enqueue(choice, product, operands)
+    except MisalignedAddress:
+        with writable(product) as room:
+            enqueue(choice, room, aligned(operands))
     return product
 
 
