@@ -72,6 +72,14 @@ def conversions(layer: LayerOperands, options: LayerOptions) -> list[tuple[str, 
     return found
 
 
+def converted(
+    layer: LayerOperands, options: LayerOptions
+) -> tuple[LayerOperands, list[tuple[str, Conversion]]]:
+    """The arguments in the forms that kernels read, and the conversions that this took."""
+    found = conversions(layer, options)
+    return convert(layer, found), found
+
+
 def convert(layer: LayerOperands, found: list[tuple[str, Conversion]]) -> LayerOperands:
     """The arguments after these conversions."""
     for name, conversion in found:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cutlass_moe.layer.accept import Conversion, conversions, convert
+from cutlass_moe.layer.accept import Conversion, converted
 from cutlass_moe.layer.steps import Forms, LayerProblems, LayerSizes, Projection, layer_problems
 from cutlass_moe.operands import (
     DTYPES,
@@ -70,8 +70,7 @@ def convert_checked(
 
     Raises what `check_layer` raises.
     """
-    needed = conversions(layer, options)
-    layer = convert(layer, needed)
+    layer, needed = converted(layer, options)
     check_layer(layer, options, out)
     return layer, needed
 
@@ -105,14 +104,16 @@ def check_layer(layer: LayerOperands, options: LayerOptions, out: Tensor | None 
     _check_options(layer, options)
     outside = options.outside(hidden.dtype)
     check_accumulation(options.accumulation, dtype)
+    if packed and hidden.dtype is not torch.bfloat16:
+        raise TypeError(f"hidden must be {torch.bfloat16} for packed weights, got {hidden.dtype}")
     for name, weight, shape in (
         ("w13", w13, (experts, gates * inter, read)),
         ("w2", w2, (experts, columns, inter)),
     ):
         if packed:
-            _check_packed(name, weight, hidden, shape)
+            _check_packed(name, weight, device, shape)
         else:
-            check_weight(name, weight, hidden, shape, dtype)
+            check_weight(name, weight, device, shape, dtype)
         scale, bias = getattr(layer, f"{name}_scale"), getattr(layer, f"{name}_bias")
         if (scale is None) != (options.quant is None):
             got = "None" if scale is None else "a tensor"
@@ -156,10 +157,8 @@ def inner_size(w13: Tensor, w2: Tensor, gated: bool) -> int:
     return columns_of(w13) // (2 if gated else 1)
 
 
-def _check_packed(name: str, weight: Tensor, hidden: Tensor, shape: tuple[int, ...]) -> None:
-    if hidden.dtype is not torch.bfloat16:
-        raise TypeError(f"hidden must be {torch.bfloat16} for packed weights, got {hidden.dtype}")
-    check_packed(name, weight, hidden, shape[2])
+def _check_packed(name: str, weight: Tensor, device: int, shape: tuple[int, ...]) -> None:
+    check_packed(name, weight, device, shape[2])
     if (len(weight), columns_of(weight)) != shape[:2]:
         raise ValueError(
             f"packed {name} must have E {shape[0]} and N {shape[1]} (N / 32 blocks), got "

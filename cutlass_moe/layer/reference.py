@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cutlass_moe.layer.accept import conversions, convert, weigh_input
+from cutlass_moe.layer.accept import converted, weigh_input
 from cutlass_moe.layer.checks import inner_size
 from cutlass_moe.layer.padded import feed_forward, quantized
 from cutlass_moe.operands import (
@@ -54,7 +54,7 @@ def fused_moe_reference(
     floating dtype.
     """
     layer, options = split_layer(hidden, w13, w2, topk_weights, topk_ids, arguments)
-    layer = convert(layer, conversions(layer, options))
+    layer, _ = converted(layer, options)
     if options.weight_on_input:
         layer = weigh_input(layer)
         layer = layer._replace(topk_weights=torch.ones_like(layer.topk_weights))

@@ -1,4 +1,4 @@
-"""What a product takes: operands that kernels read where they lie, and checks of arguments."""
+"""Checks of arguments: of grouped_matmul, with what kernels read where it lies, and of tensors."""
 
 from __future__ import annotations
 
@@ -122,9 +122,11 @@ def check(operands: Operands, options: Options, out: Tensor | None = None) -> Te
             f"x must have contiguous rows at a stride of a multiple of 16 bytes, got {x.stride()}"
         )
     if packed:
-        check_packed("weight", weight, x, x.shape[1])
+        if x.dtype is not torch.bfloat16:
+            raise TypeError(f"x must be {torch.bfloat16} for packed weights, got {x.dtype}")
+        check_packed("weight", weight, device, x.shape[1])
     else:
-        check_weight("weight", weight, x, (*weight.shape[:2], x.shape[1]), x.dtype)
+        check_weight("weight", weight, device, (*weight.shape[:2], x.shape[1]), x.dtype)
     expect("offsets", offsets, device, _INT32, ((experts,),))
     if starts is not None:
         expect("starts", starts, device, _INT32, ((experts,),))
@@ -225,10 +227,8 @@ def is_n_major(weight: Tensor) -> bool:
     return weight.dtype.itemsize == 2 and weight.stride(1) == 1 and weight.stride(2) != 1
 
 
-def check_packed(name: str, weight: Tensor, like: Tensor, k: int) -> None:
+def check_packed(name: str, weight: Tensor, device: int, k: int) -> None:
     """Checks packed weights that are multiplied by x of this K; raises as `check_weight` does."""
-    if like.dtype is not torch.bfloat16:
-        raise TypeError(f"x must be {torch.bfloat16} for packed weights, got {like.dtype}")
     experts, n_blocks, k_blocks, _ = weight.shape
     if k_blocks != -(-k // BLOCK_K) or 0 in (experts, n_blocks):
         raise ValueError(
@@ -239,24 +239,22 @@ def check_packed(name: str, weight: Tensor, like: Tensor, k: int) -> None:
         raise ValueError(
             f"packed {name} must be a contiguous tensor, got strides {weight.stride()}"
         )
-    if weight.get_device() != like.get_device():
-        raise ValueError(f"{name} must be on {like.device}, got one on {weight.device}")
+    _check_device(name, weight, device)
 
 
 def check_weight(
-    name: str, weight: Tensor, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    name: str, weight: Tensor, device: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     """Checks the dtype, shape, device and strides of weights [E, N, K].
 
-    shape, dtype: what they must have; like: a tensor on the device they must be on. Raises
-    TypeError for the dtype, else ValueError.
+    shape, dtype: what they must have; device: as in `expect`. Raises TypeError for the dtype, else
+    ValueError.
     """
     if weight.dtype is not dtype:
         raise TypeError(f"{name} must be {dtype}, got {weight.dtype}")
     if weight.shape != shape or shape[0] == 0:
         raise ValueError(f"{name} must be [E > 0, N, K] {tuple(shape)}, got {tuple(weight.shape)}")
-    if weight.get_device() != like.get_device():
-        raise ValueError(f"{name} must be on {like.device}, got one on {weight.device}")
+    _check_device(name, weight, device)
     to_16 = 16 // weight.dtype.itemsize
     either = "K or N" if weight.dtype.itemsize == 2 else "K"
     expert_stride, pitch, dense_stride = weight.stride()
@@ -294,6 +292,10 @@ def expect(
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(tensor.shape)}")
     if dense and not tensor.is_contiguous():
         raise ValueError(f"{name} must be a contiguous tensor, got strides {tensor.stride()}")
+    _check_device(name, tensor, device)
+
+
+def _check_device(name: str, tensor: Tensor, device: int) -> None:
     if tensor.get_device() != device:
         wanted = "cpu" if device < 0 else f"cuda:{device}"
         raise ValueError(f"{name} must be on {wanted}, got one on {tensor.device}")
