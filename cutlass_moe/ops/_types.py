@@ -2,8 +2,8 @@
 
 Two doors use one check. `typed` checks every call: it is for functions that no warm call passes.
 Functions that must cost nothing when warm ask `check_types` where a call has failed, as it does on
-what should be a tensor and is none; and, about all else, where a signature is new: what a kernel was
-once chosen for has the right types.
+what should be a tensor and is none; and, about all else, where a signature is new: what a kernel
+was once chosen for has the right types.
 """
 
 from __future__ import annotations
