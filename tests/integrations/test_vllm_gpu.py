@@ -49,7 +49,7 @@ LIMITS = {None: (5e-3, 1e-2), "int8": (6e-3, 2e-2), "fp8": (3e-2, 4e-2), FP8_BLO
 CHOSEN = {None: "TritonExperts", "int8": "TritonExperts", "fp8": "TritonOrCutlassExperts"}
 # Between log probabilities by our experts and by vLLM's, which round elsewhere. A bfloat16 logit of
 # these models has steps of 0.06; of a wrong layer they are off by 4 and more.
-ALIKE = {None: 0.2, "int8": 0.3, "fp8": 0.5, FP8_BLOCK: 0.5, "int4_g32": 0.2}
+ALIKE = {None: 0.2, "int8": 0.3, "fp8": 0.5, FP8_BLOCK: 0.8, "int4_g32": 0.2}
 quants = pytest.mark.parametrize("quant", ALL_QUANTS)
 
 
