@@ -23,6 +23,7 @@ from cutlass_moe.images.cache import Cache
 from cutlass_moe.images.toolchains import default_build
 from cutlass_moe.models.problems import model_problems
 from cutlass_moe.models.shapes import MoeShape
+from tests.support import fake_worker
 from tests.support.fake_images import ARCH, image_for
 
 pytestmark = pytest.mark.skipif(default_build() is None, reason="needs nvidia-cutlass-dsl")
@@ -38,7 +39,13 @@ IMAGES = len(ASKED)
 SMALL = [problem for problem, _ in ASKED if problem.op in ("route", "combine", "quantize")]
 BUILT = [next(pair for pair in ASKED if pair[0] == problem) for problem in dict.fromkeys(SMALL)]
 TO_BUILD = len(BUILT)
-PROGRAM = "from cutlass_moe.cli.main import main; main()"
+# The build's workers are those of tests/support/fake_worker.py.
+PROGRAM = """
+import sys
+from cutlass_moe.cli.main import main
+sys.executable = sys.argv.pop(1)
+main()
+"""
 
 
 @pytest.fixture
@@ -57,10 +64,27 @@ def store_others(root: Path, to_build: int = TO_BUILD) -> None:
             Cache([root]).store(ARCH, *image_for(problem, config, default_build()))
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
-    """Ctrl-C reaches it even where this process was started to ignore it."""
+@pytest.fixture
+def fake_program(tmp_path) -> str:
+    return fake_worker.executable(tmp_path)
+
+
+@pytest.fixture
+def permits(tmp_path, monkeypatch) -> Iterable[Callable[[int], object]]:
+    """Lets the workers of builds make so many images more."""
+    fifo = tmp_path / "permits"
+    os.mkfifo(fifo)
+    monkeypatch.setenv(fake_worker.PERMITS, str(fifo))
+    descriptor = os.open(fifo, os.O_RDWR)  # so that nobody meets its end
+    yield lambda count: os.write(descriptor, bytes(count))
+    os.close(descriptor)
+
+
+def start(program: str, words: list[str]) -> subprocess.Popen[str]:
+    """A build whose workers run this program. Ctrl-C reaches it even where this process was
+    started to ignore it."""
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *words],
+        [sys.executable, "-c", PROGRAM, program, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -68,9 +92,11 @@ def start(words: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def finish(words: list[str]) -> int:
+def finish(program: str, words: list[str]) -> int:
     """Runs a build to its end, in this process. Returns how many images it compiled."""
-    result = CliRunner().invoke(cli.main, [*words, "--jobs", "1"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", program)
+        result = CliRunner().invoke(cli.main, [*words, "--jobs", "1"])
     assert result.exit_code == 0, result.output
     return compiled(result.output)
 
@@ -103,31 +129,39 @@ def wait_for_end(processes: Iterable[int]) -> None:
         os.close(process)
 
 
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """Both workers of a build, once they are there."""
+    wait_for(lambda: len(children(process.pid)) == 2, process)
+    return children(process.pid)
+
+
 @pytest.mark.filterwarnings("error")  # of a damaged image
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
-def test_build_that_was_ended_goes_on(tmp_path, words, blow):
+def test_build_that_was_ended_goes_on(tmp_path, words, fake_program, permits, blow):
     root = tmp_path / "root"
-    process = start(words)
+    process = start(fake_program, words)
+    workers = [os.pidfd_open(pid) for pid in workers_of(process)]
+    permits(1)
     wait_for(lambda: images(root) > IMAGES - TO_BUILD, process)
-    workers = [os.pidfd_open(pid) for pid in children(process.pid)]
     process.send_signal(blow)
     output, _ = process.communicate()
     assert process.returncode == (130 if blow == signal.SIGINT else -blow)
     assert ("Interrupted: the same command goes on" in output) == (blow == signal.SIGINT)
-    assert len(workers) == 2
+    permits(2 * TO_BUILD)  # what was at work when its build was killed ends when that is done
     wait_for_end(workers)
-    left = len(list(Cache([root]).entries()))
-    assert IMAGES - TO_BUILD < left < IMAGES
+    assert len(list(Cache([root]).entries())) == IMAGES - TO_BUILD + 1
     assert not (root / "manifest.json").exists()
-    assert finish(words) == IMAGES - left
+    assert finish(fake_program, words) == TO_BUILD - 1
     assert len(list(Cache([root]).entries())) == IMAGES
 
 
-def test_killed_worker_costs_one_image(tmp_path, words):
-    process = start(words)
+def test_killed_worker_costs_one_image(tmp_path, words, fake_program, permits):
+    process = start(fake_program, words)
+    worker, _ = workers_of(process)
+    permits(1)
     wait_for(lambda: images(tmp_path / "root") > IMAGES - TO_BUILD, process)
-    worker = children(process.pid)[0]
     os.kill(worker, signal.SIGSTOP)  # at work, or it will be given some
+    permits(TO_BUILD)
     wait_for(lambda: images(tmp_path / "root") == IMAGES - 1, process)
     os.kill(worker, signal.SIGKILL)
     output, _ = process.communicate()
@@ -135,11 +169,12 @@ def test_killed_worker_costs_one_image(tmp_path, words):
     assert output.count("Failed:") == 1
     assert "the compile worker ended with exit code -9" in output
     assert compiled(output) == TO_BUILD - 1
-    assert finish(words) == 1
+    permits(1)
+    assert finish(fake_program, words) == 1
 
 
-def test_two_builds_at_once_share_the_work(tmp_path, words):
-    processes = [start([*words, "--jobs", "1"]) for _ in range(2)]
+def test_two_builds_at_once_share_the_work(tmp_path, words, fake_program):
+    processes = [start(fake_program, [*words, "--jobs", "1"]) for _ in range(2)]
     outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sum(map(compiled, outputs)) == TO_BUILD

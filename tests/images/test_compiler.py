@@ -30,6 +30,7 @@ from emitters.spec.dtypes import Accumulation, DType
 from emitters.spec.gemm import GemmProblem, Granularity, WeightFormat
 from emitters.spec.identity import build_identity, installed_toolchains
 from emitters.spec.registry import gemm_config_from_json
+from tests.support import fake_worker
 
 GOOD = GemmProblem(
     x=DType.E4M3,
@@ -61,6 +62,13 @@ def processes(monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", Recorded)
     return started
+
+
+@pytest.fixture
+def fake_compiler(monkeypatch, tmp_path_factory):
+    """Workers whose images are mere bytes, for what is not about the compiler."""
+    program = fake_worker.executable(tmp_path_factory.mktemp("program"))
+    monkeypatch.setattr(sys, "executable", program)
 
 
 @pytest.fixture
@@ -99,7 +107,7 @@ def test_one_failure_leaves_the_others_alone(processes):
 
 
 @needs_dsl
-def test_a_dead_worker_is_replaced(processes):
+def test_a_dead_worker_is_replaced(processes, fake_compiler):
     workers = compiler._Workers(default_toolchain())
     try:
         with pytest.raises(CompileError, match="tile_n must be"):
@@ -129,7 +137,7 @@ def test_worker_that_dies_at_work(monkeypatch):
 
 
 @needs_dsl
-def test_results_that_nobody_wants_end_the_workers(processes):
+def test_results_that_nobody_wants_end_the_workers(processes, fake_compiler):
     results = compile_images([Request(GOOD, CONFIG)] * 4, jobs=2)
     next(results)
     results.close()
@@ -203,7 +211,7 @@ def test_build_images_compiles_what_the_cache_lacks(tmp_path):
 
 @needs_dsl
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the cache's own
-def test_image_that_cannot_be_written_is_a_failure(tmp_path):
+def test_image_that_cannot_be_written_is_a_failure(tmp_path, fake_compiler):
     (tmp_path / "sm_90a").write_text("in the way")
     (result,) = build_images(Cache([tmp_path]), [Request(GOOD, CONFIG)])
     assert result.image is None
@@ -237,7 +245,7 @@ def test_toolchain_that_is_not_installed(tmp_path, monkeypatch):
 
 
 @needs_dsl
-def test_builds_side_by_side_compile_an_image_once(tmp_path):
+def test_builds_side_by_side_compile_an_image_once(tmp_path, fake_compiler):
     def build():
         return list(build_images(Cache([tmp_path]), [Request(GOOD, CONFIG)]))
 
@@ -249,7 +257,7 @@ def test_builds_side_by_side_compile_an_image_once(tmp_path):
 
 
 @needs_dsl
-def test_manifest(tmp_path):
+def test_manifest(tmp_path, fake_compiler):
     requests = [Request(GOOD, CONFIG), Request(GOOD, WIDER)]
     root, other = tmp_path / "built", tmp_path / "stored"
     results = {r.request.config: r for r in build_images(Cache([root]), requests)}
