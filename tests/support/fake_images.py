@@ -12,7 +12,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cutlass_moe.images.cache import Cache
 from emitters.spec.image import (
     IMAGE_ABI,
     Image,
@@ -76,6 +75,8 @@ def counting_build(log: Path, build: str = "today") -> Image:
 
 
 def load_or_build_at(root: Path, log: Path, build: str = "today") -> Image:
+    from cutlass_moe.images.cache import Cache  # it loads torch, which fake_worker.py does without
+
     return Cache([root]).load_or_build(ARCH, KEY, lambda: counting_build(log, build), build)
 
 

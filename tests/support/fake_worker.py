@@ -5,15 +5,15 @@ For tests of what happens around workers. It loads no DSL, which takes 2 s of ea
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from pathlib import Path
 
 from emitters import __main__ as worker
 from emitters.spec.identity import build_identity
-from emitters.spec.image import IMAGE_ABI, Image, LaunchRecord, image_key
+from emitters.spec.image import Image
 from emitters.spec.registry import Config, Problem, why_illegal
+from tests.support.fake_images import image_for
 
 PERMITS = "FAKE_WORKER_PERMITS"  # a FIFO: each image takes a byte of it; without it none is needed
 
@@ -39,23 +39,4 @@ def emit(problem: Problem, config: Config, arch: str, toolchain: str | None) -> 
     if PERMITS in os.environ:
         with open(os.environ[PERMITS], "rb", buffering=0) as permits:
             assert permits.read(1)
-    cubin = b"\x7fELF" + image_key(problem, config, arch).encode()
-    return Image(
-        cubin,
-        LaunchRecord(
-            symbol="kernel",
-            params=(),
-            tensor_maps=(),
-            smem_bytes=1024,
-            threads=config.threads,
-            cluster=(1, 1, 1),
-            arch=arch,
-            abi=IMAGE_ABI,
-            registers=168,
-            spill_bytes=0,
-            build=build_identity(toolchain) or "",
-            problem=problem.to_json(),
-            config=config.to_json(),
-            cubin_sha256=hashlib.sha256(cubin).hexdigest(),
-        ),
-    )
+    return image_for(problem, config, build_identity(toolchain) or "")[1]
