@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -17,8 +18,13 @@ GPT_OSS = {"activation": "swiglu_oai", "interleaved": True, "bias": True}
 FORMS = {"plain": {}, "gpt-oss": GPT_OSS, "relu2": {"activation": "relu2"}}
 
 
+@lru_cache
+def _weights(packing: Packing, form: str) -> dict[str, Any]:
+    return packed_weights(SMALL, packing, "cpu", **FORMS[form])
+
+
 def given(packing: Packing, form: str = "plain") -> dict[str, Any]:
-    return {**tokens(SMALL, 7, "cpu"), **packed_weights(SMALL, packing, "cpu", **FORMS[form])}
+    return {**tokens(SMALL, 7, "cpu"), **_weights(packing, form)}
 
 
 def unpacked(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -61,15 +67,20 @@ def test_expert_maps_and_residuals() -> None:
     torch.testing.assert_close(sum(parts), whole.float(), rtol=2e-2, atol=2e-2)
 
 
-W13, W2 = (given(Packing.MXFP4)[name] for name in ("w13", "w2"))
+def _packed(n: int, k: int, experts: int = 9) -> torch.Tensor:
+    """Weights [experts, n, k] of zeros, in MXFP4."""
+    blocks = Packing.MXFP4.blocks(n, k)
+    return torch.zeros(experts, *blocks, Packing.MXFP4.block_bytes, dtype=torch.uint8)
+
+
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "fp16": ({"hidden": torch.ones(7, 256).half()}, TypeError, "hidden must be .*bfloat16"),
     "quant": ({"quant": "fp8"}, ValueError, "w13_scale must be given with quant"),
     "one_packed": ({"w2": torch.ones(9, 256, 192).bfloat16()}, ValueError, "both packed"),
     "hidden": ({"hidden": torch.ones(7, 512).bfloat16()}, ValueError, r"packed w13 must be .*, 4,"),
-    "experts": ({"w2": W2[:8].clone()}, ValueError, "packed w13 must have E 8"),
-    "inner": ({"w2": cm.quantize_packed(torch.ones(9, 256, 64), "mxfp4")}, ValueError, "w2 must"),
-    "rows": ({"w2": cm.quantize_packed(torch.ones(9, 128, 192), "mxfp4")}, ValueError, "N 256"),
+    "experts": ({"w2": _packed(256, 192, experts=8)}, ValueError, "packed w13 must have E 8"),
+    "inner": ({"w2": _packed(256, 64)}, ValueError, "w2 must"),
+    "rows": ({"w2": _packed(128, 192)}, ValueError, "N 256"),
 }
 
 
