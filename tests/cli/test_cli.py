@@ -27,6 +27,7 @@ from cutlass_moe.models.shapes import MODELS, MoeShape
 from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.image import image_key
+from tests.support import fake_worker
 from tests.support.fake_images import ARCH, image_for
 
 needs_dsl = pytest.mark.skipif(default_build() is None, reason="needs nvidia-cutlass-dsl")
@@ -69,18 +70,13 @@ def filled(root):
 
 
 @needs_dsl
-def test_build_of_a_model(root, monkeypatch):
-    """With one config of each GEMM."""
-
-    def few_configs(problem):
-        return every_config(problem)[: 1 if isinstance(problem, GemmProblem) else None]
-
-    monkeypatch.setattr(cli, "every_config", few_configs)
+def test_build_of_a_model(root, tmp_path, monkeypatch):
+    """By workers that write mere bytes."""
+    monkeypatch.setattr(sys, "executable", fake_worker.executable(tmp_path))
     result = call("build", "--model", "qwen3-30b", "--output", root)
     assert result.exit_code == 0, result.output
-    asked = [(p, c) for p in model_problems(TINY, "fp8").values() for c in few_configs(p)]
-    assert keys(root) == {image_key(problem, config, "sm_90a") for problem, config in asked}
-    assert len(json.loads((root / "manifest.json").read_text())["images"]) == len(asked)
+    assert keys(root) == {image_key(problem, config, "sm_90a") for problem, config in REQUESTS}
+    assert len(json.loads((root / "manifest.json").read_text())["images"]) == len(REQUESTS)
     for words in ("e4m3 > bf16 E 8 N 256 K 256", *STEPS, "256 threads"):
         assert words in result.output
     assert "cached" not in result.output
