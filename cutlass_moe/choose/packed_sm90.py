@@ -78,7 +78,7 @@ def _first_legal(problem: GemmProblem, configs: Configs, evict_first: bool) -> C
     most = configs[0].tile_m
     smallest = (replace(config, tile_m=min(most, config.tile_m)) for config in _SMALLEST)
     for config in (*configs, *smallest):
-        narrow = next(n for n in (64, 128, 192, 256) if n >= min(problem.n, config.tile_n))
+        narrow = min(config.tile_n, -(-problem.n // 64) * 64)
         config = replace(config, tile_n=narrow, evict_first=evict_first)
         if why_illegal(problem, config) is None:
             return (config,)

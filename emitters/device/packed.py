@@ -17,7 +17,7 @@ from emitters.spec.gemm import GemmProblem
 from emitters.spec.packing import (
     BLOCK_ROWS,
     LANE_BYTES,
-    UNITS,
+    UNIT_ROWS,
     VALUE_BYTES,
     Packing,
 )
@@ -32,14 +32,15 @@ class PackedLoader:
     """Copies the packed weights of a tile's columns, 128 of K at a time.
 
     In a stage, the blocks of each 64 columns follow each other: 32 rows, then 32 more; of a gated
-    problem 32 gates, then the ups of the same outputs. Past the end of N and K the last block is
-    copied again: x has zeros there, and those columns are not stored.
+    problem 32 gates, then the ups of the same outputs. A tile of 32 columns has one block; in a
+    gated problem half of a block of gates, then half of one of ups. Past the end of N and K the
+    last block is copied again: x has zeros there, and those columns are not stored.
     """
 
     def __init__(self, problem: GemmProblem, evict_first: bool = False):
         packing = problem.weight.packing
         assert packing is not None
-        self.block_bytes = packing.block_bytes
+        self.unit_bytes, self.block_bytes = packing.unit_bytes, packing.block_bytes
         self.gated = problem.gated
         self.n_blocks, self.k_blocks = packing.blocks(problem.n, problem.k)
         self.l2_hint = Int64(EVICT_FIRST) if evict_first else None
@@ -62,20 +63,24 @@ class PackedLoader:
         """
         k_block, column, _ = corner
         k_block = cutlass.min(k_block, Int32(self.k_blocks - 1))
-        for i in range(columns // BLOCK_ROWS):
+        copied = min(BLOCK_ROWS, columns // 2 if self.gated else columns)  # rows at a time
+        copied_bytes = copied // UNIT_ROWS * self.unit_bytes
+        for i in range(columns // copied):
             source = weight + Int64(self.row_block(column, i) * self.k_blocks + k_block) * (
                 self.block_bytes
             )
+            if copied < BLOCK_ROWS:
+                source = source + column // columns % 2 * copied_bytes
             prims.cp_async_bulk_shared_cluster_global(
-                (stage + i * self.block_bytes).to_llvm_ptr(),
+                (stage + i * copied_bytes).to_llvm_ptr(),
                 source.to_llvm_ptr(),
                 barrier.to_llvm_ptr(),
-                self.block_bytes,
+                copied_bytes,
                 l2_cache_hint=self.l2_hint,
             )
 
     def row_block(self, column: Int32, i: int) -> Int32:
-        """The block of N of a tile's i-th 32 columns."""
+        """The block of N of a tile's i-th 32 columns, or 16 gates or ups."""
         if not self.gated:
             return cutlass.min(column // BLOCK_ROWS + i, Int32(self.n_blocks - 1))
         half = self.n_blocks // 2
@@ -86,8 +91,8 @@ class PackedLoader:
 class PackedOperand:
     """A consumer thread's packed weights of 128 of K, which become WGMMA's A operand.
 
-    WGMMA's M is 64 columns of the product; a thread has two of them, which are row g of two units
-    (see emitters/spec/packing.py).
+    WGMMA's M is 64 columns of the product, mma.sync's 16, as many as a warp of WGMMA has; a thread
+    has two of them, which are row g of two units (see emitters/spec/packing.py).
     """
 
     def __init__(self, problem: GemmProblem, config: GemmPackedSm90Config, powers: bool):
@@ -98,12 +103,13 @@ class PackedOperand:
         self.packing, self.gated = packing, problem.gated
         self.block_bytes = config.weight_bytes(problem)
         self.consumer_bytes = 2 * packing.block_bytes
+        self.gate_units = min(64, config.tile_n) // 2 // UNIT_ROWS  # of a consumer's units
         self.scale_bytes = packing.groups * packing.scale_bytes  # of a row
 
     def attach(self, weights: cute.Pointer, warp: Int32, lane: Int32):
         """Binds the stages and finds this thread's units. warp: among those of all consumers."""
         unit = self.packing.unit_bytes
-        first, second = (1, UNITS) if self.gated else (2, 1)
+        first, second = (1, self.gate_units) if self.gated else (2, 1)
         base = weights + (warp // 4 * self.consumer_bytes + warp % 4 * (first * unit))
         self.units = (base, base + second * unit)
         self.row, self.lane = lane // 4, lane

@@ -24,6 +24,7 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
 
     Tiles of MMA_ROWS rows are multiplied by mma.sync, others by WGMMA. Each 64 columns of a tile
     have a consumer warpgroup; or k_groups of them, which take stages in turn and add their sums.
+    mma.sync needs no warpgroup: a tile of MMA_ROWS rows may have 32 columns, for two warps a group.
     With `one_producer` a single warpgroup loads weights and rows of x, and passes on to the
     consumers the registers that it does not need; these then store by warpgroups, from room for a
     whole tile in shared memory.
@@ -38,11 +39,15 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
 
     @property
     def column_groups(self) -> int:
-        return self.tile_n // 64
+        return max(1, self.tile_n // 64)
 
     @property
     def consumers(self) -> int:
         return self.column_groups * self.k_groups
+
+    @property
+    def group_threads(self) -> int:
+        return min(WARPGROUP, 2 * self.tile_n)  # a warp has 16 columns
 
     @property
     def k_shares(self) -> int:
@@ -171,10 +176,11 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
     def _why_tile(self, problem: GemmProblem) -> str | None:
         if self.tile_m != 8 and (self.tile_m % 16 or not 16 <= self.tile_m <= 256):
             return f"tile_m must be 8 or a multiple of 16 up to 256 (WGMMA's N), got {self.tile_m}"
-        if self.tile_n not in (64, 128, 192, 256):
+        narrow = self.tile_m == MMA_ROWS and self.tile_n == 32
+        if not narrow and self.tile_n not in (64, 128, 192, 256):
             return (
-                "tile_n must be 64, 128, 192 or 256 (64 columns per consumer warpgroup), "
-                f"got {self.tile_n}"
+                "tile_n must be 64, 128, 192 or 256 (64 columns per consumer warpgroup), or 32 "
+                f"with tile_m {MMA_ROWS}, got {self.tile_n} with {self.tile_m}"
             )
         if self.k_boxes not in (2, 4):
             return (

@@ -32,13 +32,18 @@ class GemmSwapSm90Config(Sm90Config):
 
     @property
     def column_groups(self) -> int:
-        """The number of consumer warpgroups with columns of their own."""
+        """The number of groups of consumers with columns of their own."""
         return 1
 
     @property
     def consumers(self) -> int:
-        """The number of consumer warpgroups, which run WGMMA."""
+        """The number of groups of consumers, which multiply: warpgroups, for WGMMA."""
         return self.column_groups
+
+    @property
+    def group_threads(self) -> int:
+        """Threads of a group of consumers."""
+        return WARPGROUP
 
     @property
     def weight_threads(self) -> int:
@@ -48,7 +53,8 @@ class GemmSwapSm90Config(Sm90Config):
     @property
     def threads(self) -> int:
         """Threads per CTA: the consumers, those of the gather, those of the weights."""
-        return WARPGROUP * self.consumers + self.gather_threads + self.weight_threads
+        consumer_threads = self.group_threads * self.consumers
+        return consumer_threads + self.gather_threads + self.weight_threads
 
     def weight_copies(self, problem: GemmProblem) -> int:
         """The parts of K in which a stage's weights are copied."""
@@ -72,8 +78,13 @@ class GemmSwapSm90Config(Sm90Config):
         return 3 * self.table_entries(problem)
 
     def warp_columns(self, problem: GemmProblem) -> int:
-        """Output columns per warp, of every 64 columns of weights in a tile."""
+        """Output columns per warp, of every 64 columns of weights in a tile (or the tile's 32)."""
         return 8 if problem.gated else 16
+
+    @property
+    def column_warps(self) -> int:
+        """Warps that store a tile: of all consumers, or of the first of those that share columns."""
+        return self.group_threads // 32 * self.column_groups
 
     @property
     def part_rows(self) -> int:
@@ -85,8 +96,8 @@ class GemmSwapSm90Config(Sm90Config):
         return (self.warp_columns(problem) * problem.out.bytes // 16 | 1) * 16
 
     def staging_bytes(self, problem: GemmProblem) -> int:
-        """Bytes of staging memory of the warps that store columns, four per warpgroup."""
-        return 4 * self.column_groups * self.part_rows * self.staging_pitch(problem)
+        """Bytes of staging memory of the warps that store columns."""
+        return self.column_warps * self.part_rows * self.staging_pitch(problem)
 
     @property
     def k_shares(self) -> int:

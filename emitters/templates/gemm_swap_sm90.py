@@ -25,7 +25,7 @@ from emitters.device.scales import BlockScales
 from emitters.device.scheduler import ExpertTable
 from emitters.device.weights import OPERAND_MAJOR, WEIGHT_LAYOUT, WeightLoader
 from emitters.spec.config_packed_sm90 import MMA_ROWS
-from emitters.spec.config_sm90 import SLICE_BYTES, WARPGROUP
+from emitters.spec.config_sm90 import SLICE_BYTES
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem
 from emitters.templates.parameters import gemm_arguments, gemm_tensor_maps
@@ -65,7 +65,7 @@ class GemmSwapSm90:
     Packed weights have more consumers: each warpgroup has 64 of the tile's columns, and releases
     every stage; or several have the same ones and take stages in turn, of which each releases its
     own, and the others pass their sums to the first, which stores (`add_groups`). Tiles of eight
-    rows are multiplied by mma.sync. With one producer the gather's first warp copies weights too,
+    rows are multiplied by mma.sync, also by groups of two warps with 32 columns. With one producer the gather's first warp copies weights too,
     in step with the others, the gather's warpgroup passes registers on to the consumers, and these
     store by TMA, so that a tile leaves under the next one's main loop.
 
@@ -89,11 +89,11 @@ class GemmSwapSm90:
         self.packed = products(problem, config) if problem.weight.packing else None
         loader = PackedLoader if self.packed else WeightLoader
         self.weights = loader(problem, config.evict_first)
-        self.consumer_threads = WARPGROUP * config.consumers
-        self.column_threads = WARPGROUP * config.column_groups  # of them, those that store
+        self.consumer_threads = config.group_threads * config.consumers
+        self.column_threads = 32 * config.column_warps  # of them, those that store
         self.k_groups = config.consumers // config.column_groups
         self.one_producer = config.weight_threads == 0
-        self.ring = Ring(self.stages, 1 + config.gather_threads, 4 * config.column_groups)
+        self.ring = Ring(self.stages, 1 + config.gather_threads, config.column_warps)
         self.scales = BlockScales(problem, config) if problem.block_rows else None
         self.slice_bytes = config.slice_bytes(problem) if self.packed else 0
         store = (WarpgroupStore if self.slice_bytes else TransposedStore)(problem, config)
@@ -210,7 +210,7 @@ class GemmSwapSm90:
                 self.ring.init()
                 if const_expr(self.config.split_k > 1):
                     cute.arch.mbarrier_init(sums, 1)
-                    cute.arch.mbarrier_init(sums + 1, self.column_threads // 32)
+                    cute.arch.mbarrier_init(sums + 1, self.config.column_warps)
             cute.arch.mbarrier_init_fence()
             self.weights.prefetch_map(weight)
         self.sync_cluster(alone=True)
@@ -225,7 +225,7 @@ class GemmSwapSm90:
             staging = (storage.slices if self.slice_bytes else storage.staging).data_ptr()
             of_columns = warp
             if const_expr(self.packed is not None):  # of either group with the same columns
-                of_columns = warp % (self.column_threads // 32)
+                of_columns = warp % self.config.column_warps
             lane = thread % 32
             self.epilogue.attach(node_tensors, gate, gathered, output, staging, of_columns, lane)
             if const_expr(self.packed is not None):
@@ -235,9 +235,10 @@ class GemmSwapSm90:
         elif self.one_producer or warp < weight_warp:
             if const_expr(self.one_producer):
                 cute.arch.setmaxregister_decrease(self.config.producer_registers)
-            self.gather.attach(gathered, thread % WARPGROUP)
+            copier = thread % self.config.gather_threads
+            self.gather.attach(gathered, copier)
             if const_expr(self.scales is not None):
-                self.scales.attach_copies(scales, thread % WARPGROUP, self.gather)
+                self.scales.attach_copies(scales, copier, self.gather)
             self.load_x(storage, weight, warp == weight_warp)
         else:
             self.load_weights(weight, storage)

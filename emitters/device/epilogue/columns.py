@@ -38,7 +38,7 @@ class ColumnsFragment:
         self.gated, self.alternating = problem.gated, problem.alternating
         n_major = problem.weight.major is Major.N
         self.by_blocks = problem.gated and n_major and not problem.alternating  # gate and up
-        self.m_blocks = config.tile_n // (64 * config.column_groups)  # WGMMA's M is 64 columns
+        self.m_blocks = -(-config.tile_n // (64 * config.column_groups))  # of 64: WGMMA's M
         self.block_columns = (1 if self.by_blocks else 4) * config.warp_columns(problem)
         self.warp_column = warp * (16 if self.by_blocks else config.warp_columns(problem))
         self.tile_m, self.m_registers = config.tile_m, config.tile_m // 2

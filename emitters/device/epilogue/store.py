@@ -184,7 +184,7 @@ class TransposedStore:
         self.problem, self.config = problem, config
         self.element = ELEMENT[problem.out]
         self.pitch = config.staging_pitch(problem)
-        self.staging_bytes = config.staging_bytes(problem) // (4 * config.column_groups)
+        self.staging_bytes = config.staging_bytes(problem) // config.column_warps
         self.slice_parts = self.outputs = 1
         self.stage = self.stage_words if problem.out is DType.FP32 else self.stage_matrices
 

@@ -504,6 +504,39 @@ PACKED: dict[str, Run] = {  # 4-bit weights: mma.sync, or WGMMA, reads them from
     "packed_four_in_turn": _packed(  # seven steps of K
         _MXFP4, replace(_PACK, k_groups=4, k_boxes=2, stages=8), k=840, counts=(9, 0, 3), n=64
     ),
+    "packed_8x32": _packed(  # three tiles for each of two CTAs, five steps of K
+        _MXFP4, replace(_PACK, tile_n=32, k_groups=2, stages=4), k=1160, counts=(9, 0, 3)
+    ),
+    "packed_8x32_four_in_turn": _packed(  # seven steps of K
+        _MXFP4, replace(_HALF, tile_n=32, k_groups=4, stages=8), k=840, counts=(9, 0, 3), n=64
+    ),
+    "packed_8x32_alone": _half(_G128, config=replace(_HALF, tile_n=32)),
+    "packed_8x32_scales_bias": _packed(
+        _G128,
+        replace(_HALF, tile_n=32, k_groups=4, stages=8),
+        k=520,
+        out=DType.FP32,
+        epilogue=(*SCALES, Bias(DType.FP32)),
+    ),
+    "packed_8x32_gated": _half(
+        _G32, config=replace(_HALF, tile_n=32, k_groups=2, stages=4), epilogue=(_SWIGLU,), n=192
+    ),
+    "packed_8x32_gated_scales": _half(
+        _G128,
+        config=replace(_HALF, tile_n=32, k_groups=2, stages=4),
+        epilogue=(*SCALES, _SWIGLU),
+        n=128,
+    ),
+    "packed_8x32_gpt_oss": _half(
+        _MXFP4,
+        config=replace(_HALF, tile_n=32, k_groups=2, stages=None, ctas_per_sm=4),
+        epilogue=_BIAS_OAI,
+        n=128,
+        interleaved=True,
+    ),
+    "packed_8x32_in_a_cluster": _half(  # two and three of five
+        _G32, config=replace(_HALF, tile_n=32, k_groups=2, split_k=2, stages=4), k=584, n=64
+    ),
     "packed_one_producer_192": _packed(  # slices of half of a row of float32
         _G32,
         replace(_PACK, tile_m=96, tile_n=192, k_boxes=2, one_producer=True),
