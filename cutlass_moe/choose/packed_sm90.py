@@ -22,6 +22,13 @@ def _one_producer(tile_m: int, tile_n: int, k_boxes: int) -> GemmPackedSm90Confi
     return GemmPackedSm90Config(tile_m, tile_n, k_boxes=k_boxes, one_producer=True)
 
 
+def _in_turn(ctas_per_sm: int, k_groups: int) -> Configs:
+    return tuple(
+        GemmPackedSm90Config(8, 32, ctas_per_sm=ctas_per_sm, k_groups=k_groups, k_boxes=boxes)
+        for boxes in (4, 2)
+    )
+
+
 # Measured on an H200 (perf/EXPERIMENTS.md, "4-bit weights").
 _ONCE = 45  # up to this many rows per expert, most weights are read once: evict them first
 # (rows per expert up to, configs of which the first that registers allow is taken)
@@ -43,10 +50,10 @@ _BY_ROWS: tuple[tuple[float, Configs], ...] = (
     (inf, (_one_producer(128, 192, 2), _one_producer(144, 128, 2))),
 )
 _SMALLEST = (GemmPackedSm90Config(64, 128), GemmPackedSm90Config(32, 64))  # if none of these
-# With tiles for half of the SMs, or for all: warpgroups, and CTAs, share a tile's K if it is long.
-_IN_TURN: tuple[tuple[float, GemmPackedSm90Config], ...] = (
-    (0.5, GemmPackedSm90Config(8, 64, split_k=2, k_groups=2)),
-    (1, GemmPackedSm90Config(8, 64, ctas_per_sm=2, k_groups=2)),
+# With so few tiles of 64 columns per SM they have 32, and groups of consumers share their K.
+_IN_TURN: tuple[tuple[float, Configs], ...] = (
+    (0.5, _in_turn(ctas_per_sm=2, k_groups=4)),
+    (1.5, _in_turn(ctas_per_sm=4, k_groups=2)),
 )
 
 
@@ -68,7 +75,7 @@ def candidates(problem: GemmProblem) -> Configs:
 
 def _few_tiles(tiles_per_sm: float) -> Configs:
     """Configs for single rows per expert, the best first."""
-    in_turn = (config for limit, config in _IN_TURN if tiles_per_sm <= limit)
+    in_turn = (config for limit, some in _IN_TURN if tiles_per_sm <= limit for config in some)
     return (*in_turn, *_BY_ROWS[0][1])
 
 

@@ -157,8 +157,8 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
         of_columns = per_channel or any(isinstance(node, Bias) for node in problem.epilogue)
         if self.tile_m == MMA_ROWS:
             others = 64 + 8 * (per_channel or of_columns and packing is Packing.INT4_G128)
-            if packing is Packing.INT4_G128 and per_channel and problem.epilogue:
-                others += 16
+            if packing is Packing.INT4_G128:
+                others += 16 * (self.k_blocks - 1) * of_columns
             if packing is Packing.INT4_G32:
                 others += 24 * (self.k_blocks - 1) + 16 * of_columns
             return others

@@ -83,7 +83,7 @@ class GemmSwapSm90Config(Sm90Config):
 
     @property
     def column_warps(self) -> int:
-        """Warps that store a tile: of all consumers, or of the first of those that share columns."""
+        """Warps that store a tile: of all consumers, or of the first of k_groups."""
         return self.group_threads // 32 * self.column_groups
 
     @property

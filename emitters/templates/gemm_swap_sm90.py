@@ -65,9 +65,10 @@ class GemmSwapSm90:
     Packed weights have more consumers: each warpgroup has 64 of the tile's columns, and releases
     every stage; or several have the same ones and take stages in turn, of which each releases its
     own, and the others pass their sums to the first, which stores (`add_groups`). Tiles of eight
-    rows are multiplied by mma.sync, also by groups of two warps with 32 columns. With one producer the gather's first warp copies weights too,
-    in step with the others, the gather's warpgroup passes registers on to the consumers, and these
-    store by TMA, so that a tile leaves under the next one's main loop.
+    rows are multiplied by mma.sync, also by groups of two warps with 32 columns. With one producer
+    the gather's first warp copies weights too, in step with the others, the gather's warpgroup
+    passes registers on to the consumers, and these store by TMA, so that a tile leaves under the
+    next one's main loop.
 
     A stage has, for each box, tile_n rows of weight (N-major weights: for every 64 columns, the
     rows of K) and tile_m rows of x, in the 128-byte swizzle. Past the end of K or N it has zeros:

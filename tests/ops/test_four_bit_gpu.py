@@ -26,7 +26,11 @@ EVERY = (
     *(replace(PACKED, packing=packing, counts=RAGGED, n=224, k=1160) for packing in Packing),
     replace(PACKED_CASES["swiglu"], k=1160),
 )
-GPT_OSS = PACKED_CASES["gpt_oss_up"], PACKED_CASES["gpt_oss_down"]  # with biases, their shapes
+OF_COLUMNS = (  # with biases, or scales as well
+    PACKED_CASES["gpt_oss_up"],
+    PACKED_CASES["gpt_oss_down"],
+    replace(PACKED_CASES["swiglu_few_rows"], k=1160),
+)
 REPEATED = {packing: replace(PACKED_CASES[f"{packing}_20"], spare=0) for packing in Packing}
 
 
@@ -42,6 +46,10 @@ def every_config(case: Case) -> list[GemmConfig]:
             GemmPackedSm90Config(8, 64, k_boxes=2, split_k=split, k_groups=groups, stages=8)
             for split, groups in ((1, 2), (1, 4), (2, 2))
         ),
+        *(
+            GemmPackedSm90Config(8, 32, k_boxes=2, split_k=split, k_groups=groups, ctas_per_sm=ctas)
+            for split, groups, ctas in ((1, 1, 4), (1, 2, 4), (1, 4, 2), (2, 2, 2))
+        ),
         GemmPackedSm90Config(32, 128, k_boxes=2, k_groups=2, one_producer=True),
         *(
             GemmPackedSm90Config(m, n, k_boxes=2, one_producer=True, ctas_per_sm=ctas)
@@ -55,7 +63,7 @@ def every_config(case: Case) -> list[GemmConfig]:
 
 FORCED = [
     *((case, config) for case in EVERY for config in every_config(case)),
-    *((case, config) for case in GPT_OSS for config in heuristics.candidates(case.problem)),
+    *((case, config) for case in OF_COLUMNS for config in heuristics.candidates(case.problem)),
 ]
 
 

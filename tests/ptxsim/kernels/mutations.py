@@ -480,4 +480,36 @@ MUTATIONS: dict[str, Mutation] = {
     "packed_factor_of_another_group": Mutation(
         replace_nth(r"(prmt.b32 [^;]*,) %r\d+;", r"\1 0x5151;", 4), (_WRONG,), "packed_mxfp4"
     ),
+    # tiles of 32 columns, which two warps multiply
+    "narrow_released_by_four_warps": Mutation(
+        replace_nth("(mov.b32 %r\\d+,) 2;(?= mbarrier.init)", r"\1 4;"),
+        (_DEADLOCK,),
+        "packed_narrow",
+    ),
+    "narrow_released_by_one_warp": Mutation(
+        replace_nth("(mov.b32 %r\\d+,) 2;(?= mbarrier.init)", r"\1 1;"),
+        ("over-arrival", "phase", _UNORDERED, _PENDING),
+        "packed_narrow",
+    ),
+    "narrow_sums_read_too_early": Mutation(
+        replace_nth("bar.sync 1, 128;", ""), (_UNORDERED, "uninitialised"), "packed_narrow"
+    ),
+    "narrow_sums_overwritten": Mutation(
+        replace_nth("bar.sync 2, 128;", ""), (_UNORDERED,), "packed_narrow"
+    ),
+    "narrow_rows_of_a_warpgroup": Mutation(
+        replace_nth(r"(shr.u32 (%r\d+), %r\d+, 3; and.b32 %r\d+, \2,) 7;", r"\1 15;"),
+        (_WRONG, "uninitialised", _PENDING, _UNORDERED, "two lanes write"),
+        "packed_narrow_alone",
+    ),
+    "narrow_gates_of_the_first_half": Mutation(
+        replace_nth(r"(mul.wide.s32 %rd\d+, %r\d+,) 1152;", r"\1 0;"),
+        (_WRONG,),
+        "packed_narrow_gated",
+    ),
+    "narrow_ups_behind_a_whole_block": Mutation(
+        replace_nth(r"(cp.async.bulk\S+ \[%r\d+)\+9344\]", r"\1+10496]"),
+        (_WRONG, "uninitialised", _PENDING, _UNORDERED),
+        "packed_narrow_gated",
+    ),
 }  # fmt: skip
