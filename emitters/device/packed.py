@@ -91,8 +91,8 @@ class PackedLoader:
 class PackedOperand:
     """A consumer thread's packed weights of 128 of K, which become WGMMA's A operand.
 
-    WGMMA's M is 64 columns of the product, mma.sync's 16, as many as a warp of WGMMA has; a thread
-    has two of them, which are row g of two units (see emitters/spec/packing.py).
+    WGMMA's M is 64 columns of the product, 16 for each warp, and mma.sync's is 16. A thread has two
+    of them, which are row g of two units (see emitters/spec/packing.py).
     """
 
     def __init__(self, problem: GemmProblem, config: GemmPackedSm90Config, powers: bool):

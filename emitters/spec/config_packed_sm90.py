@@ -24,7 +24,7 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
 
     Tiles of MMA_ROWS rows are multiplied by mma.sync, others by WGMMA. Each 64 columns of a tile
     have a consumer warpgroup; or k_groups of them, which take stages in turn and add their sums.
-    mma.sync needs no warpgroup: a tile of MMA_ROWS rows may have 32 columns, for two warps a group.
+    mma.sync needs no warpgroup: with MMA_ROWS rows a tile may have 32 columns, for two warps.
     With `one_producer` a single warpgroup loads weights and rows of x, and passes on to the
     consumers the registers that it does not need; these then store by warpgroups, from room for a
     whole tile in shared memory.
@@ -156,12 +156,14 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
         per_channel = problem.weight_scale is Granularity.CHANNEL
         of_columns = per_channel or any(isinstance(node, Bias) for node in problem.epilogue)
         if self.tile_m == MMA_ROWS:
-            others = 64 + 8 * (per_channel or of_columns and packing is Packing.INT4_G128)
-            if packing is Packing.INT4_G128:
-                others += 16 * (self.k_blocks - 1) * of_columns
-            if packing is Packing.INT4_G32:
-                others += 24 * (self.k_blocks - 1) + 16 * of_columns
-            return others
+            two_blocks = self.k_blocks > 1
+            columns = {
+                Packing.INT4_G128: 8 + 16 * two_blocks,
+                Packing.INT4_G32: 16,
+                Packing.MXFP4: 8 * (per_channel or two_blocks and self.k_groups > 1),
+            }[packing]
+            others = 64 + 24 * (packing is Packing.INT4_G32 and two_blocks)
+            return others + columns * of_columns
         others = _OTHERS[packing]
         if packing is Packing.INT4_G128 and accumulators >= 16:
             others += 8 + 4 * problem.gated

@@ -427,6 +427,7 @@ PACKED_REASONS = [
     ("24 rows", {"tile_m": 24}, "multiple of 16"),
     ("many rows", {"tile_m": 272}, "up to 256"),
     ("columns between consumers", {"tile_n": 96}, "64, 128, 192 or 256"),
+    ("half of a WGMMA", {"tile_m": 16, "tile_n": 32}, "or 32 with tile_m 8, got 32 with 16"),
     ("half a block of K", {"k_boxes": 1}, "k_boxes must be 2 or 4"),
     ("three groups", {"k_groups": 3}, "k_groups must be 1, 2 or 4"),
     ("more groups than steps of K", {"k_groups": 4, "split_k": 8}, "k_groups must be at most"),
