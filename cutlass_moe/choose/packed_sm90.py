@@ -22,13 +22,6 @@ def _one_producer(tile_m: int, tile_n: int, k_boxes: int) -> GemmPackedSm90Confi
     return GemmPackedSm90Config(tile_m, tile_n, k_boxes=k_boxes, one_producer=True)
 
 
-def _in_turn(ctas_per_sm: int, k_groups: int) -> Configs:
-    return tuple(
-        GemmPackedSm90Config(8, 32, ctas_per_sm=ctas_per_sm, k_groups=k_groups, k_boxes=boxes)
-        for boxes in (4, 2)
-    )
-
-
 # Measured on an H200 (perf/EXPERIMENTS.md, "4-bit weights").
 _ONCE = 45  # up to this many rows per expert, most weights are read once: evict them first
 # (rows per expert up to, configs of which the first that registers allow is taken)
@@ -51,10 +44,12 @@ _BY_ROWS: tuple[tuple[float, Configs], ...] = (
 )
 _SMALLEST = (GemmPackedSm90Config(64, 128), GemmPackedSm90Config(32, 64))  # if none of these
 # With so few tiles of 64 columns per SM they have 32, and groups of consumers share their K.
-_IN_TURN: tuple[tuple[float, Configs], ...] = (
-    (0.5, _in_turn(ctas_per_sm=2, k_groups=4)),
-    (1.5, _in_turn(ctas_per_sm=4, k_groups=2)),
+_IN_TURN: tuple[tuple[float, GemmPackedSm90Config], ...] = (
+    (0.5, GemmPackedSm90Config(8, 32, ctas_per_sm=2, k_groups=4)),
+    (1.5, GemmPackedSm90Config(8, 32, ctas_per_sm=4, k_groups=2)),
+    (1.5, GemmPackedSm90Config(8, 32, ctas_per_sm=3, k_groups=2)),
 )
+_LONG_K = 4096  # from which on stages of two blocks are faster in turn
 
 
 def chosen(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> Configs:
@@ -62,20 +57,25 @@ def chosen(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> Configs:
     limit, configs = next(entry for entry in _BY_ROWS if rows_per_expert <= entry[0])
     if configs == _BY_ROWS[0][1]:
         tiles = min(1.0, rows_per_expert) * problem.num_experts * -(-problem.n // 64)
-        configs = _few_tiles(tiles / gpu.sms)
+        configs = _few_tiles(tiles / gpu.sms, problem.k)
     return _first_legal(problem, configs, limit <= _ONCE)
 
 
 def candidates(problem: GemmProblem) -> Configs:
     """Every config that `chosen` may return."""
     found = [_first_legal(problem, configs, rows <= _ONCE) for rows, configs in _BY_ROWS]
-    found += [_first_legal(problem, _few_tiles(tiles), True) for tiles, _ in _IN_TURN]
+    found += [_first_legal(problem, _few_tiles(tiles, problem.k), True) for tiles, _ in _IN_TURN]
     return tuple(dict.fromkeys(config for configs in found for config in configs))
 
 
-def _few_tiles(tiles_per_sm: float) -> Configs:
+def _few_tiles(tiles_per_sm: float, k: int) -> Configs:
     """Configs for single rows per expert, the best first."""
-    in_turn = (config for limit, some in _IN_TURN if tiles_per_sm <= limit for config in some)
+    in_turn = (
+        replace(config, k_boxes=boxes)
+        for limit, config in _IN_TURN
+        for boxes in ((4, 2) if k >= _LONG_K else (2,))
+        if tiles_per_sm <= limit
+    )
     return (*in_turn, *_BY_ROWS[0][1])
 
 

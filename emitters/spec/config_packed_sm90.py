@@ -156,14 +156,16 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
         per_channel = problem.weight_scale is Granularity.CHANNEL
         of_columns = per_channel or any(isinstance(node, Bias) for node in problem.epilogue)
         if self.tile_m == MMA_ROWS:
-            two_blocks = self.k_blocks > 1
+            two_blocks, in_turn = self.k_blocks > 1, self.k_groups > 1
             columns = {
                 Packing.INT4_G128: 8 + 16 * two_blocks,
                 Packing.INT4_G32: 16,
-                Packing.MXFP4: 8 * (per_channel or two_blocks and self.k_groups > 1),
+                Packing.MXFP4: 16 if two_blocks and in_turn else 8 * per_channel,
             }[packing]
-            others = 64 + 24 * (packing is Packing.INT4_G32 and two_blocks)
-            return others + columns * of_columns
+            others = 64 + columns * of_columns
+            if packing is Packing.INT4_G32:
+                others += 24 * two_blocks + 8 * (in_turn and problem.gated)
+            return others
         others = _OTHERS[packing]
         if packing is Packing.INT4_G128 and accumulators >= 16:
             others += 8 + 4 * problem.gated
