@@ -50,6 +50,7 @@ def every_config(case: Case) -> list[GemmConfig]:
             GemmPackedSm90Config(8, 32, k_boxes=2, split_k=split, k_groups=groups, ctas_per_sm=ctas)
             for split, groups, ctas in ((1, 1, 4), (1, 2, 4), (1, 4, 2), (2, 2, 2))
         ),
+        GemmPackedSm90Config(8, 32, k_groups=2, ctas_per_sm=4),
         GemmPackedSm90Config(32, 128, k_boxes=2, k_groups=2, one_producer=True),
         *(
             GemmPackedSm90Config(m, n, k_boxes=2, one_producer=True, ctas_per_sm=ctas)
