@@ -43,13 +43,18 @@ _BY_ROWS: tuple[tuple[float, Configs], ...] = (
     (inf, (_one_producer(128, 192, 2), _one_producer(144, 128, 2))),
 )
 _SMALLEST = (GemmPackedSm90Config(64, 128), GemmPackedSm90Config(32, 64))  # if none of these
-# With so few tiles of 64 columns per SM they have 32, and groups of consumers share their K.
-_IN_TURN: tuple[tuple[float, GemmPackedSm90Config], ...] = (
+# (tiles of 64 columns per SM up to, config): with so few, groups of consumers share a tile's K, and
+# tiles have 32 columns, but for long K, where stages of two blocks are faster if registers allow.
+_LONG_K = 4096
+_IN_TURN_LONG = (
     (0.5, GemmPackedSm90Config(8, 32, ctas_per_sm=2, k_groups=4)),
-    (1.5, GemmPackedSm90Config(8, 32, ctas_per_sm=4, k_groups=2)),
-    (1.5, GemmPackedSm90Config(8, 32, ctas_per_sm=3, k_groups=2)),
+    (1, GemmPackedSm90Config(8, 64, ctas_per_sm=2, k_groups=2)),
 )
-_LONG_K = 4096  # from which on stages of two blocks are faster in turn
+_IN_TURN = (
+    (1, GemmPackedSm90Config(8, 32, ctas_per_sm=2, k_groups=4, k_boxes=2)),
+    (1.5, GemmPackedSm90Config(8, 32, ctas_per_sm=4, k_groups=2, k_boxes=2)),
+    (1.5, GemmPackedSm90Config(8, 32, ctas_per_sm=3, k_groups=2, k_boxes=2)),
+)
 
 
 def chosen(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> Configs:
@@ -64,18 +69,15 @@ def chosen(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> Configs:
 def candidates(problem: GemmProblem) -> Configs:
     """Every config that `chosen` may return."""
     found = [_first_legal(problem, configs, rows <= _ONCE) for rows, configs in _BY_ROWS]
-    found += [_first_legal(problem, _few_tiles(tiles, problem.k), True) for tiles, _ in _IN_TURN]
+    limits = (tiles for tiles, _ in (*_IN_TURN_LONG, *_IN_TURN))
+    found += [_first_legal(problem, _few_tiles(tiles, problem.k), True) for tiles in limits]
     return tuple(dict.fromkeys(config for configs in found for config in configs))
 
 
 def _few_tiles(tiles_per_sm: float, k: int) -> Configs:
     """Configs for single rows per expert, the best first."""
-    in_turn = (
-        replace(config, k_boxes=boxes)
-        for limit, config in _IN_TURN
-        for boxes in ((4, 2) if k >= _LONG_K else (2,))
-        if tiles_per_sm <= limit
-    )
+    entries = (*_IN_TURN_LONG, *_IN_TURN) if k >= _LONG_K else _IN_TURN
+    in_turn = (config for limit, config in entries if tiles_per_sm <= limit)
     return (*in_turn, *_BY_ROWS[0][1])
 
 

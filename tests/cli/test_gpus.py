@@ -68,6 +68,25 @@ def test_two_level_sums_have_choices_of_their_own() -> None:
     assert row_major.tile_m == 128 and not row_major.tma_x
 
 
+def test_few_tiles_of_packed_weights_have_choices_of_their_own() -> None:
+    """As measured at one token: perf/EXPERIMENTS.md, "Tiles of 32 columns by mma.sync"."""
+
+    def words(model: str, part: str, packing: str = "mxfp4") -> str:
+        problem = gemm_problems(MODELS[model], packing)[part]
+        rows = MODELS[model].top_k / problem.num_experts
+        config = heuristics.estimate(problem, 1, rows)
+        assert config in heuristics.candidates(problem)
+        return config.words
+
+    two, four = "packed swap 8x32 K/1 2/SM 4 in turn", "packed swap 8x32 K/1 4/SM 2 in turn"
+    assert words("dsv3-ep8", "up") == words("dsv3-ep8", "down") == two
+    assert words("llama4-maverick", "down") == "packed swap 8x64 K/1 2/SM 2 in turn"
+    assert words("llama4-maverick", "down", "int4_g32") == two
+    assert words("qwen3-30b", "up", "int4_g128") == words("gpt-oss-20b", "down") == four
+    assert words("qwen3-30b", "activated", "int4_g32") == four.replace("4/SM", "3/SM")
+    assert words("qwen3-30b", "down") == words("gpt-oss-20b", "up") == "packed swap 8x64 K/1 4/SM"
+
+
 def test_long_sums_of_training_have_choices_of_their_own() -> None:
     """As measured: perf/EXPERIMENTS.md, "The energy of training"."""
     in_turn = GemmSm90Config(64, 256, pingpong=True, group_m=16, cluster_m=2)
