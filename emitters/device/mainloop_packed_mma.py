@@ -58,11 +58,10 @@ class RowProducts:
         for products in self.products:
             products.fill(0)
 
-    def add_stage(self, stage: Int32, release: Callable[[Int32], None]):
-        """Adds the products of a stage, and releases it."""
-        blocks = self.config.k_blocks
+    def add_stage(self, stage: Int32, blocks: int, release: Callable[[Int32], None]):
+        """Adds the products of a stage's first blocks, and releases it."""
         for block in range(blocks):
-            self.operand.read(stage * blocks + block, block % 2)
+            self.operand.read(stage * self.config.k_blocks + block, block % 2)
             self.operand.choose(block % 2)
             for word in range(_BLOCK_WORDS):
                 rows = self.read_rows(stage, block * _BLOCK_WORDS + word)

@@ -74,10 +74,10 @@ class PackedProducts:
                 "mov.b32 {$w0}, 0;", write_only_types=[Float32], read_only_args=[]
             )
 
-    def add_stage(self, stage: Int32, release: Callable[[Int32], None]):
-        """Starts the products of a stage, and releases the one before."""
-        blocks = self.config.k_blocks
-        self.operand.read(stage * blocks, 0)
+    def add_stage(self, stage: Int32, blocks: int, release: Callable[[Int32], None]):
+        """Starts the products of a stage's first blocks, and releases the stage before."""
+        first = stage * self.config.k_blocks
+        self.operand.read(first, 0)
         cute.arch.fence_view_async_shared()  # because cp.async wrote x through the generic proxy
         for word in range(blocks * _BLOCK_WORDS):  # of the stage
             block, of_block = divmod(word, _BLOCK_WORDS)
@@ -85,7 +85,7 @@ class PackedProducts:
             fragment = self.fragments[word % _FRAGMENTS]
             self.operand.unpack(of_block, cute.recast_tensor(fragment, Int32))
             if of_block == _READ_AHEAD and block + 1 < blocks:
-                self.operand.read(stage * blocks + block + 1, (block + 1) % 2)
+                self.operand.read(first + block + 1, (block + 1) % 2)
             begins = self.scaled and of_block % self.group_words == 0
             if begins:
                 self.change_units(of_block // self.group_words)

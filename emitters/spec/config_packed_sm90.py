@@ -106,6 +106,18 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
     def weight_copies(self, problem: GemmProblem) -> int:
         return self.k_blocks
 
+    def tail_blocks(self, problem: GemmProblem) -> int:
+        """Blocks of K in a tile's last stage, if that is multiplied by itself to leave out others,
+        which are empty; else 0.
+
+        A loop and one stage more want a stage that is the last one of all its consumers, and
+        registers that tiles of MMA_ROWS rows lack.
+        """
+        assert problem.weight.packing is not None
+        if self.tile_m == MMA_ROWS or self.k_shares > 1 or self.k_stages(problem) == 1:
+            return 0
+        return problem.weight.packing.blocks(problem.n, problem.k)[1] % self.k_blocks
+
     def weight_bytes(self, problem: GemmProblem) -> int:
         """Bytes of shared memory for 128 of K of a tile's columns of weights."""
         assert problem.weight.packing is not None

@@ -83,6 +83,8 @@ class GemmSwapSm90:
         self.x_bytes = config.x_bytes(problem)  # per box
         self.weight_bytes = config.weight_bytes(problem)  # per copy
         self.weight_copies = config.weight_copies(problem)  # per stage
+        # of a tile's last stage, if fewer; else 0
+        self.tail_copies = config.tail_blocks(problem) if problem.weight.packing else 0
         self.smem_bytes, self.cluster = config.smem_bytes(problem), config.cluster
         self.experts = ExpertTable(problem, config, cluster_m=1, group_m=GROUP_M)
         self.gather = GatherIterator(problem.gather, problem.k * problem.x.bytes, config.tile_m)
@@ -289,12 +291,17 @@ class GemmSwapSm90:
         stages = cute.recast_ptr(storage.weight.data_ptr(), dtype=Uint8)
         copies = self.weight_copies
         step = 1 if self.packed else self.tile[2]  # blocks or elements of K
+        count = copies
+        if const_expr(self.tail_copies > 0):
+            last = k == self.config.k_stages(self.problem) - 1
+            count = cutlass.select_(last, Int32(self.tail_copies), Int32(copies))
         with cute.arch.elect_one():
-            barrier = self.ring.expect(state, self.weight_bytes * copies)
+            barrier = self.ring.expect(state, self.weight_bytes * count)
             for i in range_constexpr(copies):
                 stage = stages + (state.index * copies + i) * self.weight_bytes
                 corner = ((k * copies + i) * step, column, expert)
-                self.weights.copy(stage, weight_map, corner, self.tile[0], barrier)
+                if i < count:
+                    self.weights.copy(stage, weight_map, corner, self.tile[0], barrier)
 
     @cute.jit
     def load_x(self, storage, weight, with_weights):
@@ -409,15 +416,20 @@ class GemmSwapSm90:
             self.epilogue.begin(row, rows, column)
             self.packed.begin()
             own_k = first_k + turn
-            for k in cutlass.range(own_k, end_k, self.k_groups, unroll=1):
+            full = end_k - (1 if self.tail_copies else 0)
+            for k in cutlass.range(own_k, full, self.k_groups, unroll=1):
                 self.ring.wait_full(state)
-                self.packed.add_stage(state.index, self.release)
+                self.packed.add_stage(state.index, self.config.k_blocks, self.release)
                 for _ in range_constexpr(self.k_groups):
                     state.advance()
                 if k == own_k:
                     self.epilogue.load(place[0], place[3])
                     if const_expr(ahead):
                         expert, row, rows, column, _ = self.experts.locate(tile, end, Int32(0))
+            if const_expr(self.tail_copies > 0):
+                self.ring.wait_full(state)
+                self.packed.add_stage(state.index, self.tail_copies, self.release)
+                state.advance()
             self.packed.finish(self.release)
             if const_expr(self.k_groups > 1):
                 self.add_groups(storage, group, thread)
