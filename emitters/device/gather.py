@@ -29,7 +29,7 @@ class GatherIterator:
 
     def __init__(self, gather: bool, row_bytes: int, rows: int):
         self.gather, self.row_bytes = gather, row_bytes
-        self.passes = -(-rows // ROWS_PER_PASS)
+        self.rows, self.passes = rows, -(-rows // ROWS_PER_PASS)
 
     def attach(self, gathered: Gathered, thread: Int32):
         """Binds x and its index, and finds this thread's rows. thread: 0 .. 127, in its role."""
@@ -79,13 +79,20 @@ class GatherIterator:
             # in 32 bits: as a 64-bit factor the stride costs a register that the widest tiles lack
             chunks = Uint32(cutlass.max(token, Int32(0))) * Uint32(self.x_stride)
             source = self.x + (Int64(chunks) * _CHUNK + column)
-            prims.cp_async_shared_global(
-                (stage + (self.target + i * (ROWS_PER_PASS * K_TILE_BYTES))).to_llvm_ptr(),
-                source.to_llvm_ptr(),
-                _CHUNK,
-                prims.LoadCacheModifier.CG,
-                cp_size=size,
-            )
+            target = stage + (self.target + i * (ROWS_PER_PASS * K_TILE_BYTES))
+            if const_expr(i == 0 or self.rows >= (i + 1) * ROWS_PER_PASS):
+                self.copy_chunk(target, source, size)
+            elif self.row + i * ROWS_PER_PASS < self.rows:
+                self.copy_chunk(target, source, size)
+
+    def copy_chunk(self, target: cute.Pointer, source: cute.Pointer, size: Int32):
+        prims.cp_async_shared_global(
+            target.to_llvm_ptr(),
+            source.to_llvm_ptr(),
+            _CHUNK,
+            prims.LoadCacheModifier.CG,
+            cp_size=size,
+        )
 
     def scaled_row(self) -> Int32:
         """The row of the tile whose scale this thread copies.

@@ -82,6 +82,11 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
         return f"{self.producer_registers} / {self.consumer_registers}"
 
     @property
+    def stored_rows(self) -> int:
+        """tile_m as the epilogue sees it, with rows that are not stored up to a whole part."""
+        return -(-self.tile_m // self.part_rows) * self.part_rows
+
+    @property
     def k_blocks(self) -> int:
         """Blocks of packed weights, of 128 of K each, per stage."""
         return self.k_boxes // 2
@@ -135,7 +140,7 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
         if not self.slice_bytes(problem):
             return super().staging_bytes(problem)
         columns = 4 * self.column_groups * self.warp_columns(problem)
-        return self.tile_m * columns * problem.out.bytes
+        return self.stored_rows * columns * problem.out.bytes
 
     def accumulator_registers(self, problem: GemmProblem) -> int:
         """Accumulators per consumer thread."""
@@ -190,8 +195,12 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
         return others
 
     def _why_tile(self, problem: GemmProblem) -> str | None:
-        if self.tile_m != 8 and (self.tile_m % 16 or not 16 <= self.tile_m <= 256):
-            return f"tile_m must be 8 or a multiple of 16 up to 256 (WGMMA's N), got {self.tile_m}"
+        multiple = 8 if self.one_producer else 16
+        if self.tile_m != 8 and (self.tile_m % multiple or not 16 <= self.tile_m <= 256):
+            return (
+                f"tile_m must be 8, or from 16 to 256 a multiple of {multiple} (WGMMA's N), "
+                f"got {self.tile_m}"
+            )
         narrow = self.tile_m == MMA_ROWS and self.tile_n == 32
         if not narrow and self.tile_n not in (64, 128, 192, 256):
             return (

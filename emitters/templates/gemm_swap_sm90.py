@@ -474,6 +474,8 @@ class GemmSwapSm90:
         place: the tile's expert, first row, rows and first column.
         """
         expert, row, rows, column = place
+        if const_expr(self.config.tile_m % self.config.part_rows != 0):
+            rows = cutlass.min(rows, self.config.tile_m)  # the epilogue's part goes on after it
         if const_expr(self.config.split_k > 1):
             rank = cute.arch.block_idx_in_cluster()
             partial_sums = storage.partial.data_ptr()
