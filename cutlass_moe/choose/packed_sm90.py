@@ -33,8 +33,10 @@ _BY_ROWS: tuple[tuple[float, Configs], ...] = (
             for ctas, boxes in ((4, 4), (4, 2), (3, 4), (3, 2), (2, 2))
         ),
     ),
-    (12, (_one_producer(16, 256, 4), _one_producer(16, 256, 2))),
-    (24, (_one_producer(32, 256, 4),)),
+    (10, (_one_producer(16, 256, 4), _one_producer(16, 256, 2))),
+    (16, (_one_producer(24, 256, 4), _one_producer(24, 256, 2))),
+    (23, (_one_producer(32, 256, 4),)),
+    (30, (_one_producer(40, 256, 4), _one_producer(40, 192, 4))),
     (_ONCE, (_one_producer(48, 256, 4), _one_producer(48, 192, 4))),
     (72, (_one_producer(80, 256, 2), _one_producer(80, 192, 4))),
     (84, (_one_producer(96, 192, 2), _one_producer(96, 128, 2))),
@@ -84,7 +86,7 @@ def _few_tiles(tiles_per_sm: float, k: int) -> Configs:
 @lru_cache(maxsize=1024)
 def _first_legal(problem: GemmProblem, configs: Configs, evict_first: bool) -> Configs:
     """The first of these configs, or of smaller ones, that registers allow, if any."""
-    most = configs[0].tile_m
+    most = max(configs[0].tile_m // 16 * 16, 8)
     smallest = (replace(config, tile_m=min(most, config.tile_m)) for config in _SMALLEST)
     for config in (*configs, *smallest):
         narrow = min(config.tile_n, -(-problem.n // 64) * 64)

@@ -185,7 +185,7 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
             return others
         others = _OTHERS[packing]
         if packing is Packing.INT4_G128 and accumulators >= 16:
-            others += 8 + 4 * problem.gated
+            others += 8 + 4 * problem.gated + 12 * (self.stored_rows > self.tile_m)
         if of_columns and packing is Packing.INT4_G128:
             others += 8
         elif of_columns and packing is Packing.MXFP4 and accumulators <= 8:

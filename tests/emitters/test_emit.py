@@ -424,8 +424,9 @@ def test_illegal_packed_problems_have_a_reason(changes: dict, reason: str) -> No
 
 
 PACKED_REASONS = [
-    ("24 rows", {"tile_m": 24}, "multiple of 16"),
-    ("many rows", {"tile_m": 272}, "up to 256"),
+    ("24 rows", {"tile_m": 24}, "a multiple of 16"),
+    ("20 rows", {"tile_m": 20, "one_producer": True}, "a multiple of 8 "),
+    ("many rows", {"tile_m": 272}, "16 to 256"),
     ("columns between consumers", {"tile_n": 96}, "64, 128, 192 or 256"),
     ("half of a WGMMA", {"tile_m": 16, "tile_n": 32}, "or 32 with tile_m 8, got 32 with 16"),
     ("half a block of K", {"k_boxes": 1}, "k_boxes must be 2 or 4"),
