@@ -23,7 +23,7 @@ def _one_producer(tile_m: int, tile_n: int, k_boxes: int) -> GemmPackedSm90Confi
 
 
 # Measured on an H200 (perf/EXPERIMENTS.md, "4-bit weights").
-_ONCE = 45  # up to this many rows per expert, most weights are read once: evict them first
+_ONCE = 38  # up to this many rows per expert, most weights are read once: evict them first
 # (rows per expert up to, configs of which the first that registers allow is taken)
 _BY_ROWS: tuple[tuple[float, Configs], ...] = (
     (
@@ -38,7 +38,9 @@ _BY_ROWS: tuple[tuple[float, Configs], ...] = (
     (23, (_one_producer(32, 256, 4),)),
     (30, (_one_producer(40, 256, 4), _one_producer(40, 192, 4))),
     (_ONCE, (_one_producer(48, 256, 4), _one_producer(48, 192, 4))),
-    (72, (_one_producer(80, 256, 2), _one_producer(80, 192, 4))),
+    (45, (_one_producer(56, 256, 4), _one_producer(56, 192, 4))),
+    (50, (_one_producer(64, 256, 2), _one_producer(64, 192, 4))),
+    (70, (_one_producer(80, 256, 2), _one_producer(80, 192, 4))),
     (84, (_one_producer(96, 192, 2), _one_producer(96, 128, 2))),
     (100, (_one_producer(112, 192, 2), _one_producer(112, 128, 2))),
     (700, (_one_producer(144, 192, 2), _one_producer(144, 128, 2))),

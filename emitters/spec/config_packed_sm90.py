@@ -185,13 +185,15 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
             return others
         others = _OTHERS[packing]
         if packing is Packing.INT4_G128 and accumulators >= 16:
-            others += 8 + 4 * problem.gated + 12 * (self.stored_rows > self.tile_m)
+            others += 8 + 4 * problem.gated
         if of_columns and packing is Packing.INT4_G128:
             others += 8
         elif of_columns and packing is Packing.MXFP4 and accumulators <= 8:
             others += 4 + 4 * self.k_blocks
         if per_channel and (problem.epilogue or packing is Packing.INT4_G128):
             others += 20
+        if self.stored_rows > self.tile_m and problem.gated and of_columns:
+            others += 16
         return others
 
     def _why_tile(self, problem: GemmProblem) -> str | None:
