@@ -192,7 +192,8 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
             others += 4 + 4 * self.k_blocks
         if per_channel and (problem.epilogue or packing is Packing.INT4_G128):
             others += 20
-        if self.stored_rows > self.tile_m and problem.gated and of_columns:
+        half_part = self.stored_rows > self.tile_m
+        if half_part and of_columns and (problem.gated or packing is Packing.INT4_G128):
             others += 16
         return others
 
