@@ -189,10 +189,13 @@ def candidates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 
 
 def _copied(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
-    """The config where threads copy x and its scales along K, which TMA can't read. Copies take
-    longer for smaller tiles, unless a second CTA on the SM has others under way."""
-    if not isinstance(config, GemmSm90Config) or not config.tma_x:
+    """The config where threads copy scales along K one by one, and rows in order too, as TMA can't
+    read the scales. Copies take longer for smaller tiles, unless a second CTA on the SM has others
+    under way."""
+    if not isinstance(config, GemmSm90Config):
         return config
+    if not config.tma_x:
+        return replace(config, scale_span=1)
     found = _some_rows(problem) if config.ctas_per_sm == 1 else (config,)
     return next(replace(c, tma_x=False) for c in found if isinstance(c, GemmSm90Config))
 
@@ -236,19 +239,19 @@ def choose(
     rows_per_expert: float,
     schedule: str | None = None,
     gpu: str = GPU,
-    columns: bool = True,
+    wide_scales: bool = True,
 ) -> GemmConfig:
     """The config for a call: from a tuning table that knows GPU and problem, else an estimate.
 
     num_tokens: rows of x. rows_per_expert: the mean, or the caller's hint. schedule: the caller's
     wish. The swap-AB template has one schedule only, so another one brings a config of the template
-    for many rows; a dynamic schedule has no clusters. Packed weights keep theirs. columns: whether
-    TMA can read the scales of x, if they vary along K. Raises ValueError, with the reason, if no
-    config is legal.
+    for many rows; a dynamic schedule has no clusters. Packed weights keep theirs. wide_scales:
+    whether the scales of x, if they vary along K, can be read several at a time: by TMA where rows
+    are in order, else 16 bytes of a row. Raises ValueError, with the reason, if no config is legal.
     """
     config = tuned.lookup(problem, gpu, rows_per_expert)
     config = config or estimate(problem, num_tokens, rows_per_expert, gpu)
-    if problem.block_rows and not columns:
+    if problem.block_rows and not wide_scales:
         config = _copied(problem, config)
     if schedule is None:
         return config

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cutlass_moe.environment import TUNING
-from emitters.spec.config_sm90 import GemmSm90Config
+from emitters.spec.config_sm90 import SCALE_SPAN, GemmSm90Config
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.registry import GemmConfig, gemm_config_from_json, why_illegal
 
@@ -88,9 +88,13 @@ def _entries(problem: GemmProblem, gpu: str, files: str) -> tuple[TunedConfig, .
 
 
 def with_loads(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
-    """The config with x loaded as is fastest: by TMA where rows are in order, and only there."""
+    """The config with x loaded as is fastest: by TMA where rows are in order, and only there;
+    elsewhere scales along K 16 bytes at a time, where clusters lose."""
     if not isinstance(config, GemmSm90Config):
         return config
+    spans = replace(config, cluster_m=1, scale_span=SCALE_SPAN)
+    if problem.block_rows and problem.gather and spans.why_illegal(problem) is None:
+        return spans
     return replace(config, tma_x=not problem.gather)
 
 

@@ -40,6 +40,7 @@ from cutlass_moe.runtime.parameters import (
     gemm_values,
     gemm_views,
     in_columns,
+    in_rows,
     misaligned,
 )
 from cutlass_moe.runtime.signatures import Signatures, signature
@@ -278,9 +279,10 @@ def choose_launch(
     experts = problem.num_experts
     per_expert = options.expected_rows or num_rows / experts
     gpu = library.device_name(device)
-    columns = strides.x_scale is not None and in_columns(num_tokens, strides.x_scale)
+    of_scale = strides.x_scale or ()
+    wide = in_rows(of_scale) if problem.gather else in_columns(num_tokens, of_scale)
     config = forced or heuristics.choose(
-        problem, num_tokens, per_expert, options.schedule, gpu, columns
+        problem, num_tokens, per_expert, options.schedule, gpu, wide
     )
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     ctas = min(options.num_sms or sms, sms) * config.ctas_per_sm

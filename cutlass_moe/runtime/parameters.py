@@ -21,9 +21,9 @@ from emitters.spec.weight_map import gate_strides, weight_view
 Addresses = Mapping[str, int]
 _X_SCALE_STRIDES = ("per_token_scale_stride", "per_token_scale_k_stride")
 # The alignment of the addresses of a GEMM's tensors, in bytes; 4 for all others. Scales of tokens
-# that `in_columns` need 16.
+# that are `in_columns` or `in_rows` need 16.
 ALIGNMENTS = {"x": 16, "weight": 16, "out": 16, "scale": 8, "bias": 8}
-_COLUMN_UNIT = 4  # float32: a multiple of 16 bytes lies between two columns that TMA reads
+_COLUMN_UNIT = 4  # float32: 16 bytes, of which a multiple lies between two columns, or rows
 
 
 class Strides(NamedTuple):
@@ -54,9 +54,16 @@ def in_columns(tokens: int, strides: tuple[int, ...]) -> bool:
     return of_token == 1 and of_column % _COLUMN_UNIT == 0 and of_column >= max(tokens, 1)
 
 
+def in_rows(strides: tuple[int, ...]) -> bool:
+    """Whether rows of per_token_scale [T, K / 128] can be read 16 bytes at a time, its address
+    aside."""
+    return len(strides) == 2 and strides[1] == 1 and strides[0] % _COLUMN_UNIT == 0
+
+
 def alignment(name: str, tensor: Tensor) -> int:
     """The bytes of which the address of a GEMM's tensor must be a multiple."""
-    if name == "per_token_scale" and in_columns(len(tensor), tensor.stride()):
+    strides = tensor.stride()
+    if name == "per_token_scale" and (in_columns(len(tensor), strides) or in_rows(strides)):
         return 16
     return ALIGNMENTS.get(name, 4)
 

@@ -10,6 +10,7 @@ from cutlass.experimental import primitives as prims
 from emitters.device.gather import GatherIterator
 from emitters.device.memory import tensor_map_address
 from emitters.device.parameters import Scales
+from emitters.spec.config_sm90 import SCALE_BOXES, SCALE_SPAN
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.registry import GemmConfig
 
@@ -120,4 +121,55 @@ class BlockScales:
         return (
             cute.make_tensor(of_rows, cute.make_layout(self.tile_m)),
             cute.make_tensor(of_weights, cute.make_layout(self.count)),
+        )
+
+
+class SpannedScales(BlockScales):
+    """The same for the scales of SCALE_SPAN k-tiles at once, which a thread copies of a row.
+
+    There they are neighbours in memory. A copy of one of them would bring in as many bytes, and
+    take as long. Shared memory has two spans, and a k-tile's place is its number, counted over all
+    tiles, modulo SCALE_BOXES:
+
+      SCALE_BOXES float32 per row of the tile, then as many per scale of the weights
+
+    All tiles have whole spans. The k-tiles whose scales are overwritten have been released: of
+    those before the one that is filled, only the ones in the other stages may not have been, which
+    are at most SPAN_STAGES - 1.
+    """
+
+    @cute.jit
+    def copy(self, number: Int32, k_block: Int32, expert: Int32, column: Int32):
+        """Issues the copies of a span, if it starts here. number: of the k-tile, over all tiles;
+        k_block: in its tile."""
+        if k_block % SCALE_SPAN == 0:
+            row = self.gather.scaled_row()
+            if row < self.tile_m:
+                token = self.token[0]
+                size = Int32(4 * SCALE_SPAN)
+                if token < 0:
+                    size = Int32(0)
+                at = cutlass.max(token, Int32(0)) * self.scales.x_stride + k_block
+                prims.cp_async_shared_global(
+                    self.place(row, number).to_llvm_ptr(),
+                    (self.scales.x + at).to_llvm_ptr(),
+                    4 * SCALE_SPAN,
+                    prims.LoadCacheModifier.CG,
+                    cp_size=size,
+                )
+            if self.thread < self.count * SCALE_SPAN:
+                i, k = self.thread // SCALE_SPAN, self.thread % SCALE_SPAN
+                block = expert * self.n_blocks + self.block(column, i)
+                source = self.scales.weight + (block * self.k_blocks + k_block + k)
+                self.copy_word(self.place(self.tile_m + i, number) + k, source, Int32(4))
+
+    def place(self, row: Int32 | int, number: Int32) -> cute.Pointer:
+        """The place of a k-tile's scale of a row, or of one of the weights, after all rows."""
+        return self.boxes + (row * SCALE_BOXES + (number & (SCALE_BOXES - 1)))
+
+    def read(self, number: Int32, skipped: int = 0) -> tuple[cute.Tensor, cute.Tensor]:
+        of_rows, of_weights = (self.place(row, number) for row in (0, self.tile_m))
+        return (
+            cute.make_tensor(of_rows, cute.make_layout(self.tile_m, stride=SCALE_BOXES)),
+            cute.make_tensor(of_weights, cute.make_layout(self.count, stride=SCALE_BOXES)),
         )

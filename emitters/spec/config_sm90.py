@@ -17,6 +17,9 @@ SLICE_BYTES = 128  # the epilogue stores a tile in slices of this many bytes per
 SLICE_ROWS = 16  # rows of a slice that a warp stores: one box of a TMA store
 SLOTS = 16  # posted units; more than MAX_STAGES + 3, see PostedUnits
 SLOT_WORDS = 8  # int32 per posted unit
+SCALE_SPAN = 4  # k-tiles whose scales of a row are 16 bytes, which one copy takes
+SCALE_BOXES = 2 * SCALE_SPAN  # k-tiles of which spans of scales are in shared memory
+SPAN_STAGES = SCALE_BOXES - SCALE_SPAN + 1  # so many stages can be filled while a span is read
 WARPGROUP = 128
 _TWO_LEVEL_OTHERS = 26  # registers per thread for addresses and the scales of a stage
 
@@ -139,7 +142,7 @@ class Sm90Config(StagedConfig):
         return self.tile_m
 
     def scale_words(self, problem: GemmProblem) -> int:
-        """The float32 of shared memory for the scales of one k-tile: of x, then of the weights.
+        """The float32 of shared memory for the scales of one k-tile: of x and of the weights.
 
         Those of the weights are rounded up to a multiple of four, a vector.
         """
@@ -165,6 +168,8 @@ class GemmSm90Config(Sm90Config):
     # rows of x, which are in order, and their scales along K come by TMA; else by copies of 16
     # bytes and of 4
     tma_x: bool = False
+    # k-tiles whose scales along K are copied at once: SCALE_SPAN, by copies of 16 bytes, or 1
+    scale_span: int = 1
     template: ClassVar[str] = "gemm_sm90"
 
     MAX_STAGES: ClassVar[int] = 8
@@ -226,8 +231,12 @@ class GemmSm90Config(Sm90Config):
         words = super().scale_words(problem)
         return -(-words // 32) * 32 if self.tma_x else words  # TMA writes to multiples of 128 bytes
 
+    def scale_boxes(self, problem: GemmProblem) -> int:
+        """The k-tiles whose scales along K are in shared memory."""
+        return SCALE_BOXES if self.scale_span > 1 else self.pipeline_stages(problem)
+
     def stage_bytes(self, problem: GemmProblem) -> int:
-        scales = 4 * self.scale_words(problem)
+        scales = 4 * self.scale_words(problem) if self.scale_span == 1 else 0
         return self.x_bytes(problem) + self.weight_bytes(problem) + scales
 
     def table_words(self, problem: GemmProblem) -> int:
@@ -239,10 +248,11 @@ class GemmSm90Config(Sm90Config):
         return 4 * self.consumers * staged_slices(problem) * SLICE_ROWS * SLICE_BYTES
 
     def fixed_smem_bytes(self, problem: GemmProblem) -> int:
-        """Bytes of shared memory except the stages: staging rows, scheduler table, barriers."""
+        """Bytes of shared memory except the stages: staging rows, spans, table, barriers."""
+        spans = 4 * self.scale_words(problem) * SCALE_BOXES if self.scale_span > 1 else 0
         loaded = 8 * self.slice_barriers(problem)
         barriers = 16 * self.MAX_STAGES + loaded
-        return self.staging_bytes(problem) + 4 * self.table_words(problem) + barriers
+        return self.staging_bytes(problem) + spans + 4 * self.table_words(problem) + barriers
 
     def slice_barriers(self, problem: GemmProblem) -> int:
         """The barriers on which warps wait for slices that they load: one each."""
@@ -287,8 +297,8 @@ class GemmSm90Config(Sm90Config):
         pingpong = ["ping-pong"] if self.pingpong else []
         cluster = [f"cluster {self.cluster_m}"] if self.cluster_m > 1 else []
         tile, group = f"{self.tile_m}x{self.tile_n}", f"group {self.group_m}"
-        tma = ["TMA x"] if self.tma_x else []
-        return " ".join([tile, *pingpong, *cluster, *tma, group, f"{self.ctas_per_sm}/SM"])
+        loads = ["TMA x"] if self.tma_x else ["spans"] if self.scale_span > 1 else []
+        return " ".join([tile, *pingpong, *cluster, *loads, group, f"{self.ctas_per_sm}/SM"])
 
     def why_illegal(self, problem: GemmProblem) -> str | None:
         """Why no kernel can be built with this config for a legal problem, or None."""
@@ -296,6 +306,7 @@ class GemmSm90Config(Sm90Config):
             self._why_tile(problem)
             or self._why_cluster(problem)
             or self.why_no_memory(problem)
+            or self._why_span(problem)
             or self._why_registers(problem)
         )
 
@@ -323,6 +334,23 @@ class GemmSm90Config(Sm90Config):
             )
         if self.pingpong and self.tile_m > 128:
             return f"tile_m must be at most 128 with pingpong, got {self.tile_m}"
+        return None
+
+    def _why_span(self, problem: GemmProblem) -> str | None:
+        if self.scale_span == 1:
+            return None
+        if self.scale_span != SCALE_SPAN:
+            return f"scale_span must be 1 or {SCALE_SPAN}, got {self.scale_span}"
+        if not problem.block_rows or self.tma_x:
+            return f"scale_span must be 1 unless threads copy scales along K, got {SCALE_SPAN}"
+        if self.k_tiles(problem) % SCALE_SPAN:
+            return (
+                f"scale_span must be 1 unless a row has a multiple of {SCALE_SPAN} scales, got "
+                f"{self.k_tiles(problem)}"
+            )
+        stages = self.pipeline_stages(problem)
+        if stages > SPAN_STAGES:
+            return f"stages must be at most {SPAN_STAGES} with scale_span, got {stages}"
         return None
 
     def _why_cluster(self, problem: GemmProblem) -> str | None:

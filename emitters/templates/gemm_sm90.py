@@ -28,7 +28,7 @@ from emitters.device.memory import ELEMENT, map_carrier
 from emitters.device.ordered import OrderedRows
 from emitters.device.parameters import Gate, Gathered, Gradient, Output, Rows, Scales
 from emitters.device.ring import Ring
-from emitters.device.scales import BlockScales
+from emitters.device.scales import BlockScales, SpannedScales
 from emitters.device.scheduler import PostedUnits
 from emitters.device.weights import OPERAND_MAJOR, WEIGHT_LAYOUT, WeightLoader
 from emitters.spec.config_sm90 import K_TILE_BYTES, WARPGROUP, GemmSm90Config, Schedule
@@ -71,6 +71,8 @@ class GemmSm90:
       both. A stage is empty once the consumers of both CTAs have read it.
     - Warp 1 posts each unit of work before the last stage of the unit before the previous one is
       filled. Named barrier 3 makes the post visible to the producer, full[s] to the consumers.
+    - Scales along K are in the stages, and threads copy them as they copy x. With scale_span they
+      are in memory of their own, and those of several k-tiles are copied with the first of these.
     - With tma_x, warp 1 posts units, and one lane of it loads weights and x: full[s] completes
       after its arrival. If scales vary along K, it loads those of x too, and warp 2 copies those of
       the weights, which takes 32 arrivals more. Named barrier 3 has 32 or 64 threads. WGMMA then
@@ -92,7 +94,8 @@ class GemmSm90:
         self.smem_bytes, self.cluster = config.smem_bytes(problem), config.cluster
         self.units = PostedUnits(problem, config)
         self.weights = WeightLoader(problem)
-        self.scales = BlockScales(problem, config) if problem.block_rows else None
+        scales = SpannedScales if config.scale_span > 1 else BlockScales
+        self.scales = scales(problem, config) if problem.block_rows else None
         if config.tma_x:
             self.x, self.tma_bytes = OrderedRows(), self.x_bytes + self.weight_bytes
             copying = 0
@@ -193,7 +196,8 @@ class GemmSm90:
         tile_m, tile_n, tile_k = self.tile
         per_stage_row = tile_k * self.stages
         words = self.config.table_words(self.problem)
-        scale_words = self.config.scale_words(self.problem) * self.stages
+        scale_words = self.config.scale_words(self.problem)
+        scale_words *= self.config.scale_boxes(self.problem)
         staging_bytes = self.config.staging_bytes(self.problem)
         slice_barriers = self.config.slice_barriers(self.problem)
 
@@ -322,7 +326,7 @@ class GemmSm90:
                 if const_expr(not self.config.tma_x):
                     self.x.copy(x_stages + state.index * self.x_bytes, k_tile)
                     if const_expr(self.scales is not None):
-                        self.scales.copy(state.index, k_tile, expert, column)
+                        self.scales.copy(self.scale_box(state), k_tile, expert, column)
                     self.ring.arrive_when_copied(state)
                 elif const_expr(self.scales is not None):
                     copies = warp == 2  # warp 1 loads the rest
@@ -333,6 +337,11 @@ class GemmSm90:
             expert, column, shared = next_expert, next_column, next_shared
         if const_expr(self.config.schedule is Schedule.DYNAMIC):
             self.units.finish(warp)
+
+    def scale_box(self, state):
+        """What tells where the scales along K of a k-tile are: its stage or, of spans, its number,
+        counted over all tiles."""
+        return state.count if self.config.scale_span > 1 else state.index
 
     @cute.jit
     def load_weight(self, stage, weight_map, corner, barrier, shared):
@@ -457,7 +466,8 @@ class GemmSm90:
         if not self.config.tma_x:
             cute.arch.fence_view_async_shared()  # because cp.async wrote x by the generic proxy
         if self.scales is not None:
-            of_tile = self.scales.read(state.index, row & 3 if self.config.tma_x else 0)
+            skipped = row & 3 if self.config.tma_x else 0
+            of_tile = self.scales.read(self.scale_box(state), skipped)
             read = self.epilogue.fragment.read_scales(*of_tile, self.scales.columns)
             for i, value in enumerate(read):
                 scales[i] = value

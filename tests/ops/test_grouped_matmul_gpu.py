@@ -78,16 +78,19 @@ def test_every_config(name: str, config: GemmConfig, num_sms: int | None) -> Non
             check(launch(case, inputs, num_sms=num_sms), case, inputs, exact)
 
 
-def test_scales_in_columns_at_any_address_give_the_same_bits() -> None:
-    case = CASES["blocks_no_index"]
+@pytest.mark.parametrize("name", ["blocks_no_index", "blocks_spans"])
+def test_scales_anywhere_give_the_same_bits(name: str) -> None:
+    case = CASES[name]
     inputs = make_inputs(case, "cuda")
     want, scale = launch(case, inputs), inputs["per_token_scale"]
     columns = in_columns(scale)
     moved = in_columns(torch.cat((scale[:1], scale)))[1:]
     assert columns.stride() == (1, -(-len(scale) // 4) * 4) and moved.data_ptr() % 16 == 4
+    rows = scale.new_empty(scale.numel() + 1)[1:].view_as(scale).copy_(scale)
+    apart = torch.nn.functional.pad(scale, (0, 1))[:, :-1]  # rows at 4-byte boundaries
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the address costs a copy
-        for given in (columns, moved):
+        for given in (columns, moved, rows, apart):
             assert same_bits(launch(case, {**inputs, "per_token_scale": given}), want)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from cutlass_moe.choose.heuristics_sm90 import candidates, choose
 from cutlass_moe.operands import TORCH_DTYPES
 from cutlass_moe.ops.pack import pack_weights
-from emitters.spec.config_sm90 import GemmSm90Config, Schedule
+from emitters.spec.config_sm90 import SCALE_SPAN, GemmSm90Config, Schedule
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import ACCUMULATIONS, Accumulation, DType
 from emitters.spec.epilogue import NUMBERS, Activation, ActivationFunction, Bias, EpilogueNode
@@ -128,7 +128,8 @@ class Case:
         """What the op chooses for this call."""
         tokens = self.tokens if self.gather else self.rows
         rows = self.rows / len(self.counts)
-        return choose(self.problem, tokens, rows, columns=False)  # as `make_inputs` has scales
+        # the scales of `make_inputs` lie row by row
+        return choose(self.problem, tokens, rows, wide_scales=self.gather)
 
 
 BASE = Case()
@@ -346,6 +347,8 @@ CASES |= {
     ),
     "blocks_no_index": replace(BLOCKS, gather=False, counts=RAGGED, n=2048, k=768),
     "blocks_starts": replace(BLOCKS, counts=RAGGED, apart=37),
+    "blocks_spans": replace(BLOCKS, counts=RAGGED, n=264, k=1008, reads="outside"),
+    "blocks_spans_swiglu": replace(BLOCK_SWIGLU, counts=RAGGED, n=512, k=2048),
     # First rows of experts that are not the ends before.
     "starts": replace(BASE, counts=RAGGED, apart=37),
     "starts_few_rows": replace(BASE, counts=even(8, 16), apart=3, reads="outside"),
@@ -413,7 +416,7 @@ EVERY_CANDIDATE = (
 # Run with every legal config.
 EVERY_LEGAL = (
     "n_264", "n_264_two_level", "swiglu", "n_major_swiglu", "blocks_32", "blocks_swiglu",
-    "no_index_int8", "blocks_no_index",
+    "no_index_int8", "blocks_no_index", "blocks_spans",
 )  # fmt: skip
 # Run with CTAs that share a tile's K.
 SPLIT = ("k_7168", "k_7168_two_level", "k_2064", "blocks_outside")
@@ -432,6 +435,7 @@ def legal_configs(problem: GemmProblem) -> list[GemmConfig]:
         )
         for (m, n, ctas, cluster, pingpong), (schedule, group_m) in zip(shapes, turns, strict=False)
     ]  # fmt: skip
+    configs += [replace(config, scale_span=SCALE_SPAN) for config in configs if problem.gather]
     configs += [
         GemmSwapSm90Config(tile_m=m, tile_n=n, ctas_per_sm=ctas)
         for m, n, ctas in itertools.product((8, 16, 48, 96), (64, 128), (1, 2))

@@ -357,6 +357,22 @@ BLOCKS: dict[str, Run] = {  # scales that vary along K
         replace(_BLOCKS, counts=(134, 0, 3), n=248, k=272),
         GemmSm90Config(tile_m=128, tile_n=256, stages=2),
     ),
+    "blocks_spans": Run(
+        replace(_BLOCKS, counts=(134, 0, 3), n=136, k=1008),
+        GemmSm90Config(tile_m=128, tile_n=128, stages=3, scale_span=4),
+    ),
+    "blocks_spans_all_stages": Run(
+        replace(_BLOCKS, n=72, k=1536), replace(SMALL, stages=5, scale_span=4)
+    ),
+    "blocks_spans_gated": Run(replace(_BLOCK_GATED, k=512), replace(_WIDE, scale_span=4)),
+    "blocks_spans_cluster": Run(
+        replace(_BLOCKS, counts=PAIRS.counts, n=136, k=512),
+        replace(CLUSTER, tile_n=128, scale_span=4),
+    ),
+    "blocks_spans_pingpong": Run(
+        replace(_BLOCKS, counts=(130, 0, 20), k=512),
+        replace(PINGPONG, tile_m=128, tile_n=128, scale_span=4),
+    ),
     "blocks_192": Run(
         replace(_BLOCKS, n=184, k=144), GemmSm90Config(tile_m=128, tile_n=192, stages=3)
     ),
