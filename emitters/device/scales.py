@@ -125,17 +125,17 @@ class BlockScales:
 
 
 class SpannedScales(BlockScales):
-    """The same for the scales of SCALE_SPAN k-tiles at once, which a thread copies of a row.
+    """The same, but a thread copies a row's scales of SCALE_SPAN k-tiles, a span, at once.
 
-    There they are neighbours in memory. A copy of one of them would bring in as many bytes, and
-    take as long. Shared memory has two spans, and a k-tile's place is its number, counted over all
-    tiles, modulo SCALE_BOXES:
+    In memory they are neighbours: 16 bytes, where reading 4 of them takes as long. Two spans have
+    memory of their own. A k-tile's place in them is its number, counted over all tiles, modulo
+    SCALE_BOXES:
 
       SCALE_BOXES float32 per row of the tile, then as many per scale of the weights
 
-    All tiles have whole spans. The k-tiles whose scales are overwritten have been released: of
-    those before the one that is filled, only the ones in the other stages may not have been, which
-    are at most SPAN_STAGES - 1.
+    Tiles have whole spans. When a stage is filled with a span's first k-tile, consumers may still
+    read the k-tiles in the other stages, which with SPAN_STAGES are as many as a span, the one
+    before. So the places of the new span are free.
     """
 
     @cute.jit

@@ -18,8 +18,8 @@ SLICE_ROWS = 16  # rows of a slice that a warp stores: one box of a TMA store
 SLOTS = 16  # posted units; more than MAX_STAGES + 3, see PostedUnits
 SLOT_WORDS = 8  # int32 per posted unit
 SCALE_SPAN = 4  # k-tiles whose scales of a row are 16 bytes, which one copy takes
-SCALE_BOXES = 2 * SCALE_SPAN  # k-tiles of which spans of scales are in shared memory
-SPAN_STAGES = SCALE_BOXES - SCALE_SPAN + 1  # so many stages can be filled while a span is read
+SCALE_BOXES = 2 * SCALE_SPAN  # k-tiles whose scales are in shared memory where spans are copied
+SPAN_STAGES = SCALE_SPAN + 1  # the most stages with two spans, see SpannedScales
 WARPGROUP = 128
 _TWO_LEVEL_OTHERS = 26  # registers per thread for addresses and the scales of a stage
 
