@@ -63,7 +63,8 @@ def test_two_level_sums_have_choices_of_their_own() -> None:
     in_order = [estimate(blocks, rows) for rows in (128, 256, 512, 8192)]
     assert in_order == [three, square, three, three]
     assert [estimate(channels, rows) for rows in (128, 256, 512)] == [three, wide, three]
-    assert estimate(gathered, 8192) == GemmSm90Config(128, 256)
+    assert estimate(gathered, 8192) == GemmSm90Config(128, 256, scale_span=4)
+    assert heuristics.choose(gathered, 1, 512, wide_scales=False) == GemmSm90Config(128, 256)
     row_major = heuristics.choose(replace(blocks, n=8192), 1, 512, wide_scales=False)
     assert row_major.tile_m == 128 and not row_major.tma_x
 

@@ -328,6 +328,27 @@ def test_illegal_configs_have_a_reason(changes: dict, reason: str) -> None:
     assert reason in (why_illegal(PROBLEM, GemmSm90Config(**changes)) or "")
 
 
+SPAN_REASONS = [
+    ("half a span", {}, {"scale_span": 2}, "scale_span must be 1 or 4, got 2"),
+    ("scales by TMA", {"gather": False}, {"tma_x": True}, "unless threads copy scales along K"),
+    ("17 scales", {"k": 2176}, {}, "a multiple of 4 scales, got 17"),
+    ("many stages", {}, {"tile_m": 64, "tile_n": 64}, "stages must be at most 5"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "reason"), [r[1:] for r in SPAN_REASONS], ids=[r[0] for r in SPAN_REASONS]
+)
+def test_spans_of_scales_have_reasons(changes: dict, config: dict, reason: str) -> None:
+    spans = GemmSm90Config(scale_span=4)
+    assert "unless threads copy scales along K" in (why_illegal(PROBLEM, spans) or "")
+    scales = scales_and_nodes((Granularity.TOKEN_BLOCK, Granularity.BLOCK_128))
+    blocks = dataclasses.replace(PROBLEM, accumulation=Accumulation.TWO_LEVEL, **scales)
+    assert why_illegal(blocks, spans) is None
+    problem = dataclasses.replace(blocks, **changes)
+    assert reason in (why_illegal(problem, dataclasses.replace(spans, **config)) or "")
+
+
 def test_n_major_weights_have_reasons() -> None:
     floats = holding(
         PROBLEM, DType.BF16, accumulation=Accumulation.FP32, x_scale=None, weight_scale=None

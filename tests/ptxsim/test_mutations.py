@@ -46,6 +46,7 @@ KERNELS: dict[str, tuple[Case, GemmConfig]] = {
             "n_major_gated": "n_major_gated",
             "stored": "stored",
             "tma_x": "tma_x",
+            "blocks_spans": "blocks_spans",
             "blocks_tma_x": "blocks_tma_x",
             "packed": "packed_int4_g128_16",
             "packed_mxfp4": "packed_mxfp4_16",

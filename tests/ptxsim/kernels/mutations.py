@@ -400,6 +400,15 @@ MUTATIONS: dict[str, Mutation] = {
         (_WRONG,),
         "tma_x",
     ),
+    # scales of several k-tiles at once
+    "spans_in_one_place": Mutation(
+        producer(r"(and.b32 %r\d+, %r\d+,) 28;", r"\1 12;"),
+        (_PENDING, _UNORDERED, "uninitialised"),
+        "blocks_spans",
+    ),
+    "scales_of_another_k_tile": Mutation(
+        consumer(r"(and.b32 %r\d+, %r\d+,) 28;", r"\1 24;"), (_WRONG,), "blocks_spans"
+    ),
     # ping-pong
     "first_turn_not_passed": Mutation(
         consumer(r"bar.arrive [^;]*;", ""), (_DEADLOCK,), "pingpong"
