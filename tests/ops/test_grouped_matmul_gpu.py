@@ -87,10 +87,11 @@ def test_scales_anywhere_give_the_same_bits(name: str) -> None:
     moved = in_columns(torch.cat((scale[:1], scale)))[1:]
     assert columns.stride() == (1, -(-len(scale) // 4) * 4) and moved.data_ptr() % 16 == 4
     rows = scale.new_empty(scale.numel() + 1)[1:].view_as(scale).copy_(scale)
-    apart = torch.nn.functional.pad(scale, (0, 1))[:, :-1]  # rows at 4-byte boundaries
+    # rows at boundaries of 4 and of 16 bytes
+    apart, padded = (torch.nn.functional.pad(scale, (0, i))[:, :-i] for i in (1, 4))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the address costs a copy
-        for given in (columns, moved, rows, apart):
+        for given in (columns, moved, rows, apart, padded):
             assert same_bits(launch(case, {**inputs, "per_token_scale": given}), want)
 
 

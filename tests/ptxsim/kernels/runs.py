@@ -364,7 +364,7 @@ BLOCKS: dict[str, Run] = {  # scales that vary along K
     "blocks_spans_all_stages": Run(
         replace(_BLOCKS, n=72, k=1536), replace(SMALL, stages=5, scale_span=4)
     ),
-    "blocks_spans_gated": Run(replace(_BLOCK_GATED, k=512), replace(_WIDE, scale_span=4)),
+    "blocks_spans_gated": Run(replace(_BLOCK_GATED, k=512, tokens=1), replace(_WIDE, scale_span=4)),
     "blocks_spans_cluster": Run(
         replace(_BLOCKS, counts=PAIRS.counts, n=136, k=512),
         replace(CLUSTER, tile_n=128, scale_span=4),
