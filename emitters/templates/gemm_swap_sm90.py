@@ -68,7 +68,8 @@ class GemmSwapSm90:
     rows are multiplied by mma.sync, also by groups of two warps with 32 columns. With one producer
     the gather's first warp copies weights too, in step with the others, the gather's warpgroup
     passes registers on to the consumers, and these store by TMA, so that a tile leaves under the
-    next one's main loop.
+    next one's main loop. A tile's last stage is multiplied by itself, if one group has all stages
+    and a part of this one is past the end of K: that is neither copied nor multiplied.
 
     A stage has, for each box, tile_n rows of weight (N-major weights: for every 64 columns, the
     rows of K) and tile_m rows of x, in the 128-byte swizzle. Past the end of K or N it has zeros:

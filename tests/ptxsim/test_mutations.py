@@ -52,6 +52,7 @@ KERNELS: dict[str, tuple[Case, GemmConfig]] = {
             "packed_mxfp4": "packed_mxfp4_16",
             "packed_rows": "packed_mxfp4",
             "packed_slices": "packed_one_producer",
+            "packed_half_part": "packed_one_producer_24",
             "packed_narrow": "packed_8x32",
             "packed_narrow_alone": "packed_8x32_alone",
             "packed_narrow_gated": "packed_8x32_gated",

@@ -489,6 +489,22 @@ MUTATIONS: dict[str, Mutation] = {
     "packed_factor_of_another_group": Mutation(
         replace_nth(r"(prmt.b32 [^;]*,) %r\d+;", r"\1 0x5151;", 4), (_WRONG,), "packed_mxfp4"
     ),
+    # a last stage of one block; tiles of 24 rows, which the epilogue takes as 32
+    "tail_as_many_bytes_as_others": Mutation(
+        replace_nth(r"selp.b32 (%r\d+), 1, 0, (%p\d+;)(?= mov.b32 %r\d+, 8704;)", r"mov.b32 \1, 1;"),
+        (_DEADLOCK, _PENDING),
+        "packed_half_part",
+    ),
+    "half_part_rows_in_the_next_box": Mutation(
+        replace_nth(r"@%p\d+ bra \S+;(?= setp.gt.s32[^;]*; selp.b32[^;]*; cp.async)", ""),
+        (_WRONG, _PENDING, _UNORDERED, "copies"),
+        "packed_half_part",
+    ),
+    "half_part_stored_as_a_whole": Mutation(
+        replace_nth(r"(min.s32 [^;]*,) 24;", r"\1 32;"),
+        (_WRONG, "written"),
+        "packed_half_part",
+    ),
     # tiles of 32 columns, which two warps multiply
     "narrow_released_by_four_warps": Mutation(
         replace_nth("(mov.b32 %r\\d+,) 2;(?= mbarrier.init)", r"\1 4;"),

@@ -497,6 +497,26 @@ PACKED: dict[str, Run] = {  # 4-bit weights: mma.sync, or WGMMA, reads them from
         epilogue=(Bias(DType.BF16), _SWIGLU),
         n=128,
     ),
+    "packed_one_producer_24": _packed(  # one block in the last stage, and half a part of rows
+        _MXFP4,
+        replace(_PACK, tile_m=24, tile_n=128, one_producer=True),
+        counts=(30, 0, 3, 24),
+        n=160,
+    ),
+    "packed_one_producer_40_fp32": _packed(
+        _G128,
+        replace(_PACK, tile_m=40, tile_n=128, one_producer=True),
+        counts=(50, 0, 33),
+        out=DType.FP32,
+    ),
+    "packed_one_producer_24x256_gpt_oss": _packed(
+        _MXFP4,
+        replace(_PACK, tile_m=24, tile_n=256, one_producer=True),
+        counts=(26, 0, 20),
+        n=320,
+        epilogue=_BIAS_OAI,
+        interleaved=True,
+    ),
     "packed_one_producer_48x256": _half(
         _MXFP4,
         config=replace(_HALF, tile_m=48, tile_n=256, one_producer=True),
