@@ -80,9 +80,10 @@ class GatherIterator:
             chunks = Uint32(cutlass.max(token, Int32(0))) * Uint32(self.x_stride)
             source = self.x + (Int64(chunks) * _CHUNK + column)
             target = stage + (self.target + i * (ROWS_PER_PASS * K_TILE_BYTES))
-            if const_expr(i == 0 or self.rows >= (i + 1) * ROWS_PER_PASS):
-                self.copy_chunk(target, source, size)
-            elif self.row + i * ROWS_PER_PASS < self.rows:
+            if const_expr(i > 0 and self.rows < (i + 1) * ROWS_PER_PASS):
+                if self.row + i * ROWS_PER_PASS < self.rows:
+                    self.copy_chunk(target, source, size)
+            else:
                 self.copy_chunk(target, source, size)
 
     def copy_chunk(self, target: cute.Pointer, source: cute.Pointer, size: Int32):

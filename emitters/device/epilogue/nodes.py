@@ -227,8 +227,10 @@ class Epilogue:
         count = self.fragment.part_registers
         first = (m * self.fragment.parts + part) * count
         values = cute.make_rmem_tensor((count,), Float32)
-        values.fill(0)  # of a part that is half a part, half of them
-        for j in range_constexpr(min(count, cute.size(acc) - first)):
+        some = min(count, cute.size(acc) - first)  # fewer if the tile ends within the part
+        if const_expr(some < count):
+            values.fill(0)
+        for j in range_constexpr(some):
             values[j] = acc[self.fragment.register(first + j)].to(Float32)
         for node in self.nodes:
             values = node.apply(m, part, values, expert, first_column)

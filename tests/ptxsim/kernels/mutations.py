@@ -491,7 +491,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     # a last stage of one block; tiles of 24 rows, which the epilogue takes as 32
     "tail_as_many_bytes_as_others": Mutation(
-        replace_nth(r"selp.b32 (%r\d+), 1, 0, (%p\d+;)(?= mov.b32 %r\d+, 8704;)", r"mov.b32 \1, 1;"),
+        replace_nth(r"selp.b32 (%r\d+), 1, 0, %p\d+;(?= mov.b32 %r\d+, 8704;)", r"mov.b32 \1, 1;"),
         (_DEADLOCK, _PENDING),
         "packed_half_part",
     ),
