@@ -405,6 +405,7 @@ EVERY_CANDIDATE = (
     "swiglu_interleaved",
     "blocks",
     "blocks_no_index",
+    "blocks_spans",
     "blocks_64",
     "blocks_swiglu_cut",
     "swiglu_tokens_16384",
