@@ -26,10 +26,11 @@ from cutlass_moe.ops.activations import is_gated
 
 Conversion = Callable[[Tensor], Tensor]
 _SMALL_INTEGERS = (torch.int16, torch.uint8, torch.int8, torch.uint16, torch.uint32)
-_COPIED = {  # bytes that addresses must be multiples of, of tensors that are small enough to copy
-    **dict.fromkeys(("hidden", "residual"), 16),
+ALIGNMENTS = {  # bytes that addresses must be multiples of
+    **dict.fromkeys(("hidden", "w13", "w2", "residual", "out"), 16),
     **dict.fromkeys(("w13_scale", "w2_scale", "w13_bias", "w2_bias"), 8),
 }
+_WEIGHTS = ("w13", "w2")  # too large to copy
 
 
 def conversions(layer: LayerOperands, options: LayerOptions) -> list[tuple[str, Conversion]]:
@@ -114,10 +115,10 @@ def weigh_input(layer: LayerOperands) -> LayerOperands:
 def aligned(layer: LayerOperands) -> LayerOperands:
     """The arguments at addresses that kernels can read: copies, with one warning, of the others.
 
-    Weights are not copied.
+    Weights are not copied, and the output is none of these arguments.
     """
-    for name, multiple in _COPIED.items():
-        tensor = getattr(layer, name)
+    for name, multiple in ALIGNMENTS.items():
+        tensor = None if name in _WEIGHTS else getattr(layer, name, None)
         if tensor is not None and tensor.data_ptr() % multiple:
             layer = layer._replace(**{name: at_address(name, tensor, multiple)})
     return layer
@@ -125,8 +126,8 @@ def aligned(layer: LayerOperands) -> LayerOperands:
 
 def refuse_unreadable(layer: LayerOperands) -> None:
     """Raises ValueError where a GPU would: weights at odd addresses, tensors without memory."""
-    for name in ("w13", "w2"):
-        refuse_misaligned(name, getattr(layer, name), 16)
+    for name in _WEIGHTS:
+        refuse_misaligned(name, getattr(layer, name), ALIGNMENTS[name])
     refuse_other_devices(layer._asdict(), layer.hidden.device)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cutlass_moe.layer.accept import Conversion, converted
+from cutlass_moe.layer.accept import ALIGNMENTS, Conversion, converted
 from cutlass_moe.layer.steps import Forms, LayerProblems, LayerSizes, Projection, layer_problems
 from cutlass_moe.operands import (
     DTYPES,
@@ -38,10 +38,6 @@ from emitters.spec.gemm import K_BLOCK, weight_granularity
 
 _HIDDEN = (torch.bfloat16, torch.float16)
 REDUCES = ("sum", "weighted", "none")
-_ALIGNMENTS = {  # bytes that addresses must be multiples of
-    **dict.fromkeys(("hidden", "w13", "w2", "residual", "out"), 16),
-    **dict.fromkeys(("w13_scale", "w2_scale", "w13_bias", "w2_bias"), 8),
-}
 
 
 class Accepted(NamedTuple):
@@ -304,7 +300,7 @@ def layer_addresses(layer: LayerOperands, out: Tensor) -> dict[str, int]:
         for name, tensor in zip(layer._fields, layer, strict=True)
     }
     addresses["out"] = out.data_ptr()
-    for name, multiple in _ALIGNMENTS.items():
+    for name, multiple in ALIGNMENTS.items():
         if addresses[name] % multiple:
             raise misaligned(name, multiple, addresses[name])
     return addresses
