@@ -5,14 +5,12 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
-from cutlass.experimental import primitives as prims
 
-from emitters.device.memory import VECTOR
+from emitters.device.memory import CHUNK, VECTOR, copy_chunk
 from emitters.device.parameters import Gathered
 from emitters.spec.config_sm90 import K_TILE_BYTES, WARPGROUP
 
-_CHUNK = 16  # bytes of one cp.async
-ROW_THREADS = K_TILE_BYTES // _CHUNK  # that copy a row
+ROW_THREADS = K_TILE_BYTES // CHUNK  # that copy a row
 ROWS_PER_PASS = WARPGROUP // ROW_THREADS  # of copies, a thread's next row being that much further
 
 
@@ -35,9 +33,9 @@ class GatherIterator:
         """Binds x and its index, and finds this thread's rows. thread: 0 .. 127, in its role."""
         self.x, self.index, self.num_tokens, self.x_stride = gathered
         self.row, self.lane = thread // ROW_THREADS, thread % ROW_THREADS
-        self.column = self.lane * _CHUNK
+        self.column = self.lane * CHUNK
         # a thread's rows are 16 apart, so its chunk has the same swizzle in all of them
-        self.target = self.row * K_TILE_BYTES + (self.column ^ (self.row % 8 * _CHUNK))
+        self.target = self.row * K_TILE_BYTES + (self.column ^ (self.row % 8 * CHUNK))
         self.tokens = cute.make_rmem_tensor((self.passes,), Int32)
         self.sources = cute.make_rmem_tensor((self.passes,), Int64)
         self.sizes = cute.make_rmem_tensor((self.passes,), Int32)
@@ -73,27 +71,18 @@ class GatherIterator:
             end = Int32(self.row_bytes)
             if token < 0:
                 end = Int32(0)
-            size = Int32(_CHUNK)
+            size = Int32(CHUNK)
             if column >= end:
                 size = Int32(0)
             # in 32 bits: as a 64-bit factor the stride costs a register that the widest tiles lack
             chunks = Uint32(cutlass.max(token, Int32(0))) * Uint32(self.x_stride)
-            source = self.x + (Int64(chunks) * _CHUNK + column)
+            source = self.x + (Int64(chunks) * CHUNK + column)
             target = stage + (self.target + i * (ROWS_PER_PASS * K_TILE_BYTES))
             if const_expr(i > 0 and self.rows < (i + 1) * ROWS_PER_PASS):
                 if self.row + i * ROWS_PER_PASS < self.rows:
-                    self.copy_chunk(target, source, size)
+                    copy_chunk(target, source, size)
             else:
-                self.copy_chunk(target, source, size)
-
-    def copy_chunk(self, target: cute.Pointer, source: cute.Pointer, size: Int32):
-        prims.cp_async_shared_global(
-            target.to_llvm_ptr(),
-            source.to_llvm_ptr(),
-            _CHUNK,
-            prims.LoadCacheModifier.CG,
-            cp_size=size,
-        )
+                copy_chunk(target, source, size)
 
     def scaled_row(self) -> Int32:
         """The row of the tile whose scale this thread copies.
@@ -114,11 +103,11 @@ class GatherIterator:
         """Makes the fetched rows the current ones, for `copy_blocks` from byte `column` on."""
         for i in range_constexpr(self.passes):
             token = self.next_tokens[i]
-            size = Int32(_CHUNK)
+            size = Int32(CHUNK)
             if token < 0 or token >= self.num_tokens:
                 token, size = Int32(0), Int32(0)
             chunks = Int64(Uint32(token) * Uint32(self.x_stride))
-            self.sources[i] = (self.x + (chunks * _CHUNK + column + self.column)).toint()
+            self.sources[i] = (self.x + (chunks * CHUNK + column + self.column)).toint()
             self.sizes[i] = size
 
     @cute.jit
@@ -135,16 +124,10 @@ class GatherIterator:
                 if const_expr(self.row_bytes % (blocks * K_TILE_BYTES) != 0):  # rows have a tail
                     size = self.cut(size, column + (self.column + skipped))
                 source = cute.make_ptr(
-                    Uint8, self.sources[i] + skipped, cute.AddressSpace.gmem, assumed_align=_CHUNK
+                    Uint8, self.sources[i] + skipped, cute.AddressSpace.gmem, assumed_align=CHUNK
                 )
                 target = self.target + (b * self.passes + i) * (ROWS_PER_PASS * K_TILE_BYTES)
-                prims.cp_async_shared_global(
-                    (stage + target).to_llvm_ptr(),
-                    source.to_llvm_ptr(),
-                    _CHUNK,
-                    prims.LoadCacheModifier.CG,
-                    cp_size=size,
-                )
+                copy_chunk(stage + target, source, size)
 
     @cute.jit
     def cut(self, size: Int32, column: Int32):

@@ -8,11 +8,13 @@ from cutlass._mlir import ir
 from cutlass._mlir.dialects import cute_nvgpu
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cutlass_dsl import dsl_user_op
+from cutlass.experimental import primitives as prims
 
 from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS
 from emitters.spec.dtypes import DType
 
 VECTOR = 1 << 30  # extent given to arrays whose length only the host knows
+CHUNK = 16  # bytes of the largest cp.async
 
 ELEMENT = {
     DType.E4M3: cutlass.Float8E4M3FN,
@@ -33,6 +35,17 @@ def vector(
         element, pointer.toint(), space, assumed_align=count * element.width // 8
     )
     return cute.make_tensor(aligned, cute.make_layout(count))
+
+
+def copy_chunk(target: cute.Pointer, source: cute.Pointer, size: cutlass.Int32):
+    """Starts a copy of CHUNK bytes to shared memory; zeros follow the first `size` of them."""
+    prims.cp_async_shared_global(
+        target.to_llvm_ptr(),
+        source.to_llvm_ptr(),
+        CHUNK,
+        prims.LoadCacheModifier.CG,
+        cp_size=size,
+    )
 
 
 def map_carrier(tensor: cute.Tensor):

@@ -33,8 +33,9 @@ class PackedLoader:
 
     In a stage, the blocks of each 64 columns follow each other: 32 rows, then 32 more; of a gated
     problem 32 gates, then the ups of the same outputs. A tile of 32 columns has one block; in a
-    gated problem half of a block of gates, then half of one of ups. Past the end of N and K the
-    last block is copied again: x has zeros there, and those columns are not stored.
+    gated problem half of a block of gates, then half of one of ups. Past the end of N, and of K if
+    the kernel asks for it, the last block is copied again: x has zeros there, and those columns are
+    not stored.
     """
 
     def __init__(self, problem: GemmProblem, evict_first: bool = False):

@@ -8,7 +8,7 @@ from cutlass import Int32
 from cutlass.experimental import primitives as prims
 
 from emitters.device.gather import GatherIterator
-from emitters.device.memory import tensor_map_address
+from emitters.device.memory import CHUNK, copy_chunk, tensor_map_address
 from emitters.device.parameters import Scales
 from emitters.spec.config_sm90 import SCALE_BOXES, SCALE_SPAN
 from emitters.spec.gemm import GemmProblem
@@ -146,17 +146,11 @@ class SpannedScales(BlockScales):
             row = self.gather.scaled_row()
             if row < self.tile_m:
                 token = self.token[0]
-                size = Int32(4 * SCALE_SPAN)
+                size = Int32(CHUNK)
                 if token < 0:
                     size = Int32(0)
                 at = cutlass.max(token, Int32(0)) * self.scales.x_stride + k_block
-                prims.cp_async_shared_global(
-                    self.place(row, number).to_llvm_ptr(),
-                    (self.scales.x + at).to_llvm_ptr(),
-                    4 * SCALE_SPAN,
-                    prims.LoadCacheModifier.CG,
-                    cp_size=size,
-                )
+                copy_chunk(self.place(row, number), self.scales.x + at, size)
             if self.thread < self.count * SCALE_SPAN:
                 i, k = self.thread // SCALE_SPAN, self.thread % SCALE_SPAN
                 block = expert * self.n_blocks + self.block(column, i)

@@ -82,11 +82,6 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
         return f"{self.producer_registers} / {self.consumer_registers}"
 
     @property
-    def stored_rows(self) -> int:
-        """tile_m as the epilogue sees it, with rows that are not stored up to a whole part."""
-        return -(-self.tile_m // self.part_rows) * self.part_rows
-
-    @property
     def k_blocks(self) -> int:
         """Blocks of packed weights, of 128 of K each, per stage."""
         return self.k_boxes // 2
@@ -140,7 +135,7 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
         if not self.slice_bytes(problem):
             return super().staging_bytes(problem)
         columns = 4 * self.column_groups * self.warp_columns(problem)
-        return self.stored_rows * columns * problem.out.bytes
+        return self.parts * self.part_rows * columns * problem.out.bytes
 
     def accumulator_registers(self, problem: GemmProblem) -> int:
         """Accumulators per consumer thread."""
@@ -192,7 +187,7 @@ class GemmPackedSm90Config(GemmSwapSm90Config):
             others += 4 + 4 * self.k_blocks
         if per_channel and (problem.epilogue or packing is Packing.INT4_G128):
             others += 20
-        half_part = self.stored_rows > self.tile_m
+        half_part = self.tile_m % self.part_rows != 0
         if half_part and of_columns and (problem.gated or packing is Packing.INT4_G128):
             others += 16
         return others

@@ -91,6 +91,11 @@ class GemmSwapSm90Config(Sm90Config):
         """Rows of a tile that the epilogue stages and stores at a time."""
         return min(self.tile_m, 16)
 
+    @property
+    def parts(self) -> int:
+        """Such parts of a tile; the last one may go on after it."""
+        return -(-self.tile_m // self.part_rows)
+
     def staging_pitch(self, problem: GemmProblem) -> int:
         """Bytes per staging row: a warp's columns; odd multiples of 16 avoid bank conflicts."""
         return (self.warp_columns(problem) * problem.out.bytes // 16 | 1) * 16

@@ -45,7 +45,7 @@ class ColumnsFragment:
         self.strides = strides
         self.part_rows = config.part_rows
         self.part_blocks = config.part_rows // 8
-        self.parts = -(-config.tile_m // config.part_rows)
+        self.parts = config.parts
         self.part_registers = 4 * self.part_blocks
         self.n, self.out_columns = problem.n, problem.out_columns
         self.has_n_tail = problem.n % config.tile_n != 0

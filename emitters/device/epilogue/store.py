@@ -276,7 +276,7 @@ class WarpgroupStore:
         self.width = config.slice_bytes(problem)
         self.row_bytes = 4 * config.warp_columns(problem) * problem.out.bytes
         self.part_bytes = SLICE_ROWS * self.row_bytes
-        self.parts = config.stored_rows // SLICE_ROWS
+        self.parts = config.parts  # of SLICE_ROWS
         self.staging_bytes = self.parts * self.part_bytes // 4
         self.slice_parts = self.outputs = 1
         self.stage = self.stage_words if problem.out is DType.FP32 else self.stage_matrices
