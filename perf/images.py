@@ -12,6 +12,7 @@ import cutlass_moe
 from cutlass_moe.choose import heuristics_sm90 as heuristics
 from cutlass_moe.images.cache import default_cache
 from cutlass_moe.images.compiler import Request, build_images
+from cutlass_moe.layer.workspace import up_projection
 from cutlass_moe.models.problems import problems_of_shape
 from cutlass_moe.models.shapes import MoeShape
 from cutlass_moe.ops._packed import packed_shape
@@ -75,10 +76,11 @@ def layer_images(case: Case, gpu: str) -> Iterator[Image]:
     sizes = case.num_experts, case.top_k, case.hidden, case.inter
     shape = MoeShape(case.model, *sizes, activation=case.activation)
     problems = problems_of_shape(shape, case.dtype)
-    for problem in filter(None, problems):
+    per_expert = case.rows / case.num_experts
+    up = up_projection(problems, per_expert)
+    for problem in filter(None, problems._replace(up=up, quantized_up=None)):
         if isinstance(problem, GemmProblem):
             x_rows = case.tokens if problem.gather else case.rows
-            per_expert = case.rows / case.num_experts
             yield problem, heuristics.choose(problem, x_rows, per_expert, gpu=gpu)
         else:
             yield from ((problem, config) for config in heuristics.every_config(problem))

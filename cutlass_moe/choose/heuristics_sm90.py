@@ -165,6 +165,8 @@ def _widest(
 ) -> tuple[GemmConfig, ...]:
     """The widest legal config up to tile_n columns that N can fill."""
     multiple = 128 if problem.gated else 64
+    if problem.quantized_out:
+        multiple *= 2
     widths = [n for n in (256, 192, 128, 64) if n <= tile_n and n < problem.n + multiple]
     return _first_legal(
         problem, *(GemmSm90Config(tile_m, n, **options) for n in widths or [multiple])

@@ -15,12 +15,13 @@ from cutlass_moe.layer.checks import Accepted, accept_layer, layer_addresses
 from cutlass_moe.layer.reference import fused_moe_reference
 from cutlass_moe.layer.steps import LayerProblems, Quantize
 from cutlass_moe.layer.why_not import why_no_layer
-from cutlass_moe.operands import QUANTS, TORCH_DTYPES, LayerOperands, LayerOptions, Options
+from cutlass_moe.layer.workspace import LayerWorkspace, id_count, scale_strides, up_projection
+from cutlass_moe.operands import LayerOperands, LayerOptions, Options
 from cutlass_moe.ops import dispatch
 from cutlass_moe.ops._copies import writable
 from cutlass_moe.ops._types import check_types
 from cutlass_moe.ops.dispatch import Choice, choose_launch
-from cutlass_moe.ops.route import route_phases, route_scratch, row_capacity
+from cutlass_moe.ops.route import route_phases, row_capacity
 from cutlass_moe.runtime import library
 from cutlass_moe.runtime.device import on_device
 from cutlass_moe.runtime.fallback import announce_fallback
@@ -28,14 +29,12 @@ from cutlass_moe.runtime.launch import Launch
 from cutlass_moe.runtime.parameters import (
     DENSE,
     Strides,
-    column_stride,
     combine_values,
     quantize_groups_values,
     quantize_values,
     route_values,
 )
 from cutlass_moe.runtime.signatures import Signatures, signature
-from cutlass_moe.runtime.workspace import ALIGNMENT, WorkspaceLayout
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.layer_steps import CombineProblem, QuantizeGroupsProblem
 
@@ -75,71 +74,6 @@ class Link:
         self._launch, self._found = launch, found
 
 
-class LayerWorkspace:
-    """The layout of a layer's workspace: the offset in bytes of each of its regions, by name."""
-
-    def __init__(
-        self, layer: LayerOperands, options: LayerOptions, problems: LayerProblems
-    ) -> None:
-        tokens, experts = len(layer.hidden), len(layer.w2)
-        hidden, inter = problems.down.n, problems.down.k
-        pairs, quant = layer.topk_ids.numel(), options.quant
-        rows = options.rows(pairs)
-        self.layout = layout = WorkspaceLayout(layer.hidden.device)
-        offsets = layout.region((experts,), torch.int32)
-        self._offset = {
-            "offsets": offsets.offset,
-            "last_end": offsets.offset + 4 * (experts - 1),
-        }
-        self._add("index", (rows,), torch.int32)
-        self._add("inverse", (pairs,), torch.int32)
-        self._add("histograms", (route_scratch(pairs, experts),), torch.int32)
-        self._add("active", (rows, inter), TORCH_DTYPES[problems.up.out])
-        self._add("rows", (rows, hidden), TORCH_DTYPES[problems.down.out])
-        if quant:
-            if layer.hidden.dtype.itemsize > 1:
-                self._add("hidden_q", (tokens, layer.w13.shape[2]), QUANTS[quant])
-                self._add("hidden_q_scale", _scales(tokens, problems.up), torch.float32)
-            self._add("active_q", (rows, inter), QUANTS[quant])
-            self._add("active_q_scale", _scales(rows, problems.down), torch.float32)
-
-    def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self._offset[name] = self.layout.region(shape, dtype).offset
-
-    def addresses(self, base: int) -> dict[str, int]:
-        """The addresses of the regions, by name, in an aligned workspace at address `base`."""
-        return {name: base + offset for name, offset in self._offset.items()}
-
-    def base(self, workspace: Tensor) -> int:
-        """The address of the aligned part of a workspace. Raises ValueError for one too small."""
-        layout, address = self.layout, workspace.data_ptr()
-        if (
-            workspace.dtype is not torch.uint8
-            or workspace.dim() != 1
-            or workspace.numel() < layout.size
-            or not workspace.is_contiguous()
-            or workspace.device != layout.device
-        ):
-            layout.aligned(workspace)  # says what is wrong
-        return address + -address % ALIGNMENT
-
-
-def _scales(rows: int, problem: GemmProblem) -> tuple[int, ...]:
-    """The shape of the memory for the scales of so many rows of x."""
-    if not problem.block_rows:
-        return (rows,)
-    columns = problem.scale_blocks[1]
-    return (rows, columns) if problem.gather else (columns, column_stride(rows))
-
-
-def _scale_strides(rows: int, problem: GemmProblem) -> tuple[int, int]:
-    """The strides of the scales along K of so many rows of x.
-
-    Those of rows in order, which TMA loads, lie column by column.
-    """
-    return (problem.scale_blocks[1], 1) if problem.gather else (1, column_stride(rows))
-
-
 class Chain:
     """The launches of one layer on one device.
 
@@ -154,11 +88,11 @@ class Chain:
       down              with quantize active       reads offsets, loads weights   reading rows
       combine           after down's wait          reads topk_weights, inverse    reading rows
 
-    Without quantisation, up starts after route's wait and down after up's. Only the swap template
-    loads weights before its wait. Every kernel waits, even where it needs nothing of its
-    predecessor: so its successor knows that all earlier kernels have ended. A kernel lets its
-    successor start only after its own wait, so at most two run at a time; quantisations let it
-    start at once, so that the GEMM is ready when they end.
+    Without quantisation, up starts after route's wait and down after up's; the latter holds where
+    up quantises its output, too. Only the swap template loads weights before its wait. Every kernel
+    waits, even where it needs nothing of its predecessor: so its successor knows that all earlier
+    kernels have ended. A kernel lets its successor start only after its own wait, so at most two
+    run at a time; quantisations let it start at once, so that the GEMM is ready when they end.
     """
 
     def __init__(
@@ -223,9 +157,8 @@ def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProb
 
     Raises what `library.load` raises.
     """
-    tokens, pairs = len(layer.hidden), layer.topk_ids.numel()
+    tokens, pairs, ids = len(layer.hidden), layer.topk_ids.numel(), id_count(layer)
     rows = options.rows(pairs)
-    ids = problems.up.num_experts if layer.expert_map is None else layer.expert_map.numel()
     make = _LinkMaker(layer, options, pairs / max(ids, 1))
     routing = {"index": "index", "offsets": "offsets"}
     up_x, down_x = {"x": "hidden"}, {"x": "active"}
@@ -239,13 +172,20 @@ def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProb
         up_x = {"x": "hidden_q", "per_token_scale": "hidden_q_scale"}
     elif options.quant:
         up_x["per_token_scale"] = "hidden_scale"
-    links.append(make.gemm(problems.up, tokens, "w13", {**up_x, **routing}, "active"))
-    if problems.quantize_active:
-        stride = 2 * problems.down.k
+    if options.quant:
+        down_x = {"x": "active_q", "per_token_scale": "active_q_scale"}
+    up = up_projection(problems, make.expected_rows)
+    if up.quantized_out:
+        written = {"out": "active_q", "out_scale": "active_q_scale"}
+        strides = scale_strides(rows, problems.down)
+        links.append(make.gemm(up, tokens, "w13", {**up_x, **routing}, written, strides))
+    else:
+        links.append(make.gemm(up, tokens, "w13", {**up_x, **routing}, {"out": "active"}))
+    if problems.quantize_active and not up.quantized_out:
+        stride = up.out.bytes * problems.down.k
         read = {"source": "active", "end": "last_end", "static_scale": "active_scale"}
         links.append(make.quantize(problems.quantize_active, problems.down, rows, stride, read))
-        down_x = {"x": "active_q", "per_token_scale": "active_q_scale"}
-    links.append(make.gemm(problems.down, rows, "w2", {**down_x, **routing}, "rows"))
+    links.append(make.gemm(problems.down, rows, "w2", {**down_x, **routing}, {"out": "rows"}))
     outputs, weight_stride = tokens, layer.topk_weights.stride(0)
     if options.reduce != "sum":
         outputs, weight_stride = pairs, 1
@@ -264,9 +204,10 @@ class _LinkMaker:
     """Makes the links of a layer; it holds what they have in common."""
 
     def __init__(self, layer: LayerOperands, options: LayerOptions, per_expert: float) -> None:
-        self.layer, self.options, self.per_expert = layer, options, per_expert
+        self.layer, self.options = layer, options
         self.device = layer.hidden.get_device()
         self.overlap = options.pdl and per_expert <= _PDL_ROWS
+        self.expected_rows = INVARIANT_ROWS if options.batch_invariant else per_expert
 
     def route(self, problems: LayerProblems, capacity: int) -> list[Link]:
         ids, expert_map = self.layer.topk_ids, self.layer.expert_map
@@ -303,7 +244,7 @@ class _LinkMaker:
         """
         early = early and self.overlap
         if isinstance(problem, QuantizeGroupsProblem):
-            strides = _scale_strides(rows, product)
+            strides = scale_strides(rows, product)
             values = quantize_groups_values({}, rows, stride, strides, early=early)
         else:
             values = quantize_values({}, rows, stride, early=early)
@@ -326,9 +267,16 @@ class _LinkMaker:
         return Link(Choice(kernel, grid, values, {}, self.overlap), reads, writes)
 
     def gemm(
-        self, problem: GemmProblem, num_tokens: int, weight: str, reads: dict[str, str], out: str
+        self,
+        problem: GemmProblem,
+        num_tokens: int,
+        weight: str,
+        reads: dict[str, str],
+        writes: dict[str, str],
+        out_scale: tuple[int, int] | None = None,
     ) -> Link:
-        """A link for a GEMM. weight: "w13" or "w2", also the prefix of its scale and bias."""
+        """A link for a GEMM. weight: "w13" or "w2", also the prefix of its scale and bias.
+        out_scale: as in `Strides`."""
         interleaved, numbers = self.options.interleaved and problem.gated, self.options.numbers
         choice = choose_launch(
             problem,
@@ -337,12 +285,12 @@ class _LinkMaker:
             self.options.rows(self.layer.topk_ids.numel()),
             getattr(self.layer, weight).stride(),
             Options(
-                expected_rows=INVARIANT_ROWS if self.options.batch_invariant else self.per_expert,
+                expected_rows=self.expected_rows,
                 interleaved=interleaved,
                 activation=str(self.options.function) if problem.activation else None,
                 **(numbers._asdict() if numbers and problem.activation else {}),
             ),
-            self.strides(problem, num_tokens, reads["x"]),
+            self.strides(problem, num_tokens, reads["x"])._replace(out_scale=out_scale),
         )
         # down may read offsets before its wait: up has waited for route, which wrote them
         early = self.overlap and not problem.gather
@@ -350,7 +298,7 @@ class _LinkMaker:
         return Link(
             choice._replace(values={**choice.values, "early": int(early)}, overlap=self.overlap),
             reads,
-            {"out": out, "out_map": out},
+            {**writes, "out_map": writes["out"]},
         )
 
     def strides(self, problem: GemmProblem, num_tokens: int, x: str) -> Strides:
@@ -358,7 +306,7 @@ class _LinkMaker:
         hidden, scale = self.layer.hidden, self.layer.hidden_scale
         if x != "hidden":
             blocks = problem.block_rows
-            return Strides(x_scale=_scale_strides(num_tokens, problem)) if blocks else DENSE
+            return Strides(x_scale=scale_strides(num_tokens, problem)) if blocks else DENSE
         return Strides(
             hidden.stride(0), scale.stride() if scale is not None and problem.block_rows else None
         )

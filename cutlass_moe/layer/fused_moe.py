@@ -9,9 +9,10 @@ from torch import Tensor
 
 from cutlass_moe.layer.accept import widened
 from cutlass_moe.layer.backward import GradInto
-from cutlass_moe.layer.chain import LayerWorkspace, launch_layer
+from cutlass_moe.layer.chain import launch_layer
 from cutlass_moe.layer.checks import accept_layer, convert_checked
 from cutlass_moe.layer.training import check_into, differentiable_layer
+from cutlass_moe.layer.workspace import LayerWorkspace
 from cutlass_moe.operands import (
     LAYER_SCHEMA,
     LayerArguments,
@@ -88,9 +89,9 @@ def fused_moe(
       [E, blocks of 2I or I, H / 128] and w2_scale [E, blocks of H, I / 128] as
       `quantize_per_block(gated=True)` and checkpoints with `weight_block_size` have them: blocks of
       128, 64 or 32 rows, those of gates and of ups apart; hidden_scale is then [T, H / 128], and
-      quantisation that of `quantize_per_token_group`. Scales per channel may have other shapes,
-      [E, N, 1], [E, 1], [E, 2] (one for the gates, one for the ups) or [1], and all scales may be
-      bfloat16 or float16: they are converted.
+      quantisation that of `quantize_per_token_group`, of activations in float32. Scales per channel
+      may have other shapes, [E, N, 1], [E, 1], [E, 2] (one for the gates, one for the ups) or [1],
+      and all scales may be bfloat16 or float16: they are converted.
     hidden_scale: float32 [T] or [T, 1], the scales of 8-bit hidden, which needs them. With 16-bit
       hidden it is a static scale: one value, or [E], of which the largest serves all tokens.
     active_scale: a static scale of the activation's results, float32, one value or [E], as above.

@@ -27,8 +27,8 @@ def feed_forward(
     experts may be padded, as `pad_experts` does.
 
     x_scale [E, M], or [E, M, H / 128]: given if x holds the values of 8-bit numbers; the
-    activation's results are then rounded to bfloat16, as kernels store them, and quantised alike,
-    with active_scale if it is given. numbers: as in `activate`.
+    activation's results are then quantised alike, with active_scale if it is given. Before, those
+    with a scale per row are rounded to bfloat16, as kernels store them. numbers: as in `activate`.
     """
     w13, w2, w13_scale, w2_scale, w13_bias, w2_bias = experts
     width = x.shape[-1]
@@ -39,7 +39,8 @@ def feed_forward(
     if x_scale is None:
         return _product(active, None, w2, w2_scale, w2_bias)[..., :width]
     blocks = x_scale.dim() == 3
-    values, scale = quantized(active.bfloat16(), w2.dtype, x.dtype, active_scale, blocks)
+    stored = active if blocks else active.bfloat16()
+    values, scale = quantized(stored, w2.dtype, x.dtype, active_scale, blocks)
     return _product(values, scale, w2, w2_scale, w2_bias)[..., :width]
 
 

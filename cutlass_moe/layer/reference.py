@@ -46,7 +46,7 @@ def fused_moe_reference(
     """`cutlass_moe.fused_moe` in plain PyTorch, expert by expert, computed in compute_dtype.
 
     Takes the arguments of `fused_moe`, unchecked, and float32 and float64 tensors too. With `quant`
-    tokens, and the activation's results in bfloat16, are quantised as `quantize_per_token` does.
+    tokens, and the activation's results, are quantised as `fused_moe` says.
     `accumulation`, `workspace` and `pdl` are for kernels and change nothing here. The host reads
     the routing back. Differentiable, except through a quantisation.
 

@@ -38,6 +38,8 @@ class LayerProblems(NamedTuple):
     quantize_hidden: Quantize | None
     up: GemmProblem
     quantize_active: Quantize | None
+    # where experts have many rows, in place of these two: the product quantises its output itself
+    quantized_up: GemmProblem | None
     down: GemmProblem
     combine: CombineProblem
 
@@ -55,13 +57,12 @@ class LayerProblems(NamedTuple):
         if self.down.weight.packing:
             inter = -(-inter // BLOCK_ROWS) * BLOCK_ROWS
         tokens, active = self.quantize_hidden, self.quantize_active
+        n, k = 2 * inter if self.up.gated else inter, padded(self.up.k, self.up.x)
+        quantized = self.quantized_up
         return self._replace(
             quantize_hidden=None if tokens is None else quantize_rows(tokens, hidden),
-            up=replace(
-                self.up,
-                n=2 * inter if self.up.gated else inter,
-                k=padded(self.up.k, self.up.x),
-            ),
+            up=replace(self.up, n=n, k=k),
+            quantized_up=None if quantized is None else replace(quantized, n=n, k=k),
             quantize_active=None if active is None else replace(active, k=inter),
             down=replace(self.down, n=hidden, k=inter),
             combine=replace(self.combine, n=hidden),
@@ -180,7 +181,8 @@ def layer_problems(
 
     What travels between its kernels has the range of float32, except the activation of a float16
     layer, which is the operand of its down projection. Until it is quantised, an activation is
-    bfloat16, which adds at most 0.5% to the error of an int8 layer. Where the output is float16, an
+    bfloat16, which adds at most 0.5% to the error of an int8 layer; with scales along K, where one
+    product may quantise its float32 sums itself, it is float32. Where the output is float16, an
     expert's row can exceed it and the weighted sum not, so rows are float32.
 
     operand: the dtype of the rows that are multiplied and, unless they are packed, of the weights.
@@ -190,10 +192,9 @@ def layer_problems(
     num_experts, top_k, hidden, inter, read = sizes
     quantized = operand.quantized
     function = ActivationFunction(activation)
-    active = DType.BF16 if quantized else outside
-    rows = DType.FP32 if outside is DType.FP16 else outside
-
     blocks = up.scale is not None and up.scale.rows is not None
+    active = DType.FP32 if blocks else DType.BF16 if quantized else outside
+    rows = DType.FP32 if outside is DType.FP16 else outside
     sums = Accumulation.TWO_LEVEL if blocks else ACCUMULATIONS[operand][0]
     x_scale = Granularity.TOKEN_BLOCK if blocks else Granularity.TOKEN if quantized else None
 
@@ -214,21 +215,26 @@ def layer_problems(
             epilogue=make_epilogue(projection.bias, node),
         )
 
-    gates = 2 if function.gated else 1
+    node = Activation(function, up.alternating)
+    first = gemm(up, (1 + function.gated) * inter, read or hidden, active, node)
+    tokens = _quantize(outside, operand, hidden, blocks, read not in (None, hidden))
     return LayerProblems(
         route=RouteProblem(num_experts, forms.id_bits),
-        quantize_hidden=_quantize(outside, operand, hidden, blocks, read not in (None, hidden))
-        if quantized and not forms.quantized_hidden
-        else None,
-        up=gemm(up, gates * inter, read or hidden, active, Activation(function, up.alternating)),
-        quantize_active=_quantize(active, operand, inter, blocks) if quantized else None,
+        quantize_hidden=None if forms.quantized_hidden else tokens,
+        up=first,
+        quantize_active=_quantize(active, operand, inter, blocks),
+        quantized_up=replace(first, out=operand) if blocks else None,
         down=gemm(down, hidden, inter, rows),
         combine=CombineProblem(rows, outside, hidden, top_k if forms.summed else 1, forms.weights),
     )
 
 
-def _quantize(source: DType, target: DType, k: int, blocks: bool, padded: bool = False) -> Quantize:
-    """The quantisation of rows; blocks: with a scale per 128 of K."""
+def _quantize(
+    source: DType, target: DType, k: int, blocks: bool, padded: bool = False
+) -> Quantize | None:
+    """The quantisation of rows to 8 bits, if `target` has them; blocks: a scale per 128 of K."""
+    if not target.quantized:
+        return None
     if blocks:
         return QuantizeGroupsProblem(source, target, k, padded)
     return QuantizeProblem(source, target, k, padded)

@@ -76,14 +76,16 @@ def _blocks(n: int, inter: int, gated: bool) -> Granularity:
 
 def gemm_problems(shape: MoeShape, dtype: str) -> dict[str, GemmProblem]:
     """A model's grouped GEMMs: "up" (rows gathered) and "down" (rows in order), with bf16 output,
-    and, where a kernel has the activation, "activated", the up projection of `fused_moe`. dtype as
-    in `problems_of_shape`."""
+    and, where a kernel has the activation, "activated", the up projection with it. dtype as in
+    `problems_of_shape`."""
     layer = problems_of_shape(_with_activation(shape), dtype)
     up = replace(layer.up, out=DType.BF16, epilogue=layer.up.epilogue[:-1])
     if dtype == FP8_BLOCK:
         up = replace(up, weight_scale=_blocks(up.n, shape.inter, gated=False))
     products = {"up": up, "down": layer.down}
-    return products if shape.activation is None else {**products, "activated": layer.up}
+    if shape.activation is not None:
+        products["activated"] = replace(layer.up, out=DType.BF16)
+    return products
 
 
 def weight_grad_problems(shape: MoeShape, dtype: str) -> dict[str, Problem]:
@@ -131,6 +133,9 @@ def model_problems(shape: MoeShape, dtype: str, training: bool = False) -> dict[
     if layer.quantize_hidden and layer.quantize_active:
         found["quantize hidden"] = layer.quantize_hidden
         found["quantize inter"] = layer.quantize_active
+    if layer.quantized_up and shape.activation:  # a layer's up projection, by its rows
+        found["activated, few rows"] = layer.up
+        found["activated, quantised"] = layer.quantized_up
     if training:
         found |= weight_grad_problems(shape, dtype)
         for major in Major:

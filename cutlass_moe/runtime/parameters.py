@@ -14,12 +14,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cutlass_moe.runtime.tensor_map import View
-from emitters.spec.gemm import GemmProblem
+from emitters.spec.gemm import K_BLOCK, GemmProblem
 from emitters.spec.weight_grad import RAGGED_ROWS, WeightGradProblem, ragged_view
 from emitters.spec.weight_map import gate_strides, weight_view
 
 Addresses = Mapping[str, int]
 _X_SCALE_STRIDES = ("per_token_scale_stride", "per_token_scale_k_stride")
+_OUT_SCALE_STRIDES = ("out_scale_stride", "out_scale_k_stride")
 # The alignment of the addresses of a GEMM's tensors, in bytes; 4 for all others. Scales of tokens
 # that are `in_columns` or `in_rows` need 16.
 ALIGNMENTS = {"x": 16, "weight": 16, "out": 16, "scale": 8, "bias": 8}
@@ -29,11 +30,13 @@ _COLUMN_UNIT = 4  # float32: 16 bytes, of which a multiple lies between two colu
 class Strides(NamedTuple):
     """The strides of what a GEMM reads by token, in elements; None: dense.
 
-    x: from a row of x to the next. x_scale: both of a per_token_scale [T, K / 128].
+    x: from a row of x to the next. x_scale: both of a per_token_scale [T, K / 128]. out_scale: both
+    of the scales [rows, columns / 128] that are written with a quantised output.
     """
 
     x: int | None = None
     x_scale: tuple[int, ...] | None = None
+    out_scale: tuple[int, int] | None = None
 
 
 DENSE = Strides()
@@ -96,6 +99,10 @@ def gemm_values(
         if num_tokens * of_scale[0] + problem.scale_blocks[1] * of_scale[1] >= 2**31:
             raise ValueError(f"per_token_scale must span less than 2^31 elements, got {of_scale}")
         x_scale = dict(zip(_X_SCALE_STRIDES, of_scale, strict=True))
+    out_scale = {}
+    if problem.quantized_out:
+        dense = -(-problem.out_columns // K_BLOCK), 1
+        out_scale = dict(zip(_OUT_SCALE_STRIDES, strides.out_scale or dense, strict=True))
     column_stride, gate_stride = gate_strides(problem.n, interleaved)
     names = problem.numbers
     return {
@@ -107,6 +114,7 @@ def gemm_values(
         "num_rows": num_rows,
         "x_stride": chunks,
         **x_scale,
+        **out_scale,
         **{name: _float_bits(number) for name, number in zip(names, numbers, strict=True)},
         "early": int(early),
         "column_stride": column_stride,

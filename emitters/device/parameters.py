@@ -85,10 +85,14 @@ class Output(NamedTuple):
     """The output and its tensor map, and those of the columns before the activation if stored.
 
     out_map, h_map: in a template's `__call__` a [16, N] tensor that stands in for it; in the kernel
-    the TMA atom that carries it.
+    the TMA atom that carries it. scale: of a quantised output, [rows, columns / 128], with strides
+    in elements, from a row to the next and along the columns.
     """
 
     out: cute.Pointer
     out_map: cute.CopyAtom
     h: cute.Pointer | None = None
     h_map: cute.CopyAtom | None = None
+    scale: cute.Pointer | None = None
+    scale_stride: Int32 | None = None
+    scale_k_stride: Int32 | None = None

@@ -327,6 +327,8 @@ class GemmSm90Config(Sm90Config):
         multiple = SLICE_BYTES // DType.BF16.bytes
         if problem.gated and (problem.out is not DType.FP32 or problem.weight.major is Major.N):
             multiple *= 2  # a slice of outputs takes twice its columns; or a gate and an up box
+        if problem.quantized_out:
+            multiple *= 2  # a slice has 128 outputs, which share a scale
         if self.tile_n % multiple or not multiple <= self.tile_n <= 256:
             return (
                 f"tile_n must be a multiple of {multiple} (the epilogue stores whole slices) up to "

@@ -163,6 +163,8 @@ class GemmSwapSm90Config(Sm90Config):
             return f"weights must not be packed for this config, got {problem.weight.dtype}"
         if not problem.sole_output:
             return "the output must be the only one for this config"
+        if problem.quantized_out:
+            return "the output must not be quantised for this config (a tile has too few columns)"
         if self.tile_m != 8 and (self.tile_m % 16 or not 16 <= self.tile_m <= 96):
             return f"tile_m must be 8 or a multiple of 16 up to 96 (WGMMA's N), got {self.tile_m}"
         if self.tile_n not in (64, 128):

@@ -79,8 +79,9 @@ class GemmProblem:
     for the rows r of expert e; rows are sorted by expert. x is [T, K], weight [E, N, K] and out
     [rows, out_columns]. In float32, a sum is multiplied by the scale of x, then by that of weight,
     if there are any; then the epilogue's nodes follow in order, then the conversion to `out`.
-    Scales that vary along K multiply the sum of each 128 of K instead. T, the number of rows and
-    the routing are not part of a problem.
+    Scales that vary along K multiply the sum of each 128 of K instead. Such a product may quantise
+    its output too, to e4m3 with a float32 scale per row and 128 columns, as `QuantizeGroupsProblem`
+    does. T, the number of rows and the routing are not part of a problem.
     """
 
     x: DType
@@ -129,6 +130,11 @@ class GemmProblem:
         """The epilogue's gradient of an activation, or None."""
         last = self.epilogue[-1] if self.epilogue else None
         return last if isinstance(last, ActivationGradient) else None
+
+    @property
+    def quantized_out(self) -> bool:
+        """Whether the output is quantised, with a scale per row and 128 columns."""
+        return self.out.quantized
 
     @property
     def sole_output(self) -> bool:
@@ -186,8 +192,9 @@ class GemmProblem:
         if self.accumulation not in ACCUMULATIONS[self.x]:
             allowed = _any(ACCUMULATIONS[self.x])
             return f"accumulation must be {allowed} for {self.x}, got {self.accumulation}"
-        if self.out not in OUTPUTS:
-            return f"the output must be {_any(OUTPUTS)}, got {self.out}"
+        if self.out not in OUTPUTS and not (self.out is DType.E4M3 and self.block_rows):
+            quantized = f" (with scales that vary along K, {DType.E4M3} too)"
+            return f"the output must be {_any(OUTPUTS)}{quantized}, got {self.out}"
         if min(self.n, self.k, self.num_experts) < 1:
             return (
                 "N, K and the number of experts must be positive, "
@@ -202,6 +209,8 @@ class GemmProblem:
             return f"N must be a multiple of {multiple} for a gated activation, got {self.n}"
         if self.n * self.out.bytes % 16:
             return f"N must be {_16_bytes(self.out)} for rows of the output, got {self.n}"
+        if self.quantized_out and self.out_columns % 16:
+            return f"rows must have {_16_bytes(self.out)}, got {self.out_columns} columns"
         return None
 
     def _why_weight(self) -> str | None:
@@ -276,6 +285,8 @@ class GemmProblem:
             )
         if self.alternating and self.stored:
             return "an alternating activation must not be stored, got one that is both"
+        if self.quantized_out and not self.sole_output:
+            return "a quantised output must be the only one"
         return None
 
     def to_json(self) -> dict[str, Any]:

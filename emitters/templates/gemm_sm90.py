@@ -11,6 +11,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from emitters.device.dependent import launch_next, wait_for_previous
 from emitters.device.epilogue.gradient import GradientStore
+from emitters.device.epilogue.groups import GroupStore
 from emitters.device.epilogue.nodes import Epilogue
 from emitters.device.epilogue.rows import RowsFragment
 from emitters.device.epilogue.store import SliceStore
@@ -112,7 +113,10 @@ class GemmSm90:
         # scales of a stage per consumer thread: of two rows of each 64, and of all columns
         of_rows = 2 * config.warpgroup_rows // 64
         self.scale_count = of_rows + self.scales.count if self.scales else 1
-        store = GradientStore(problem, config) if problem.gradient else SliceStore(problem)
+        if problem.gradient:
+            store = GradientStore(problem, config)
+        else:
+            store = GroupStore(problem) if problem.quantized_out else SliceStore(problem)
         self.epilogue = Epilogue(problem, config, RowsFragment, store)
 
     def arguments(self):

@@ -71,7 +71,7 @@ def gemm_arguments(
     dynamic: whether the schedule takes units from a counter. tma_x: whether x, and its scales along
     K, have tensor maps.
     """
-    element, stored = ELEMENT[problem.out], problem.stored
+    element, stored, quantized = ELEMENT[problem.out], problem.stored, problem.quantized_out
     x = pointer("x", Uint8, 16)
     if tma_x:
         x = tensor_map("x", ELEMENT[problem.x], (SLICE_ROWS, problem.k), (1, 0))
@@ -96,6 +96,9 @@ def gemm_arguments(
             tensor_map("out_map", element, (SLICE_ROWS, problem.out_columns), (1, 0)),
             pointer("h", element, 16) if stored else ABSENT,
             tensor_map("h_map", element, (SLICE_ROWS, problem.n), (1, 0)) if stored else ABSENT,
+            pointer("out_scale", Float32, 4) if quantized else ABSENT,
+            integer("out_scale_stride") if quantized else ABSENT,
+            integer("out_scale_k_stride") if quantized else ABSENT,
             kind=Output,
         ),
         _gate(problem),

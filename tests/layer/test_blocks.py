@@ -11,8 +11,8 @@ from torch import Tensor
 
 import cutlass_moe as cm
 from cutlass_moe import nn as moe
-from cutlass_moe.layer.chain import LayerWorkspace
 from cutlass_moe.layer.checks import problems_of
+from cutlass_moe.layer.workspace import LayerWorkspace
 from cutlass_moe.models.problems import model_problems, problems_of_shape
 from cutlass_moe.models.shapes import MODELS
 from cutlass_moe.operands import FP8_BLOCK, LayerOperands, LayerOptions
@@ -47,7 +47,7 @@ def _by_hand(given: dict[str, Any]) -> Tensor:
                 rows = blocks.repeat_interleave(128, 0)[:inter]
                 halves.append(_wide(weight, rows) @ x[t])
             gate, up = halves
-            active = (gate / (1 + torch.exp(-gate)) * up).bfloat16()
+            active = gate / (1 + torch.exp(-gate)) * up
             values = _wide(*cm.quantize_per_token_group_reference(active))
             rows = given["w2_scale"][e].repeat_interleave(128, 0)[: hidden.shape[1]]
             out[t] += given["topk_weights"][t, j].double() * (_wide(given["w2"][e], rows) @ values)

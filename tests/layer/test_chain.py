@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from cutlass_moe.layer.chain import Chain, LayerWorkspace, layer_links
+from cutlass_moe.layer.chain import Chain, layer_links
 from cutlass_moe.layer.checks import accept_layer, layer_addresses, problems_of
+from cutlass_moe.layer.workspace import LayerWorkspace
 from cutlass_moe.operands import LayerOperands, LayerOptions
 from cutlass_moe.runtime import library
 from emitters.spec.gemm import GemmProblem

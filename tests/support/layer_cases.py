@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cutlass_moe.choose.heuristics_sm90 import choose, every_config, step_config
 from cutlass_moe.layer.steps import LayerSizes, Projection, layer_problems
+from cutlass_moe.layer.workspace import up_projection
 from cutlass_moe.models.shapes import MODELS, MoeShape
 from cutlass_moe.operands import DTYPES, FP8_BLOCK, QUANTS
 from cutlass_moe.ops.pack import quantize_packed
@@ -191,10 +192,9 @@ def _images(
     for problem in filter(None, every):
         if isinstance(problem, Step):
             found |= {(problem, config) for config in every_config(problem)}
-            continue
-        for count in counts:
-            per_expert = count * shape.top_k / shape.num_experts
-            found.add((problem, choose(problem, count, per_expert)))
-            # a rank of four, whose experts a quarter of the pairs visit
-            found.add((problem, choose(problem, count, per_expert / 4)))
+    for count in counts:
+        per_expert = count * shape.top_k / shape.num_experts
+        for expected in (per_expert, per_expert / 4):  # or on a rank of four
+            up = up_projection(every, expected)
+            found |= {(p, choose(p, count, expected)) for p in (up, every.down)}
     return found

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, range_constexpr
+from cutlass import Float32, Int16, Int32, range_constexpr
 from cutlass.experimental import primitives as prims
 
 from emitters.device.memory import ELEMENT, SMEM, vector
+from emitters.device.rounding import narrow
 from emitters.spec.config_sm90 import SLICE_BYTES
 from emitters.spec.dtypes import DType
 
@@ -22,8 +23,9 @@ class Slices:
     """
 
     def __init__(self, out: DType):
-        self.element = ELEMENT[out]
-        self.write = self.write_words if out is DType.FP32 else self.write_matrices
+        self.out, self.element = out, ELEMENT[out]
+        writes = {1: self.write_bytes, 2: self.write_matrices, 4: self.write_words}
+        self.write = writes[out.bytes]
 
     def attach(self, lane: Int32):
         self.lane = lane
@@ -70,6 +72,19 @@ class Slices:
                     pair[c] = values[4 * block + 2 * half + c]
                 words = cute.recast_tensor(pair, Int32)
                 cute.autovec_copy(words, self.pair(slice_, first, block, half))
+
+    @cute.jit
+    def write_bytes(self, slice_: cute.Pointer, values: cute.Tensor, first: cutlass.Constexpr):
+        """Writes 8-bit outputs as `write_matrices` does, two neighbours of a thread at a time."""
+        for chunk in range_constexpr(cute.size(values) // 8):
+            part = cute.make_rmem_tensor((8,), Float32)
+            for i in range_constexpr(8):
+                part[i] = values[8 * chunk + i]
+            pairs = cute.recast_tensor(narrow(part, self.out), Int16)
+            for i in range_constexpr(4):
+                target = self.chunk(slice_, self.lane // 4 + i % 2 * 8, first + chunk)
+                column = i // 2 * 8 + self.lane % 4 * 2
+                vector(target + column, Int16, 1, SMEM)[0] = pairs[i]
 
     @cute.jit
     def add(self, slice_: cute.Pointer, values: cute.Tensor):
