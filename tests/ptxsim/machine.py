@@ -50,7 +50,7 @@ class Cta:
         self.cluster, self.number, self.rank, self.grid = cluster, number, rank, cluster.grid
         launch = cluster.grid.launch
         self.code, self.parameters, self.order = launch.code, launch.parameters, cluster.order
-        self.shared = shared_memory(launch.shared_bytes, self.order)
+        self.shared = shared_memory(launch.shared_bytes, self.order, launch.code.grain)
         self.barriers: dict[int, MBarrier] = {}
         self.named: dict[int, NamedBarrier] = {}
         self.multiplies: dict[int, list] = {}

@@ -76,6 +76,15 @@ class Operands:
         value = self.constant(text, kind)
         return lambda f: value
 
+    def stored(self, text: str, kind: np.dtype) -> Source:
+        """As `source`, but a 32-bit register may be stored as 16 bits: its low ones."""
+        register = self.program.registers.get(text)
+        wide = register is not None and self.program.kinds[register].itemsize == 4
+        if not wide or kind.itemsize != 2:
+            return self.source(text, kind)
+        read = self.source(text, U32)
+        return lambda f: read(f).view(kind)[::2]
+
     def constant(self, text: str, kind: np.dtype) -> Lanes:
         number = self._number(text)
         if kind == B:

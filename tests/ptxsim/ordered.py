@@ -28,16 +28,24 @@ def aligned(addresses: np.ndarray, size: int, what: str) -> None:
 class Places:
     """`size` bytes at each of some addresses, int64 [n].
 
-    numbers: of the pieces of that size in memory, [n]; words: of 4 bytes, [n, size / 4].
+    numbers: of the pieces of that size in memory, [n].
     """
 
     def __init__(self, addresses: np.ndarray, size: int):
         self.addresses, self.size = addresses, size
         self.numbers = addresses // size
-        self.words = addresses[:, None] // 4 + np.arange(size // 4)
+        self._words: dict[int, np.ndarray] = {}
         self.distinct = len(np.unique(addresses)) == len(addresses)
         self.aligned = not (addresses % size).any()
         self.first, self.last = int(addresses.min()), int(addresses.max())
+
+    def words(self, grain: int) -> np.ndarray:
+        """The numbers of the words of `grain` bytes, [n, size / grain]."""
+        found = self._words.get(grain)
+        if found is None:
+            found = self.addresses[:, None] // grain + np.arange(self.size // grain)
+            self._words[grain] = found
+        return found
 
 
 @lru_cache(maxsize=4096)
@@ -84,17 +92,20 @@ class Location:
 
 
 class OrderedMemory:
-    """Bytes, and for each word its last write and the reads since then.
+    """Bytes, and for each word, of `grain` bytes, its last write and the reads since then.
 
     A read is kept per warp: its latest time and the lanes that read. WGMMA's reads are kept by
     their number in the warp's queue, a bulk store's until its thread has waited for it.
     """
 
-    def __init__(self, name: str, data: np.ndarray, first: int, order: Order, written: bool):
+    def __init__(
+        self, name: str, data: np.ndarray, first: int, order: Order, written: bool, grain: int = 4
+    ):
         """data: uint8, of which addresses from `first` on may be used. written: before the grid
         began."""
         self.name, self.data, self.first, self.order = name, data, first, order
-        words = -(-len(data) // 4)
+        self.grain = grain
+        words = -(-len(data) // grain)
         self.written = np.full(words, _write(0, 0, ASYNC) if written else _UNWRITTEN, np.int64)
         self.was_read = np.zeros(words, np.bool_)  # by the generic proxy, since it was written
         self.read_tick = np.zeros((order.warps, words), np.int32)
@@ -120,7 +131,7 @@ class OrderedMemory:
     def take_for_barrier(self, address: int) -> None:
         at = places(np.array([address]), 8)
         self._check_inside(at, "mbarrier")
-        self.written[at.words] = _BARRIER
+        self.written[at.words(self.grain)] = _BARRIER
 
     def _known(
         self, threads: Threads, words: np.ndarray, proxy: int, together: bool
@@ -158,20 +169,20 @@ class OrderedMemory:
             raise Fault(f"{what} at {at}: nothing orders it after the write of {self._who(at)}")
 
     def _first(self, words: np.ndarray, where: np.ndarray) -> int:
-        return int(words[where].flat[0]) * 4
+        return int(words[where].flat[0]) * self.grain
 
     def _pending(self, words: np.ndarray) -> bool:
         return bool((_time(self.written[words]) == NEVER).any())
 
     def _who(self, address: int) -> str:
-        return self.order.name(int(_agent(self.written[address // 4])))
+        return self.order.name(int(_agent(self.written[address // self.grain])))
 
     def read(self, threads: Threads, at: Places) -> np.ndarray:
         """By the generic proxy, a thread each: uint8 [n, size]."""
         self._check_inside(at, "read")
-        self._check_read(threads, at.words)
+        self._check_read(threads, at.words(self.grain))
         if self.locations:
-            self._check_locations(threads, at.words, writes=False)
+            self._check_locations(threads, at.words(self.grain), writes=False)
         self._keep_read(threads, at)
         return self.pieces(at.size)[at.numbers]
 
@@ -181,7 +192,7 @@ class OrderedMemory:
             self._check_known(words, known, "read")
 
     def _keep_read(self, threads: Threads, at: Places) -> None:
-        warp, words = int(threads[0]) // 32, at.words
+        warp, words = int(threads[0]) // 32, at.words(self.grain)
         self.was_read[words] = True
         self.read_tick[warp][words] = self.order.ticks[warp]
         lanes, bits = self.read_lanes[warp], _BITS[threads % 32, None]
@@ -254,29 +265,29 @@ class OrderedMemory:
         """By the generic proxy, a thread each. values: uint8 [n, size]."""
         self._begin(threads, at, GENERIC, "write")
         tick = int(self.order.ticks[int(threads[0]) // 32])
-        self._stamp(at.words, _write(tick, threads[:, None], GENERIC))
+        self._stamp(at.words(self.grain), _write(tick, threads[:, None], GENERIC))
         self.pieces(at.size)[at.numbers] = values
 
     def begin_write(self, threads: Threads, at: Places, proxy: int) -> None:
         """An asynchronous copy is issued: nobody may touch its target until it is known to be
         there. proxy: GENERIC for cp.async, ASYNC for bulk copies."""
         self._begin(threads, at, proxy, "copy")
-        self._stamp(at.words, _write(int(NEVER), threads[:, None], proxy))
+        self._stamp(at.words(self.grain), _write(int(NEVER), threads[:, None], proxy))
 
     def _begin(self, threads: Threads, at: Places, proxy: int, what: str) -> None:
         self._check_inside(at, what)
         if not at.distinct:
             raise Fault(f"two lanes write the same {self.name} memory at once")
-        self._check_write(threads, at.words, proxy)
+        self._check_write(threads, at.words(self.grain), proxy)
         if self.locations:
-            self._check_locations(threads, at.words, writes=True)
+            self._check_locations(threads, at.words(self.grain), writes=True)
 
     def land(
         self, at: Places, values: np.ndarray, agent: int | np.ndarray, time: int, proxy: int
     ) -> None:
         """The copy's bytes [n, size] arrive: known to those who know `time` of `agent`. agent: of
         all, or [n, 1]. proxy: as for `begin_write`."""
-        self.written[at.words] = _write(time, agent, proxy)
+        self.written[at.words(self.grain)] = _write(time, agent, proxy)
         self.pieces(at.size)[at.numbers] = values
 
     def _check_async_read(self, threads: Threads, words: np.ndarray, what: str) -> None:
@@ -293,8 +304,8 @@ class OrderedMemory:
     def queue_read(self, warp: int, number: int, at: Places) -> None:
         """WGMMA `number` of a warp begins to read."""
         self._check_inside(at, "WGMMA operand")
-        self._check_async_read(self.order.of_warp(warp), at.words, "WGMMA")
-        self.queue_reads[warp][at.words] = number
+        self._check_async_read(self.order.of_warp(warp), at.words(self.grain), "WGMMA")
+        self.queue_reads[warp][at.words(self.grain)] = number
         if warp not in self.multiplying:
             warps = [warp, *self.multiplying]
             self.multiplying = range(min(warps), max(warps) + 1)
@@ -302,14 +313,14 @@ class OrderedMemory:
     def begin_store(self, threads: Threads, at: Places) -> np.ndarray:
         """A thread's bulk store begins to read: uint8 [n, size]."""
         self._check_inside(at, "bulk store")
-        self._check_async_read(threads, at.words, "bulk store")
-        self.store_reads[at.words] += 1
+        self._check_async_read(threads, at.words(self.grain), "bulk store")
+        self.store_reads[at.words(self.grain)] += 1
         self.stores += len(at.numbers)
         return self.pieces(at.size)[at.numbers]
 
     def end_store(self, threads: Threads, at: Places) -> None:
         """The thread has waited until that was read."""
-        self.store_reads[at.words] -= 1
+        self.store_reads[at.words(self.grain)] -= 1
         self.stores -= len(at.numbers)
         self._keep_read(threads, at)
 
@@ -323,7 +334,7 @@ class OrderedMemory:
                 before = np.maximum(location.writes, location.reads if writes else 0)
                 if (before > self.order.known[GENERIC, thread, : self.order.threads]).any():
                     raise Fault(
-                        f"{'write' if writes else 'read'} at {word * 4}: nothing orders it after "
+                        f"{'write' if writes else 'read'} at {word * self.grain}: nothing orders it after "
                         "another thread's atomic access"
                     )
 
@@ -331,13 +342,13 @@ class OrderedMemory:
         """Of an atomic access, which must come after the plain ones it could race with."""
         at, threads = places(np.array([address]), 4), np.array([thread])
         self._check_inside(at, "atomic access")
-        words = at.words
+        words = at.words(self.grain)
         if reads:
             self._check_read(threads, words)
         if writes:
             self._check_write(threads, words, GENERIC)
             self.written[words] = np.maximum(self.written[words], 0)  # if it was not
-        location = self.locations.setdefault(address // 4, Location(self.order))
+        location = self.locations.setdefault(int(words[0, 0]), Location(self.order))
         tick = self.order.ticks[thread // 32]
         if reads:
             location.reads[thread] = tick
@@ -346,7 +357,7 @@ class OrderedMemory:
         return location
 
 
-def shared_memory(size: int, order: Order) -> OrderedMemory:
-    """Of a CTA: `size` bytes from SHARED_BASE on."""
+def shared_memory(size: int, order: Order, grain: int) -> OrderedMemory:
+    """Of a CTA: `size` bytes from SHARED_BASE on. grain: as in OrderedMemory."""
     data = np.zeros(SHARED_BASE + size, np.uint8)
-    return OrderedMemory("shared", data, SHARED_BASE, order, written=False)
+    return OrderedMemory("shared", data, SHARED_BASE, order, written=False, grain=grain)

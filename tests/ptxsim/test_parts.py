@@ -64,6 +64,7 @@ def _run(body: str, cluster: int = 1, memory: GlobalMemory | None = None) -> Non
         "st.acquire.gpu.global.b32 [d0], r1;",
         "fence.acq_rel.cta;",
         "barrier.cluster.arrive.acquire;",
+        "st.shared.b8 [r1], r2;",
         "mbarrier.arrive.expect_tx.shared::cluster.b64 _, [r1], r2;",
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [r1], r2, [r3];",
         "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [r1], [d0], r2, [r3];",
@@ -76,9 +77,14 @@ def test_what_is_not_modelled_is_named_by_itself(text: str) -> None:
         _run(text)
 
 
-def test_shared_memory_is_accessed_by_4_bytes() -> None:
-    with pytest.raises(ValueError, match="tracked by 4 bytes"):
-        _run(".reg .b16 h; mov.b16 h, 1; st.shared.b16 [1024], h; ret;")
+@pytest.mark.parametrize(("lanes", "wrong"), [(31, False), (15, True)])
+def test_lanes_may_write_halves_of_a_word(lanes: int, wrong: bool) -> None:
+    expected = pytest.raises(Fault, match="two lanes write the same") if wrong else nullcontext()
+    with expected:
+        _run(
+            f"mov.u32 r1, %laneid; and.b32 r1, r1, {lanes}; shl.b32 r1, r1, 1; mov.b32 r2, 7; "
+            "st.shared.b16 [r1+1024], r2; ret;"
+        )
 
 
 UNDEFINED = "mov.u32 r1, %laneid; setp.ne.u32 p, r1, 0; @p bra on; mov.b32 r2, 7; on: "

@@ -65,6 +65,11 @@ def build(one: Instruction, operands: Operands) -> Op | None:
     return others[one.opcode](one, operands) if one.opcode in others else None
 
 
+def is_narrow(opcode: str) -> bool:
+    """Whether an instruction accesses 2 bytes of shared memory."""
+    return re.fullmatch(r"(ld|st)\.shared(::cluster)?\.[bus]16", opcode) is not None
+
+
 def _access(one: Instruction, operands: Operands, match: re.Match[str]) -> Op:
     verb, space, vector, kind_name = match.groups()
     kind = _KINDS[re.sub(r"\D", "", kind_name)]
@@ -79,12 +84,10 @@ def _access(one: Instruction, operands: Operands, match: re.Match[str]) -> Op:
     if space == "param":
         return _load_parameter(operands, names[0], text, kind)
     size = count * kind.itemsize
-    if space != "global" and size % 4:
-        raise ValueError(f"{one.where()}: {one.opcode}: shared memory is tracked by 4 bytes")
     address = operands.address(text, U64 if space == "global" else U32)
     if load:
         return _load(operands, names, address, size, kind, space)
-    sources = [operands.source(name, kind) for name in names]
+    sources = [operands.stored(name, kind) for name in names]
 
     def store(f: Any) -> None:
         values = np.empty((len(f.lanes), count), kind)

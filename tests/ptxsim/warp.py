@@ -30,6 +30,8 @@ class Code:
         self.program, self.instructions = program, program.instructions
         self.operands = Operands(program, *wgmma.registers(program))
         self.ops = [self._op(one) for one in self.instructions]
+        narrow = any(transfers.is_narrow(one.opcode) for one in self.instructions)
+        self.grain = 2 if narrow else 4  # bytes by which accesses of shared memory are told apart
         self.guards = [self._guard(one) for one in self.instructions]
         self.plain = [
             op is not None and not synchronisation.is_collective(one.opcode)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cutlass_moe import dequantize_packed
 from cutlass_moe.ops.grouped_matmul_reference import grouped_matmul_reference
-from emitters.spec.dtypes import Accumulation, DType
+from cutlass_moe.ops.quantize_groups import quantize_per_token_group_reference
+from emitters.spec.dtypes import LARGEST, Accumulation, DType
 from emitters.spec.gemm import GemmProblem
 from tests.support.cases import Case, make_inputs
 
@@ -121,7 +122,8 @@ def _scaled_blocks(
 
 
 # NaNs of a payload that no arithmetic produces: what has them was not written.
-_POISON = {2: (torch.int16, 0x7FA5), 4: (torch.int32, 0x7FA5A5A5)}
+# FP8 has one NaN of each sign, of which arithmetic produces the other.
+_POISON = {1: (torch.uint8, 0xFF), 2: (torch.int16, 0x7FA5), 4: (torch.int32, 0x7FA5A5A5)}
 
 
 def poisoned(rows: int, n: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -227,6 +229,29 @@ def check(out: Tensor, case: Case, inputs: dict[str, Any], exact: bool = False) 
     assert found.whole <= allowed.whole, (found, allowed)
     assert found.worst_row <= allowed.worst_row, (found, allowed)
     assert found.worst_element <= allowed.worst_element, (found, allowed)
+
+
+def check_quantized(
+    q: Tensor, scale: Tensor, case: Case, inputs: dict[str, Any], exact: bool = False
+) -> None:
+    """Asserts that q and scale [rows, columns / 128], both from `poisoned`, are the product of the
+    case, quantised: its values to the nearest of 8 bits. exact: where the sums are."""
+    owned = case.owned.to(q.device)
+    assert untouched(q, ~owned) and untouched(scale, ~owned), "rows of no expert were written"
+    want = grouped_matmul_reference(**{**inputs, "out_dtype": torch.float64})[owned]
+    values, want_scale = quantize_per_token_group_reference(want.float())
+    if exact and case.problem.activation is None:
+        assert torch.equal(scale[owned], want_scale)
+        other = q[owned].view(torch.uint8) != values.view(torch.uint8)
+        assert other.float().mean() < 1e-3, "more than what lies between two values differs"
+    allowed = 1e-6 if exact else _TWO_LEVEL_LIMITS[DType.FP32] * _ELEMENT_FACTOR
+    torch.testing.assert_close(scale[owned], want_scale, rtol=allowed, atol=0)
+    columns = torch.arange(want.shape[1], device=q.device) // 128
+    scale = scale[owned].double()[:, columns]
+    error = (q[owned].double() * scale - want).abs()
+    rounded = torch.maximum(want.abs() / 16, scale / 1024)  # 3 bits; 2^-9 apart from 0 on
+    largest = want_scale.double()[:, columns] * LARGEST[DType.E4M3]
+    assert (error <= rounded * (1 + 1e-5) + allowed * largest / 4).all()
 
 
 SCHEMA_ORDER = (

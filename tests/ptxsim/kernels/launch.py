@@ -56,6 +56,7 @@ def _bytes(tensor: Tensor) -> np.ndarray:
 
 
 _LATE = ("x", "per_token_scale")  # what a GEMM's predecessor may write
+_WRITTEN = ("h", "out_scale")  # among the inputs: what is written beside the output
 
 
 def numbers_of(inputs: dict[str, Any]) -> tuple[float, ...]:
@@ -125,9 +126,9 @@ class Arguments:
         addresses = {
             name: self._add(name, tensor)
             for name, tensor in inputs.items()
-            if isinstance(tensor, Tensor) and name not in ("weight", "h")
+            if isinstance(tensor, Tensor) and name not in ("weight", *_WRITTEN)
         }
-        self.written = {"out": out, **({"h": inputs["h"]} if self.problem.stored else {})}
+        self.written = {"out": out, **{n: inputs[n] for n in _WRITTEN if n in inputs}}
         for name, tensor in self.written.items():
             address = self.memory.add(name, _bytes(tensor), writer=self.grid)
             addresses[name] = addresses[f"{name}_map"] = address
@@ -210,8 +211,9 @@ def simulate(
     rows: int, trace: Trace | None = None, late: bool = False,
 ) -> Tensor:  # fmt: skip
     """out [rows, N], from `poisoned`. inputs: as `grouped_matmul` takes them, and int32 `starts`;
-    of a problem that stores columns before the activation also h [rows, N], which is written. late:
-    a dependent launch, whose predecessor writes x and per_token_scale.
+    of a problem that stores columns before the activation also h [rows, N], of one that quantises
+    its output also out_scale [rows, columns / 128], which are written. late: a dependent launch,
+    whose predecessor writes x and per_token_scale.
 
     Raises Fault for a defect of the kernel; what `out` holds is the caller's to check.
     """

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
@@ -17,14 +18,14 @@ from emitters.spec.config_sm90 import GemmSm90Config, Schedule
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType
 from emitters.spec.epilogue import Activation, ActivationFunction, Bias, EpilogueNode
-from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightStorage
+from emitters.spec.gemm import K_BLOCK, GemmProblem, Granularity, Major, WeightStorage
 from emitters.spec.packing import Packing
 from emitters.spec.registry import GemmConfig
 from tests.ptxsim import schedule
 from tests.ptxsim.kernels import launch
 from tests.ptxsim.ptx import Fault
 from tests.support.cases import BLOCK_SCALES, SCALES, Case, make_inputs
-from tests.support.numerics import check, poisoned
+from tests.support.numerics import check, check_quantized, poisoned
 
 SMALL = GemmSm90Config(tile_m=64, tile_n=64, stages=2)
 PINGPONG = replace(SMALL, pingpong=True)
@@ -403,6 +404,23 @@ BLOCKS: dict[str, Run] = {  # scales that vary along K
         replace(_BLOCKS, counts=(300, 0, 33), n=120, gather=False, reads="any", k=272),
         GemmSm90Config(tile_m=128, tile_n=128, stages=2, tma_x=True, cluster_m=2),
     ),
+    "blocks_quantised": Run(  # two groups, of which the second is cut, in one of two tiles
+        replace(_BLOCKS, counts=(134, 0, 3), n=400, k=272, out=DType.E4M3),
+        GemmSm90Config(tile_m=128, tile_n=256, stages=2),
+    ),
+    "blocks_quantised_gated": Run(
+        replace(_BLOCK_GATED, counts=(70, 0, 3), n=352, out=DType.E4M3),
+        replace(SMALL, tile_n=256),
+    ),
+    "blocks_quantised_bias": Run(
+        replace(
+            _BLOCKS,
+            n=112,
+            out=DType.E4M3,
+            epilogue=(*BLOCK_SCALES, Bias(DType.BF16), Activation(ActivationFunction.RELU2)),
+        ),
+        _WIDE,
+    ),
     "swap_blocks": Run(replace(_FEW_BLOCKS, n=136), SWAP),
     "swap_blocks_128": Run(
         replace(_FEW_BLOCKS, n=136), replace(SWAP, tile_n=128, tile_m=48, k_boxes=2)
@@ -610,7 +628,13 @@ def check_run(runs: dict[str, Run], name: str) -> None:
         inputs = make_inputs(run.case, "cpu", exact=exact, seed=order.seed)
         if run.problem.stored:
             inputs["h"] = poisoned(run.case.rows, run.case.n, inputs["out_dtype"], "cpu")
+        if run.problem.quantized_out:
+            groups = -(-run.problem.out_columns // K_BLOCK)
+            inputs["out_scale"] = poisoned(run.case.rows, groups, torch.float32, "cpu")
         out, h = _simulate(run, inputs, order), inputs.pop("h", None)
+        if run.problem.quantized_out:
+            check_quantized(out, inputs.pop("out_scale"), run.case, inputs, exact=exact)
+            continue
         check(out, run.case, inputs, exact=exact)
         if h is not None:
             before = {**inputs, "activation": None, "interleaved": False}
