@@ -289,7 +289,8 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
     experts = problem.num_experts
     if problem.weight.packing:
         return packed_sm90.chosen(problem, rows_per_expert, gpu)
-    if rows_per_expert > _swap_rows(problem, gpu) or not problem.sole_output:  # else swap-AB
+    only_many = not problem.sole_output or problem.quantized_out  # has no swap-AB
+    if rows_per_expert > _swap_rows(problem, gpu) or only_many:
         if problem.block_rows and not problem.gather:
             return waves_sm90.fastest(problem, _wide(problem), rows_per_expert, gpu)
         # Half of the rows of one large tile may be empty: that costs nothing only as long as

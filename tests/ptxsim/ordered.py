@@ -333,9 +333,10 @@ class OrderedMemory:
                     continue
                 before = np.maximum(location.writes, location.reads if writes else 0)
                 if (before > self.order.known[GENERIC, thread, : self.order.threads]).any():
+                    verb = "write" if writes else "read"
                     raise Fault(
-                        f"{'write' if writes else 'read'} at {word * self.grain}: nothing orders it after "
-                        "another thread's atomic access"
+                        f"{verb} at {word * self.grain}: nothing orders it after another thread's "
+                        "atomic access"
                     )
 
     def location(self, thread: int, address: int, reads: bool, writes: bool) -> Location:
