@@ -14,7 +14,7 @@ from emitters.spec.gemm import GemmProblem
 
 # With more rows per expert up projections have tiles that hold whole groups of 128 outputs: those
 # whose outputs get scales along K then quantise them.
-_QUANTIZING_ROWS = 40
+_QUANTIZING_ROWS = 12
 
 
 def id_count(layer: LayerOperands) -> int:

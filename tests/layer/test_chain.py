@@ -11,8 +11,9 @@ import torch
 from cutlass_moe.layer.chain import Chain, layer_links
 from cutlass_moe.layer.checks import accept_layer, layer_addresses, problems_of
 from cutlass_moe.layer.workspace import LayerWorkspace
-from cutlass_moe.operands import LayerOperands, LayerOptions
+from cutlass_moe.operands import FP8_BLOCK, QUANTS, LayerOperands, LayerOptions
 from cutlass_moe.runtime import library
+from cutlass_moe.runtime.parameters import column_stride
 from emitters.spec.gemm import GemmProblem
 from tests.support.fake_driver import FakeDriver, Seen, parameters_of
 
@@ -22,10 +23,11 @@ OPS = ["route", "quantize", "grouped_gemm", "quantize", "grouped_gemm", "combine
 
 
 def make_layer(quant: str | None = "fp8", tokens: int = 5, **others: Any) -> LayerOperands:
-    dtype = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, None: torch.bfloat16}[quant]
+    dtype = torch.bfloat16 if quant is None else QUANTS[quant]
+    per, k = (128, True) if quant == FP8_BLOCK else (1, False)
     scales = {
-        "w13_scale": torch.ones(EXPERTS, 2 * INTER),
-        "w2_scale": torch.ones(EXPERTS, HIDDEN),
+        "w13_scale": torch.ones(EXPERTS, 2 * INTER // per, *(HIDDEN // per,) * k),
+        "w2_scale": torch.ones(EXPERTS, HIDDEN // per, *(INTER // per,) * k),
     }
     return LayerOperands(
         torch.zeros(tokens, HIDDEN, dtype=torch.bfloat16),
@@ -113,6 +115,30 @@ def test_every_kernel_finds_its_tensors(run: Any, quant: str | None, again: bool
         assert (first["source"], first["end"], first["num_rows"]) == (tensors["hidden"], 0, 5)
         assert (second["source"], second["num_rows"]) == (tensors["active"], 10)
         assert second["end"] == tensors["offsets"] + 4 * (EXPERTS - 1)
+
+
+@pytest.mark.parametrize(("tokens", "step"), [(5, True), (48, True), (64, False)])
+def test_blocks_are_quantised_by_a_step_or_by_the_product(
+    run: Any, tokens: int, step: bool
+) -> None:
+    """From 13 rows per expert on by the product, of which no float32 rows are kept then."""
+    layer, options = make_layer(FP8_BLOCK, tokens), LayerOptions(FP8_BLOCK)
+    tensors, launches = run(layer, options)
+    up, down = (one.values for problem, one in launches if isinstance(problem, GemmProblem))
+    steps = [one.values for problem, one in launches if problem.op == "quantize_groups"]
+    rows = tokens * TOP_K
+    if step:
+        _, second = steps
+        assert up["out"] == second["source"] == tensors["active"] and "out_scale" not in up
+        assert (second["source_stride"], second["num_rows"]) == (4 * INTER, rows)
+        written = second["q"], second["scale"], second["scale_stride"], second["scale_k_stride"]
+    else:
+        assert len(steps) == 1
+        written = (up["out"], up["out_scale"], up["out_scale_stride"], up["out_scale_k_stride"])
+    assert written == (tensors["active_q"], tensors["active_q_scale"], 1, column_stride(rows))
+    assert down["x"] in (tensors["active_q"], (tensors["active_q"], (INTER, rows), (INTER,)))
+    kept = tensors["rows"] - tensors["active"]
+    assert kept == min(rows, 12 * EXPERTS) * INTER * 4
 
 
 @pytest.mark.parametrize(("tokens", "pdl"), [(5, True), (5, False), (4096, True)])

@@ -116,18 +116,23 @@ def test_compiles_to_one_graph() -> None:
     assert torch.equal(compiled(**given), cm.fused_moe(**given))
 
 
-def test_workspace_grows_with_tokens_and_needs_no_memory_to_plan() -> None:
+@pytest.mark.parametrize(("quant", "inters", "scales"), [("fp8", 3, 1), ("fp8_block", 1, 2)])
+def test_workspace_grows_with_tokens_and_needs_no_memory_to_plan(
+    quant: str, inters: int, scales: int
+) -> None:
+    """inters: bytes per row and column of I. scales: of a row of x, and of the activation."""
     sizes = []
-    for count in (0, 1, 128, 65536):
+    for count in (0, 1, 8, 16, 32, 64, 128, 65536):
         given = {
             name: value.to("meta") if isinstance(value, torch.Tensor) else value
-            for name, value in arguments(quant="fp8").items()
+            for name, value in arguments(quant=quant).items()
         }
         for name in ("hidden", "topk_weights", "topk_ids"):
             given[name] = given[name][:1].expand(count, -1).contiguous()
         sizes.append(cm.fused_moe_workspace_size(**given))
     rows, shape = 65536 * SMALL.shape.top_k, SMALL.shape
-    needed = rows * (3 * shape.inter + 2 * shape.hidden + 12) + 65536 * (shape.hidden + 4)
+    needed = rows * (inters * shape.inter + 2 * shape.hidden + 8 + 4 * scales)
+    needed += 65536 * (shape.hidden + 4 * scales)
     assert sizes == sorted(sizes)
     assert needed <= sizes[-1] <= 1.01 * needed
 

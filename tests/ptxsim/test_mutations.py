@@ -12,11 +12,10 @@ from emitters.spec.gemm import GemmProblem, WeightStorage
 from emitters.spec.registry import GemmConfig
 from tests.ptxsim.kernels import launch
 from tests.ptxsim.kernels.mutations import MUTATIONS
-from tests.ptxsim.kernels.runs import RUNS, SMALL
+from tests.ptxsim.kernels.runs import RUNS, SMALL, check_outputs, other_outputs
 from tests.ptxsim.ptx import Fault
 from tests.ptxsim.schedule import MODES, Schedule
 from tests.support.cases import Case, make_inputs
-from tests.support.numerics import check, poisoned
 
 pytestmark = pytest.mark.skipif(default_build() is None, reason="needs nvidia-cutlass-dsl")
 CASE = Case(tokens=30, counts=(70, 0, 33), n=72, k=272, spare=3)
@@ -46,6 +45,7 @@ KERNELS: dict[str, tuple[Case, GemmConfig]] = {
             "n_major_gated": "n_major_gated",
             "stored": "stored",
             "tma_x": "tma_x",
+            "blocks_quantised": "blocks_quantised",
             "blocks_spans": "blocks_spans",
             "blocks_tma_x": "blocks_tma_x",
             "packed": "packed_int4_g128_16",
@@ -70,12 +70,10 @@ def problem(name: str) -> GemmProblem:
 def complaint(kernel: launch.SimulatedKernel, case: Case, order: Schedule) -> str:
     """What is wrong in a schedule; "" where nothing is."""
     inputs = make_inputs(case, "cpu", exact=True)
-    more = {}
-    if case.problem.stored:
-        more["h"] = poisoned(case.rows, case.n, inputs["out_dtype"], "cpu")
+    more = other_outputs(case, inputs)
     try:
         out = launch.simulate(kernel, {**inputs, **more}, order, rows=case.rows)
-        check(out, case, inputs, exact=True)
+        check_outputs(out, more, case, inputs, exact=True)
     except Fault as fault:
         return str(fault)
     except AssertionError as error:

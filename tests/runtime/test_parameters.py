@@ -16,6 +16,7 @@ from cutlass_moe.runtime.parameters import (
     gather_sum_values,
     gemm_values,
     gemm_views,
+    quantize_groups_values,
     quantize_values,
     route_values,
     router_values,
@@ -31,6 +32,7 @@ from emitters.spec.layer_steps import (
     ActivateProblem,
     CombineProblem,
     GatherSumProblem,
+    QuantizeGroupsProblem,
     QuantizeProblem,
     RouteLogitsProblem,
     RouteProblem,
@@ -38,13 +40,13 @@ from emitters.spec.layer_steps import (
 )
 from emitters.spec.registry import Config, Problem
 from emitters.spec.weight_grad import RAGGED_ROWS, Side, WeightGradProblem
-from tests.support.cases import BASE, FLOAT
+from tests.support.cases import BASE, BLOCK_SCALES, FLOAT, TWO_LEVEL
 from tests.support.fake_driver import INT, parameters_of
 
 ADDRESS = {  # of any kernel's tensors
     name: 256 * number
     for number, name in enumerate(
-        (*Operands._fields, "out", "source", "end", "q", "rows", "weights", "inverse")
+        (*Operands._fields, "out", "out_scale", "source", "end", "q", "rows", "weights", "inverse")
         + (
             "static_scale",
             "overflow",
@@ -74,6 +76,12 @@ FULL = replace(
     epilogue=(Bias(DType.BF16), GATED),
     weight=WeightFormat(DType.E4M3, storage=WeightStorage.TABLE),
 )
+BLOCKS = replace(
+    TWO_LEVEL,
+    gather=False,
+    out=DType.E4M3,
+    epilogue=(*BLOCK_SCALES, GATED),
+).problem
 ROUTER = (128, DType.BF16, "softmax", 1)
 _ROUTE = {"num_ids": 9, "pairs": 24, "choices": 3, "capacity": 24}
 _ROUTER = router_values(
@@ -82,6 +90,7 @@ _ROUTER = router_values(
 SUMMED = [
     WeightGradProblem(DType.BF16, DType.FP32, 64, 72, 9, gathered) for gathered in (None, *Side)
 ]
+_GROUPS = quantize_groups_values(ADDRESS, 24, 256, (1, 24))
 _ACTIVATED = activate_values(ADDRESS, 24, 24, {})
 _CLAMPED = activate_values(ADDRESS, 24, 24, {"limit": 7.0, "alpha": 1.702, "beta": 1.0})
 CASES: dict[str, tuple[Problem, Config, dict[str, int]]] = {
@@ -91,6 +100,8 @@ CASES: dict[str, tuple[Problem, Config, dict[str, int]]] = {
             ("plain", PLAIN, GemmSm90Config(64, 128)),
             ("tma_x", PLAIN, GemmSm90Config(64, 128, tma_x=True)),
             ("full", FULL, GemmSm90Config(64, 128, schedule=Schedule.DYNAMIC)),
+            ("blocks", replace(BLOCKS, out=DType.BF16), GemmSm90Config(64, 128, tma_x=True)),
+            ("quantised", replace(BLOCKS, gather=True), GemmSm90Config(128, 256)),
         )
     },
     **{
@@ -100,6 +111,7 @@ CASES: dict[str, tuple[Problem, Config, dict[str, int]]] = {
             (TopkProblem(*ROUTER), _ROUTER),
             (RouteLogitsProblem(*ROUTER), {**_ROUTER, **route_values(ADDRESS, **_ROUTE)}),
             (QuantizeProblem(DType.BF16, DType.E4M3, 64), quantize_values(ADDRESS, 24, 128)),
+            (QuantizeGroupsProblem(DType.FP32, DType.E4M3, 64), _GROUPS),
             (CombineProblem(DType.BF16, DType.BF16, 64, 3), combine_values(ADDRESS, 24, 8, 3)),
             (GatherSumProblem(DType.BF16, DType.BF16, 64), gather_sum_values(ADDRESS, 24)),
             (ActivateProblem(ActivationFunction.RELU, DType.BF16, 64), _ACTIVATED),
@@ -153,6 +165,15 @@ def test_integers_of_a_gemm(interleaved: bool, early: bool) -> None:
     assert (values["num_tokens"], values["num_rows"], values["early"]) == (8, 24, int(early))
     strides = (2, 1) if interleaved else (1, FULL.n // 2)
     assert (values["column_stride"], values["gate_stride"]) == strides
+
+
+def test_strides_of_scales() -> None:
+    values = gemm_values(BLOCKS, ADDRESS, 8, 24)
+    assert (values["out_scale_stride"], values["out_scale_k_stride"]) == (1, 1)  # of one group
+    strides = Strides(x_scale=(1, 8), out_scale=(1, 24))
+    values = gemm_values(BLOCKS, ADDRESS, 8, 24, strides=strides)
+    assert (values["per_token_scale_stride"], values["per_token_scale_k_stride"]) == (1, 8)
+    assert (values["out_scale_stride"], values["out_scale_k_stride"]) == (1, 24)
 
 
 def test_stride_of_x() -> None:

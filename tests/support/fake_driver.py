@@ -26,7 +26,8 @@ from tests.support.fake_images import make_image
 MAP, POINTER, INT = ParamKind.TENSOR_MAP, ParamKind.POINTER, ParamKind.INT32
 INTEGERS = (
     "num_ids pairs choices capacity max_rows phase num_tokens k topk_groups renormalize num_rows "
-    "early source_stride weight_stride num_pairs num_groups limit alpha beta"
+    "early source_stride weight_stride num_pairs num_groups limit alpha beta scale_stride "
+    "scale_k_stride power_of_two"
 )
 ROUTER = "logits correction_bias weights ids num_tokens k topk_groups renormalize scale threshold"
 TABLE = "index offsets inverse"
@@ -36,6 +37,9 @@ PARAMETERS = {
     "topk_router": ROUTER,
     "route_logits": f"{ROUTER} {LIMITS} {TABLE}",
     "quantize": "source end q scale static_scale num_rows source_stride early",
+    "quantize_groups": (
+        "source end q scale scale_stride scale_k_stride num_rows source_stride power_of_two early"
+    ),
     "combine": "rows weights inverse residual out num_rows num_tokens weight_stride",
     "gather_sum": "rows order bounds out num_groups",
     "activate": "h inverse active num_rows num_pairs",
@@ -86,7 +90,14 @@ def parameters_of(problem: Problem, config: Config) -> list[tuple[str, ParamKind
         ("h_map", MAP if problem.stored or problem.gradient else None),
         *((name, kind) for name, kind in _OF_GRADIENT if problem.gradient),
         ("per_token_scale", (MAP if boxed else POINTER) if problem.x_scale else None),
+        *(
+            (f"per_token_scale{stride}", INT if problem.block_rows and not tma_x else None)
+            for stride in ("_stride", "_k_stride")
+        ),
         ("scale", POINTER if problem.weight_scale else None),
+        ("out_scale", POINTER if problem.quantized_out else None),
+        ("out_scale_stride", INT if problem.quantized_out else None),
+        ("out_scale_k_stride", INT if problem.quantized_out else None),
         *((operand, POINTER) for operand in operands),
         ("counters", POINTER if getattr(config, "schedule", "") == Schedule.DYNAMIC else None),
     ]

@@ -76,15 +76,17 @@ class Slices:
     @cute.jit
     def write_bytes(self, slice_: cute.Pointer, values: cute.Tensor, first: cutlass.Constexpr):
         """Writes 8-bit outputs as `write_matrices` does, two neighbours of a thread at a time."""
+        start = (self.chunk(slice_, self.lane // 4, 0) + self.lane % 4 * 2).toint()
         for chunk in range_constexpr(cute.size(values) // 8):
             part = cute.make_rmem_tensor((8,), Float32)
             for i in range_constexpr(8):
                 part[i] = values[8 * chunk + i]
             pairs = cute.recast_tensor(narrow(part, self.out), Int16)
+            # as `chunk` has it, by one operation on what does not change
+            target = cute.make_ptr(Int16, start ^ ((first + chunk) * CHUNK), SMEM)
             for i in range_constexpr(4):
-                target = self.chunk(slice_, self.lane // 4 + i % 2 * 8, first + chunk)
-                column = i // 2 * 8 + self.lane % 4 * 2
-                vector(target + column, Int16, 1, SMEM)[0] = pairs[i]
+                offset = i % 2 * 8 * SLICE_BYTES // 2 + i // 2 * 4
+                vector(target + offset, Int16, 1, SMEM)[0] = pairs[i]
 
     @cute.jit
     def add(self, slice_: cute.Pointer, values: cute.Tensor):

@@ -409,6 +409,28 @@ MUTATIONS: dict[str, Mutation] = {
     "scales_of_another_k_tile": Mutation(
         consumer(r"(and.b32 %r\d+, %r\d+,) 28;", r"\1 24;"), (_WRONG,), "blocks_spans"
     ),
+    # outputs that are quantised
+    "group_of_two_lanes": Mutation(
+        consumer(r"(shfl.sync.bfly.b32 %r\d+, %r\d+,) 2,", r"\1 0,"), (_WRONG,), "blocks_quantised"
+    ),
+    "row_in_another_half": Mutation(
+        consumer(r"(st.shared.b16 \[%r\d+\+)99328", r"\g<1>98304"),
+        ("uninitialised",),
+        "blocks_quantised",
+    ),
+    "scales_of_no_row": Mutation(
+        consumer(
+            r"and.pred (%p\d+), (%p\d+), %p\d+;(?=\s+not.pred %p\d+, \1; [^;]*; [^;]*; or.pred)",
+            r"and.pred \1, \2, \2;",
+        ),
+        ("global access", "written twice", "belongs to no expert"),
+        "blocks_quantised",
+    ),
+    "scales_of_no_column": Mutation(
+        consumer(r"(setp.gt.s32 %p\d+, %r\d+,) 271;", r"\1 500;", 10),
+        ("global access", "written twice", "never written"),
+        "blocks_quantised",
+    ),
     # ping-pong
     "first_turn_not_passed": Mutation(
         consumer(r"bar.arrive [^;]*;", ""), (_DEADLOCK,), "pingpong"
