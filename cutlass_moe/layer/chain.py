@@ -15,7 +15,7 @@ from cutlass_moe.layer.checks import Accepted, accept_layer, layer_addresses
 from cutlass_moe.layer.reference import fused_moe_reference
 from cutlass_moe.layer.steps import LayerProblems, Quantize
 from cutlass_moe.layer.why_not import why_no_layer
-from cutlass_moe.layer.workspace import LayerWorkspace, id_count, scale_strides, up_projection
+from cutlass_moe.layer.workspace import Counts, LayerWorkspace, scale_strides, up_projection
 from cutlass_moe.operands import LayerOperands, LayerOptions, Options
 from cutlass_moe.ops import dispatch
 from cutlass_moe.ops._copies import writable
@@ -152,12 +152,24 @@ class Chain:
                 link.launch(addresses, stream)
 
 
+def plan_workspace(
+    layer: LayerOperands, options: LayerOptions, problems: LayerProblems
+) -> LayerWorkspace:
+    """The workspace that a layer needs."""
+    return LayerWorkspace(problems, options, _count(layer), layer.hidden.device)
+
+
+def _count(layer: LayerOperands) -> Counts:
+    ids = len(layer.w2) if layer.expert_map is None else layer.expert_map.numel()
+    return Counts(len(layer.hidden), layer.topk_ids.numel(), ids)
+
+
 def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProblems) -> list[Link]:
     """The launches of a layer, in order; loads their kernels.
 
     Raises what `library.load` raises.
     """
-    tokens, pairs, ids = len(layer.hidden), layer.topk_ids.numel(), id_count(layer)
+    tokens, pairs, ids = _count(layer)
     rows = options.rows(pairs)
     make = _LinkMaker(layer, options, pairs / max(ids, 1))
     routing = {"index": "index", "offsets": "offsets"}
@@ -338,7 +350,7 @@ def find_chain(
     if chain is None:
         check_types(LayerOptions, options._asdict())
         accepted = accept_layer(layer, options, out)
-        needed = LayerWorkspace(accepted.layer, options, accepted.problems)
+        needed = plan_workspace(accepted.layer, options, accepted.problems)
         if workspace is not None:
             needed.layout.aligned(workspace)
         chain = _chains.keep(key, Chain(accepted, options, needed))

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from cutlass_moe.layer.accept import widened
 from cutlass_moe.layer.backward import GradInto
-from cutlass_moe.layer.chain import launch_layer
+from cutlass_moe.layer.chain import launch_layer, plan_workspace
 from cutlass_moe.layer.checks import accept_layer, convert_checked
 from cutlass_moe.layer.training import check_into, differentiable_layer
-from cutlass_moe.layer.workspace import LayerWorkspace
 from cutlass_moe.operands import (
     LAYER_SCHEMA,
     LayerArguments,
@@ -190,7 +189,7 @@ def fused_moe_workspace_size(
     """
     layer, options = split_layer(hidden, w13, w2, topk_weights, topk_ids, arguments)
     layer, _, problems = accept_layer(widened(layer), options)
-    return LayerWorkspace(layer, options, problems).layout.size
+    return plan_workspace(layer, options, problems).layout.size
 
 
 @typed

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from cutlass_moe.layer.steps import LayerProblems
-from cutlass_moe.operands import QUANTS, TORCH_DTYPES, LayerOperands, LayerOptions
+from cutlass_moe.operands import TORCH_DTYPES, LayerOptions
 from cutlass_moe.ops.route import route_scratch
 from cutlass_moe.runtime.parameters import column_stride
 from cutlass_moe.runtime.workspace import ALIGNMENT, WorkspaceLayout
@@ -17,9 +19,12 @@ from emitters.spec.gemm import GemmProblem
 _QUANTIZING_ROWS = 12
 
 
-def id_count(layer: LayerOperands) -> int:
-    """The experts that ids may name."""
-    return len(layer.w2) if layer.expert_map is None else layer.expert_map.numel()
+class Counts(NamedTuple):
+    """How much a call computes."""
+
+    tokens: int
+    pairs: int  # of a token with one of its experts
+    ids: int  # experts that ids may name, on all ranks
 
 
 def up_projection(problems: LayerProblems, expected_rows: float) -> GemmProblem:
@@ -34,13 +39,12 @@ class LayerWorkspace:
     """The layout of a layer's workspace: the offset in bytes of each of its regions, by name."""
 
     def __init__(
-        self, layer: LayerOperands, options: LayerOptions, problems: LayerProblems
+        self, problems: LayerProblems, options: LayerOptions, counts: Counts, device: torch.device
     ) -> None:
-        tokens, experts = len(layer.hidden), len(layer.w2)
-        hidden, inter = problems.down.n, problems.down.k
-        pairs, quant = layer.topk_ids.numel(), options.quant
+        experts, hidden, inter = problems.down.num_experts, problems.down.n, problems.down.k
+        tokens, pairs, _ = counts
         rows = options.rows(pairs)
-        self.layout = layout = WorkspaceLayout(layer.hidden.device)
+        self.layout = layout = WorkspaceLayout(device)
         offsets = layout.region((experts,), torch.int32)
         self._offset = {
             "offsets": offsets.offset,
@@ -49,15 +53,16 @@ class LayerWorkspace:
         self._add("index", (rows,), torch.int32)
         self._add("inverse", (pairs,), torch.int32)
         self._add("histograms", (route_scratch(pairs, experts),), torch.int32)
-        unquantized = _most_unquantized(layer, options, problems)
-        self._add("active", (unquantized, inter), TORCH_DTYPES[problems.up.out])
+        stored = _most_stored(problems, options, counts)
+        self._add("active", (stored, inter), TORCH_DTYPES[problems.up.out])
         self._add("rows", (rows, hidden), TORCH_DTYPES[problems.down.out])
-        if quant:
-            if layer.hidden.dtype.itemsize > 1:
-                self._add("hidden_q", (tokens, layer.w13.shape[2]), QUANTS[quant])
-                self._add("hidden_q_scale", _scales(tokens, problems.up), torch.float32)
-            self._add("active_q", (rows, inter), QUANTS[quant])
-            self._add("active_q_scale", _scales(rows, problems.down), torch.float32)
+        for name, count, product, quantize in (
+            ("hidden_q", tokens, problems.up, problems.quantize_hidden),
+            ("active_q", rows, problems.down, problems.quantize_active),
+        ):
+            if quantize is not None:
+                self._add(name, (count, product.k), TORCH_DTYPES[product.x])
+                self._add(f"{name}_scale", _scales(count, product), torch.float32)
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._offset[name] = self.layout.region(shape, dtype).offset
@@ -80,13 +85,13 @@ class LayerWorkspace:
         return address + -address % ALIGNMENT
 
 
-def _most_unquantized(layer: LayerOperands, options: LayerOptions, problems: LayerProblems) -> int:
-    """The most rows of this layer, with so many tokens or fewer, whose activation is stored before
-    it is quantised."""
-    rows = options.rows(layer.topk_ids.numel())
+def _most_stored(problems: LayerProblems, options: LayerOptions, counts: Counts) -> int:
+    """The most rows of a call, or of one with fewer tokens, whose activation is stored before it is
+    quantised or multiplied."""
+    rows = options.rows(counts.pairs)
     if problems.quantized_up is None:
         return rows
-    return 0 if options.batch_invariant else min(rows, _QUANTIZING_ROWS * id_count(layer))
+    return 0 if options.batch_invariant else min(rows, _QUANTIZING_ROWS * counts.ids)
 
 
 def _scales(rows: int, problem: GemmProblem) -> tuple[int, ...]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import cutlass_moe as cm
 from cutlass_moe import nn as moe
+from cutlass_moe.layer.chain import plan_workspace
 from cutlass_moe.layer.checks import problems_of
-from cutlass_moe.layer.workspace import LayerWorkspace
 from cutlass_moe.models.problems import model_problems, problems_of_shape
 from cutlass_moe.models.shapes import MODELS
 from cutlass_moe.operands import FP8_BLOCK, LayerOperands, LayerOptions
@@ -118,7 +118,7 @@ def test_problems_and_workspace() -> None:
     for problem in (problems.up, problems.down):
         assert problem.x_scale is Granularity.TOKEN_BLOCK
         assert problem.weight_scale is Granularity.BLOCK_128
-    addresses = LayerWorkspace(layer, options, problems).addresses(0)
+    addresses = plan_workspace(layer, options, problems).addresses(0)
     assert addresses["active_q"] - addresses["hidden_q_scale"] >= 20 * 2 * 4
     assert cm.why_not(**arguments()) is None
 

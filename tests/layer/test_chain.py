@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from cutlass_moe.layer.chain import Chain, layer_links
+from cutlass_moe.layer.chain import Chain, layer_links, plan_workspace
 from cutlass_moe.layer.checks import accept_layer, layer_addresses, problems_of
-from cutlass_moe.layer.workspace import LayerWorkspace
 from cutlass_moe.operands import FP8_BLOCK, QUANTS, LayerOperands, LayerOptions
 from cutlass_moe.runtime import library
 from cutlass_moe.runtime.parameters import column_stride
@@ -62,7 +61,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
         posed = problems_of(layer, options)
         links = layer_links(layer, options, posed)
         tensors = layer_addresses(layer, torch.empty_like(layer.hidden))
-        tensors |= LayerWorkspace(layer, options, posed).addresses(BASE)
+        tensors |= plan_workspace(layer, options, posed).addresses(BASE)
         known = set(layer._fields)
         for link in links:
             assert set(link.reads.values()) - {"last_end"} <= known, "read before it is written"
@@ -170,5 +169,5 @@ def test_ids_of_all_ranks(run: Any) -> None:
 
 def test_on_the_cpu_there_are_no_launches() -> None:
     accepted, options = accept_layer(make_layer(), LayerOptions("fp8")), LayerOptions("fp8")
-    chain = Chain(accepted, options, LayerWorkspace(accepted.layer, options, accepted.problems))
+    chain = Chain(accepted, options, plan_workspace(accepted.layer, options, accepted.problems))
     assert not chain.links and chain.why_not is None
