@@ -13,9 +13,9 @@ import cutlass_moe as cm
 from cutlass_moe.choose.heuristics_sm90 import every_config
 from cutlass_moe.layer.accept import conversions, convert
 from cutlass_moe.layer.checks import problems_of
-from cutlass_moe.operands import LayerOperands, LayerOptions
+from cutlass_moe.operands import FP8_BLOCK, LayerOperands, LayerOptions
 from emitters.spec.registry import Config, Problem
-from tests.support.layer_cases import LIMITS, SMALL, tokens, weights
+from tests.support.layer_cases import ALL_QUANTS, LIMITS, SMALL, tokens, weights
 from tests.support.layer_forms import FORMS
 
 pytestmark = pytest.mark.gpu
@@ -31,6 +31,7 @@ MORE: dict[str, tuple[str | None, dict[str, Any]]] = {  # other ways to ask, wit
     "static_int8": ("int8", {"hidden_scale": 0.04, "active_scale": 0.01}),
     "batch_invariant": (None, {"batch_invariant": True}),
     "batch_invariant_fp8": ("fp8", {"batch_invariant": True}),
+    "batch_invariant_blocks": (FP8_BLOCK, {"batch_invariant": True}),
 }
 
 
@@ -112,7 +113,7 @@ def test_weight_on_input() -> None:
     assert error(out, given | one | {"weight_on_input": True}) < 1.5 * LIMITS[None, None]
 
 
-@pytest.mark.parametrize("quant", [None, "int8", "fp8"])
+@pytest.mark.parametrize("quant", ALL_QUANTS)
 def test_batch_invariant_results_do_not_depend_on_the_batch(quant: str | None) -> None:
     given = arguments(512, quant, batch_invariant=True)
     whole = cm.fused_moe(**given)
