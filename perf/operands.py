@@ -212,18 +212,19 @@ class LayerInputs(Inputs):
         return gate * torch.sigmoid(numbers.alpha * gate) * (up + numbers.beta)
 
     def quantized(self, row: torch.Tensor) -> torch.Tensor:
-        """The values of a row float64 [K] once it has been quantised: with one scale, or with one
-        per BLOCK values."""
+        """The values of a row float64 [K] once it has been quantised, in float32 as everybody does:
+        with one scale, or with one per BLOCK values."""
         dtype = self.case.dtype
         if self.case.torch_dtype == torch.bfloat16:
             return row
-        groups = row.split(BLOCK) if dtype == "fp8_block" else [row]
+        groups = row.float().split(BLOCK) if dtype == "fp8_block" else [row.float()]
+        largest = row.new_full((), LARGEST[dtype.partition("_")[0]], dtype=torch.float32)
         done = []
         for group in groups:
-            scale = group.abs().max() / LARGEST[dtype.partition("_")[0]]
+            scale = group.abs().max() / largest
             grid = group / scale if scale > 0 else group
-            grid = grid.round() if dtype == "int8" else grid.float()
-            done.append(grid.to(self.case.torch_dtype).double() * scale)
+            grid = grid.round() if dtype == "int8" else grid
+            done.append(grid.to(self.case.torch_dtype).double() * scale.double())
         return torch.cat(done)
 
 

@@ -21,7 +21,16 @@ class GroupStore(SliceStore):
     8-bit ones may become the other one.
     """
 
-    def put(self, m, part, output, values, first_row, rows, first_column):
+    def put(
+        self,
+        m: int,
+        part: int,
+        output: int,
+        values: cute.Tensor,
+        first_row: Int32,
+        rows: Int32,
+        first_column: Int32,
+    ):
         """As in `Store`. The parts of a slice wait for the last one, with which they are stored."""
         in_slice = part % self.slice_parts
         self.waiting = [values] if in_slice == 0 else [*self.waiting, values]
