@@ -77,7 +77,7 @@ def layer_images(case: Case, gpu: str) -> Iterator[Image]:
     shape = MoeShape(case.model, *sizes, activation=case.activation)
     problems = problems_of_shape(shape, case.dtype)
     per_expert = case.rows / case.num_experts
-    up = up_projection(problems, per_expert)
+    up = up_projection(problems, per_expert, case.rows)
     for problem in filter(None, problems._replace(up=up, quantized_up=None)):
         if isinstance(problem, GemmProblem):
             x_rows = case.tokens if problem.gather else case.rows

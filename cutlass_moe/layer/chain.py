@@ -15,7 +15,7 @@ from cutlass_moe.layer.checks import Accepted, accept_layer, layer_addresses
 from cutlass_moe.layer.reference import fused_moe_reference
 from cutlass_moe.layer.steps import LayerProblems, Quantize
 from cutlass_moe.layer.why_not import why_no_layer
-from cutlass_moe.layer.workspace import Counts, LayerWorkspace, scale_strides, up_projection
+from cutlass_moe.layer.workspace import LayerWorkspace, scale_strides, up_projection
 from cutlass_moe.operands import LayerOperands, LayerOptions, Options
 from cutlass_moe.ops import dispatch
 from cutlass_moe.ops._copies import writable
@@ -156,12 +156,8 @@ def plan_workspace(
     layer: LayerOperands, options: LayerOptions, problems: LayerProblems
 ) -> LayerWorkspace:
     """The workspace that a layer needs."""
-    return LayerWorkspace(problems, options, _count(layer), layer.hidden.device)
-
-
-def _count(layer: LayerOperands) -> Counts:
-    ids = len(layer.w2) if layer.expert_map is None else layer.expert_map.numel()
-    return Counts(len(layer.hidden), layer.topk_ids.numel(), ids)
+    tokens, pairs = len(layer.hidden), layer.topk_ids.numel()
+    return LayerWorkspace(problems, tokens, pairs, options.rows(pairs), layer.hidden.device)
 
 
 def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProblems) -> list[Link]:
@@ -169,8 +165,9 @@ def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProb
 
     Raises what `library.load` raises.
     """
-    tokens, pairs, ids = _count(layer)
+    tokens, pairs = len(layer.hidden), layer.topk_ids.numel()
     rows = options.rows(pairs)
+    ids = problems.up.num_experts if layer.expert_map is None else layer.expert_map.numel()
     make = _LinkMaker(layer, options, pairs / max(ids, 1))
     routing = {"index": "index", "offsets": "offsets"}
     up_x, down_x = {"x": "hidden"}, {"x": "active"}
@@ -186,7 +183,7 @@ def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProb
         up_x["per_token_scale"] = "hidden_scale"
     if options.quant:
         down_x = {"x": "active_q", "per_token_scale": "active_q_scale"}
-    up = up_projection(problems, make.expected_rows)
+    up = up_projection(problems, make.expected_rows, rows)
     if up.quantized_out:
         written = {"out": "active_q", "out_scale": "active_q_scale"}
         strides = scale_strides(rows, problems.down)

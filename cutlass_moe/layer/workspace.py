@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from cutlass_moe.layer.steps import LayerProblems
-from cutlass_moe.operands import TORCH_DTYPES, LayerOptions
+from cutlass_moe.operands import TORCH_DTYPES
 from cutlass_moe.ops.route import route_scratch
 from cutlass_moe.runtime.parameters import column_stride
 from cutlass_moe.runtime.workspace import ALIGNMENT, WorkspaceLayout
@@ -17,33 +15,33 @@ from emitters.spec.gemm import GemmProblem
 # With more rows per expert up projections have tiles that hold whole groups of 128 outputs: those
 # whose outputs get scales along K then quantise them.
 _QUANTIZING_ROWS = 12
+# So they do where the activation before it is quantised would take more memory than this: a call
+# with few rows per expert has so many rows only of more experts than models have.
+_STORED_BYTES = 64 << 20
 
 
-class Counts(NamedTuple):
-    """How much a call computes."""
-
-    tokens: int
-    pairs: int  # of a token with one of its experts
-    ids: int  # experts that ids may name, on all ranks
-
-
-def up_projection(problems: LayerProblems, expected_rows: float) -> GemmProblem:
-    """The up projection to launch with so many rows per expert; `quantize_active` follows it only
-    where it does not quantise its output."""
-    if problems.quantized_up is None or expected_rows <= _QUANTIZING_ROWS:
+def up_projection(problems: LayerProblems, expected_rows: float, rows: int) -> GemmProblem:
+    """The up projection to launch; `quantize_active` follows it only where it does not quantise its
+    output. expected_rows: per expert; rows: of all experts."""
+    if problems.quantized_up is None:
         return problems.up
-    return problems.quantized_up
+    few = expected_rows <= _QUANTIZING_ROWS and rows <= _most_stored(problems)
+    return problems.up if few else problems.quantized_up
+
+
+def _most_stored(problems: LayerProblems) -> int:
+    """The most rows whose activation is stored before it is quantised."""
+    return _STORED_BYTES // (problems.up.out.bytes * problems.down.k)
 
 
 class LayerWorkspace:
     """The layout of a layer's workspace: the offset in bytes of each of its regions, by name."""
 
     def __init__(
-        self, problems: LayerProblems, options: LayerOptions, counts: Counts, device: torch.device
+        self, problems: LayerProblems, tokens: int, pairs: int, rows: int, device: torch.device
     ) -> None:
+        """pairs: of a token with one of its experts; rows: the most that experts here have."""
         experts, hidden, inter = problems.down.num_experts, problems.down.n, problems.down.k
-        tokens, pairs, _ = counts
-        rows = options.rows(pairs)
         self.layout = layout = WorkspaceLayout(device)
         offsets = layout.region((experts,), torch.int32)
         self._offset = {
@@ -53,7 +51,7 @@ class LayerWorkspace:
         self._add("index", (rows,), torch.int32)
         self._add("inverse", (pairs,), torch.int32)
         self._add("histograms", (route_scratch(pairs, experts),), torch.int32)
-        stored = _most_stored(problems, options, counts)
+        stored = rows if problems.quantized_up is None else min(rows, _most_stored(problems))
         self._add("active", (stored, inter), TORCH_DTYPES[problems.up.out])
         self._add("rows", (rows, hidden), TORCH_DTYPES[problems.down.out])
         for name, count, product, quantize in (
@@ -83,15 +81,6 @@ class LayerWorkspace:
         ):
             layout.aligned(workspace)  # says what is wrong
         return address + -address % ALIGNMENT
-
-
-def _most_stored(problems: LayerProblems, options: LayerOptions, counts: Counts) -> int:
-    """The most rows of a call, or of one with fewer tokens, whose activation is stored before it is
-    quantised or multiplied."""
-    rows = options.rows(counts.pairs)
-    if problems.quantized_up is None:
-        return rows
-    return 0 if options.batch_invariant else min(rows, _QUANTIZING_ROWS * counts.ids)
 
 
 def _scales(rows: int, problem: GemmProblem) -> tuple[int, ...]:

@@ -116,11 +116,14 @@ def test_compiles_to_one_graph() -> None:
     assert torch.equal(compiled(**given), cm.fused_moe(**given))
 
 
-@pytest.mark.parametrize(("quant", "inters", "scales"), [("fp8", 3, 1), ("fp8_block", 1, 2)])
+@pytest.mark.parametrize(
+    ("quant", "inters", "scales", "stored"), [("fp8", 3, 1, 0), ("fp8_block", 1, 2, 64 << 20)]
+)
 def test_workspace_grows_with_tokens_and_needs_no_memory_to_plan(
-    quant: str, inters: int, scales: int
+    quant: str, inters: int, scales: int, stored: int
 ) -> None:
-    """inters: bytes per row and column of I. scales: of a row of x, and of the activation."""
+    """inters: bytes per row and column of I. scales: of a row of x, and of the activation. stored:
+    bytes for the activation of few rows, before it is quantised."""
     sizes = []
     for count in (0, 1, 8, 16, 32, 64, 128, 65536):
         given = {
@@ -130,9 +133,11 @@ def test_workspace_grows_with_tokens_and_needs_no_memory_to_plan(
         for name in ("hidden", "topk_weights", "topk_ids"):
             given[name] = given[name][:1].expand(count, -1).contiguous()
         sizes.append(cm.fused_moe_workspace_size(**given))
+        of_all_ranks = torch.zeros(512, dtype=torch.int32, device="meta")
+        assert cm.fused_moe_workspace_size(**given, expert_map=of_all_ranks) == sizes[-1]
     rows, shape = 65536 * SMALL.shape.top_k, SMALL.shape
     needed = rows * (inters * shape.inter + 2 * shape.hidden + 8 + 4 * scales)
-    needed += 65536 * (shape.hidden + 4 * scales)
+    needed += 65536 * (shape.hidden + 4 * scales) + stored
     assert sizes == sorted(sizes)
     assert needed <= sizes[-1] <= 1.01 * needed
 

@@ -195,6 +195,6 @@ def _images(
     for count in counts:
         per_expert = count * shape.top_k / shape.num_experts
         for expected in (per_expert, per_expert / 4):  # or on a rank of four
-            up = up_projection(every, expected)
+            up = up_projection(every, expected, count * shape.top_k)
             found |= {(p, choose(p, count, expected)) for p in (up, every.down)}
     return found
