@@ -160,7 +160,8 @@ def fits(shape: MoeShape, part: str, dtype: str) -> bool:
 
 
 def special_units() -> Iterator[list[Case]]:
-    """Cases of one matrix [N, K] per expert, written as up projections, and skewed routings."""
+    """Cases of one matrix [N, K] per expert, written as up projections or, where rows come in order,
+    as down projections; and skewed routings."""
     for dtype in DTYPES[:3]:
         # the operator that this project began with, and the tutorial's product
         yield [Case("seed", f"e{e}", "up", dtype, 64, e, 1, 128, 1024) for e in (8, 64)]
@@ -172,6 +173,7 @@ def special_units() -> Iterator[list[Case]]:
         for n, k in ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048)):
             model = f"g{experts} {n}x{k}"
             yield [Case("deepgemm", model, "up", "fp8", 32768, experts, 1, k, n // 2)]
+            yield [Case("deepgemm", model, "down", "fp8_block", 32768, experts, 1, n, k)]
     for model in FIGURE_MODELS:
         for part in PARTS:
             skews = ((128, "zipf"), (4096, "zipf"), (4096, "half"))
