@@ -160,8 +160,8 @@ def fits(shape: MoeShape, part: str, dtype: str) -> bool:
 
 
 def special_units() -> Iterator[list[Case]]:
-    """Cases of one matrix [N, K] per expert, written as up projections or, where rows come in order,
-    as down projections; and skewed routings."""
+    """Cases of one matrix [N, K] per expert, written as up projections or, where rows come in
+    order, as down projections; and skewed routings."""
     for dtype in DTYPES[:3]:
         # the operator that this project began with, and the tutorial's product
         yield [Case("seed", f"e{e}", "up", dtype, 64, e, 1, 128, 1024) for e in (8, 64)]
