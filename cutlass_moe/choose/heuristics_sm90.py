@@ -45,9 +45,9 @@ _LONG_ROW_BYTES = 4096  # from this many bytes of K on, tiles of 16 rows are fas
 # are faster in pairs of shared tiles: by 3 to 5%, by 11% at K 28,672, and not yet at 2,048.
 _LONG_SUM = 4096
 _ONE_TILE_ROWS = 90  # up to this many rows per expert, one tile of 128 rows beats two of 64
-# Two-level sums: between these numbers of rows per expert one tile of 192 rows beats two of 128, by
-# 5 to 19%; with sums as short as this and more rows than that, by 14%.
-_THREE_ROWS, _SHORT_SUM, _THREE_SHORT_ROWS = 180, 1024, 400
+# Two-level sums of gathered rows: between these numbers of rows per expert one tile of 192 rows
+# beats two of 128, by 5 to 19%; with short sums and more rows than that, by 14%.
+_THREE_ROWS, _THREE_SHORT_ROWS = 180, 400
 _MANY_ROWS = {192: 180, 256: 768}  # by tile_n: with more rows per expert, CTA pairs share weights
 FEW_PAIRS = 1024  # up to this many pairs, 256 threads route faster than 1024
 # (elements per row up to, threads per CTA) for quantisation
@@ -211,7 +211,7 @@ def _estimates(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     for rows in (*(rows for rows, _ in _SWAP_ROWS[1:]), _swap_rows(problem, H200)):
         families.append(_swap(problem, *_swap_tile(problem, rows, H200), evict_first))
     families += [f(problem) for f in (_one_tile, _some_rows, _many_rows, _three_consumers)]
-    if problem.block_rows and not problem.gather:
+    if problem.two_level and not problem.gather:
         families.append(tuple(t.config for t in waves_sm90.tiles_of(problem, _wide(problem))))
     return tuple(dict.fromkeys(config for family in families for config in family))
 
@@ -291,7 +291,7 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
         return packed_sm90.chosen(problem, rows_per_expert, gpu)
     only_many = not problem.sole_output or problem.quantized_out  # has no swap-AB
     if rows_per_expert > _swap_rows(problem, gpu) or only_many:
-        if problem.block_rows and not problem.gather:
+        if problem.two_level and not problem.gather:
             return waves_sm90.fastest(problem, _wide(problem), rows_per_expert, gpu)
         # Half of the rows of one large tile may be empty: that costs nothing only as long as
         # reading the weights takes longer than the arithmetic.
@@ -315,7 +315,7 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
 
 def _wants_three(problem: GemmProblem, rows_per_expert: float) -> bool:
     """Whether three consumers are faster for two-level sums than two, with so many rows."""
-    short = problem.k <= _SHORT_SUM and rows_per_expert > _THREE_SHORT_ROWS
+    short = problem.k <= waves_sm90.SHORT_SUM and rows_per_expert > _THREE_SHORT_ROWS
     return short or rows_per_expert <= _THREE_ROWS
 
 

@@ -1,4 +1,4 @@
-"""The tiles of products whose rows come in order with scales along K, from a count of waves.
+"""The tiles of products with two-level sums whose rows come in order, from a count of waves.
 
 Their SMs compute tiles of one size, a wave of them at a time. So the time of a product is that of a
 tile times the number of waves, of which the last is rarely full: with few waves a smaller tile that
@@ -28,8 +28,9 @@ class Tile(NamedTuple):
     ends: float
 
 
-# Fitted to 25 products on an H200, in which the tile that they name takes at most 1.033 of the best
-# one's time, 1.004 as a mean (perf/EXPERIMENTS.md, "Scales of x in a box").
+SHORT_SUM = 1024  # K up to which products are short beside what comes after them
+# Fitted to 25 products with scales along K on an H200, in which the tile that they name takes at
+# most 1.033 of the best one's time, 1.004 as a mean (perf/EXPERIMENTS.md, "Scales of x in a box").
 _TILES = (
     Tile(GemmSm90Config(128, 256, tma_x=True), 1.0, 2.5),
     Tile(GemmSm90Config(192, 128, tma_x=True), 0.98, 2.5),
@@ -42,9 +43,15 @@ _ROUNDED = 0.5
 
 
 def tiles_of(problem: GemmProblem, wide: int) -> tuple[Tile, ...]:
-    """The tiles for a problem. wide: the columns of its widest ones."""
+    """The tiles for a problem. wide: the columns of its widest ones.
+
+    These are none of them if sums are short and scales don't vary along K: all of a wide tile's are
+    read after its products. There it took 1.11 to 1.25 times as long as the fastest other tile.
+    """
     widest = _TILES[0]._replace(config=GemmSm90Config(128, wide, tma_x=True))
-    return tuple(t for t in (widest, *_TILES[1:]) if t.config.why_illegal(problem) is None)
+    short = not problem.block_rows and problem.k <= SHORT_SUM
+    tiles = _TILES[1:] if short else (widest, *_TILES[1:])
+    return tuple(t for t in tiles if t.config.why_illegal(problem) is None)
 
 
 def fastest(

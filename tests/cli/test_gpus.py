@@ -55,6 +55,7 @@ def test_two_level_sums_have_choices_of_their_own() -> None:
     channels = replace(channels, accumulation=Accumulation.TWO_LEVEL)
     tiles = (128, 256), (192, 128), (128, 128)
     wide, three, square = (GemmSm90Config(m, n, tma_x=True) for m, n in tiles)
+    small = GemmSm90Config(64, 128, ctas_per_sm=2, tma_x=True)
 
     def estimate(problem: GemmProblem, rows: int) -> GemmConfig:
         return heuristics.estimate(problem, rows * problem.num_experts, rows)
@@ -62,7 +63,13 @@ def test_two_level_sums_have_choices_of_their_own() -> None:
     assert isinstance(estimate(blocks, 32), GemmSwapSm90Config)
     in_order = [estimate(blocks, rows) for rows in (128, 256, 512, 8192)]
     assert in_order == [three, square, three, three]
-    assert [estimate(channels, rows) for rows in (128, 256, 512)] == [three, wide, three]
+    assert [estimate(channels, rows) for rows in (64, 256, 512, 1024)] == [
+        small,
+        small,
+        three,
+        three,
+    ]
+    assert estimate(replace(channels, k=2048), 1024) == wide
     assert estimate(gathered, 8192) == GemmSm90Config(128, 256, scale_span=4)
     assert heuristics.choose(gathered, 1, 512, wide_scales=False) == GemmSm90Config(128, 256)
     row_major = heuristics.choose(replace(blocks, n=8192), 1, 512, wide_scales=False)

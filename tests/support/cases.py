@@ -198,6 +198,7 @@ CASES: dict[str, Case] = {
     ),
     # Rows of x in order.
     "no_index": replace(BASE, gather=False, counts=RAGGED),
+    "no_index_two_level": replace(TWO_LEVEL, gather=False, counts=RAGGED, n=2048, k=768),
     "no_index_bf16": replace(FLOAT, gather=False, n=72, k=72),
     "no_index_int8": replace(INTEGER, gather=False),
 }
@@ -401,6 +402,7 @@ EVERY_CANDIDATE = (
     "k_72_bf16",
     "bias_fp32",
     "e4m3_two_level_bf16",
+    "no_index_two_level",
     "bf16_fp32_bf16",
     "swiglu_interleaved",
     "blocks",

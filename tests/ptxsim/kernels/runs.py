@@ -180,6 +180,13 @@ SHAPES: dict[str, Run] = {  # what changes the waits
     "tma_x_cluster": Run(replace(_ORDERED, counts=PAIRS.counts), replace(CLUSTER, tma_x=True)),
     "tma_x_dynamic": Run(_ORDERED, replace(SMALL, schedule=Schedule.DYNAMIC, tma_x=True)),
     "tma_x_one_step": Run(replace(_ORDERED, k=16), replace(SMALL, tma_x=True)),
+    **{
+        f"tma_x_two_level_{m}": Run(
+            replace(_ORDERED, accumulation=Accumulation.TWO_LEVEL, n=n, counts=(m + 6, 0, 33)),
+            GemmSm90Config(m, 128, stages=2, ctas_per_sm=ctas, tma_x=True),
+        )
+        for m, n, ctas in ((64, 136, 2), (128, 136, 1), (192, 128, 1))
+    },
     "one_cta": Run(BASE, grid=1),
     "three_ctas": Run(replace(BASE, counts=(70, 0, 173)), grid=3),
     "more_ctas_than_tiles": Run(replace(BASE, counts=(0, 5, 0)), grid=3),
