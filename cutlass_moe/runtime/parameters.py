@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cutlass_moe.runtime.tensor_map import View
-from emitters.spec.gemm import K_BLOCK, GemmProblem
+from emitters.spec.gemm import GemmProblem
 from emitters.spec.weight_grad import RAGGED_ROWS, WeightGradProblem, ragged_view
 from emitters.spec.weight_map import gate_strides, weight_view
 
@@ -101,8 +101,8 @@ def gemm_values(
         x_scale = dict(zip(_X_SCALE_STRIDES, of_scale, strict=True))
     out_scale = {}
     if problem.quantized_out:
-        dense = -(-problem.out_columns // K_BLOCK), 1
-        out_scale = dict(zip(_OUT_SCALE_STRIDES, strides.out_scale or dense, strict=True))
+        of_scale = strides.out_scale or (problem.out_groups, 1)
+        out_scale = dict(zip(_OUT_SCALE_STRIDES, of_scale, strict=True))
     column_stride, gate_stride = gate_strides(problem.n, interleaved)
     names = problem.numbers
     return {

@@ -14,7 +14,7 @@ from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS
 from emitters.spec.dtypes import DType
 
 VECTOR = 1 << 30  # extent given to arrays whose length only the host knows
-CHUNK = 16  # bytes of the largest cp.async
+CHUNK = 16  # bytes of the largest cp.async, and of the largest store of a thread
 
 ELEMENT = {
     DType.E4M3: cutlass.Float8E4M3FN,

@@ -13,6 +13,8 @@ This also keeps the sign of zeros.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
@@ -40,6 +42,20 @@ class Divisor:
             for _ in range(2):
                 quotient = fma(-fma(quotient, self.near, -y), self.inverse, quotient)
             elements[j] = quotient
+
+
+def largest_magnitude(values: Iterable[Float32], distances: Iterable[int]) -> Float32:
+    """The largest magnitude of some lanes' values, or NaN if they have one.
+
+    values: this lane's. distances: the powers of two by which the numbers of these lanes differ.
+    """
+    largest = Float32(0.0)
+    for value in values:
+        largest = cute.arch.fmax(largest, cute.math.absf(value), nan=True)
+    for distance in distances:
+        other = cute.arch.shuffle_sync_bfly(largest, distance)
+        largest = cute.arch.fmax(largest, other, nan=True)
+    return largest
 
 
 def narrow(elements: cute.Tensor, target: DType) -> cute.Tensor:

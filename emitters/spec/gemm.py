@@ -153,6 +153,11 @@ class GemmProblem:
         return self.n // 2 if self.gated else self.n
 
     @property
+    def out_groups(self) -> int:
+        """The scales of a row of a quantised output."""
+        return -(-self.out_columns // K_BLOCK)
+
+    @property
     def two_level(self) -> bool:
         return self.accumulation is Accumulation.TWO_LEVEL
 

@@ -9,7 +9,7 @@ from cutlass import Float32, Int32, Int64, Uint8, const_expr, range_constexpr
 
 from emitters.device.dependent import launch_next, wait_for_previous
 from emitters.device.memory import ELEMENT, GMEM, VECTOR, vector
-from emitters.device.rounding import Divisor, narrow
+from emitters.device.rounding import Divisor, largest_magnitude, narrow
 from emitters.spec.dtypes import LARGEST
 from emitters.spec.layer_steps import ROW_VECTOR, QuantizeProblem, StepConfig
 from emitters.templates.parameters import integer, pointer
@@ -146,19 +146,17 @@ class Quantize:
         elements.store(cute.recast_tensor(words, self.source).load().to(Float32))
         return elements
 
+    def warp_maximum(self, values: cute.Tensor) -> Float32:
+        """The largest magnitude of a row in this warp, or NaN if there is one."""
+        vectors = (self.elements(values, i) for i in range(self.vectors))
+        sharing = min(self.row_threads, 32)
+        distances = [distance for distance in (16, 8, 4, 2, 1) if distance < sharing]
+        return largest_magnitude((v[j] for v in vectors for j in range(ROW_VECTOR)), distances)
+
     @cute.jit
     def row_maximum(self, values: cute.Tensor, thread: Int32):
         """The largest magnitude of a row, or NaN if the row has one."""
-        largest = Float32(0.0)
-        for i in range_constexpr(self.vectors):
-            elements = self.elements(values, i)
-            for j in range_constexpr(ROW_VECTOR):
-                largest = cute.arch.fmax(largest, cute.math.absf(elements[j]), nan=True)
-        distance = const_expr(min(self.row_threads, 32) // 2)
-        while const_expr(distance > 0):
-            other = cute.arch.shuffle_sync_bfly(largest, distance)
-            largest = cute.arch.fmax(largest, other, nan=True)
-            distance = const_expr(distance // 2)
+        largest = self.warp_maximum(values)
         if const_expr(self.row_threads > 32):
             maxima = utils.SmemAllocator().allocate_array(Float32, self.config.threads // 32)
             maxima = cute.make_tensor(maxima, cute.make_layout(self.config.threads // 32))

@@ -7,7 +7,12 @@ from cutlass import Float32, Int32, Int64, Uint8, range_constexpr
 
 from emitters.device.dependent import launch_next, wait_for_previous
 from emitters.device.memory import ELEMENT, GMEM, VECTOR, vector
-from emitters.device.rounding import Divisor, narrow, round_up_to_power_of_two
+from emitters.device.rounding import (
+    Divisor,
+    largest_magnitude,
+    narrow,
+    round_up_to_power_of_two,
+)
 from emitters.spec.dtypes import LARGEST
 from emitters.spec.gemm import K_BLOCK
 from emitters.spec.layer_steps import (
@@ -109,7 +114,8 @@ class QuantizeGroups:
         for i in range_constexpr(GROUPS_PER_THREAD):
             group = first + i * self.groups
             elements = self.elements(values, i)
-            divisor = self.largest(elements) / LARGEST[self.problem.target]
+            largest = largest_magnitude((elements[j] for j in range(ROW_VECTOR)), (8, 4, 2, 1))
+            divisor = largest / LARGEST[self.problem.target]
             if divisor == 0:  # a group of zeros, or so small that the division gives 0
                 divisor = Float32(1.0)
             if power_of_two != 0:
@@ -141,13 +147,3 @@ class QuantizeGroups:
         elements = cute.make_rmem_tensor((ROW_VECTOR,), Float32)
         elements.store(cute.recast_tensor(words, self.source).load().to(Float32))
         return elements
-
-    def largest(self, elements: cute.Tensor) -> Float32:
-        """The largest magnitude of a group, or NaN if it has one."""
-        largest = Float32(0.0)
-        for j in range(ROW_VECTOR):
-            largest = cute.arch.fmax(largest, cute.math.absf(elements[j]), nan=True)
-        for distance in (8, 4, 2, 1):
-            other = cute.arch.shuffle_sync_bfly(largest, distance)
-            largest = cute.arch.fmax(largest, other, nan=True)
-        return largest

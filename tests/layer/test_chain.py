@@ -24,10 +24,12 @@ OPS = ["route", "quantize", "grouped_gemm", "quantize", "grouped_gemm", "combine
 
 def make_layer(quant: str | None = "fp8", tokens: int = 5, **others: Any) -> LayerOperands:
     dtype = torch.bfloat16 if quant is None else QUANTS[quant]
-    per, k = (128, True) if quant == FP8_BLOCK else (1, False)
+    of_w13, of_w2 = (2 * INTER,), (HIDDEN,)
+    if quant == FP8_BLOCK:
+        of_w13, of_w2 = (2 * INTER // 128, HIDDEN // 128), (HIDDEN // 128, INTER // 128)
     scales = {
-        "w13_scale": torch.ones(EXPERTS, 2 * INTER // per, *(HIDDEN // per,) * k),
-        "w2_scale": torch.ones(EXPERTS, HIDDEN // per, *(INTER // per,) * k),
+        "w13_scale": torch.ones(EXPERTS, *of_w13),
+        "w2_scale": torch.ones(EXPERTS, *of_w2),
     }
     return LayerOperands(
         torch.zeros(tokens, HIDDEN, dtype=torch.bfloat16),

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 import cutlass_moe as cm
-from cutlass_moe.choose.heuristics_sm90 import choose
 from cutlass_moe.operands import Operands, Options
 from cutlass_moe.ops.dispatch import choose_launch, enqueue, strides_of
 from cutlass_moe.runtime.parameters import column_stride
 from emitters.spec.dtypes import DType
 from emitters.spec.epilogue import Activation, ActivationFunction, Bias
-from emitters.spec.gemm import K_BLOCK, GemmProblem, Granularity
+from emitters.spec.gemm import GemmProblem, Granularity
 from emitters.spec.registry import GemmConfig
 from tests.support.cases import BLOCK_SCALES, RAGGED, TWO_LEVEL, Case, even, make_inputs, skewed
 from tests.support.numerics import check_quantized, poisoned, same_bits
@@ -43,18 +42,10 @@ CASES = {
 }
 
 
-def config(case: Case, problem: GemmProblem) -> GemmConfig:
-    """What a call with as many rows as the case chooses."""
-    tokens = case.tokens if case.gather else case.rows
-    return choose(problem, tokens, case.rows / len(case.counts), wide_scales=case.gather)
-
-
 def images() -> set[tuple[GemmProblem, GemmConfig]]:
-    problems = {(case, replace(case.problem, out=out)) for case in CASES.values() for out in OUTS}
-    return {(problem, config(case, problem)) for case, problem in problems}
-
-
-OUTS = (DType.E4M3, DType.FP32)
+    outs = (DType.E4M3, DType.FP32)
+    asked = [replace(case, out=out) for case in CASES.values() for out in outs]
+    return {(case.problem, case.config) for case in asked}
 
 
 def launch(case: Case, inputs: dict[str, Any], in_columns: bool) -> tuple[Any, Any]:
@@ -62,7 +53,7 @@ def launch(case: Case, inputs: dict[str, Any], in_columns: bool) -> tuple[Any, A
     names = set(Operands._fields)
     operands = Operands(**{name: tensor for name, tensor in inputs.items() if name in names})
     problem, device = case.problem, operands.x.get_device()
-    groups = -(-problem.out_columns // K_BLOCK)
+    groups = problem.out_groups
     if in_columns:
         scale = poisoned(groups, column_stride(case.rows), torch.float32, "cuda").T[: case.rows]
     else:

@@ -67,7 +67,11 @@ def build(one: Instruction, operands: Operands) -> Op | None:
 
 def is_narrow(opcode: str) -> bool:
     """Whether an instruction accesses 2 bytes of shared memory."""
-    return re.fullmatch(r"(ld|st)\.shared(::cluster)?\.[bus]16", opcode) is not None
+    access = _ACCESS.match(opcode)
+    if access is None:
+        return False
+    _, space, vector, kind = access.groups()
+    return space.startswith("shared") and vector is None and kind.endswith("16")
 
 
 def _access(one: Instruction, operands: Operands, match: re.Match[str]) -> Op:

@@ -7,6 +7,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
 from emitters.device.epilogue.store import SliceStore
+from emitters.device.rounding import largest_magnitude
 from emitters.spec.dtypes import LARGEST
 from emitters.spec.gemm import K_BLOCK
 
@@ -50,15 +51,13 @@ class GroupStore(SliceStore):
 
     def scale(self, half: int) -> Float32:
         """The scale of the thread's row in a half of the 16; 1 for a group of zeros."""
-        largest = Float32(0.0)
-        for values in self.waiting:
-            for j in range(cute.size(values)):
-                if j // 2 % 2 == half:
-                    largest = cute.arch.fmax(largest, cute.math.absf(values[j]), nan=True)
-        for distance in (1, 2):
-            other = cute.arch.shuffle_sync_bfly(largest, distance)
-            largest = cute.arch.fmax(largest, other, nan=True)
-        scale = largest / LARGEST[self.problem.out]
+        of_row = (
+            values[j]
+            for values in self.waiting
+            for j in range(cute.size(values))
+            if j // 2 % 2 == half
+        )
+        scale = largest_magnitude(of_row, (1, 2)) / LARGEST[self.problem.out]
         return cutlass.select_(scale < _LEAST_SCALE, Float32(1.0), scale)
 
     @cute.jit

@@ -7,12 +7,10 @@ import cutlass.cute as cute
 from cutlass import Float32, Int16, Int32, range_constexpr
 from cutlass.experimental import primitives as prims
 
-from emitters.device.memory import ELEMENT, SMEM, vector
+from emitters.device.memory import CHUNK, ELEMENT, SMEM, vector
 from emitters.device.rounding import narrow
 from emitters.spec.config_sm90 import SLICE_BYTES
 from emitters.spec.dtypes import DType
-
-CHUNK = 16  # bytes of one global store
 
 
 class Slices:

@@ -12,8 +12,8 @@ from cutlass.experimental import primitives as prims
 from emitters.device.epilogue.columns import ColumnsFragment
 from emitters.device.epilogue.fragment import Fragment
 from emitters.device.epilogue.rows import RowsFragment
-from emitters.device.epilogue.slices import CHUNK, Slices
-from emitters.device.memory import ELEMENT, GMEM, SMEM, tensor_map_address, vector
+from emitters.device.epilogue.slices import Slices
+from emitters.device.memory import CHUNK, ELEMENT, GMEM, SMEM, tensor_map_address, vector
 from emitters.device.parameters import Output
 from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
 from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS, WARPGROUP, staged_slices
@@ -80,7 +80,7 @@ class SliceStore:
         self.slices = Slices(problem.out)
 
     def attach(self, output: Output, fragment: RowsFragment, staging: cute.Pointer, lane: Int32):
-        self.output, self.halves_target = output, output[2:]
+        self.output, self.halves_target = output, (output.h, output.h_map)
         self.fragment, self.staging, self.lane = fragment, staging, lane
         self.slices.attach(lane)
 

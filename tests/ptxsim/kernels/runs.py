@@ -18,7 +18,7 @@ from emitters.spec.config_sm90 import GemmSm90Config, Schedule
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType
 from emitters.spec.epilogue import Activation, ActivationFunction, Bias, EpilogueNode
-from emitters.spec.gemm import K_BLOCK, GemmProblem, Granularity, Major, WeightStorage
+from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightStorage
 from emitters.spec.packing import Packing
 from emitters.spec.registry import GemmConfig
 from tests.ptxsim import schedule
@@ -643,8 +643,8 @@ def other_outputs(case: Case, inputs: dict[str, Any]) -> dict[str, Tensor]:
     if case.problem.stored:
         return {"h": poisoned(case.rows, case.n, inputs["out_dtype"], "cpu")}
     if case.problem.quantized_out:
-        groups = -(-case.problem.out_columns // K_BLOCK)
-        return {"out_scale": poisoned(case.rows, groups, torch.float32, "cpu")}
+        shape = case.rows, case.problem.out_groups
+        return {"out_scale": poisoned(*shape, torch.float32, "cpu")}
     return {}
 
 
