@@ -17,7 +17,7 @@ from cutlass_moe.choose import packed_sm90, tuned, waves_sm90
 from cutlass_moe.choose.gpus import gpu_of
 from cutlass_moe.choose.weight_grads_sm90 import weight_grad_configs
 from emitters.spec.arch import H200, Gpu
-from emitters.spec.config_sm90 import K_TILE_BYTES, GemmSm90Config, Schedule
+from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem, Major
 from emitters.spec.layer_steps import (
@@ -34,6 +34,7 @@ from emitters.spec.layer_steps import (
     TopkProblem,
 )
 from emitters.spec.registry import Config, GemmConfig, Problem, as_gemm, why_illegal
+from emitters.spec.staged_sm90 import K_TILE_BYTES, Schedule
 from emitters.spec.weight_grad import WeightGradProblem
 
 GPU = H200.name  # the GPU to choose for where none is named, as in a build

@@ -12,10 +12,10 @@ from cutlass_moe.ops._copies import as_int32, refuse_misaligned, token_scale, we
 from cutlass_moe.ops._packed import block_sizes, columns, packing_of
 from cutlass_moe.ops.activations import ACTIVATIONS, is_gated
 from cutlass_moe.ops.block_scales import block_shapes, is_block_scaled
-from emitters.spec.config_sm90 import Schedule
 from emitters.spec.dtypes import ACCUMULATIONS
 from emitters.spec.gemm import K_BLOCK
 from emitters.spec.packing import BLOCK_K
+from emitters.spec.staged_sm90 import Schedule
 
 _ACCUMULATIONS = {
     dtype: tuple(map(str, ACCUMULATIONS[operand]))

@@ -8,7 +8,7 @@ from cutlass import Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
 
 from emitters.device.memory import CHUNK, VECTOR, copy_chunk
 from emitters.device.parameters import Gathered
-from emitters.spec.config_sm90 import K_TILE_BYTES, WARPGROUP
+from emitters.spec.staged_sm90 import K_TILE_BYTES, WARPGROUP
 
 ROW_THREADS = K_TILE_BYTES // CHUNK  # that copy a row
 ROWS_PER_PASS = WARPGROUP // ROW_THREADS  # of copies, a thread's next row being that much further

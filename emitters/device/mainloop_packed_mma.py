@@ -10,9 +10,9 @@ from cutlass.experimental import primitives as prims
 
 from emitters.device.packed import PackedOperand
 from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
-from emitters.spec.config_sm90 import K_TILE_BYTES
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.packing import MXFP4_SHIFT, Packing
+from emitters.spec.staged_sm90 import K_TILE_BYTES
 
 _STEPS = 2  # products per word of packed weights: 16 of K each
 _BOX_WORDS = 2  # words per box of x, which has 64 of K

@@ -7,12 +7,13 @@ from itertools import product
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
+from cutlass.cute.nvgpu.tcgen05.helpers import int_to_smem_descriptor, smem_descriptor_to_int
 
-from emitters.spec.config_sm90 import WARPGROUP
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import GemmProblem
+from emitters.spec.staged_sm90 import WARPGROUP
 
 
 def sum_type(problem: GemmProblem) -> type:
@@ -50,6 +51,20 @@ def fragments(mma, stages: tuple, layouts: tuple, split: int, consumer: Int32):
     group = mma.get_slice(cute.make_layout(split, stride=WARPGROUP)(consumer % split))
     tCrA = mma.make_fragment_A(group.partition_A(sA))
     return tCrA, mma.make_fragment_B(group.partition_B(sB))
+
+
+def computed_once(stages: cute.Tensor) -> cute.Tensor:
+    """The same view of all stages of an operand, whose first descriptor is computed here.
+
+    Where tiles have two parts, the compiler would compute it anew in each k-tile, while WGMMA has
+    nothing to do. It can't move the instruction that is written here.
+    """
+    first = smem_descriptor_to_int(stages.iterator)
+    low = cute.arch.inline_ptx(
+        "mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[Int32(first)]
+    )
+    whole = (first & ~0xFFFFFFFF) | (Int64(low) & 0xFFFFFFFF)
+    return cute.make_tensor(int_to_smem_descriptor(whole), stages.layout)
 
 
 def loop_steps(count: int):

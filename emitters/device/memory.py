@@ -10,8 +10,8 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.cutlass_dsl import dsl_user_op
 from cutlass.experimental import primitives as prims
 
-from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS
 from emitters.spec.dtypes import DType
+from emitters.spec.staged_sm90 import SLICE_BYTES, SLICE_ROWS
 
 VECTOR = 1 << 30  # extent given to arrays whose length only the host knows
 CHUNK = 16  # bytes of the largest cp.async, and of the largest store of a thread

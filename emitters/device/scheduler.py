@@ -8,9 +8,10 @@ from cutlass import Int32, const_expr, range_constexpr
 
 from emitters.device.memory import VECTOR
 from emitters.device.parameters import Rows
-from emitters.spec.config_sm90 import SLOT_WORDS, SLOTS, GemmSm90Config, Schedule
+from emitters.spec.config_sm90 import SLOT_WORDS, SLOTS, GemmSm90Config
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.registry import GemmConfig
+from emitters.spec.staged_sm90 import Schedule
 
 
 class ExpertTable:

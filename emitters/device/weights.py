@@ -9,9 +9,9 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.experimental import primitives as prims
 
 from emitters.device.memory import tensor_map_address
-from emitters.spec.config_sm90 import K_TILE_BYTES
 from emitters.spec.gemm import GemmProblem, Major, WeightStorage
 from emitters.spec.image import TENSOR_MAP_BYTES
+from emitters.spec.staged_sm90 import K_TILE_BYTES
 from emitters.spec.weight_map import weight_corners
 
 WEIGHT_LAYOUT = {Major.K: utils.LayoutEnum.ROW_MAJOR, Major.N: utils.LayoutEnum.COL_MAJOR}

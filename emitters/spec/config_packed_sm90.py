@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from emitters.spec.arch import SM90, why_no_registers
-from emitters.spec.config_sm90 import SLICE_BYTES, WARPGROUP
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.epilogue import Bias
 from emitters.spec.gemm import GemmProblem, Granularity
 from emitters.spec.packing import BLOCK_ROWS, Packing
+from emitters.spec.staged_sm90 import SLICE_BYTES, WARPGROUP
 
 # Registers per thread besides accumulators: fragments, packed words, addresses, epilogue.
 _OTHERS = {Packing.INT4_G128: 56, Packing.INT4_G32: 48, Packing.MXFP4: 64}

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from emitters.spec.arch import SM90, why_no_registers
-from emitters.spec.config_sm90 import K_TILE_BYTES, WARPGROUP, Schedule, Sm90Config
 from emitters.spec.gemm import N_MAJOR_BLOCK, GemmProblem, Major
+from emitters.spec.staged_sm90 import K_TILE_BYTES, WARPGROUP, Schedule, Sm90Config
 
 
 @dataclass(frozen=True)

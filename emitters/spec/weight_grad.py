@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from emitters.spec.arch import SM90, why_no_registers
-from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS, WARPGROUP, StagedConfig
 from emitters.spec.dtypes import DType, Name
 from emitters.spec.gemm import MAX_EXPERTS
 from emitters.spec.layer_steps import Step
+from emitters.spec.staged_sm90 import SLICE_BYTES, SLICE_ROWS, WARPGROUP, StagedConfig
 
 STEP_ROWS = 64  # rows of both operands in a stage
 BLOCK = 64  # columns of an operand, 128 bytes of 16 bits, that lie together in a stage

@@ -19,6 +19,7 @@ from emitters.device.gather import GatherIterator
 from emitters.device.mainloop_sm90 import (
     add_products,
     begin_products,
+    computed_once,
     fragments,
     issue,
     loop_steps,
@@ -32,9 +33,10 @@ from emitters.device.ring import Ring
 from emitters.device.scales import BlockScales, SpannedScales
 from emitters.device.scheduler import PostedUnits
 from emitters.device.weights import OPERAND_MAJOR, WEIGHT_LAYOUT, WeightLoader
-from emitters.spec.config_sm90 import K_TILE_BYTES, WARPGROUP, GemmSm90Config, Schedule
+from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.image import TensorMapBox
+from emitters.spec.staged_sm90 import K_TILE_BYTES, WARPGROUP, Schedule
 from emitters.templates.parameters import gemm_arguments, gemm_tensor_maps, gradient_argument
 
 LOAD_AHEAD = 2  # the epilogue's operands are loaded this many k-tiles before the last
@@ -116,7 +118,8 @@ class GemmSm90:
         if problem.gradient:
             store = GradientStore(problem, config)
         else:
-            store = GroupStore(problem) if problem.quantized_out else SliceStore(problem)
+            make_store = GroupStore if problem.quantized_out else SliceStore
+            store = make_store(problem, config.slices_together(problem))
         self.epilogue = Epilogue(problem, config, RowsFragment, store)
 
     def arguments(self):
@@ -380,7 +383,10 @@ class GemmSm90:
             (split, 1, 1), tiler_mn=(64, self.config.tile_n // self.parts),
         )  # fmt: skip
         stages = storage.x, storage.weight
-        return mma, *fragments(mma, stages, self.stage_layouts(), split, consumer)
+        views = fragments(mma, stages, self.stage_layouts(), split, consumer)
+        if self.parts > 1:
+            views = tuple(map(computed_once, views))
+        return mma, *views
 
     @cute.jit
     def mma(self, storage, consumer, thread):

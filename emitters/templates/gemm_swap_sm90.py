@@ -25,9 +25,9 @@ from emitters.device.scales import BlockScales
 from emitters.device.scheduler import ExpertTable
 from emitters.device.weights import OPERAND_MAJOR, WEIGHT_LAYOUT, WeightLoader
 from emitters.spec.config_packed_sm90 import MMA_ROWS
-from emitters.spec.config_sm90 import SLICE_BYTES
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem
+from emitters.spec.staged_sm90 import SLICE_BYTES
 from emitters.templates.parameters import gemm_arguments, gemm_tensor_maps
 
 GROUP_M = 8  # M tiles that use an N tile's weights, in L2, before the next N tile starts

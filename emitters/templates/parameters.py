@@ -12,12 +12,12 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_ptr
 from emitters.device.epilogue.nodes import applied
 from emitters.device.memory import ELEMENT
 from emitters.device.parameters import Gate, Gathered, Gradient, Output, Rows, Scales
-from emitters.spec.config_sm90 import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS
 from emitters.spec.dtypes import DType
 from emitters.spec.epilogue import NUMBERS, EpilogueNode
 from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightStorage
 from emitters.spec.image import ParamKind, TensorMapBox
 from emitters.spec.packing import Packing
+from emitters.spec.staged_sm90 import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS
 from emitters.spec.weight_map import weight_box
 
 

@@ -14,8 +14,8 @@ from emitters.device.mainloop_sm90 import begin_products, fragments, issue
 from emitters.device.memory import ELEMENT, VECTOR, map_carrier, tensor_map_address
 from emitters.device.parameters import Gathered
 from emitters.device.ring import Ring
-from emitters.spec.config_sm90 import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, WARPGROUP
 from emitters.spec.image import TensorMapBox
+from emitters.spec.staged_sm90 import K_TILE_BYTES, SLICE_BYTES, SLICE_ROWS, WARPGROUP
 from emitters.spec.weight_grad import (
     BLOCK,
     RAGGED_ROWS,

@@ -21,7 +21,7 @@ from emitters.compile.cubin import _sections as sections
 from emitters.compile.cubin import read_cubin
 from emitters.compile.emit import param_kinds
 from emitters.spec.config_packed_sm90 import MMA_ROWS, GemmPackedSm90Config
-from emitters.spec.config_sm90 import GemmSm90Config, Schedule
+from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType
 from emitters.spec.epilogue import Activation, ActivationFunction, ActivationGradient, Bias
@@ -43,6 +43,7 @@ from emitters.spec.registry import (
     problem_from_json,
     why_illegal,
 )
+from emitters.spec.staged_sm90 import Schedule
 from tests.support.cases import scales_and_nodes
 from tests.support.fake_images import image_for
 

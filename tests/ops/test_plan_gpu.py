@@ -13,10 +13,11 @@ import cutlass_moe as cm
 from cutlass_moe.choose.heuristics_sm90 import choose
 from cutlass_moe.operands import Operands, Options
 from cutlass_moe.ops import dispatch
-from emitters.spec.config_sm90 import GemmSm90Config, Schedule
+from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.gemm import GemmProblem
 from emitters.spec.registry import GemmConfig
+from emitters.spec.staged_sm90 import Schedule
 from tests.support.cases import CASES, FLOAT, Case, make_inputs, skewed
 from tests.support.numerics import check, poisoned, same_bits
 

@@ -23,7 +23,7 @@ from cutlass_moe.runtime.parameters import (
     weight_grad_values,
     weight_grad_views,
 )
-from emitters.spec.config_sm90 import GemmSm90Config, Schedule
+from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.dtypes import DType
 from emitters.spec.epilogue import Activation, ActivationFunction, Bias
 from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightFormat, WeightStorage
@@ -39,6 +39,7 @@ from emitters.spec.layer_steps import (
     TopkProblem,
 )
 from emitters.spec.registry import Config, Problem
+from emitters.spec.staged_sm90 import Schedule
 from emitters.spec.weight_grad import RAGGED_ROWS, Side, WeightGradProblem
 from tests.support.cases import BASE, BLOCK_SCALES, FLOAT, TWO_LEVEL
 from tests.support.fake_driver import INT, parameters_of

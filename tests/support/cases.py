@@ -15,13 +15,14 @@ from torch import Tensor
 from cutlass_moe.choose.heuristics_sm90 import candidates, choose
 from cutlass_moe.operands import TORCH_DTYPES
 from cutlass_moe.ops.pack import pack_weights
-from emitters.spec.config_sm90 import SCALE_SPAN, GemmSm90Config, Schedule
+from emitters.spec.config_sm90 import SCALE_SPAN, GemmSm90Config
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import ACCUMULATIONS, Accumulation, DType
 from emitters.spec.epilogue import NUMBERS, Activation, ActivationFunction, Bias, EpilogueNode
 from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightFormat
 from emitters.spec.packing import Packing
 from emitters.spec.registry import GemmConfig, why_illegal
+from emitters.spec.staged_sm90 import Schedule
 
 E4M3, E5M2, INT8, BF16, FP16, FP32 = DType
 Epilogue = tuple[Granularity | EpilogueNode, ...]  # scales, then nodes

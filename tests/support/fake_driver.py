@@ -15,11 +15,11 @@ from cuda.bindings import driver
 
 from cutlass_moe.runtime import kernel as kernel_module
 from cutlass_moe.runtime.kernel import Kernel
-from emitters.spec.config_sm90 import Schedule
 from emitters.spec.gemm import GemmProblem, WeightStorage
 from emitters.spec.image import Image, Param, ParamKind, TensorMapBox
 from emitters.spec.layer_steps import ActivateProblem
 from emitters.spec.registry import Config, Problem
+from emitters.spec.staged_sm90 import Schedule
 from emitters.spec.weight_grad import Side, WeightGradProblem
 from tests.support.fake_images import make_image
 

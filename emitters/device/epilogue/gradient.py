@@ -13,9 +13,10 @@ from emitters.device.epilogue.rows import RowsFragment
 from emitters.device.epilogue.store import SliceStore
 from emitters.device.memory import ELEMENT, VECTOR, tensor_map_address
 from emitters.device.parameters import Gradient, Output
-from emitters.spec.config_sm90 import SLICE_ROWS, GemmSm90Config, staged_slices
+from emitters.spec.config_sm90 import GemmSm90Config, staged_slices
 from emitters.spec.epilogue import Activation
 from emitters.spec.gemm import GemmProblem
+from emitters.spec.staged_sm90 import SLICE_ROWS
 
 
 class GradientStore(SliceStore):

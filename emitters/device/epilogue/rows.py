@@ -9,8 +9,9 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr, range_constexpr
 
 from emitters.device.memory import GMEM, vector
-from emitters.spec.config_sm90 import SLICE_BYTES, GemmSm90Config
+from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.gemm import N_MAJOR_BLOCK, GemmProblem, Major
+from emitters.spec.staged_sm90 import SLICE_BYTES
 
 _FEW_SUMS = 128  # columns of 64 rows each, up to which a thread has registers to spare
 

@@ -9,8 +9,8 @@ from cutlass.experimental import primitives as prims
 
 from emitters.device.memory import CHUNK, ELEMENT, SMEM, vector
 from emitters.device.rounding import narrow
-from emitters.spec.config_sm90 import SLICE_BYTES
 from emitters.spec.dtypes import DType
+from emitters.spec.staged_sm90 import SLICE_BYTES
 
 
 class Slices:

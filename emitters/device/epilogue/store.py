@@ -16,10 +16,11 @@ from emitters.device.epilogue.slices import Slices
 from emitters.device.memory import CHUNK, ELEMENT, GMEM, SMEM, tensor_map_address, vector
 from emitters.device.parameters import Output
 from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
-from emitters.spec.config_sm90 import SLICE_BYTES, SLICE_ROWS, WARPGROUP, staged_slices
+from emitters.spec.config_sm90 import staged_slices
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import DType
 from emitters.spec.gemm import GemmProblem
+from emitters.spec.staged_sm90 import SLICE_BYTES, SLICE_ROWS, WARPGROUP
 
 
 class Store(Protocol):
@@ -60,23 +61,24 @@ class Store(Protocol):
 class SliceStore:
     """Stores slices of 16 rows x 128 bytes by TMA.
 
-    A part fills a slice, or half of one in a gated problem. The warp writes a slice to its 16
-    staging rows, in the 128-byte swizzle, and one TMA store sends it from there. If the expert ends
-    within the 16 rows, lanes store them instead: 16 bytes per lane, eight lanes per row.
+    A part fills a slice, or half of one in a gated problem. The warp writes `together` slices, one
+    or those of a whole tile, to staging rows, in the 128-byte swizzle, and a TMA store sends each
+    from there. If the expert ends within the 16 rows, lanes store them instead: 16 bytes per lane,
+    eight lanes per row.
 
     Where columns before the activation are stored too, a slice of gates and one of ups (of all
     columns without a gate) follow through the same staging rows: memory for more of them would be a
     stage less, which takes longer than waiting for each slice to leave.
     """
 
-    def __init__(self, problem: GemmProblem):
-        self.problem = problem
+    def __init__(self, problem: GemmProblem, together: int = 1):
+        self.problem, self.together = problem, together
         self.slice_columns = SLICE_BYTES // problem.out.bytes
         self.slice_parts = 2 if problem.gated else 1
         self.slice_bytes = SLICE_ROWS * SLICE_BYTES
         self.halves = problem.n // problem.out_columns  # of the columns before the activation
         self.outputs = 1 + self.halves if problem.stored else 1
-        self.staging_bytes = staged_slices(problem) * self.slice_bytes
+        self.staging_bytes = together * staged_slices(problem) * self.slice_bytes
         self.slices = Slices(problem.out)
 
     def attach(self, output: Output, fragment: RowsFragment, staging: cute.Pointer, lane: Int32):
@@ -96,21 +98,24 @@ class SliceStore:
         first_column: Int32,
     ):
         in_slice = part % self.slice_parts
-        if const_expr(in_slice == 0):
+        column_slice = part // self.slice_parts
+        place = column_slice % self.together
+        if const_expr(in_slice == 0 and place == 0):
             if self.lane == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-            cute.arch.sync_warp()  # the previous slice has left shared memory
+            cute.arch.sync_warp()  # the previous slices have left shared memory
         first = in_slice * (SLICE_BYTES // CHUNK // self.slice_parts)
-        self.slices.write(self.staging, values, first)
-        if const_expr(in_slice == self.slice_parts - 1):
+        self.slices.write(self.staging + place * self.slice_bytes, values, first)
+        if const_expr(in_slice == self.slice_parts - 1 and place == self.together - 1):
             cute.arch.fence_view_async_shared()
             cute.arch.sync_warp()
-            self.send(
-                {output: self.staging},
-                first_row + m * 64 + self.fragment.warp_row,
-                rows - m * 64 - self.fragment.warp_row,
-                first_column + part // self.slice_parts * self.slice_columns,
-            )
+            for i in range_constexpr(self.together):
+                self.send(
+                    {output: self.staging + i * self.slice_bytes},
+                    first_row + m * 64 + self.fragment.warp_row,
+                    rows - m * 64 - self.fragment.warp_row,
+                    first_column + (column_slice - place + i) * self.slice_columns,
+                )
 
     @cute.jit
     def finish(self):

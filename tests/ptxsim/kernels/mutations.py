@@ -400,6 +400,15 @@ MUTATIONS: dict[str, Mutation] = {
         (_WRONG,),
         "tma_x",
     ),
+    # the slices of a whole tile together
+    "slices_not_awaited": Mutation(
+        consumer("cp.async.bulk.wait_group.read 0;", ""),
+        ("a bulk store may still",),
+        "blocks_tma_x",
+    ),
+    "slices_without_proxy_fence": Mutation(
+        consumer("fence.proxy.async.shared::cta;", ""), ("no fence.proxy.async",), "blocks_tma_x"
+    ),
     # scales of several k-tiles at once
     "spans_in_one_place": Mutation(
         producer(r"(and.b32 %r\d+, %r\d+,) 28;", r"\1 12;"),

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from emitters.spec.config_packed_sm90 import GemmPackedSm90Config
-from emitters.spec.config_sm90 import GemmSm90Config, Schedule
+from emitters.spec.config_sm90 import GemmSm90Config
 from emitters.spec.config_swap_sm90 import GemmSwapSm90Config
 from emitters.spec.dtypes import ACCUMULATIONS, OUTPUTS, Accumulation, DType
 from emitters.spec.epilogue import Activation, ActivationFunction, Bias, EpilogueNode
 from emitters.spec.gemm import GemmProblem, Granularity, Major, WeightStorage
 from emitters.spec.packing import Packing
 from emitters.spec.registry import GemmConfig
+from emitters.spec.staged_sm90 import Schedule
 from tests.ptxsim import schedule
 from tests.ptxsim.kernels import launch
 from tests.ptxsim.ptx import Fault
