@@ -56,8 +56,8 @@ def fragments(mma, stages: tuple, layouts: tuple, split: int, consumer: Int32):
 def computed_once(stages: cute.Tensor) -> cute.Tensor:
     """The same view of all stages of an operand, whose first descriptor is computed here.
 
-    Where tiles have two parts, the compiler would compute it anew in each k-tile, while WGMMA has
-    nothing to do. It can't move the instruction that is written here.
+    In two-level sums the compiler may compute it anew in each k-tile, while WGMMA has nothing to
+    do. It can't move the instruction that is written here.
     """
     first = smem_descriptor_to_int(stages.iterator)
     low = cute.arch.inline_ptx(

@@ -384,7 +384,7 @@ class GemmSm90:
         )  # fmt: skip
         stages = storage.x, storage.weight
         views = fragments(mma, stages, self.stage_layouts(), split, consumer)
-        if self.parts > 1:
+        if self.problem.two_level:
             views = tuple(map(computed_once, views))
         return mma, *views
 
