@@ -47,8 +47,8 @@ _LONG_ROW_BYTES = 4096  # from this many bytes of K on, tiles of 16 rows are fas
 _LONG_SUM = 4096
 _ONE_TILE_ROWS = 90  # up to this many rows per expert, one tile of 128 rows beats two of 64
 # Two-level sums of gathered rows: between these numbers of rows per expert one tile of 192 rows
-# beats two of 128, by 5 to 19%; with short sums and more rows than that, by 14%.
-_THREE_ROWS, _THREE_SHORT_ROWS = 180, 400
+# beats two of 128, by 5 to 19%; with sums as short as this and more rows than that, by 14%.
+_THREE_ROWS, _SHORT_SUM, _THREE_SHORT_ROWS = 180, 1024, 400
 _MANY_ROWS = {192: 180, 256: 768}  # by tile_n: with more rows per expert, CTA pairs share weights
 FEW_PAIRS = 1024  # up to this many pairs, 256 threads route faster than 1024
 # (elements per row up to, threads per CTA) for quantisation
@@ -316,7 +316,7 @@ def _family(problem: GemmProblem, rows_per_expert: float, gpu: Gpu) -> tuple[Gem
 
 def _wants_three(problem: GemmProblem, rows_per_expert: float) -> bool:
     """Whether three consumers are faster for two-level sums than two, with so many rows."""
-    short = problem.k <= waves_sm90.SHORT_SUM and rows_per_expert > _THREE_SHORT_ROWS
+    short = problem.k <= _SHORT_SUM and rows_per_expert > _THREE_SHORT_ROWS
     return short or rows_per_expert <= _THREE_ROWS
 
 
