@@ -505,6 +505,23 @@ def test_two_level_accumulation_multiplies_wide_tiles_in_halves() -> None:
     assert len(heuristics.candidates(problem)) >= 2
 
 
+def test_slices_of_a_tile_leave_together_where_three_stages_remain() -> None:
+    ordered = dataclasses.replace(PROBLEM, gather=False, accumulation=Accumulation.TWO_LEVEL)
+    wide = GemmSm90Config(128, 256, tma_x=True)
+    assert (wide.slices_together(ordered), wide.pipeline_stages(ordered)) == (4, 3)
+    three = GemmSm90Config(192, 128, tma_x=True)
+    assert (three.slices_together(ordered), three.pipeline_stages(ordered)) == (2, 4)
+    alone = (
+        (dataclasses.replace(wide, stages=4), ordered),
+        (dataclasses.replace(wide, tma_x=False), ordered),
+        (GemmSm90Config(64, 128, ctas_per_sm=2, tma_x=True), ordered),
+        (wide, dataclasses.replace(ordered, accumulation=Accumulation.FAST)),
+        (wide, dataclasses.replace(ordered, out=DType.FP32)),
+        (wide, dataclasses.replace(ordered, num_experts=4096)),
+    )
+    assert [config.slices_together(problem) for config, problem in alone] == [1] * len(alone)
+
+
 @pytest.mark.parametrize("rows", [0.0, 0.1, 8.0, 64.0, 500.0, 1e6])
 def test_choices_are_candidates(rows: float) -> None:
     for problem in every_problem():
