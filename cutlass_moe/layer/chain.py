@@ -190,10 +190,10 @@ def layer_links(layer: LayerOperands, options: LayerOptions, problems: LayerProb
         links.append(make.gemm(up, tokens, "w13", {**up_x, **routing}, written, strides))
     else:
         links.append(make.gemm(up, tokens, "w13", {**up_x, **routing}, {"out": "active"}))
-    if problems.quantize_active and not up.quantized_out:
-        stride = up.out.bytes * problems.down.k
-        read = {"source": "active", "end": "last_end", "static_scale": "active_scale"}
-        links.append(make.quantize(problems.quantize_active, problems.down, rows, stride, read))
+        if problems.quantize_active:
+            stride = up.out.bytes * problems.down.k
+            read = {"source": "active", "end": "last_end", "static_scale": "active_scale"}
+            links.append(make.quantize(problems.quantize_active, problems.down, rows, stride, read))
     links.append(make.gemm(problems.down, rows, "w2", {**down_x, **routing}, {"out": "rows"}))
     outputs, weight_stride = tokens, layer.topk_weights.stride(0)
     if options.reduce != "sum":

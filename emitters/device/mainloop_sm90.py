@@ -7,7 +7,7 @@ from itertools import product
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int32, Int64, Numeric
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.tcgen05.helpers import int_to_smem_descriptor, smem_descriptor_to_int
 
@@ -53,16 +53,21 @@ def fragments(mma, stages: tuple, layouts: tuple, split: int, consumer: Int32):
     return tCrA, mma.make_fragment_B(group.partition_B(sB))
 
 
+def unforeseen(value: Numeric) -> Numeric:
+    """A value of 32 bits, computed here: what it is, the compiler can't tell, nor move it."""
+    return cute.arch.inline_ptx(
+        "mov.b32 {$w0}, {$r0};", write_only_types=[type(value)], read_only_args=[value]
+    )
+
+
 def computed_once(stages: cute.Tensor) -> cute.Tensor:
     """The same view of all stages of an operand, whose first descriptor is computed here.
 
     In two-level sums the compiler may compute it anew in each k-tile, while WGMMA has nothing to
-    do. It can't move the instruction that is written here.
+    do. Its upper half, a constant, takes no register.
     """
     first = smem_descriptor_to_int(stages.iterator)
-    low = cute.arch.inline_ptx(
-        "mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[Int32(first)]
-    )
+    low = unforeseen(Int32(first))
     whole = (first & ~0xFFFFFFFF) | (Int64(low) & 0xFFFFFFFF)
     return cute.make_tensor(int_to_smem_descriptor(whole), stages.layout)
 
@@ -76,8 +81,7 @@ def loop_steps(count: int):
     """
     if count != 1:
         return count
-    one = cute.arch.inline_ptx("mov.b32 {$w0}, 1;", write_only_types=[Int32], read_only_args=[])
-    return cutlass.max(one, Int32(1))
+    return cutlass.max(unforeseen(Int32(1)), Int32(1))
 
 
 def begin_products(copied: bool = True):

@@ -126,12 +126,10 @@ class GemmSm90Config(Sm90Config):
         All of them leave under the next tile's main loop, where else a warp waits for each one. In
         two-level sums of rows in order that is worth a stage, if three remain.
         """
-        if not problem.two_level or not self.tma_x or self.ctas_per_sm > 1:
+        measured = problem.two_level and self.tma_x and self.ctas_per_sm == 1
+        if not measured or not problem.sole_output:
             return 1
-        if problem.stored or problem.gradient:
-            return 1
-        columns = self.tile_n // 2 if problem.gated else self.tile_n
-        slices = columns * problem.out.bytes // SLICE_BYTES
+        slices = self.tile_outputs(problem) * problem.out.bytes // SLICE_BYTES
         stages = max(_LEAST_STAGES, self.stages or 0) * self.stage_bytes(problem)
         needed = self._slice_bytes(slices) + self._table_bytes(problem) + stages
         return slices if needed <= self.smem_limit else 1

@@ -111,15 +111,19 @@ class Sm90Config(StagedConfig):
         """Bytes of shared memory for one k-tile of a tile's columns of weights."""
         return self.tile_n * K_TILE_BYTES  # weights that are not packed have x's dtype
 
+    def tile_outputs(self, problem: GemmProblem) -> int:
+        """Columns of the output in a tile."""
+        return self.tile_n // 2 if problem.gated else self.tile_n
+
     def scale_columns(self, problem: GemmProblem) -> int:
         """Columns of the output, in a tile, that share a scale of the weights along K."""
         assert problem.block_rows is not None
-        return gcd(self.tile_n // 2 if problem.gated else self.tile_n, problem.block_rows)
+        return gcd(self.tile_outputs(problem), problem.block_rows)
 
     def weight_scales(self, problem: GemmProblem) -> int:
         """The scales of a k-tile of a tile's columns of weights."""
-        outputs = self.tile_n // 2 if problem.gated else self.tile_n
-        return (2 if problem.gated else 1) * outputs // self.scale_columns(problem)
+        groups = self.tile_outputs(problem) // self.scale_columns(problem)
+        return 2 * groups if problem.gated else groups
 
     @property
     def scaled_rows(self) -> int:

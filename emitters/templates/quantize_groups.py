@@ -7,12 +7,7 @@ from cutlass import Float32, Int32, Int64, Uint8, range_constexpr
 
 from emitters.device.dependent import launch_next, wait_for_previous
 from emitters.device.memory import ELEMENT, GMEM, VECTOR, vector
-from emitters.device.rounding import (
-    Divisor,
-    largest_magnitude,
-    narrow,
-    round_up_to_power_of_two,
-)
+from emitters.device.rounding import Divisor, largest_magnitude, narrow, round_up_to_power_of_two
 from emitters.spec.dtypes import LARGEST
 from emitters.spec.gemm import K_BLOCK
 from emitters.spec.layer_steps import (
